@@ -1,0 +1,141 @@
+// fastrnn._C: what the kernels' library knows of itself, for Python. No tensors and no torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using fastrnn::CellInfo;
+
+std::optional<std::string> if_any(const std::string& text) {
+  return text.empty() ? std::nullopt : std::optional(text);
+}
+
+py::dict build_info() {
+  std::vector<std::string> archs;
+  std::istringstream list(FASTRNN_CUDA_ARCHS);
+  for (std::string arch; std::getline(list, arch, ';');) archs.push_back(arch);
+  py::dict info;
+  info["version"] = FASTRNN_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["torch_built_against"] = FASTRNN_TORCH_VERSION;
+  info["isas"] = fastrnn::cpu::compiled_isas();
+  info["cuda"] = !std::string(FASTRNN_CUDA_VERSION).empty();
+  info["cuda_version"] = if_any(FASTRNN_CUDA_VERSION);
+  info["cuda_archs"] = archs;
+  return info;
+}
+
+void set_isa(const std::optional<std::string>& name) {
+  if (fastrnn::cpu::set_isa(name.value_or(""))) return;
+  std::string known;
+  for (const std::string& isa : fastrnn::cpu::available_isas())
+    known += (known.empty() ? "" : ", ") + isa;
+  throw py::value_error("isa must be None or one of " + known + ", got '" + name.value_or("") +
+                        "'");
+}
+
+const CellInfo& find_cell(const std::string& name) {
+  std::string known;
+  for (const CellInfo& info : fastrnn::kCells) {
+    if (name == info.name) return info;
+    known += std::string(known.empty() ? "" : ", ") + info.name;
+  }
+  throw py::value_error("cell must be one of " + known + ", got '" + name + "'");
+}
+
+// Bytes of what the kernels compute with: half types are computed in float32.
+int element_bytes(const std::string& dtype) {
+  if (dtype == "float64") return 8;
+  if (dtype == "float32" || dtype == "float16" || dtype == "bfloat16") return 4;
+  throw py::value_error("dtype must be one of float16, bfloat16, float32, float64, got '" + dtype +
+                        "'");
+}
+
+void check_size(const char* name, std::int64_t value, std::int64_t least) {
+  if (value < least)
+    throw py::value_error(std::string(name) + " must be at least " + std::to_string(least) +
+                          ", got " + std::to_string(value));
+}
+
+py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
+              std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
+              const std::string& dtype, const std::string& device, int threads, bool training) {
+  const CellInfo& info = find_cell(cell);
+  const int bytes = element_bytes(dtype);
+  check_size("steps", steps, 0);
+  check_size("batch", batch, 0);
+  check_size("input_size", input_size, 0);
+  check_size("hidden_size", hidden_size, 1);
+  check_size("proj_size", proj_size, 0);
+  check_size("threads", threads, 1);
+  py::dict result;
+  if (device == "cuda") {
+    result["schedule"] = "stepwise";
+    return result;
+  }
+  if (device != "cpu")
+    throw py::value_error("device must be one of cpu, cuda, got '" + device + "'");
+  const fastrnn::LayerShape shape{info.kind,   false,     steps,   batch,  input_size,
+                                  hidden_size, proj_size, nullptr, nullptr};
+  const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
+  const fastrnn::cpu::Plan chosen = fastrnn::cpu::make_plan(shape, pass, bytes, threads);
+  result["schedule"] = "persistent";
+  result["isa"] = chosen.isa;
+  result["vector_lanes"] = chosen.vector_lanes;
+  result["threads"] = chosen.threads;
+  result["row_groups"] = chosen.row_groups;
+  result["unit_groups"] = chosen.unit_groups;
+  result["unit_vectors"] = chosen.unit_vectors;
+  result["back_vectors"] = chosen.back_vectors;
+  result["input"] = chosen.input_fused ? "fused" : "ahead";
+  result["chunk_rows"] = chosen.chunk_rows;
+  return result;
+}
+
+py::dict cells() {
+  py::dict all;
+  for (const CellInfo& info : fastrnn::kCells) {
+    py::dict cell;
+    cell["gates"] = info.gates;
+    cell["pre"] = info.pre;
+    cell["saved"] = info.saved;
+    cell["states"] = info.states;
+    cell["pre_x"] = std::vector<int>(info.pre_x, info.pre_x + info.gates);
+    cell["pre_h"] = std::vector<int>(info.pre_h, info.pre_h + info.gates);
+    all[info.name] = cell;
+  }
+  return all;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts, CPU capability and plans of the fastrnn kernels.";
+  m.def("build_info", &build_info, "What this build is made of.");
+  m.def("available_isas", &fastrnn::cpu::available_isas,
+        "Instruction sets that were compiled in and run here, worst first.");
+  m.def("cpu_capability", &fastrnn::cpu::isa_in_use, "The instruction set in use.");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Forces an instruction set; None goes back to FASTRNN_ISA or the best.");
+  m.def("max_threads", &fastrnn::cpu::max_threads, "Upper bound of a call's threads, 0: none.");
+  m.def("set_max_threads", &fastrnn::cpu::set_max_threads, py::arg("threads"),
+        "Bounds the threads of every call; 0 takes the bound away.");
+  m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
+        py::arg("device") = "cpu", py::arg("threads") = 1, py::arg("training") = false,
+        "How a layer of this shape would be walked through time (training: its backward pass).");
+  m.def("cells", &cells, "The registry of cells.");
+}

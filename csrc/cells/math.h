@@ -1,0 +1,149 @@
+// The functions that gates are made of, written once for every value type A a kernel computes
+// with: float and double (scalar code and CUDA threads) and the SIMD packs of csrc/cpu.
+//
+// A value type brings, beside + - * / and unary minus:
+//   Limits<A>::Real           the scalar it is made of, and A(Real) to broadcast one
+//   a > b                     a mask, and select(mask, a, b) = mask ? a : b   (NaN: a > b is false)
+//   power_of_two(shifted)     2^n for shifted = kRoundingShift + n, n an integer (see exp_parts)
+//
+// Everything is branch-free, and NaN comes out where NaN goes in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define FASTRNN_HD __host__ __device__ __forceinline__
+#else
+#define FASTRNN_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastrnn::cells {
+
+// What the arithmetic below needs to know of a floating point format.
+template <class Real>
+struct Format;
+
+template <>
+struct Format<float> {
+  using Bits = std::int32_t;
+  static constexpr int kMantissaBits = 23;
+  static constexpr Bits kExponentBias = 127;
+  static constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: x + shift rounds x to integer
+  static constexpr float kLn2High = 0.693359375f;       // ln 2 in few bits: n * high is exact
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  static constexpr float kExpMax = 88.0f, kExpMin = -87.0f;  // keep 2^n a normal number
+  static constexpr float kTanhMax = 10.0f;                   // tanh rounds to 1 before that
+  static constexpr int kTerms = 7;                           // of the series of e^r - 1
+};
+
+template <>
+struct Format<double> {
+  using Bits = std::int64_t;
+  static constexpr int kMantissaBits = 52;
+  static constexpr Bits kExponentBias = 1023;
+  static constexpr double kRoundingShift = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 6.93145751953125e-1;
+  static constexpr double kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kExpMax = 709.0, kExpMin = -708.0;
+  static constexpr double kTanhMax = 22.0;
+  static constexpr int kTerms = 13;
+};
+
+// The scalar inside a value type: a pack names its own.
+template <class A>
+struct Limits {
+  using Real = typename A::Real;
+};
+template <>
+struct Limits<float> {
+  using Real = float;
+};
+template <>
+struct Limits<double> {
+  using Real = double;
+};
+
+FASTRNN_HD float select(bool mask, float a, float b) { return mask ? a : b; }
+FASTRNN_HD double select(bool mask, double a, double b) { return mask ? a : b; }
+
+// The low bits of kRoundingShift + n hold n; moved into the exponent field they make 2^n.
+template <class Real>
+FASTRNN_HD Real scalar_power_of_two(Real shifted) {
+  typename Format<Real>::Bits bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  using Unsigned = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
+  const auto moved = (static_cast<Unsigned>(bits) + Unsigned(Format<Real>::kExponentBias))
+                     << Format<Real>::kMantissaBits;
+  Real result;
+  std::memcpy(&result, &moved, sizeof(result));
+  return result;
+}
+FASTRNN_HD float power_of_two(float shifted) { return scalar_power_of_two(shifted); }
+FASTRNN_HD double power_of_two(double shifted) { return scalar_power_of_two(shifted); }
+
+template <class A>
+FASTRNN_HD A clamp(A x, A low, A high) {
+  x = select(x > high, high, x);
+  return select(low > x, low, x);
+}
+
+// sum_{k=1}^{terms} r^k / k!  =  e^r - 1  for |r| <= ln(2)/2, by Horner's rule from the last term.
+template <class A>
+FASTRNN_HD A expm1_series(A r) {
+  using F = Format<typename Limits<A>::Real>;
+  using Real = typename Limits<A>::Real;
+  Real reciprocal_factorial = Real(1);
+  for (int k = 2; k <= F::kTerms; ++k) reciprocal_factorial /= Real(k);
+  A sum = A(reciprocal_factorial);
+  Real coefficient = reciprocal_factorial;
+  for (int k = F::kTerms; k > 1; --k) {
+    coefficient *= Real(k);  // 1/(k-1)!
+    sum = sum * r + A(coefficient);
+  }
+  return sum * r;
+}
+
+// e^x = scale + scale * minus_one with scale = 2^n, minus_one = e^r - 1, x = n ln 2 + r.
+template <class A>
+FASTRNN_HD void exp_parts(A x, A& scale, A& minus_one) {
+  using F = Format<typename Limits<A>::Real>;
+  using Real = typename Limits<A>::Real;
+  const A shifted = x * A(Real(1.4426950408889634)) + A(F::kRoundingShift);
+  const A n = shifted - A(F::kRoundingShift);
+  const A r = (x - n * A(F::kLn2High)) - n * A(F::kLn2Low);
+  scale = power_of_two(shifted);
+  minus_one = expm1_series(r);
+}
+
+// 1 / (1 + e^-x): keeps its relative accuracy in the negative tail.
+template <class A>
+FASTRNN_HD A sigmoid(A x) {
+  using Real = typename Limits<A>::Real;
+  using F = Format<Real>;
+  A scale, minus_one;
+  exp_parts(clamp(-x, A(F::kExpMin), A(F::kExpMax)), scale, minus_one);
+  return A(Real(1)) / (A(Real(1)) + (scale + scale * minus_one));
+}
+
+// (e^2x - 1) / (e^2x + 1) with e^2x - 1 formed without cancellation, so tanh(x) ~ x near 0 keeps
+// its relative accuracy (1 - 2 sigmoid(-2x) would lose it).
+template <class A>
+FASTRNN_HD A tanh(A x) {
+  using Real = typename Limits<A>::Real;
+  using F = Format<Real>;
+  A scale, minus_one;
+  const A bounded = clamp(x, A(-F::kTanhMax), A(F::kTanhMax));
+  exp_parts(bounded + bounded, scale, minus_one);
+  const A expm1 = scale * minus_one + (scale - A(Real(1)));
+  return expm1 / (expm1 + A(Real(2)));
+}
+
+template <class A>
+FASTRNN_HD A relu(A x) {
+  using Real = typename Limits<A>::Real;
+  return select(A(Real(0)) > x, A(Real(0)), x);
+}
+
+}  // namespace fastrnn::cells

@@ -1,0 +1,101 @@
+// Which instruction set runs: what was compiled in, what the machine has, what was asked for.
+#include <cstdlib>
+#include <mutex>
+
+#include "isa.h"
+
+namespace fastrnn::cpu {
+
+namespace baseline {
+extern const Isa kIsa;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Isa kIsa;
+}
+namespace avx512 {
+extern const Isa kIsa;
+}
+#endif
+
+namespace {
+
+struct Row {
+  const Isa* isa;
+  bool (*runs_here)();
+};
+
+// Worst first.
+const Row kRows[] = {
+    {&baseline::kIsa, [] { return true; }},
+#if defined(__x86_64__)
+    {&avx2::kIsa,
+     [] { return bool(__builtin_cpu_supports("avx2")) && bool(__builtin_cpu_supports("fma")); }},
+    {&avx512::kIsa,
+     [] {
+       return bool(__builtin_cpu_supports("avx512f")) && bool(__builtin_cpu_supports("avx512dq")) &&
+              bool(__builtin_cpu_supports("avx512bw")) && bool(__builtin_cpu_supports("avx512vl"));
+     }},
+#endif
+};
+
+const Isa* find(const std::string& name) {
+  for (const Row& row : kRows)
+    if (name == row.isa->name && row.runs_here()) return row.isa;
+  return nullptr;
+}
+
+// FASTRNN_ISA if it names one that runs here, else the best.
+const Isa* first_choice() {
+  const char* wish = std::getenv("FASTRNN_ISA");
+  if (wish != nullptr)
+    if (const Isa* found = find(wish)) return found;
+  const Isa* best = nullptr;
+  for (const Row& row : kRows)
+    if (row.runs_here()) best = row.isa;
+  return best;
+}
+
+std::atomic<const Isa*>& choice() {
+  static std::atomic<const Isa*> chosen{first_choice()};
+  return chosen;
+}
+
+std::atomic<int>& thread_bound() {
+  static std::atomic<int> bound{[] {
+    const char* wish = std::getenv("FASTRNN_THREADS");
+    return wish != nullptr ? std::max(std::atoi(wish), 0) : 0;
+  }()};
+  return bound;
+}
+
+}  // namespace
+
+const Isa& isa() { return *choice().load(std::memory_order_relaxed); }
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Row& row : kRows) names.push_back(row.isa->name);
+  return names;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Row& row : kRows)
+    if (row.runs_here()) names.push_back(row.isa->name);
+  return names;
+}
+
+std::string isa_in_use() { return isa().name; }
+
+bool set_isa(const std::string& name) {
+  const Isa* found = name.empty() ? first_choice() : find(name);
+  if (found == nullptr) return false;
+  choice().store(found);
+  return true;
+}
+
+int max_threads() { return thread_bound().load(std::memory_order_relaxed); }
+void set_max_threads(int threads) { thread_bound().store(std::max(threads, 0)); }
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,218 @@
+// The backward walk of one rank: from the last step to the first,
+//
+//   dh_t    = carry + d_y_t                       (with a projection: dm_t = dh_t w_hr)
+//   d_pre_t = the cell's backward step            for this rank's own units        -> barrier
+//   carry   = direct part + d_pre_t[hidden side] w_hh   for this rank's own units of h
+//
+// carry starts as d_h_n and ends as d_h0; a row that a step does not have keeps what it carries.
+// The gradients of the weights and of x are products over all steps, made by the layers above.
+
+template <class Cell, class T>
+class BackwardWalk {
+ public:
+  BackwardWalk(const LayerBackward<T, T>& problem, const Plan& plan, const BackwardLayout& layout,
+               T* workspace, Barrier& barrier, int rank)
+      : p_(problem),
+        shape_(problem.shape),
+        plan_(plan),
+        at_(layout),
+        work_(workspace),
+        barrier_(barrier),
+        rank_(rank),
+        group_first_(rank / plan.unit_groups * plan.unit_groups),
+        rows_(shape_.batch, rank / plan.unit_groups, plan.row_groups),
+        out_blocks_(layout.out_blocks, rank % plan.unit_groups, plan.unit_groups),
+        unit_blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
+        out_(shape_.output_size()),
+        carry_stride_(layout.out_blocks * layout.out_block),
+        columns_(kZero, 1, plan.back_vectors, kLanes) {}
+
+  void run() {
+    pack();
+    start_carry();
+    barrier_.arrive(rank_);
+    barrier_.wait(rank_, 0, plan_.threads);
+    for (std::int64_t k = shape_.steps - 1; k >= 0; --k) {
+      const std::int64_t t = shape_.step(k);
+      const std::int64_t end = std::min(rows_.end, shape_.step_rows[t]);
+      if (shape_.proj_size > 0) {
+        put_output_gradients(t, end);
+        meet();
+        through_projection(t, end);
+      } else {
+        const std::int64_t begin = out_blocks_.begin * at_.out_block;
+        const std::int64_t last = std::min(out_blocks_.end * at_.out_block, out_);
+        for (std::int64_t b = rows_.begin; b < end; ++b)
+          for (std::int64_t unit = begin; unit < last; unit += kLanes)
+            pointwise(t, b, unit, output_gradient(t, b, unit));
+      }
+      meet();
+      hand_on(t, end);
+    }
+    finish();
+  }
+
+ private:
+  using P = Pack<T>;
+  static constexpr int kLanes = P::kLanes;
+  static constexpr int kZero[] = {0};
+
+  void meet() {
+    barrier_.arrive(rank_);
+    barrier_.wait(rank_, group_first_, plan_.unit_groups);
+  }
+
+  void pack() {
+    const PanelSource<T> h{
+        p_.weights.w_hh, p_.weights.w_hh_stride, false, 1, out_, Cell::kGates * shape_.hidden_size};
+    pack_blocks(h, out_blocks_, at_.out_block, work_ + at_.panels_h);
+    const PanelSource<T> r{
+        p_.weights.w_hr, p_.weights.w_hr_stride, false, 1, shape_.hidden_size, out_};
+    pack_blocks(r, unit_blocks_, at_.unit_block, work_ + at_.panels_p);
+  }
+  void pack_blocks(const PanelSource<T>& source, const Share& blocks, std::int64_t block_units,
+                   T* panels) {
+    const Share mine(blocks.size(), rank_ / plan_.unit_groups, plan_.row_groups);
+    for (std::int64_t block = blocks.begin + mine.begin; block < blocks.begin + mine.end; ++block)
+      pack_panel(source, block, block_units, panels + block * block_units * source.k_count);
+  }
+
+  T* carry(std::int64_t b) const { return work_ + at_.carry + b * carry_stride_; }
+
+  Share own_hidden() const {
+    Share share(0, 0, 1);
+    const bool projected = shape_.proj_size > 0;
+    const Share& blocks = projected ? unit_blocks_ : out_blocks_;
+    const std::int64_t block = projected ? at_.unit_block : at_.out_block;
+    share.begin = std::min(blocks.begin * block, shape_.hidden_size);
+    share.end = std::min(blocks.end * block, shape_.hidden_size);
+    return share;
+  }
+
+  void start_carry() {
+    const std::int64_t begin = out_blocks_.begin * at_.out_block;
+    const std::int64_t end = out_blocks_.end * at_.out_block;
+    const Share hidden = own_hidden();
+    for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
+      for (std::int64_t j = begin; j < end; ++j)
+        carry(b)[j] = p_.d_h_n != nullptr && j < out_ ? p_.d_h_n[b * out_ + j] : T(0);
+      if constexpr (Cell::kStates == 2)
+        for (std::int64_t j = hidden.begin; j < hidden.end; ++j)
+          p_.d_c0[b * shape_.hidden_size + j] =
+              p_.d_c_n != nullptr ? p_.d_c_n[b * shape_.hidden_size + j] : T(0);
+    }
+  }
+
+  void finish() {
+    const std::int64_t begin = out_blocks_.begin * at_.out_block;
+    const std::int64_t end = std::min(out_blocks_.end * at_.out_block, out_);
+    for (std::int64_t b = rows_.begin; b < rows_.end; ++b)
+      for (std::int64_t j = begin; j < end; ++j) p_.d_h0[b * out_ + j] = carry(b)[j];
+  }
+
+  // carry + d_y at R-units from `unit` on.
+  P output_gradient(std::int64_t t, std::int64_t b, std::int64_t unit) const {
+    P d_h = P::load(carry(b) + unit);
+    if (p_.d_y != nullptr) {
+      const std::int64_t row = shape_.step_offset[t] + b;
+      d_h = d_h + P::load(p_.d_y + row * p_.d_y_stride + unit,
+                          std::min<std::int64_t>(kLanes, out_ - unit));
+    }
+    return d_h;
+  }
+
+  void put_output_gradients(std::int64_t t, std::int64_t end) {
+    for (std::int64_t b = rows_.begin; b < end; ++b) {
+      T* to = p_.d_h_all + (shape_.step_offset[t] + b) * out_;
+      for (std::int64_t unit = out_blocks_.begin * at_.out_block;
+           unit < std::min(out_blocks_.end * at_.out_block, out_); unit += kLanes)
+        output_gradient(t, b, unit).store(to + unit, std::min<std::int64_t>(kLanes, out_ - unit));
+    }
+  }
+
+  // dm = dh w_hr, then the cell.
+  void through_projection(std::int64_t t, std::int64_t end) {
+    alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
+    for (std::int64_t block = unit_blocks_.begin; block < unit_blocks_.end; ++block) {
+      for_each_tile(
+          rows_.begin, end, tile_rows(plan_.back_vectors), [&](std::int64_t row, int count) {
+            for (std::int64_t i = 0; i < count * at_.unit_block; ++i) scratch[i] = T(0);
+            tile_function<T>(count, plan_.back_vectors)(
+                out_, p_.d_h_all + (shape_.step_offset[t] + row) * out_, out_,
+                work_ + at_.panels_p + block * at_.unit_block * out_, scratch, at_.unit_block,
+                columns_.at);
+            for (int m = 0; m < count; ++m) {
+              for (int u = 0; u < plan_.back_vectors; ++u) {
+                const std::int64_t unit = block * at_.unit_block + u * kLanes;
+                if (unit >= shape_.hidden_size) break;
+                pointwise(t, row + m, unit, P::load(scratch + m * at_.unit_block + u * kLanes));
+              }
+            }
+          });
+    }
+  }
+
+  // The cell's text on a vector of hidden units.
+  void pointwise(std::int64_t t, std::int64_t b, std::int64_t unit, P d_h) {
+    const std::int64_t hidden = shape_.hidden_size, row = shape_.step_offset[t] + b;
+    const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
+    P saved[Cell::kSaved + 1], state0[2] = {}, state1[2] = {}, d_state1[2] = {d_h, d_h};
+    P d_pre[Cell::kPre], d_state0[2];
+    for (int s = 0; s < Cell::kSaved; ++s)
+      saved[s] = P::load(p_.saved + (row * Cell::kSaved + s) * hidden + unit, lanes);
+    if constexpr (Cell::kReadsH1) state1[0] = P::load(p_.y + row * p_.y_stride + unit, lanes);
+    if constexpr (Cell::kReadsH0 || Cell::kStates == 2) {
+      const std::int64_t before = shape_.previous_row(t, b);
+      if constexpr (Cell::kReadsH0)
+        state0[0] = P::load(
+            before < 0 ? p_.h0 + b * hidden + unit : p_.y + before * p_.y_stride + unit, lanes);
+      if constexpr (Cell::kStates == 2) {
+        state0[1] = P::load(
+            before < 0 ? p_.c0 + b * hidden + unit
+                       : p_.saved + (before * Cell::kSaved + Cell::kSavedState) * hidden + unit,
+            lanes);
+        d_state1[1] = P::load(p_.d_c0 + b * hidden + unit, lanes);
+      }
+    }
+    Cell::backward(saved, state0, state1, d_state1, d_pre, d_state0);
+    for (int q = 0; q < Cell::kPre; ++q)
+      d_pre[q].store(p_.d_pre + (row * Cell::kPre + q) * hidden + unit, lanes);
+    if constexpr (Cell::kStates == 2) d_state0[1].store(p_.d_c0 + b * hidden + unit, lanes);
+    if constexpr (Cell::kDirect) {  // such cells have no projection: units of h are hidden units
+      d_state0[0].store(carry(b) + unit);
+    } else if (shape_.proj_size == 0) {
+      P(T(0)).store(carry(b) + unit);
+    }
+  }
+
+  // carry += d_pre[hidden side] w_hh. The hidden side's columns of d_pre come first (kPreH = 0...).
+  void hand_on(std::int64_t t, std::int64_t end) {
+    const std::int64_t width = Cell::kPre * shape_.hidden_size;
+    const std::int64_t k_count = Cell::kGates * shape_.hidden_size;
+    const T* d_pre = p_.d_pre + shape_.step_offset[t] * width;
+    for (std::int64_t block = out_blocks_.begin; block < out_blocks_.end; ++block) {
+      for_each_tile(
+          rows_.begin, end, tile_rows(plan_.back_vectors), [&](std::int64_t row, int count) {
+            T* c = carry(row) + block * at_.out_block;
+            if (shape_.proj_size > 0)  // dh went through w_hr whole: nothing direct is left
+              for (int m = 0; m < count; ++m)
+                for (std::int64_t i = 0; i < at_.out_block; ++i) c[m * carry_stride_ + i] = T(0);
+            tile_function<T>(count, plan_.back_vectors)(
+                k_count, d_pre + row * width, width,
+                work_ + at_.panels_h + block * at_.out_block * k_count, c, carry_stride_,
+                columns_.at);
+          });
+    }
+  }
+
+  const LayerBackward<T, T>& p_;
+  const LayerShape& shape_;
+  const Plan& plan_;
+  const BackwardLayout& at_;
+  T* const work_;
+  Barrier& barrier_;
+  const int rank_, group_first_;
+  const Share rows_, out_blocks_, unit_blocks_;
+  const std::int64_t out_, carry_stride_;
+  const Columns columns_;
+};

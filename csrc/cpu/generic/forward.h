@@ -1,0 +1,262 @@
+// The forward walk of one rank through a sequence.
+//
+//            unit blocks ->
+//        +-----+-----+-----+-----+       A rank owns the blocks of its unit group (all gates of
+//   rows |  0  |  0  |  1  |  1  |       their units, weights packed by itself) and the rows of its
+//   of   +-----+-----+-----+-----+       row group. Within a row group each step needs all of
+//   B    |  2  |  2  |  3  |  3  |       h_{t-1}: one barrier a step. Row groups never meet again
+//        +-----+-----+-----+-----+       after packing.
+
+template <class Cell, class T>
+class ForwardWalk {
+ public:
+  ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
+              T* workspace, Barrier& barrier, int rank)
+      : p_(problem),
+        shape_(problem.shape),
+        plan_(plan),
+        at_(layout),
+        work_(workspace),
+        barrier_(barrier),
+        rank_(rank),
+        group_first_(rank / plan.unit_groups * plan.unit_groups),
+        rows_(shape_.batch, rank / plan.unit_groups, plan.row_groups),
+        blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
+        proj_blocks_(layout.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
+        out_(shape_.output_size()),
+        width_(Cell::kPre * layout.unit_block),
+        columns_x_(Cell::kPreX, Cell::kGates, plan.unit_vectors, kLanes),
+        columns_h_(Cell::kPreH, Cell::kGates, plan.unit_vectors, kLanes) {}
+
+  void run() {
+    pack();
+    start_states();
+    barrier_.arrive(rank_);
+    barrier_.wait(rank_, 0, plan_.threads);  // panels are packed in shares by all row groups
+    std::int64_t chunk_end = 0;              // steps before this one have their gates_x
+    for (std::int64_t k = 0; k < shape_.steps; ++k) {
+      if (!plan_.input_fused && k == chunk_end) chunk_end = project_ahead(k);
+      step(shape_.step(k), k % 2, k > 0);
+      barrier_.arrive(rank_);
+    }
+    if (shape_.steps == 0) finish_untouched();
+  }
+
+ private:
+  using P = Pack<T>;
+  static constexpr int kLanes = P::kLanes;
+
+  void pack() {
+    const PanelSource<T> x{p_.weights.w_ih, p_.weights.w_ih_stride, true,
+                           Cell::kGates,    shape_.hidden_size,     shape_.input_size};
+    const PanelSource<T> h{p_.weights.w_hh, p_.weights.w_hh_stride, true,
+                           Cell::kGates,    shape_.hidden_size,     out_};
+    const std::int64_t panel = Cell::kGates * at_.unit_block;
+    const Share mine(blocks_.size(), rank_ / plan_.unit_groups, plan_.row_groups);
+    for (std::int64_t block = blocks_.begin + mine.begin; block < blocks_.begin + mine.end;
+         ++block) {
+      pack_panel(x, block, at_.unit_block, work_ + at_.panels_x + block * panel * x.k_count);
+      pack_panel(h, block, at_.unit_block, work_ + at_.panels_h + block * panel * h.k_count);
+      pack_bias(block);
+    }
+    if (shape_.proj_size == 0) return;
+    const PanelSource<T> r{p_.weights.w_hr,   p_.weights.w_hr_stride, true, 1, out_,
+                           shape_.hidden_size};
+    const Share mine_p(proj_blocks_.size(), rank_ / plan_.unit_groups, plan_.row_groups);
+    for (std::int64_t block = proj_blocks_.begin + mine_p.begin;
+         block < proj_blocks_.begin + mine_p.end; ++block)
+      pack_panel(r, block, at_.proj_block,
+                 work_ + at_.panels_p + block * at_.proj_block * r.k_count);
+  }
+
+  // b_ih and b_hh of a block, added where their gates meet.
+  void pack_bias(std::int64_t block) {
+    T* bias = work_ + at_.bias + block * width_;
+    for (std::int64_t i = 0; i < width_; ++i) bias[i] = T(0);
+    if (p_.weights.b_ih == nullptr) return;
+    const std::int64_t first = block * at_.unit_block;
+    const std::int64_t present = std::min(at_.unit_block, shape_.hidden_size - first);
+    for (int gate = 0; gate < Cell::kGates; ++gate) {
+      for (std::int64_t u = 0; u < present; ++u) {
+        const std::int64_t row = gate * shape_.hidden_size + first + u;
+        bias[Cell::kPreX[gate] * at_.unit_block + u] += p_.weights.b_ih[row];
+        bias[Cell::kPreH[gate] * at_.unit_block + u] += p_.weights.b_hh[row];
+      }
+    }
+  }
+
+  // The units of h (of h before projection: hidden units) that this rank computes.
+  Share own_hidden() const { return own(blocks_, at_.unit_block, shape_.hidden_size); }
+  Share own_out() const {
+    return shape_.proj_size > 0 ? own(proj_blocks_, at_.proj_block, out_) : own_hidden();
+  }
+  static Share own(const Share& blocks, std::int64_t block, std::int64_t units) {
+    Share share(0, 0, 1);
+    share.begin = std::min(blocks.begin * block, units);
+    share.end = std::min(blocks.end * block, units);
+    return share;
+  }
+
+  // h0 goes into both buffers of h: a row that starts late finds it in whichever is read then.
+  void start_states() {
+    const Share out = own_out(), hidden = own_hidden();
+    for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
+      for (std::int64_t j = out.begin; j < out.end; ++j)
+        h(0)[b * out_ + j] = h(1)[b * out_ + j] = p_.h0[b * out_ + j];
+      if constexpr (Cell::kStates == 2)
+        for (std::int64_t j = hidden.begin; j < hidden.end; ++j)
+          p_.c_n[b * shape_.hidden_size + j] = p_.c0[b * shape_.hidden_size + j];
+    }
+  }
+
+  void finish_untouched() {
+    const Share out = own_out();
+    for (std::int64_t b = rows_.begin; b < rows_.end; ++b)
+      for (std::int64_t j = out.begin; j < out.end; ++j) p_.h_n[b * out_ + j] = p_.h0[b * out_ + j];
+  }
+
+  T* h(int parity) const { return work_ + at_.h + parity * shape_.batch * out_; }
+  const T* bias(std::int64_t block) const { return work_ + at_.bias + block * width_; }
+
+  // C += x[row...] w_ih^T for one block.
+  void add_input(std::int64_t block, std::int64_t row, int count, T* c, std::int64_t c_stride) {
+    const std::int64_t panel = shape_.input_size * Cell::kGates * at_.unit_block;
+    tile_function<T>(count, Cell::kGates * plan_.unit_vectors)(
+        shape_.input_size, p_.x + row * p_.x_stride, p_.x_stride,
+        work_ + at_.panels_x + block * panel, c, c_stride, columns_x_.at);
+  }
+
+  // gates_x of this rank's blocks for the steps from k on that fit the chunk (at least one);
+  // returns the first step beyond. Only this rank reads them, so nobody waits.
+  std::int64_t project_ahead(std::int64_t k) {
+    std::int64_t end = k, rows = 0;
+    do rows += shape_.step_rows[shape_.step(end++)];
+    while (end < shape_.steps && rows + shape_.step_rows[shape_.step(end)] <= plan_.chunk_rows);
+    const std::int64_t first =
+        shape_.step_offset[shape_.reverse ? shape_.step(end - 1) : shape_.step(k)];
+    chunk_first_row_ = first;
+    for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+      for_each_tile(first, first + rows, tile_height(), [&](std::int64_t row, int count) {
+        T* c = gates_x(block, row);
+        for (int m = 0; m < count; ++m) copy_row(bias(block), c + m * gates_x_stride());
+        add_input(block, row, count, c, gates_x_stride());
+      });
+    }
+    return end;
+  }
+
+  std::int64_t gates_x_stride() const { return at_.unit_blocks * width_; }
+  T* gates_x(std::int64_t block, std::int64_t row) const {
+    return work_ + at_.gates_x + (row - chunk_first_row_) * gates_x_stride() + block * width_;
+  }
+  int tile_height() const { return tile_rows(Cell::kGates * plan_.unit_vectors); }
+  void copy_row(const T* from, T* to) const {
+    for (std::int64_t i = 0; i < width_; i += kLanes) P::load(from + i).store(to + i);
+  }
+
+  void step(std::int64_t t, int parity, bool others_wrote) {
+    const std::int64_t offset = shape_.step_offset[t];
+    const std::int64_t end = std::min(rows_.end, shape_.step_rows[t]);
+    const T* h_before = h(parity);
+    bool waited = !others_wrote;
+    auto wait = [&] {
+      if (!waited) barrier_.wait(rank_, group_first_, plan_.unit_groups);
+      waited = true;
+    };
+    alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
+    const std::int64_t panel = out_ * Cell::kGates * at_.unit_block;
+    for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+      for_each_tile(rows_.begin, end, tile_height(), [&](std::int64_t row, int count) {
+        T* c = scratch;
+        std::int64_t c_stride = width_;
+        if (plan_.input_fused) {
+          for (int m = 0; m < count; ++m) copy_row(bias(block), c + m * width_);
+          add_input(block, offset + row, count, c, width_);
+        } else {
+          c = gates_x(block, offset + row);
+          c_stride = gates_x_stride();
+        }
+        wait();  // the input's share needs nobody: the others' h is awaited after it
+        tile_function<T>(count, Cell::kGates * plan_.unit_vectors)(
+            out_, h_before + row * out_, out_, work_ + at_.panels_h + block * panel, c, c_stride,
+            columns_h_.at);
+        for (int m = 0; m < count; ++m) pointwise(t, block, row + m, parity, c + m * c_stride);
+      });
+    }
+    wait();
+    if (shape_.proj_size > 0) project_state(t, end, parity);
+  }
+
+  // The cell's text on one row of a tile.
+  void pointwise(std::int64_t t, std::int64_t block, std::int64_t b, int parity, const T* c) {
+    const std::int64_t hidden = shape_.hidden_size, row = shape_.step_offset[t] + b;
+    T* h_after = shape_.proj_size > 0 ? work_ + at_.m : h(1 - parity);
+    for (int u = 0; u < plan_.unit_vectors; ++u) {
+      const std::int64_t unit = block * at_.unit_block + u * kLanes;
+      const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
+      if (lanes <= 0) break;
+      P pre[Cell::kPre], state0[2] = {}, saved[Cell::kSaved + 1], state1[2];
+      for (int q = 0; q < Cell::kPre; ++q) pre[q] = P::load(c + q * at_.unit_block + u * kLanes);
+      if constexpr (Cell::kReadsH0)  // such cells have no projection: R = H
+        state0[0] = P::load(h(parity) + b * hidden + unit, lanes);
+      if constexpr (Cell::kStates == 2) state0[1] = P::load(p_.c_n + b * hidden + unit, lanes);
+      Cell::forward(pre, state0, saved, state1);
+      state1[0].store(h_after + b * hidden + unit, lanes);
+      if constexpr (Cell::kStates == 2) state1[1].store(p_.c_n + b * hidden + unit, lanes);
+      if (Cell::kSaved > 0 && p_.saved != nullptr) {
+        T* to = p_.saved + row * Cell::kSaved * hidden + unit;
+        for (int s = 0; s < Cell::kSaved; ++s) saved[s].store(to + s * hidden, lanes);
+      }
+      if (shape_.proj_size == 0) put_output(t, b, unit, lanes, state1[0]);
+    }
+  }
+
+  // h' goes into y, and into h_n at a sequence's last step.
+  void put_output(std::int64_t t, std::int64_t b, std::int64_t unit, std::int64_t lanes, P h_new) {
+    h_new.store(p_.y + (shape_.step_offset[t] + b) * p_.y_stride + unit, lanes);
+    if (b >= shape_.first_ending_row(t)) h_new.store(p_.h_n + b * out_ + unit, lanes);
+  }
+
+  // h' = m w_hr^T once all of m is there.
+  void project_state(std::int64_t t, std::int64_t end, int parity) {
+    barrier_.arrive(rank_);
+    barrier_.wait(rank_, group_first_, plan_.unit_groups);
+    static constexpr int kZero[] = {0};
+    const Columns columns(kZero, 1, plan_.back_vectors, kLanes);
+    alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
+    const std::int64_t hidden = shape_.hidden_size;
+    for (std::int64_t block = proj_blocks_.begin; block < proj_blocks_.end; ++block) {
+      for_each_tile(rows_.begin, end, tile_rows(plan_.back_vectors),
+                    [&](std::int64_t row, int count) {
+                      for (std::int64_t i = 0; i < count * at_.proj_block; ++i) scratch[i] = T(0);
+                      tile_function<T>(count, plan_.back_vectors)(
+                          hidden, work_ + at_.m + row * hidden, hidden,
+                          work_ + at_.panels_p + block * at_.proj_block * hidden, scratch,
+                          at_.proj_block, columns.at);
+                      for (int m = 0; m < count; ++m) {
+                        for (int u = 0; u < plan_.back_vectors; ++u) {
+                          const std::int64_t unit = block * at_.proj_block + u * kLanes;
+                          const std::int64_t lanes = std::min<std::int64_t>(kLanes, out_ - unit);
+                          if (lanes <= 0) break;
+                          const P h_new = P::load(scratch + m * at_.proj_block + u * kLanes);
+                          h_new.store(h(1 - parity) + (row + m) * out_ + unit, lanes);
+                          put_output(t, row + m, unit, lanes, h_new);
+                        }
+                      }
+                    });
+    }
+  }
+
+  const LayerForward<T, T>& p_;
+  const LayerShape& shape_;
+  const Plan& plan_;
+  const ForwardLayout& at_;
+  T* const work_;
+  Barrier& barrier_;
+  const int rank_, group_first_;
+  const Share rows_, blocks_, proj_blocks_;
+  const std::int64_t out_;    // R
+  const std::int64_t width_;  // Q*U: a row of a tile
+  const Columns columns_x_, columns_h_;
+  std::int64_t chunk_first_row_ = 0;
+};

@@ -1,0 +1,29 @@
+// Everything above, instantiated for every cell and type: one instruction set's row of the
+// dispatch.
+
+template <class Cell, class T>
+void forward_rank(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
+                  T* workspace, Barrier& barrier, int rank) {
+  ForwardWalk<Cell, T>(problem, plan, layout, workspace, barrier, rank).run();
+}
+
+template <class Cell, class T>
+void backward_rank(const LayerBackward<T, T>& problem, const Plan& plan,
+                   const BackwardLayout& layout, T* workspace, Barrier& barrier, int rank) {
+  BackwardWalk<Cell, T>(problem, plan, layout, workspace, barrier, rank).run();
+}
+
+template <class T>
+constexpr Walks<T> walks() {
+  return {{
+#define FASTRNN_CELL(kind, name, type) {forward_rank<type, T>, backward_rank<type, T>},
+      FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+  }};
+}
+
+#define FASTRNN_TEXT_OF(name) #name
+#define FASTRNN_TEXT(name) FASTRNN_TEXT_OF(name)
+extern const Isa kIsa;
+const Isa kIsa = {FASTRNN_TEXT(FASTRNN_ISA), FASTRNN_VECTOR_BYTES, tile_rows(2), walks<float>(),
+                  walks<double>()};

@@ -1,0 +1,124 @@
+// The microkernel: a tile of C += A B in registers.
+//
+//        k ->                   columns of one panel: n vectors of V lanes
+//   A  [m rows]  *  panel [K][n*V] (contiguous)   +->  C [m rows], its vector i at column[i]
+//
+// Per k it loads n vectors of the panel and broadcasts m values of A for m*n multiply-adds. C is
+// memory (a scratch tile in L1, or a buffer), so whoever comes next, the cell's pointwise text or
+// another product, finds all gates of its units side by side. column[] lets the two products of a
+// GRU add into different columns (r,z,xn and r,z,hn).
+
+// Rows of a tile of n vectors: accumulators, one vector of B and a broadcast must fit the
+// registers.
+constexpr int tile_rows(int n) {
+#if FASTRNN_REGISTERS >= 32
+  return n == 1 ? 12 : n == 2 ? 12 : n == 3 ? 8 : 6;
+#else
+  return n == 1 ? 6 : n == 2 ? 6 : n == 3 ? 4 : 3;
+#endif
+}
+constexpr int kTileVectors = 4;
+constexpr int kTileRows = 12;
+
+// Independent accumulator chains along K, so that small tiles do not wait for the adder.
+constexpr int tile_chains(int m, int n) { return m * n >= 8 ? 1 : m * n >= 4 ? 2 : 4; }
+
+template <class T>
+using TileFunction = void (*)(std::int64_t k_count, const T* a, std::int64_t a_stride,
+                              const T* panel, T* c, std::int64_t c_stride, const int* column);
+
+template <class T, int M, int N>
+void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* panel, T* c,
+          std::int64_t c_stride, const int* column) {
+  using P = Pack<T>;
+  using Vector = typename P::Vector;
+  constexpr int V = P::kLanes;
+  constexpr int kChains = tile_chains(M, N);
+  Vector sum[kChains][M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      sum[0][m][n] = P::load(c + m * c_stride + column[n]).v;
+#pragma GCC unroll 16
+      for (int chain = 1; chain < kChains; ++chain) sum[chain][m][n] = Vector{};
+    }
+  }
+  const T* row[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) row[m] = a + m * a_stride;
+
+  std::int64_t k = 0;
+  for (; k + kChains <= k_count; k += kChains) {
+#pragma GCC unroll 16
+    for (int chain = 0; chain < kChains; ++chain) {
+      Vector b[N];
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) b[n] = P::load(panel + (k + chain) * (N * V) + n * V).v;
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vector value = P(row[m][k + chain]).v;
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sum[chain][m][n] += value * b[n];
+      }
+    }
+  }
+  if constexpr (kChains > 1) {
+    for (; k < k_count; ++k) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vector value = P(row[m][k]).v;
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sum[0][m][n] += value * P::load(panel + k * (N * V) + n * V).v;
+      }
+    }
+  }
+
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      Vector total = sum[0][m][n];
+#pragma GCC unroll 16
+      for (int chain = 1; chain < kChains; ++chain) total += sum[chain][m][n];
+      P(total).store(c + m * c_stride + column[n]);
+    }
+  }
+}
+
+// tile<T, m, n> for m = 1 ... tile_rows(n).
+template <class T, int N, std::size_t... M>
+constexpr std::array<TileFunction<T>, sizeof...(M)> tile_table(std::index_sequence<M...>) {
+  return {{tile<T, int(M) + 1, N>...}};
+}
+
+template <class T>
+FASTRNN_INLINE TileFunction<T> tile_function(int m, int n) {
+  static constexpr auto kOne = tile_table<T, 1>(std::make_index_sequence<tile_rows(1)>{});
+  static constexpr auto kTwo = tile_table<T, 2>(std::make_index_sequence<tile_rows(2)>{});
+  static constexpr auto kThree = tile_table<T, 3>(std::make_index_sequence<tile_rows(3)>{});
+  static constexpr auto kFour = tile_table<T, 4>(std::make_index_sequence<tile_rows(4)>{});
+  switch (n) {
+    case 1:
+      return kOne[m - 1];
+    case 2:
+      return kTwo[m - 1];
+    case 3:
+      return kThree[m - 1];
+    default:
+      return kFour[m - 1];
+  }
+}
+
+// Calls each(first, count) for the tiles of rows [begin, end): as few as fit, of even heights.
+template <class Each>
+FASTRNN_INLINE void for_each_tile(std::int64_t begin, std::int64_t end, int most, Each&& each) {
+  const std::int64_t rows = end - begin;
+  if (rows <= 0) return;
+  const std::int64_t tiles = (rows + most - 1) / most;
+  for (std::int64_t i = 0, first = begin; i < tiles; ++i) {
+    const std::int64_t count = rows / tiles + (i < rows % tiles ? 1 : 0);
+    each(first, int(count));
+    first += count;
+  }
+}

@@ -1,0 +1,55 @@
+// What an instruction set offers to the schedules, and the macros an isa_*.cpp needs before it
+// includes the generic text in its own namespace.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "kernels.h"
+#include "layout.h"
+#include "team.h"
+
+#define FASTRNN_INLINE inline __attribute__((always_inline))
+
+namespace fastrnn::cpu {
+
+constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));
+
+template <class T>
+struct Walk {
+  void (*forward)(const LayerForward<T, T>&, const Plan&, const ForwardLayout&, T* workspace,
+                  Barrier&, int rank);
+  void (*backward)(const LayerBackward<T, T>&, const Plan&, const BackwardLayout&, T* workspace,
+                   Barrier&, int rank);
+};
+
+template <class T>
+struct Walks {
+  Walk<T> of[kCellCount];  // by CellKind
+};
+
+struct Isa {
+  const char* name;
+  int vector_bytes;
+  int rows_of_two;  // height of a tile of two vectors
+  Walks<float> walks_float;
+  Walks<double> walks_double;
+
+  template <class T>
+  const Walk<T>& walk(CellKind cell) const {
+    if constexpr (sizeof(T) == 4) {
+      return walks_float.of[int(cell)];
+    } else {
+      return walks_double.of[int(cell)];
+    }
+  }
+};
+
+// The one in use (dispatch.cpp).
+const Isa& isa();
+
+}  // namespace fastrnn::cpu

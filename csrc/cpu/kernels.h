@@ -1,0 +1,59 @@
+// The CPU's kernels as the layers above see them: plans, capabilities, and one call a layer and
+// direction. No torch in here; the caller brings its thread pool as a function.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../problem.h"
+
+#define FASTRNN_EXPORT __attribute__((visibility("default")))
+
+namespace fastrnn::cpu {
+
+// How a layer will be walked through time (plan.cpp has the rules).
+struct Plan {
+  const char* isa;   // name of the instruction set in use
+  int vector_lanes;  // values of the dtype in one vector
+  int threads;       // ranks that walk together: row_groups * unit_groups
+  int row_groups;    // the batch is cut in so many parts, which never wait for each other,
+  int unit_groups;   // and within one the hidden units are cut in so many, with a barrier a step
+  int unit_vectors;  // vectors of hidden units in a forward block
+  int back_vectors;  // the same for the products of backward and of projections
+  bool input_fused;  // x_t w_ih^T inside the step (true), or for many steps ahead (false)
+  std::int64_t chunk_rows;  // rows of x that are projected ahead at a time, if not fused
+};
+
+enum class Pass { kForward, kBackward };
+
+FASTRNN_EXPORT Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads);
+
+// Instruction sets compiled into this library that this machine runs, worst first.
+FASTRNN_EXPORT std::vector<std::string> available_isas();
+// The one in use: FASTRNN_ISA at first use, else the best there is.
+FASTRNN_EXPORT std::string isa_in_use();
+// Forces one; "" goes back to the choice at first use. False if it is not available.
+FASTRNN_EXPORT bool set_isa(const std::string& name);
+// All that were compiled in.
+FASTRNN_EXPORT std::vector<std::string> compiled_isas();
+
+// An upper bound for the threads of every call: FASTRNN_THREADS at first use; 0 is no bound.
+FASTRNN_EXPORT int max_threads();
+FASTRNN_EXPORT void set_max_threads(int threads);
+
+// Runs body over [0, n) in pieces, several at once where it can: piece 0 on the calling thread.
+// It is asked for n pieces of length 1 and may give fewer, longer ones (at::parallel_for does
+// this).
+using ParallelFor = void (*)(std::int64_t n, void (*body)(std::int64_t, std::int64_t, void*),
+                             void* context);
+
+// The whole sequence, forward or backward, of one direction of one layer. T: float or double.
+template <class T>
+FASTRNN_EXPORT void forward(const LayerForward<T, T>& problem, int threads,
+                            ParallelFor parallel_for);
+template <class T>
+FASTRNN_EXPORT void backward(const LayerBackward<T, T>& problem, int threads,
+                             ParallelFor parallel_for);
+
+}  // namespace fastrnn::cpu

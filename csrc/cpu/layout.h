@@ -1,0 +1,89 @@
+// Where everything lies in the workspace of a call: plain arithmetic on sizes, shared by the code
+// that allocates it and the instruction sets' code that fills it. Offsets are in elements of T.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace fastrnn::cpu {
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// [begin, end) of the part-th of `parts` nearly equal shares of [0, count).
+struct Share {
+  std::int64_t begin, end;
+  Share(std::int64_t count, int part, int parts)
+      : begin(count * part / parts), end(count * (part + 1) / parts) {}
+  std::int64_t size() const { return end - begin; }
+};
+
+// Parts of the workspace start at cache lines.
+class Carver {
+ public:
+  std::int64_t take(std::int64_t elements) {
+    const std::int64_t at = size_;
+    size_ += divide_up(elements, kLine) * kLine;
+    return at;
+  }
+  std::int64_t size() const { return size_; }
+
+ private:
+  static constexpr std::int64_t kLine = 32;  // elements: at least 128 bytes
+  std::int64_t size_ = 0;
+};
+
+struct ForwardLayout {
+  std::int64_t unit_block, unit_blocks;  // U hidden units, ceil(H / U)
+  std::int64_t proj_block, proj_blocks;  // the same for the P units of a projection
+  std::int64_t panels_x;                 // [unit_blocks, I, G*U]
+  std::int64_t panels_h;                 // [unit_blocks, R, G*U]
+  std::int64_t panels_p;                 // [proj_blocks, H, proj_block]
+  std::int64_t bias;                     // [unit_blocks, Q*U]
+  std::int64_t h;                        // [2, B, R]  h of the last step and of this one
+  std::int64_t m;                        // [B, H]     h before projection
+  std::int64_t gates_x;  // [chunk_rows, unit_blocks, Q*U]  pre-activations projected ahead
+  std::int64_t size;
+
+  ForwardLayout(const LayerShape& shape, const Plan& plan) {
+    const CellInfo& cell = cell_info(shape.cell);
+    const bool projected = shape.proj_size > 0;
+    unit_block = std::int64_t(plan.unit_vectors) * plan.vector_lanes;
+    unit_blocks = divide_up(shape.hidden_size, unit_block);
+    proj_block = std::int64_t(plan.back_vectors) * plan.vector_lanes;
+    proj_blocks = divide_up(shape.proj_size, proj_block);
+    Carver carver;
+    panels_x = carver.take(unit_blocks * shape.input_size * cell.gates * unit_block);
+    panels_h = carver.take(unit_blocks * shape.output_size() * cell.gates * unit_block);
+    panels_p = carver.take(proj_blocks * shape.hidden_size * proj_block);
+    bias = carver.take(unit_blocks * cell.pre * unit_block);
+    h = carver.take(2 * shape.batch * shape.output_size());
+    m = carver.take(projected ? shape.batch * shape.hidden_size : 0);
+    gates_x =
+        carver.take(plan.input_fused ? 0 : plan.chunk_rows * unit_blocks * cell.pre * unit_block);
+    size = carver.size();
+  }
+};
+
+struct BackwardLayout {
+  std::int64_t out_block, out_blocks;    // units of h (R of them) a block
+  std::int64_t unit_block, unit_blocks;  // hidden units a block, with a projection
+  std::int64_t panels_h;                 // [out_blocks, G*H, out_block]
+  std::int64_t panels_p;                 // [unit_blocks, P, unit_block]
+  std::int64_t carry;  // [B, out_blocks*out_block]  the gradient at h that the steps hand on
+  std::int64_t size;
+
+  BackwardLayout(const LayerShape& shape, const Plan& plan) {
+    const CellInfo& cell = cell_info(shape.cell);
+    out_block = unit_block = std::int64_t(plan.back_vectors) * plan.vector_lanes;
+    out_blocks = divide_up(shape.output_size(), out_block);
+    unit_blocks = shape.proj_size > 0 ? divide_up(shape.hidden_size, unit_block) : 0;
+    Carver carver;
+    panels_h = carver.take(out_blocks * cell.gates * shape.hidden_size * out_block);
+    panels_p = carver.take(unit_blocks * shape.proj_size * unit_block);
+    carry = carver.take(shape.batch * out_blocks * out_block);
+    size = carver.size();
+  }
+};
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,83 @@
+// How a layer's shape becomes a plan.
+#include "plan.h"
+
+namespace fastrnn::cpu {
+namespace {
+
+// Weights that the time loop walks over at each step: backward leaves those of the input to the
+// products after the loop.
+std::int64_t step_weights(const LayerShape& shape, Pass pass) {
+  const std::int64_t inputs = pass == Pass::kForward ? shape.input_size : 0;
+  return cell_info(shape.cell).gates * shape.hidden_size * (inputs + shape.output_size()) +
+         shape.proj_size * shape.hidden_size;
+}
+
+}  // namespace
+
+// As many as have work enough in a step.
+int pick_threads(const LayerShape& shape, Pass pass, int max_threads) {
+  const std::int64_t step_work =
+      step_weights(shape, pass) * std::max<std::int64_t>(shape.batch, 1) + 1;
+  if (step_work * std::max<std::int64_t>(shape.steps, 1) < kMinCallWork) return 1;
+  return int(
+      std::clamp<std::int64_t>(step_work / kMinStepWork, 1, std::min(max_threads, kMaxTeam)));
+}
+
+// The batch is cut between the threads (no barrier at all, each walks all weights) where the
+// weights fit the core's own cache and every thread still fills its tiles with rows; else the units
+// are cut.
+int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
+                    int threads) {
+  const bool cached = step_weights(shape, pass) * element_bytes <= kPrivateCacheBytes;
+  const std::int64_t vectors = divide_up(shape.hidden_size, isa.vector_bytes / element_bytes);
+  const std::int64_t rows = shape.batch / threads;
+  if (rows >= 1 && (vectors < threads || (cached && rows >= isa.rows_of_two))) return threads;
+  return 1;
+}
+
+// Vectors of units in a block: the widest block (fewest loads a multiply-add) that leaves the
+// groups evenly loaded, to within an eighth of the best balance.
+int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups) {
+  const std::int64_t vectors = std::max<std::int64_t>(divide_up(units, lanes), 1);
+  auto heaviest = [&](int width) {  // vectors of the most loaded group
+    return divide_up(divide_up(vectors, width), groups) * width;
+  };
+  int best = 1;
+  for (int width : {2, 4})
+    if (width * gates <= 4 && heaviest(width) * 8 <= heaviest(1) * 9) best = width;
+  return best;
+}
+
+// x_t w_ih^T goes into the step's own tile where rows enough share the weights and they stay
+// cached.
+bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups) {
+  if (row_groups > 1) return true;  // rows ahead of time are not contiguous for a part of the batch
+  return shape.batch >= kFusedBatch &&
+         step_weights(shape, Pass::kForward) * element_bytes <= kSharedCacheBytes;
+}
+
+Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
+                   int max_threads) {
+  Plan plan{};
+  plan.isa = isa.name;
+  plan.vector_lanes = isa.vector_bytes / element_bytes;
+  plan.threads = pick_threads(shape, pass, max_threads);
+  plan.row_groups = pick_row_groups(shape, pass, isa, element_bytes, plan.threads);
+  plan.unit_groups = plan.threads / plan.row_groups;
+  const int gates = cell_info(shape.cell).gates;
+  plan.unit_vectors =
+      pick_unit_vectors(shape.hidden_size, plan.vector_lanes, gates, plan.unit_groups);
+  plan.back_vectors =
+      pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
+  plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups);
+  // A hundred rows or so reuse each loaded weight well, and their gates stay in the cache.
+  plan.chunk_rows = std::max<std::int64_t>(shape.batch, shape.batch > 16 ? 4 * shape.batch : 96);
+  return plan;
+}
+
+Plan alone(Plan plan) {
+  plan.threads = plan.row_groups = plan.unit_groups = 1;
+  return plan;
+}
+
+}  // namespace fastrnn::cpu

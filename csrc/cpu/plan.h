@@ -1,0 +1,33 @@
+// The rules by which a layer's shape becomes a plan, each one function so that each can be tested.
+#pragma once
+
+#include "isa.h"
+
+namespace fastrnn::cpu {
+
+// A rank earns its keep if a step gives it at least this many multiply-adds: below, meeting the
+// others at the barrier costs more than the work they take over.
+constexpr std::int64_t kMinStepWork = 8192;
+// And the whole call must be worth waking the pool (about a microsecond).
+constexpr std::int64_t kMinCallWork = 100'000;
+// Weights that stay in a core's own cache are cheap to walk again for other rows; larger ones are
+// not.
+constexpr std::int64_t kPrivateCacheBytes = 512 * 1024;
+// Beyond this, streaming w_ih anew each step is dearer than keeping pre-activations.
+constexpr std::int64_t kSharedCacheBytes = 24 * 1024 * 1024;
+// From this batch on, rows enough share each weight that is loaded: the input product joins the
+// step.
+constexpr std::int64_t kFusedBatch = 4;
+
+int pick_threads(const LayerShape& shape, Pass pass, int max_threads);
+int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
+                    int threads);
+int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups);
+bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups);
+
+Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
+                   int max_threads);
+// The same for one thread: what a team does that was granted no others.
+Plan alone(Plan plan);
+
+}  // namespace fastrnn::cpu

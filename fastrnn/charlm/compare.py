@@ -1,0 +1,279 @@
+"""The same training twice: with `fastrnn` and with `torch.nn`, step for step.
+
+Both start from the same weights and see the same batches. They run in turns, a block of steps
+each, and who goes first alternates, so that a machine that slows down slows down both:
+
+    fastrnn 1-10 | torch 1-10 | torch 11-20 | fastrnn 11-20 | fastrnn 21-30 | ...
+
+The speed ratio is the median over blocks of the ratio of two neighbours' times: training steps
+only, no evaluation, no sampling, no start-up, and without the first steps, which warm up.
+
+How far may two exact programs differ? Rounding alone makes any two orders of summation drift
+apart. The judge is a third run of the first steps, `torch.nn` in float64: `fastrnn` agrees to
+rounding if it is no further from it than twice as far as `torch.nn` in float32 is (or within
+`FLOOR`).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from .checkpoint import write_atomically
+from .config import Config
+from .data import Corpus
+from .model import build_model
+from .plot import Curve, draw, training_curve, validation_curve
+from .train import NATS_TO_BITS, Stop, Trainer, never
+
+FIRST_STEPS: Final = 20  # which must agree to rounding
+WARM_UP_STEPS: Final = 10  # whose times do not count
+FLOOR: Final = 1e-5  # bits per character
+NAMES: Final = ("fastrnn", "torch.nn")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Times of the same steps in both trainings, in seconds."""
+
+    first_step: int
+    steps: int
+    fastrnn: float
+    torch: float
+
+
+@dataclass
+class Pair:
+    """Two trainings that take turns.
+
+    Attributes:
+        fastrnn: the training with `fastrnn`'s modules.
+        torch: the one with `torch.nn`'s, from the same weights.
+        blocks: the times so far.
+    """
+
+    fastrnn: Trainer
+    torch: Trainer
+    blocks: list[Block] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, config: Config, corpus: Corpus) -> Pair:
+        """Two new trainings from the same weights."""
+        fastrnn = Trainer(config.changed({"backend": "fastrnn"}), corpus)
+        torch_config = config.changed({"backend": "torch"})
+        model = build_model(len(corpus.vocabulary), torch_config)
+        model.load_state_dict(fastrnn.model.state_dict(), strict=True)
+        return cls(fastrnn, Trainer(torch_config, corpus, model))
+
+    @property
+    def main(self) -> Trainer:
+        """The training that is sampled from and saved: `fastrnn`'s."""
+        return self.fastrnn
+
+    def run(self, steps: int, stop: Stop = never) -> None:
+        """Runs a block of steps with both, one after the other; ``stop`` ends both alike."""
+        first, second = (self.fastrnn, self.torch)[:: -1 if len(self.blocks) % 2 else 1]
+        start, before = first.step, (self.fastrnn.seconds, self.torch.seconds)
+        first.run(steps, stop)
+        done = first.step - start
+        second.run(done)
+        self.blocks.append(
+            Block(
+                first_step=start + 1,
+                steps=done,
+                fastrnn=self.fastrnn.seconds - before[0],
+                torch=self.torch.seconds - before[1],
+            )
+        )
+
+    def evaluate(self) -> str:
+        """Measures both validation losses and says them in one line."""
+        self.fastrnn.evaluate()
+        self.torch.evaluate()
+        a, b = self.fastrnn.evaluations[-1], self.torch.evaluations[-1]
+        return (
+            f"training {a.training:.3f} (torch.nn {b.training:.3f}), "
+            f"validation {a.validation:.3f} ({b.validation:.3f}) bits/char, "
+            f"{self.speeds()}"
+        )
+
+    def status(self) -> str:
+        """Loss and speeds of the last steps in one line."""
+        return f"{self.fastrnn.recent_bits():.3f} bits/char, {self.speeds()}"
+
+    def speeds(self) -> str:
+        """Both speeds in words."""
+        return (
+            f"{self.fastrnn.characters_per_second:,.0f} "
+            f"({self.torch.characters_per_second:,.0f}) chars/s"
+        )
+
+
+def referee_losses(pair: Pair, steps: int, stop: Stop = never) -> list[float]:
+    """Losses (nats) of the first steps with `torch.nn` in float64, from the pair's weights.
+
+    The pair must not have been trained yet.
+    """
+    model = build_model(len(pair.torch.corpus.vocabulary), pair.torch.config)
+    model.load_state_dict(pair.torch.model.state_dict(), strict=True)
+    referee = Trainer(pair.torch.config, pair.torch.corpus, model.double())
+    referee.run(steps, stop)
+    return referee.losses
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two trainings showed; losses and differences in bits per character.
+
+    Attributes:
+        steps: number of steps that both made.
+        first_steps: how many of them count as the first.
+        first_difference: largest difference of the two losses in the first steps.
+        largest_difference: the same over all steps.
+        fastrnn_error: largest distance from the float64 run in the first steps, if there is one.
+        torch_error: the same of `torch.nn`.
+        speed_ratio: how many times faster `fastrnn` trains; None if too few steps were timed.
+        fastrnn_speed: characters per second over the timed steps.
+        torch_speed: the same of `torch.nn`.
+        rows: (step, loss with `fastrnn`, loss with `torch.nn`) at some steps.
+        validation: the same for the validation loss.
+    """
+
+    steps: int
+    first_steps: int
+    first_difference: float
+    largest_difference: float
+    fastrnn_error: float | None
+    torch_error: float | None
+    speed_ratio: float | None
+    fastrnn_speed: float
+    torch_speed: float
+    rows: list[tuple[int, float, float]]
+    validation: list[tuple[int, float, float]]
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the first steps agree to rounding; None without a float64 run."""
+        if self.fastrnn_error is None or self.torch_error is None:
+            return None
+        return self.fastrnn_error <= max(2 * self.torch_error, FLOOR)
+
+    def lines(self) -> list[str]:
+        """The comparison for people."""
+        lines = ["", "loss in bits per character, from the same weights on the same batches:"]
+        lines.append(f"{'step':>10}  {'fastrnn':>10}  {'torch.nn':>10}  {'difference':>10}")
+        for step, a, b in self.rows:
+            lines.append(f"{step:>10,}  {a:>10.6f}  {b:>10.6f}  {abs(a - b):>10.1e}")
+        lines.append(f"{'validation':>10}")
+        for step, a, b in self.validation:
+            lines.append(f"{step:>10,}  {a:>10.6f}  {b:>10.6f}  {abs(a - b):>10.1e}")
+        lines.append(
+            f"largest difference in the first {self.first_steps} steps: "
+            f"{self.first_difference:.1e}, in all {self.steps:,} steps: "
+            f"{self.largest_difference:.1e} bits/char"
+        )
+        if self.fastrnn_error is not None and self.torch_error is not None:
+            verdict = (
+                "they agree to float rounding"
+                if self.agrees
+                else "they DIFFER BY MORE than float rounding explains"
+            )
+            lines.append(
+                f"against the same first steps in float64: fastrnn is off by at most "
+                f"{self.fastrnn_error:.1e}, torch.nn by {self.torch_error:.1e}: {verdict}"
+            )
+        lines.append(
+            f"training speed: fastrnn {self.fastrnn_speed:,.0f}, "
+            f"torch.nn {self.torch_speed:,.0f} characters/s"
+        )
+        if self.speed_ratio is None:
+            lines.append(f"too few steps to compare the speed (the first {WARM_UP_STEPS} warm up)")
+        else:
+            lines.append(
+                f"fastrnn trains {self.speed_ratio:.2f} times as fast as torch.nn "
+                "(median over alternating blocks of steps, training time only)"
+            )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain data."""
+        return {**vars(self), "agrees": self.agrees}
+
+
+def compare(pair: Pair, referee: Sequence[float] = ()) -> Comparison:
+    """Compares two trainings as far as both have come.
+
+    Args:
+        pair: the trainings.
+        referee: `referee_losses`; empty where dropout makes a float64 run another training.
+    """
+    a = [loss * NATS_TO_BITS for loss in pair.fastrnn.losses]
+    b = [loss * NATS_TO_BITS for loss in pair.torch.losses]
+    steps = min(len(a), len(b))
+    first = min(FIRST_STEPS, steps)
+    judge = [loss * NATS_TO_BITS for loss in referee[:first]]
+    timed = [block for block in pair.blocks if block.steps and block.first_step > WARM_UP_STEPS]
+    characters = sum(block.steps for block in timed) * pair.fastrnn.config.characters_per_step
+    return Comparison(
+        steps=steps,
+        first_steps=first,
+        first_difference=largest_difference(a[:first], b[:first]),
+        largest_difference=largest_difference(a, b),
+        fastrnn_error=largest_difference(a, judge) if judge else None,
+        torch_error=largest_difference(b, judge) if judge else None,
+        speed_ratio=(
+            statistics.median(block.torch / block.fastrnn for block in timed) if timed else None
+        ),
+        fastrnn_speed=characters / sum(block.fastrnn for block in timed) if timed else 0.0,
+        torch_speed=characters / sum(block.torch for block in timed) if timed else 0.0,
+        rows=[(step, a[step - 1], b[step - 1]) for step in shown_steps(steps)],
+        validation=[
+            (x.step, x.validation, y.validation)
+            for x, y in zip(pair.fastrnn.evaluations, pair.torch.evaluations, strict=False)
+        ],
+    )
+
+
+def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """The largest |a_i - b_i| as far as both go; 0 if there is none."""
+    return max((abs(x - y) for x, y in zip(a, b, strict=False)), default=0.0)
+
+
+def shown_steps(steps: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... and the last."""
+    shown = [lead * 10**power for power in range(10) for lead in (1, 2, 5)]
+    return [*(step for step in shown if step < steps), steps] if steps else []
+
+
+def save_comparison(folder: Path, pair: Pair, comparison: Comparison) -> None:
+    """Writes ``compare.json`` and the picture ``loss.png``.
+
+    Raises:
+        TrainingError: a file cannot be written.
+    """
+    data = json.dumps(comparison.to_json(), indent=1) + "\n"
+    write_atomically(folder / "compare.json", data.encode())
+    trainers = (pair.fastrnn, pair.torch)
+    names = tuple(zip(NAMES, trainers, strict=True))
+    draw(
+        folder / "loss.png",
+        f"fastrnn charlm --compare, {pair.fastrnn.config.cell}: the same training twice",
+        [training_curve(f"training, {name}", trainer.losses) for name, trainer in names],
+        [validation_curve(f"validation, {name}", trainer) for name, trainer in names],
+        speed_curves(pair),
+    )
+
+
+def speed_curves(pair: Pair) -> list[Curve]:
+    """Characters per second of each timed block, for both trainings."""
+    timed = [block for block in pair.blocks if block.steps and block.first_step > WARM_UP_STEPS]
+    size = pair.fastrnn.config.characters_per_step
+    x = [block.first_step + (block.steps - 1) / 2 for block in timed]
+    return [
+        Curve(NAMES[0], x, [block.steps * size / block.fastrnn for block in timed]),
+        Curve(NAMES[1], x, [block.steps * size / block.torch for block in timed]),
+    ]

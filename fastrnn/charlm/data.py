@@ -1,0 +1,315 @@
+"""Text, its vocabulary, and the parallel streams that truncated BPTT walks along.
+
+    the text          a b c d e f g h i j k l m ...
+    B = 3 streams     a b c d | e f g h | i j k l          stream b starts at b * S
+    step k            columns k*T .. (k+1)*T of every stream; targets are one further
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+import stat
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .errors import DataError
+
+STANDARD_LIBRARY_LIMIT: Final = 4_000_000  # characters; one pass of the default run
+RARE: Final = 100_000  # a character seen less often than once in so many is unknown
+VALIDATION_FRACTION: Final = 0.05
+VALIDATION_LIMIT: Final = 100_000  # characters; an evaluation stays a matter of a second
+
+# Not prose of programs: tests, other people's packages, tables that scripts generated.
+_SKIPPED_FOLDERS: Final = frozenset(
+    "__pycache__ dist-packages encodings idle_test pydoc_data site-packages test tests".split()
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it comes from.
+
+    ``files`` are the user's files, empty for the standard library.
+    """
+
+    content: str
+    description: str
+    files: tuple[str, ...] = ()
+    encoding: str = "utf-8"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text, so that a resumed run can tell that it reads the same one."""
+        return hashlib.sha256(self.content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_files(paths: Sequence[str | os.PathLike[str]], encoding: str = "utf-8") -> Text:
+    """The given files, one after the other.
+
+    Args:
+        paths: text files.
+        encoding: what decodes them; line ends become ``\\n`` and a byte order mark goes.
+
+    Raises:
+        DataError: the encoding does not exist, or a file is missing, a folder, not readable,
+            empty, binary, or not text in this encoding.
+    """
+    try:
+        encoding = codecs.lookup(encoding).name
+        "".encode(encoding)
+    except (LookupError, ValueError) as error:
+        raise DataError(f"--encoding {encoding!r} is not a text encoding Python knows") from error
+    parts = [_read_file(Path(path), encoding) for path in paths]
+    names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
+    plural = "file" if len(paths) == 1 else "files"
+    return Text(
+        content="".join(parts),
+        description=f"{len(paths)} {plural} ({names})",
+        files=tuple(str(Path(path).absolute()) for path in paths),
+        encoding=encoding,
+    )
+
+
+def _read_file(path: Path, encoding: str) -> str:
+    try:
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            raise DataError(f"{path}: is a folder, not a text file")
+        if not stat.S_ISREG(kind):
+            raise DataError(f"{path}: is not a regular file")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"{path}: cannot be read ({reason})") from error
+    if not data:
+        raise DataError(f"{path}: is empty")
+    if encoding == "utf-8" and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: is UTF-16, not UTF-8, text (give --encoding utf-16)")
+    try:
+        text = data.decode(encoding)
+    except UnicodeError as error:
+        if encoding == "utf-8" and b"\0" in data:
+            raise DataError(f"{path}: is a binary file, not text") from error
+        where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        raise DataError(
+            f"{path}: is not {encoding} text{where}, give its --encoding"
+        ) from error
+    if "\0" in text:
+        raise DataError(f"{path}: is a binary file, not text")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def standard_library_files(root: Path) -> list[Path]:
+    """Python sources below ``root`` without tests, installed packages and generated tables.
+
+    The order is fixed but mixed (by a checksum of the relative path), so that the first few
+    million characters and the held-out end both come from all over the library.
+    """
+    found: list[tuple[int, str]] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        for name in names:
+            if name.endswith(".py"):
+                relative = Path(folder, name).relative_to(root).as_posix()
+                found.append((zlib.crc32(relative.encode("utf-8", "surrogateescape")), relative))
+    return [root / relative for _, relative in sorted(found)]
+
+
+def read_standard_library(limit: int = STANDARD_LIBRARY_LIMIT, root: Path | None = None) -> Text:
+    """The Python source of the running interpreter's standard library.
+
+    Args:
+        limit: stops at the end of the file that reaches so many characters.
+        root: another folder to read, for tests.
+
+    Raises:
+        DataError: there is no source (an interpreter that ships compiled files only).
+    """
+    folder = Path(sysconfig.get_path("stdlib")) if root is None else root
+    paths = standard_library_files(folder)
+    parts: list[str] = []
+    used = 0
+    for path in paths:
+        if used >= limit:
+            break
+        try:
+            part = _read_file(path, "utf-8")
+        except DataError:  # an empty __init__.py, a source in another encoding
+            continue
+        parts.append(part)
+        used += len(part)
+    if not parts:
+        raise DataError(
+            f"{folder}: holds no Python source of the standard library, give --text FILE"
+        )
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    return Text(
+        content="".join(parts),
+        description=(
+            f"the Python {version} standard library, {len(parts)} of its {len(paths)} files "
+            f"(up to {limit:,} characters, without tests)"
+        ),
+    )
+
+
+class Vocabulary:
+    """The characters a model knows, numbered from 1; number 0 stands for every other one.
+
+    Args:
+        characters: distinct single characters.
+    """
+
+    UNKNOWN: Final = 0
+    UNKNOWN_SYMBOL: Final = "\ufffd"
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = tuple(characters)
+        if len(set(self.characters)) != len(self.characters) or any(
+            len(character) != 1 for character in self.characters
+        ):
+            raise DataError("a vocabulary needs distinct single characters")
+        codes = torch.tensor([ord(character) for character in self.characters], dtype=torch.int64)
+        self._table = torch.zeros(sys.maxunicode + 1, dtype=torch.int32)
+        self._table[codes] = torch.arange(1, len(codes) + 1, dtype=torch.int32)
+
+    @classmethod
+    def of(cls, text: str) -> Vocabulary:
+        """The characters of a text, without those rarer than one in `RARE` characters."""
+        counts = torch.bincount(_code_points(text))
+        least = max(1, len(text) // RARE)
+        return cls(chr(code) for code in torch.nonzero(counts >= least).flatten().tolist())
+
+    def __len__(self) -> int:
+        """Number of symbols, the unknown one included."""
+        return len(self.characters) + 1
+
+    def encode(self, text: str) -> Tensor:
+        """Numbers of a text's characters, int32 [len(text)]."""
+        return self._table[_code_points(text)]
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """The text of numbers; unknown characters show as U+FFFD."""
+        symbols = (self.UNKNOWN_SYMBOL, *self.characters)
+        return "".join(symbols[number] for number in numbers)
+
+
+def _code_points(text: str) -> Tensor:
+    if not text:
+        return torch.empty(0, dtype=torch.int64)
+    data = bytearray(text.encode("utf-32-le", "surrogatepass"))
+    points: Tensor = torch.frombuffer(data, dtype=torch.int32)
+    if sys.byteorder == "big":
+        points = points.view(torch.uint8).view(-1, 4).flip(1).contiguous().view(torch.int32)[:, 0]
+    return points.to(torch.int64)
+
+
+class Streams:
+    """A text cut into parallel streams, served in chunks of consecutive steps.
+
+    Args:
+        numbers: int32 [N], an encoded text.
+        batch_size: B, number of streams.
+        seq_length: T, characters of a chunk.
+        device: where the chunks are wanted.
+
+    Raises:
+        DataError: fewer than B * T + 1 characters.
+    """
+
+    def __init__(
+        self,
+        numbers: Tensor,
+        batch_size: int,
+        seq_length: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        length = (numbers.numel() - 1) // batch_size  # S, characters of a stream
+        if length < seq_length:
+            raise DataError(
+                f"{numbers.numel():,} characters are too few for chunks of "
+                f"{batch_size} x {seq_length}"
+            )
+        self.batch_size = batch_size
+        self.seq_length = seq_length
+        self.chunks = length // seq_length
+        body = numbers[: batch_size * length].view(batch_size, length).t()  # [S,B]
+        end = numbers[length : batch_size * length + 1 : length].unsqueeze(0)  # [1,B]
+        self._rows = torch.cat((body, end)).to(device)  # [S+1,B]
+
+    def chunk(self, index: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a chunk, each int64 [T,B]; chunk 0 starts all streams."""
+        start = index * self.seq_length
+        rows = self._rows[start : start + self.seq_length + 1].long()
+        return rows[:-1], rows[1:]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text ready to train on: its vocabulary, the part to learn from, the part to test on."""
+
+    text: Text
+    vocabulary: Vocabulary
+    training: Streams
+    validation: Streams
+
+    def summary(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the text."""
+        return {
+            "files": list(self.text.files),
+            "encoding": self.text.encoding,
+            "characters": len(self.text.content),
+            "sha256": self.text.digest,
+        }
+
+
+def prepare(
+    text: Text,
+    batch_size: int,
+    seq_length: int,
+    device: torch.device | str = "cpu",
+    vocabulary: Vocabulary | None = None,
+) -> Corpus:
+    """Holds out the end of a text, makes the vocabulary of the rest, and cuts both into streams.
+
+    The held-out part is 5 % of the text, at least one chunk and at most 100,000 characters.
+
+    Args:
+        text: what to train on.
+        batch_size: B, streams of the training part; the held-out part has as many if it can.
+        seq_length: T, characters of a chunk.
+        device: where the chunks are wanted.
+        vocabulary: a given one (of a checkpoint) instead of the text's own.
+
+    Raises:
+        DataError: the text is too short for the batch size and sequence length.
+    """
+    total = len(text.content)
+    held_out = min(int(total * VALIDATION_FRACTION), VALIDATION_LIMIT)
+    held_out = max(held_out, seq_length + 1)
+    needed = batch_size * seq_length + 1 + seq_length + 1
+    if total < needed:
+        name = text.description
+        raise DataError(
+            f"{name}: {total:,} characters are too few, --batch-size {batch_size} and "
+            f"--seq-length {seq_length} need at least {needed:,}"
+        )
+    held_out = min(held_out, total - (batch_size * seq_length + 1))
+    learned, tested = text.content[:-held_out], text.content[-held_out:]
+    vocabulary = vocabulary or Vocabulary.of(learned)
+    streams = max(1, min(batch_size, (held_out - 1) // seq_length))
+    return Corpus(
+        text=text,
+        vocabulary=vocabulary,
+        training=Streams(vocabulary.encode(learned), batch_size, seq_length, device),
+        validation=Streams(vocabulary.encode(tested), streams, seq_length, device),
+    )

@@ -1,0 +1,73 @@
+"""Writing text: the model's own characters fed back to it, one at a time.
+
+    p = softmax(logits / temperature), cut to the top k;  next ~ p
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .data import Vocabulary
+from .model import CharRNN
+
+
+def generate(
+    model: CharRNN,
+    vocabulary: Vocabulary,
+    prime: str,
+    length: int,
+    temperature: float,
+    generator: torch.Generator,
+    top_k: int = 0,
+) -> Iterator[str]:
+    """Yields ``length`` characters that follow ``prime``, one by one.
+
+    The unknown symbol is never drawn; characters of the prime that the model does not know are
+    read as that symbol. The model is left in the mode (training or not) in which it was.
+
+    Args:
+        model: the model.
+        vocabulary: its characters.
+        prime: the text before; an empty one stands for the start of a line.
+        length: how many characters to write.
+        temperature: below 1 likelier, above 1 more surprising; 0 takes the likeliest.
+        generator: CPU random numbers.
+        top_k: draws only among the k likeliest characters; 0 among all.
+    """
+    device = model.decoder.weight.device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            state = model.zero_state(1)
+            x = vocabulary.encode(prime or "\n").long().unsqueeze(1).to(device)  # [T,1]
+            for _ in range(length):
+                logits, state = model(x, state)
+                number = draw(logits[-1, 0].float().cpu(), temperature, generator, top_k)
+                yield vocabulary.decode([number])
+                x = torch.full((1, 1), number, device=device)
+    finally:
+        model.train(was_training)
+
+
+def draw(logits: Tensor, temperature: float, generator: torch.Generator, top_k: int = 0) -> int:
+    """The number of one character, never the unknown symbol.
+
+    Args:
+        logits: [V].
+        temperature: as in `generate`.
+        generator: CPU random numbers.
+        top_k: as in `generate`.
+    """
+    known = logits.clone()
+    known[Vocabulary.UNKNOWN] = -torch.inf
+    if temperature == 0:
+        return int(known.argmax())
+    # The largest logit becomes 0 before the division, so a tiny temperature cannot overflow.
+    known = (known - known.max()) / temperature
+    if 0 < top_k < known.numel():
+        known[known < known.topk(top_k).values[-1]] = -torch.inf
+    return int(torch.multinomial(known.softmax(0), 1, generator=generator))

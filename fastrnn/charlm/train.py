@@ -1,0 +1,321 @@
+"""Training by truncated backpropagation through time.
+
+    state_0 = 0;  for each chunk k:  loss_k, state_{k+1} = model(chunk_k, detach(state_k))
+
+The hidden state runs on from chunk to chunk while gradients stop at the chunk's first step.
+At the end of the streams the text begins again, with a state of zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import schedule
+from .config import Config
+from .data import Corpus, Streams
+from .errors import CheckpointError, TrainingError
+from .model import CharRNN, State, build_model, detach
+
+NATS_TO_BITS: Final = 1 / math.log(2)
+RECENT_STEPS: Final = 50  # the loss shown while training is a mean over so many
+
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses at a step, in bits per character; training is the mean since the last evaluation."""
+
+    step: int
+    training: float
+    validation: float
+    learning_rate: float
+    seconds: float  # of training so far
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return asdict(self)
+
+
+class Runner(Protocol):
+    """What `fit` drives: one `Trainer`, or two side by side."""
+
+    @property
+    def main(self) -> Trainer:
+        """The trainer whose model is sampled from and saved."""
+
+    def run(self, steps: int, stop: Stop) -> None:
+        """Trains for so many steps, fewer if ``stop()`` says so."""
+
+    def evaluate(self) -> str:
+        """Measures the validation loss and says it in one line."""
+
+    def status(self) -> str:
+        """Loss and speed of the last steps in one line."""
+
+
+def never() -> bool:
+    """A ``stop`` that does not."""
+    return False
+
+
+class Trainer:
+    """A model in training: weights, optimizer, hidden state, random numbers and losses.
+
+    Args:
+        config: the options.
+        corpus: what to train on.
+        model: the model to train; by default a new one from the configured seed.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, model: CharRNN | None = None) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.model = build_model(len(corpus.vocabulary), config) if model is None else model
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
+        self.state: State = self.model.zero_state(corpus.training.batch_size)
+        self.losses: list[float] = []  # nats per character, one a step
+        self.evaluations: list[Evaluation] = []
+        self.seconds = 0.0  # spent in training steps only
+        self._cuda = torch.device(config.device).type == "cuda"
+        self._random: list[Tensor] = self._seeded()
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # (steps, seconds) of runs
+
+    @property
+    def main(self) -> Trainer:
+        """Itself."""
+        return self
+
+    @property
+    def step(self) -> int:
+        """Number of steps made."""
+        return len(self.losses)
+
+    @property
+    def validation_losses(self) -> list[float]:
+        """Bits per character of the held-out text, one an evaluation."""
+        return [evaluation.validation for evaluation in self.evaluations]
+
+    @property
+    def characters_per_second(self) -> float:
+        """Training speed of the last runs."""
+        seconds = sum(seconds for _, seconds in self._recent)
+        steps = sum(steps for steps, _ in self._recent)
+        return steps * self.config.characters_per_step / seconds if seconds else 0.0
+
+    def run(self, steps: int, stop: Stop = never) -> None:
+        """Trains for so many steps, fewer if ``stop()`` says so; how steps are grouped into runs
+        changes nothing but the timing.
+
+        Raises:
+            TrainingError: the loss is no longer a finite number. The weights are spoilt by then.
+        """
+        started = time.perf_counter()
+        losses: list[Tensor] = []
+        self.model.train()
+        with self._own_random_numbers():
+            for step in range(self.step, self.step + steps):
+                losses.append(self._train_step(step))
+                if stop():
+                    break
+            # Read only now: on a GPU each read would wait for the step to end.
+            values = torch.stack(losses).tolist() if losses else []
+        seconds = time.perf_counter() - started
+        for value in values:
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss became {value} at step {self.step + 1}: "
+                    "try a smaller --lr, a smaller --clip or another --seed"
+                )
+            self.losses.append(value)
+        self.seconds += seconds
+        self._recent.append((len(values), seconds))
+
+    def _train_step(self, step: int) -> Tensor:
+        training = self.corpus.training
+        index = step % training.chunks
+        if index == 0:
+            self.state = self.model.zero_state(training.batch_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(self.config, step, self.validation_losses)
+        x, y = training.chunk(index)
+        logits, state = self.model(x, detach(self.state))
+        loss = functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.config.clip > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.state = detach(state)
+        return loss.detach()
+
+    def evaluate(self) -> str:
+        """Measures the validation loss, remembers it, and says it in one line."""
+        since = self.evaluations[-1].step if self.evaluations else 0
+        recent = self.losses[since:]
+        evaluation = Evaluation(
+            step=self.step,
+            training=sum(recent) / max(1, len(recent)) * NATS_TO_BITS,
+            validation=evaluate(self.model, self.corpus.validation) * NATS_TO_BITS,
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            seconds=self.seconds,
+        )
+        if not math.isfinite(evaluation.validation):
+            raise TrainingError(
+                f"the validation loss became {evaluation.validation} at step {self.step}: "
+                "try a smaller --lr, a smaller --clip or another --seed"
+            )
+        self.evaluations.append(evaluation)
+        return (
+            f"training {evaluation.training:.3f}, validation {evaluation.validation:.3f} bits/char"
+            f", {self.characters_per_second:,.0f} chars/s"
+        )
+
+    def status(self) -> str:
+        """Loss and speed of the last steps in one line."""
+        return f"{self.recent_bits():.3f} bits/char, {self.characters_per_second:,.0f} chars/s"
+
+    def recent_bits(self) -> float:
+        """Mean training loss of the last steps, in bits per character."""
+        recent = self.losses[-RECENT_STEPS:]
+        return sum(recent) / max(1, len(recent)) * NATS_TO_BITS
+
+    # -- everything a checkpoint needs ---------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on besides options and text, by name."""
+        named: dict[str, Tensor] = {
+            f"model.{name}": value for name, value in self.model.state_dict().items()
+        }
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                named[f"optimizer.{name}.{key}"] = value
+        states = self.state if isinstance(self.state, tuple) else (self.state,)
+        named |= {f"state.{index}": value for index, value in enumerate(states)}
+        named |= {f"random.{index}": value for index, value in enumerate(self._random)}
+        named["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        return {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in named.items()
+        }
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], evaluations: list[Evaluation], seconds: float
+    ) -> None:
+        """Puts back what `tensors` gave.
+
+        Raises:
+            CheckpointError: names or shapes are not those of this model.
+        """
+        losses = tensors.get("losses")
+        expected = self._expected_shapes(trained=losses is not None and losses.numel() > 0)
+        for name, shape in expected.items():
+            if name not in tensors or (shape is not None and tensors[name].shape != shape):
+                raise CheckpointError(f"{name!r} is missing or has the wrong shape")
+        load_weights(self.model, tensors)
+        device = self.config.device
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, (name, _) in enumerate(self.model.named_parameters()):
+            prefix = f"optimizer.{name}."
+            found = {key.removeprefix(prefix): tensors[key] for key in expected if key.startswith(prefix)}
+            if found:
+                state[index] = found
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        h = tensors["state.0"].to(device)
+        self.state = (h, tensors["state.1"].to(device)) if "state.1" in expected else h
+        self._random = [
+            tensors[f"random.{index}"] if f"random.{index}" in tensors else fresh
+            for index, fresh in enumerate(self._seeded())
+        ]
+        self.losses = tensors["losses"].tolist()
+        self.evaluations = list(evaluations)
+        self.seconds = seconds
+
+    def _expected_shapes(self, trained: bool) -> dict[str, torch.Size | None]:
+        shapes: dict[str, torch.Size | None] = {
+            f"model.{name}": value.shape for name, value in self.model.state_dict().items()
+        }
+        if trained:
+            for name, parameter in self.model.named_parameters():
+                shapes[f"optimizer.{name}.step"] = torch.Size(())
+                shapes[f"optimizer.{name}.exp_avg"] = parameter.shape
+                shapes[f"optimizer.{name}.exp_avg_sq"] = parameter.shape
+        states = self.state if isinstance(self.state, tuple) else (self.state,)
+        shapes |= {f"state.{index}": value.shape for index, value in enumerate(states)}
+        return shapes | {"random.0": self._random[0].shape, "losses": None}
+
+    # -- random numbers of its own -------------------------------------------------------------
+
+    def _seeded(self) -> list[Tensor]:
+        """Generator states (CPU, then the GPU's if it is used) that start from the seed."""
+        with self._forked():
+            torch.default_generator.manual_seed(self.config.seed)
+            states = [torch.get_rng_state()]
+            if self._cuda:
+                torch.cuda.manual_seed(self.config.seed)
+                states.append(torch.cuda.get_rng_state(self.config.device))
+            return states
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Dropout draws from this trainer's random numbers; the program's own stay untouched."""
+        with self._forked():
+            torch.set_rng_state(self._random[0])
+            if self._cuda:
+                torch.cuda.set_rng_state(self._random[1], self.config.device)
+            yield
+            self._random[0] = torch.get_rng_state()
+            if self._cuda:
+                self._random[1] = torch.cuda.get_rng_state(self.config.device)
+
+    @contextmanager
+    def _forked(self) -> Iterator[None]:
+        devices = [torch.device(self.config.device).index or 0] if self._cuda else []
+        with torch.random.fork_rng(devices=devices):
+            yield
+
+
+def load_weights(model: CharRNN, tensors: Mapping[str, Tensor]) -> None:
+    """Loads the ``model.*`` tensors of a checkpoint into a model.
+
+    Raises:
+        CheckpointError: names or shapes are not those of this model.
+    """
+    weights = {
+        name.removeprefix("model."): value
+        for name, value in tensors.items()
+        if name.startswith("model.")
+    }
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError("the weights do not fit the options saved with them") from error
+
+
+@torch.no_grad()
+def evaluate(model: CharRNN, streams: Streams) -> float:
+    """Mean loss over all chunks of the streams, in nats per character, the state carried along.
+
+    The model is left in the mode (training or not) in which it was.
+    """
+    was_training = model.training
+    model.eval()
+    state = model.zero_state(streams.batch_size)
+    total = torch.zeros((), dtype=torch.float64, device=model.decoder.weight.device)
+    for index in range(streams.chunks):
+        x, y = streams.chunk(index)
+        logits, state = model(x, state)
+        total += functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    model.train(was_training)
+    return total.item() / streams.chunks

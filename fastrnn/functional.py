@@ -1,0 +1,523 @@
+"""Recurrent networks as functions, with the signatures of ``torch._VF.lstm`` and its like.
+
+Each function comes in two forms, told apart by their arguments:
+
+    lstm(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    lstm(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)
+
+The second takes the rows of a `torch.nn.utils.rnn.PackedSequence`.
+
+Args:
+    input: [T,B,I], or [B,T,I] with ``batch_first``.
+    data: [N,I] packed rows, sorted by length.
+    batch_sizes: int64 [T] on the CPU, the rows that are active at each step, descending.
+    hx: initial hidden state [L*D,B,R]; for ``lstm`` a tuple or list of it and the cell state
+        [L*D,B,H]. R is the size of an LSTM's projection, without one it is H.
+    params: for each layer and direction w_ih [G*H,I], w_hh [G*H,R], with biases b_ih and b_hh
+        [G*H], with a projection w_hr [R,H].
+    has_biases: whether ``params`` holds biases.
+    num_layers: L.
+    dropout: probability of zeroing an output between two layers while ``train``.
+    train: whether dropout acts.
+    bidirectional: D = 2 directions, the second one backwards in time.
+    batch_first: form of ``input`` and of the output, never of the states.
+
+Returns:
+    output [T,B,D*R] (or [B,T,D*R], or [N,D*R]) and the final states, shaped like the initial ones.
+
+Raises:
+    RuntimeError: shapes, dtypes or devices that do not fit together.
+
+Differs from torch: every shape is checked first and named in the message; tensors of different
+floating types work under autocast on every device; the backward pass works in eval mode; results
+are deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastrnn import ops, reference
+from fastrnn.spec import CELLS, CellSpec
+
+__all__ = ["gru", "lstm", "rnn_relu", "rnn_sigmoid", "rnn_tanh"]
+
+
+@overload
+def rnn_tanh(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rnn_tanh(
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]: ...
+def rnn_tanh(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Elman's network.
+
+        h' = tanh(W_ih x + b_ih + W_hh h + b_hh)
+
+    Arguments, results and errors: see the module.
+    Source: J. L. Elman, Finding Structure in Time, Cognitive Science 14 (1990).
+    """
+    return _one_state(CELLS["rnn_tanh"], args, kwargs)
+
+
+@overload
+def rnn_relu(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rnn_relu(
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]: ...
+def rnn_relu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Elman's network with ReLU.
+
+        h' = max(0, W_ih x + b_ih + W_hh h + b_hh)
+
+    Arguments, results and errors: see the module.
+    Source: Q. V. Le, N. Jaitly, G. E. Hinton, A Simple Way to Initialize Recurrent Networks of
+    Rectified Linear Units (2015).
+    """
+    return _one_state(CELLS["rnn_relu"], args, kwargs)
+
+
+@overload
+def rnn_sigmoid(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rnn_sigmoid(
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]: ...
+def rnn_sigmoid(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Elman's network with the logistic function, which torch lacks.
+
+        h' = sigmoid(W_ih x + b_ih + W_hh h + b_hh)
+
+    Arguments, results and errors: see the module.
+    Source: J. L. Elman, Finding Structure in Time, Cognitive Science 14 (1990).
+    """
+    return _one_state(CELLS["rnn_sigmoid"], args, kwargs)
+
+
+@overload
+def gru(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gru(
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]: ...
+def gru(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Gated recurrent unit, with the reset gate after the recurrent product as in torch and cuDNN.
+
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
+        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        n = tanh(W_in x + b_in + r*(W_hn h + b_hn))
+        h' = (1-z)*n + z*h
+
+    Arguments, results and errors: see the module.
+    Source: K. Cho et al., Learning Phrase Representations using RNN Encoder-Decoder (2014).
+    """
+    return _one_state(CELLS["gru"], args, kwargs)
+
+
+@overload
+def lstm(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def lstm(
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def lstm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Long short-term memory, optionally with a projection.
+
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)    f = sigmoid(W_if x + b_if + W_hf h + b_hf)
+        g = tanh(W_ig x + b_ig + W_hg h + b_hg)       o = sigmoid(W_io x + b_io + W_ho h + b_ho)
+        c' = f*c + i*g
+        h' = o*tanh(c'), with a projection W_hr (o*tanh(c'))
+
+    Arguments, results and errors: see the module. Returns output, h_n, c_n.
+    Source: S. Hochreiter, J. Schmidhuber, Long Short-Term Memory (1997); F. A. Gers,
+    J. Schmidhuber, F. Cummins, Learning to Forget (2000); projection: H. Sak, A. Senior,
+    F. Beaufays, Long Short-Term Memory Based Recurrent Neural Network Architectures (2014).
+    """
+    spec = CELLS["lstm"]
+    values = _arguments(spec, args, kwargs)
+    hx = values["hx"]
+    if isinstance(hx, Tensor) or len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    values["hx"], cx = hx
+    return cast("tuple[Tensor, Tensor, Tensor]", _checked_run(spec, cx, values))
+
+
+_PADDED = (
+    "input",
+    "hx",
+    "params",
+    "has_biases",
+    "num_layers",
+    "dropout",
+    "train",
+    "bidirectional",
+    "batch_first",
+)
+_PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
+
+
+def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Gives the arguments of either form their names; "input" stands for "data" as well."""
+    if spec.has_cell_state:
+        packed = len(args) > 1 and isinstance(args[1], Tensor)
+    else:
+        packed = len(args) > 2 and isinstance(args[2], Tensor)
+    names = _PACKED if packed or "data" in kwargs or "batch_sizes" in kwargs else _PADDED
+    if len(args) > len(names):
+        raise TypeError(f"{spec.name}() takes {len(names)} arguments but {len(args)} were given")
+    values = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in names:
+            raise TypeError(f"{spec.name}() got an unexpected argument '{name}'")
+        if name in values:
+            raise TypeError(f"{spec.name}() got several values for argument '{name}'")
+        values[name] = value
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise TypeError(f"{spec.name}() misses the arguments {', '.join(missing)}")
+    if "data" in values:
+        values["input"] = values.pop("data")
+    return {"batch_sizes": None, "batch_first": False, **values}
+
+
+def _one_state(
+    spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    values = _arguments(spec, args, kwargs)
+    output, h_n, _ = _checked_run(spec, None, values)
+    return output, h_n
+
+
+def _checked_run(
+    spec: CellSpec, cx: Tensor | None, values: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks every shape, which `run` leaves to its callers, and runs."""
+    x: Tensor = values["input"]
+    hx: Tensor = values["hx"]
+    params: Sequence[Tensor] = list(values["params"])
+    batch_sizes: Tensor | None = values["batch_sizes"]
+    num_layers: int = values["num_layers"]
+    directions = 2 if values["bidirectional"] else 1
+    if batch_sizes is None:
+        _expect(x.dim() == 3, f"input must have 3 dimensions, got {x.dim()}")
+        batch = x.shape[0] if values["batch_first"] else x.shape[1]
+    else:
+        _expect(x.dim() == 2, f"packed data must have 2 dimensions, got {x.dim()}")
+        _expect(
+            batch_sizes.dim() == 1
+            and batch_sizes.dtype == torch.int64
+            and batch_sizes.device.type == "cpu",
+            "batch_sizes must be an int64 vector on the CPU, got "
+            f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}",
+        )
+        sizes = batch_sizes.tolist()
+        _expect(len(sizes) > 0, "Expected sequence length to be larger than 0 in RNN")
+        _expect(
+            sum(sizes) == x.shape[0] and sizes == sorted(sizes, reverse=True) and sizes[-1] > 0,
+            f"batch_sizes must be positive, descend and add up to the {x.shape[0]} rows of data",
+        )
+        batch = sizes[0]
+    states = num_layers * directions
+    for name, state in (("hidden", hx), ("cell", cx)):
+        _expect(
+            state is None
+            or (state.dim() == 3 and state.shape[0] == states and state.shape[1] == batch),
+            f"{name} state must be of size ({states}, {batch}, *), "
+            f"got {None if state is None else list(state.shape)}",
+        )
+    size = hx.shape[2]
+    hidden = size if cx is None else cx.shape[2]
+    shapes: list[tuple[int, ...]] = []
+    for index in range(states):
+        width = x.shape[-1] if index < directions else size * directions
+        shapes += [(spec.gates * hidden, width), (spec.gates * hidden, size)]
+        if values["has_biases"]:
+            shapes += [(spec.gates * hidden,)] * 2
+        if size != hidden:
+            shapes.append((size, hidden))
+    _expect(
+        len(params) == len(shapes), f"Expected {len(shapes)} parameter tensors, got {len(params)}"
+    )
+    for index, (param, shape) in enumerate(zip(params, shapes, strict=True)):
+        _expect(
+            tuple(param.shape) == shape,
+            f"Expected params[{index}] of size {shape}, got {list(param.shape)}",
+        )
+    return run(
+        spec,
+        x,
+        batch_sizes,
+        hx,
+        cx,
+        params,
+        num_layers,
+        values["dropout"] if values["train"] else 0.0,
+        values["batch_first"],
+    )
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def run(
+    spec: CellSpec,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    num_layers: int,
+    dropout: float,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs a stack of layers whose shapes the caller vouches for, by the best way there is.
+
+    Arguments and results are those of `fastrnn.reference.forward`, save that x and y are [B,T,*]
+    with ``batch_first``. Raises RuntimeError if dtypes or devices do not fit.
+    """
+    if ops.is_autocast(x.device.type):
+        x, h0, c0, params = _autocast(x, h0, c0, params)
+    _check_alike(x, h0, c0, params)
+    if batch_sizes is None and x.shape[1 if batch_first else 0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    layer = _route(x)
+    if layer is None and spec.name != "rnn_sigmoid":
+        return _native(spec, x, batch_sizes, h0, c0, params, num_layers, dropout, batch_first)
+    y, h_n, c_n = reference.forward(
+        x.transpose(0, 1) if batch_first else x,
+        h0,
+        c0,
+        params,
+        batch_sizes,
+        spec,
+        num_layers,
+        dropout,
+        layer or reference.layer,
+    )
+    return y.transpose(0, 1) if batch_first else y, h_n, c_n
+
+
+def run_cell(
+    spec: CellSpec, x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """One step of one layer: x [B,I], h and c [B,H] give the next h and c (None but for an LSTM).
+
+    Raises RuntimeError with torch's own words if sizes, dtypes or devices do not fit.
+    """
+    batch = x.shape[0]
+    input_size, hidden_size = params[0].shape[1], params[1].shape[1]
+    if x.shape[1] != input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {x.shape[1]} expected {input_size}"
+        )
+    for index, state in enumerate((h, c)):
+        if state is None:
+            continue
+        if state.dim() != 2:
+            raise RuntimeError(f"hidden{index} should be 2D like a batched input, got 1D")
+        if state.shape[0] != batch:
+            raise RuntimeError(
+                f"Input batch size {batch} doesn't match hidden{index} batch size {state.shape[0]}"
+            )
+        if state.shape[1] != hidden_size:
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: "
+                f"got {state.shape[1]}, expected {hidden_size}"
+            )
+    if ops.is_autocast(x.device.type):
+        x, h, c, params = _autocast(x, h, c, params)
+    _check_alike(x, h, c, params)
+    layer = _route(x) if hidden_size > 0 else reference.layer
+    _, h_n, c_n = (layer or reference.layer)(
+        x.unsqueeze(0),
+        h.unsqueeze(0),
+        None if c is None else c.unsqueeze(0),
+        params,
+        None,
+        spec,
+    )
+    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+
+
+def _autocast(
+    x: Tensor, h0: Tensor, c0: Tensor | None, params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor]]:
+    """Casts what autocast would cast: floating tensors, but never float64."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast_one(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return (
+        cast_one(x),
+        cast_one(h0),
+        None if c0 is None else cast_one(c0),
+        [cast_one(w) for w in params],
+    )
+
+
+def _check_alike(x: Tensor, h0: Tensor, c0: Tensor | None, params: Sequence[Tensor]) -> None:
+    """All tensors must have the dtype and the device of the input."""
+    dtype, device = x.dtype, x.device
+    for w in params:
+        if w.dtype != dtype or w.device != device:
+            _complain(x, w, "parameter")
+    if h0.dtype != dtype or h0.device != device:
+        _complain(x, h0, "hidden")
+    if c0 is not None and (c0.dtype != dtype or c0.device != device):
+        _complain(x, c0, "hidden")
+
+
+def _complain(x: Tensor, other: Tensor, role: str) -> None:
+    if x.device != other.device:
+        raise RuntimeError(
+            f"Input and {role} tensors are not at the same device, found input tensor at "
+            f"{x.device} and {role} tensor at {other.device}"
+        )
+    raise RuntimeError(
+        f"Input and {role} tensors are not the same dtype, found input tensor with {x.dtype} "
+        f"and {role} tensor with {other.dtype}"
+    )
+
+
+def _route(x: Tensor) -> reference.Layer | None:
+    """What computes a layer: the kernels, the composite of torch operations, or None for torch.
+
+    The kernels know neither tangents nor batched tensors of ``torch.func``; the composite does.
+    """
+    if torch._C._are_functorch_transforms_active():
+        if not _only_reverse_mode():
+            return reference.layer
+    elif forward_ad._current_level >= 0:
+        return reference.layer
+    if x.device.type in ops.DEVICES and x.dtype in ops.DTYPES:
+        return ops.layer
+    return None
+
+
+def _only_reverse_mode() -> bool:
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or []
+    return all(interpreter.key() == functorch.TransformType.Grad for interpreter in stack)
+
+
+def _native(
+    spec: CellSpec,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    num_layers: int,
+    dropout: float,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """torch's own implementation, for dtypes and devices without kernels."""
+    directions = h0.shape[0] // num_layers
+    has_biases = len(params) // h0.shape[0] >= 4
+    hx = h0 if c0 is None else (h0, c0)
+    options = (has_biases, num_layers, dropout, dropout > 0, directions == 2)
+    function = getattr(torch._VF, spec.name)
+    if batch_sizes is None:
+        result = function(x, hx, params, *options, batch_first)
+    else:
+        result = function(x, batch_sizes, hx, params, *options)
+    return result[0], result[1], None if c0 is None else result[2]

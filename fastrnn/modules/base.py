@@ -1,0 +1,113 @@
+"""What the recurrent modules share: torch's contract for inputs, states and weights."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import functional
+from fastrnn.spec import BY_MODE
+
+# [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
+Hidden = Any
+
+
+class RecurrentBase(nn.RNNBase):
+    """A stack of recurrent layers over whole sequences.
+
+    Derives from ``nn.RNNBase``, which brings parameters, their names and order, initialisation,
+    checks, pickling and replication; not from ``nn.LSTM`` and its like, because Dynamo refuses to
+    trace those. Instances have torch's attributes and no others, so that a module can change its
+    class and old pickles load; whatever fastrnn adds must have its default on the class.
+    """
+
+    _wrong_input: ClassVar[str]
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read the parameters where they are."""
+
+    def _weights_have_changed(self) -> bool:
+        # as nn.RNNBase has it, without a detour through nn.Module.__getattr__ for each weight
+        parameters = self._parameters
+        for ref, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
+            weight = parameters.get(name)
+            if weight is None:
+                weight = getattr(self, name, None)
+            if weight is not None and ref is not None and ref() is not weight:
+                return True
+        return False
+
+    def _zero_states(self, input: Tensor, batch: int) -> Hidden:
+        states = self.num_layers * (2 if self.bidirectional else 1)
+        return torch.zeros(states, batch, self.hidden_size, dtype=input.dtype, device=input.device)
+
+    def _add_batch(self, hx: Hidden, is_batched: bool) -> Hidden:
+        """Checks that the states have as many dimensions as the input asks for; makes them 3-D."""
+        if is_batched:
+            if hx.dim() != 3:
+                raise RuntimeError(
+                    f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor"
+                )
+            return hx
+        if hx.dim() != 2:
+            raise RuntimeError(
+                f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor"
+            )
+        return hx.unsqueeze(1)
+
+    def _compute(
+        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Hidden]:
+        output, h_n, _ = functional.run(
+            BY_MODE[self.mode],
+            input,
+            batch_sizes,
+            hx,
+            None,
+            self._flat_weights,  # type: ignore[arg-type]
+            self.num_layers,
+            self.dropout if self.training else 0.0,
+            self.batch_first and batch_sizes is None,
+        )
+        return output, h_n
+
+    def _run(
+        self, input: Tensor | PackedSequence, hx: Hidden
+    ) -> tuple[Tensor | PackedSequence, Hidden]:
+        self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx)
+        dim = input.dim()
+        if dim not in (2, 3):
+            raise ValueError(self._wrong_input.format(dim))
+        is_batched = dim == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not is_batched:
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            hx = self._zero_states(input, input.shape[batch_dim])
+        else:
+            hx = self._add_batch(hx, is_batched)
+        self.check_forward_args(input, hx, None)
+        output, hidden = self._compute(input, hx, None)
+        if is_batched:
+            return output, hidden
+        output = output.squeeze(batch_dim)
+        if isinstance(hidden, Tensor):
+            return output, hidden.squeeze(1)
+        return output, tuple([state.squeeze(1) for state in hidden])
+
+    def _run_packed(self, packed: PackedSequence, hx: Hidden) -> tuple[PackedSequence, Hidden]:
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        if hx is None:
+            hx = self._zero_states(data, int(batch_sizes[0]))
+        else:
+            # the caller's rows stand in the order of the sequences before they were sorted
+            hx = self.permute_hidden(hx, sorted_indices)
+        self.check_forward_args(data, hx, batch_sizes)
+        output, hidden = self._compute(data, hx, batch_sizes)
+        result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return result, self.permute_hidden(hidden, unsorted_indices)

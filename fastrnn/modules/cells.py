@@ -1,0 +1,225 @@
+"""RNNCell, LSTMCell and GRUCell: one step of one layer, drop-in for the modules of ``torch.nn``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn import functional
+from fastrnn.spec import CELLS, CellSpec
+
+_Device = torch.device | str | int | None
+
+
+class CellBase(nn.RNNCellBase):
+    """A single step. Derives from ``nn.RNNCellBase``, which brings parameters and their names."""
+
+    _label: ClassVar[str]
+
+    def _weights(self) -> list[Tensor]:
+        parameters = self._parameters
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = []
+        for name in names:
+            # straight from the dictionary; parametrizations and pruning keep theirs elsewhere
+            weight = parameters[name] if name in parameters else getattr(self, name)
+            if weight is not None:
+                weights.append(weight)
+        return weights
+
+    def _check_dims(self, input: Tensor) -> bool:
+        """Whether the input is batched; raises unless it is 1-D or 2-D."""
+        if input.dim() not in (1, 2):
+            raise ValueError(
+                f"{self._label}: Expected input to be 1D or 2D, got {input.dim()}D instead"
+            )
+        return input.dim() == 2
+
+    def _zeros(self, input: Tensor) -> Tensor:
+        return torch.zeros(input.shape[0], self.hidden_size, dtype=input.dtype, device=input.device)
+
+    def _one_state(self, spec: CellSpec, input: Tensor, hx: Tensor | None) -> Tensor:
+        is_batched = self._check_dims(input)
+        if hx is not None and hx.dim() not in (1, 2):
+            raise ValueError(
+                f"{self._label}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead"
+            )
+        if not is_batched:
+            input = input.unsqueeze(0)
+        if hx is None:
+            hx = self._zeros(input)
+        elif not is_batched:
+            hx = hx.unsqueeze(0)
+        h, _ = functional.run_cell(spec, input, hx, None, self._weights())
+        return h if is_batched else h.squeeze(0)
+
+
+class RNNCell(CellBase):
+    r"""One step of Elman's network.
+
+    .. math:: h' = f(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
+        nonlinearity: f, one of ``'tanh'``, ``'relu'``, ``'sigmoid'``. Default: ``'tanh'``
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: [B,I] or [I].
+        hx: [B,H] or [H]; zeros if omitted.
+
+    Outputs:
+        h': [B,H] or [H], the next state.
+
+    Raises:
+        ValueError, RuntimeError: where ``torch.nn.RNNCell`` raises them, in its words.
+
+    Differs from ``torch.nn.RNNCell`` in ``'sigmoid'``.
+
+    Source: J. L. Elman, Finding Structure in Time, Cognitive Science 14 (1990).
+    """
+
+    __constants__ = [*nn.RNNCellBase.__constants__, "nonlinearity"]  # noqa: RUF012 - as torch
+    nonlinearity: str
+    _label = "RNNCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The state after ``input``; see the class for the shapes."""
+        spec = CELLS.get(f"rnn_{self.nonlinearity}")
+        if spec is None:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self._one_state(spec, input, hx)
+
+
+class LSTMCell(CellBase):
+    r"""One step of a long short-term memory.
+
+    .. math::
+        \begin{aligned}
+        i &= \sigma(W_{ii} x + b_{ii} + W_{hi} h + b_{hi}) \\
+        f &= \sigma(W_{if} x + b_{if} + W_{hf} h + b_{hf}) \\
+        g &= \tanh(W_{ig} x + b_{ig} + W_{hg} h + b_{hg}) \\
+        o &= \sigma(W_{io} x + b_{io} + W_{ho} h + b_{ho}) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(c')
+        \end{aligned}
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the states.
+        bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: [B,I] or [I].
+        hx: tuple or list of h and c, each [B,H] or [H]; zeros if omitted.
+
+    Outputs:
+        (h', c'): each [B,H] or [H], the next states.
+
+    Raises:
+        ValueError, RuntimeError: where ``torch.nn.LSTMCell`` raises them, in its words.
+
+    Source: S. Hochreiter, J. Schmidhuber, Long Short-Term Memory (1997); F. A. Gers,
+    J. Schmidhuber, F. Cummins, Learning to Forget (2000).
+    """
+
+    _label = "LSTMCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The states after ``input``; see the class for the shapes."""
+        is_batched = self._check_dims(input)
+        if hx is not None:
+            for index, state in enumerate(hx):
+                if state.dim() not in (1, 2):
+                    raise ValueError(
+                        f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead"
+                    )
+            if len(hx) != 2:
+                raise RuntimeError("lstm_cell expects two hidden states")
+        if not is_batched:
+            input = input.unsqueeze(0)
+        if hx is None:
+            h = c = self._zeros(input)
+        elif is_batched:
+            h, c = hx
+        else:
+            h, c = hx[0].unsqueeze(0), hx[1].unsqueeze(0)
+        h, c_next = functional.run_cell(CELLS["lstm"], input, h, c, self._weights())
+        assert c_next is not None
+        return (h, c_next) if is_batched else (h.squeeze(0), c_next.squeeze(0))
+
+
+class GRUCell(CellBase):
+    r"""One step of a gated recurrent unit.
+
+    .. math::
+        \begin{aligned}
+        r &= \sigma(W_{ir} x + b_{ir} + W_{hr} h + b_{hr}) \\
+        z &= \sigma(W_{iz} x + b_{iz} + W_{hz} h + b_{hz}) \\
+        n &= \tanh(W_{in} x + b_{in} + r \odot (W_{hn} h + b_{hn})) \\
+        h' &= (1 - z) \odot n + z \odot h
+        \end{aligned}
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: [B,I] or [I].
+        hx: [B,H] or [H]; zeros if omitted.
+
+    Outputs:
+        h': [B,H] or [H], the next state.
+
+    Raises:
+        ValueError, RuntimeError: where ``torch.nn.GRUCell`` raises them, in its words.
+
+    Source: K. Cho et al., Learning Phrase Representations using RNN Encoder-Decoder (2014).
+    """
+
+    _label = "GRUCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The state after ``input``; see the class for the shapes."""
+        return self._one_state(CELLS["gru"], input, hx)

@@ -1,0 +1,331 @@
+"""RNN, LSTM and GRU over whole sequences, drop-in for the modules of ``torch.nn``."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import functional
+from fastrnn.modules.base import Hidden, RecurrentBase
+from fastrnn.spec import CELLS
+
+_Device = torch.device | str | int | None
+
+_NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
+
+
+def _without_projection(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments after ``mode`` for ``nn.RNNBase``, whose 8th positional is ``proj_size``.
+
+    torch documents ``device`` in that place and reads ``proj_size`` there: both are understood.
+    """
+    if "proj_size" in kwargs:
+        raise ValueError(_NO_PROJECTION)
+    if len(args) > 7:
+        if not isinstance(args[7], int):
+            return (*args[:7], 0, *args[7:])
+        if args[7] != 0:
+            raise ValueError(_NO_PROJECTION)
+    return args
+
+
+class RNN(RecurrentBase):
+    r"""Elman's recurrent network with tanh, ReLU or the logistic sigmoid.
+
+    .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    Args:
+        input_size: I, features of each input step.
+        hidden_size: H, features of the hidden state.
+        num_layers: L, layers stacked upon one another. Default: 1
+        nonlinearity: f, one of ``'tanh'``, ``'relu'``, ``'sigmoid'``. Default: ``'tanh'``
+        bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
+        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
+        dropout: probability of zeroing an output between two layers in training. Default: 0
+        bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
+        hx: [L*D,B,H] or unbatched [L*D,H]; zeros if omitted.
+
+    Outputs:
+        output: [T,B,D*H], [T,D*H] or a `PackedSequence`, the states of the last layer at each step.
+        h_n: [L*D,B,H] or [L*D,H], the state after the last step of each sequence.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: where ``torch.nn.RNN`` raises them, in its words.
+
+    Parameters, their names, order and initialisation are those of ``torch.nn.RNN``: checkpoints
+    load both ways. Differs from it in ``'sigmoid'``, and in that gradients work in eval mode on
+    CUDA.
+
+    Source: J. L. Elman, Finding Structure in Time, Cognitive Science 14 (1990).
+    """
+
+    _wrong_input = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        args = _without_projection(args, kwargs)
+        # nn.RNNBase knows no sigmoid; its parameters are those of the other two
+        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_TANH"}
+        if nonlinearity not in modes:
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'sigmoid'."
+            )
+        # before super().__init__ so that an overridden reset_parameters can read it
+        self.nonlinearity = nonlinearity
+        super().__init__(modes[nonlinearity], *args, **kwargs)
+        if nonlinearity == "sigmoid":
+            self.mode = "RNN_SIGMOID"
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
+        return self._run(input, hx)
+
+
+class LSTM(RecurrentBase):
+    r"""Long short-term memory, optionally with a projection of the hidden state.
+
+    .. math::
+        \begin{aligned}
+        i_t &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+        f_t &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o_t &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
+        h_t &= o_t \odot \tanh(c_t), \text{ with a projection } W_{hr} (o_t \odot \tanh(c_t))
+        \end{aligned}
+
+    Args:
+        input_size: I, features of each input step.
+        hidden_size: H, features of the cell state.
+        num_layers: L, layers stacked upon one another. Default: 1
+        bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
+        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
+        dropout: probability of zeroing an output between two layers in training. Default: 0
+        bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
+        proj_size: P, features of the projected hidden state; 0 for no projection. Default: 0
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
+        hx: tuple or list of h_0 [L*D,B,R] and c_0 [L*D,B,H] (unbatched without B); zeros if
+            omitted. R is P with a projection and H without.
+
+    Outputs:
+        output: [T,B,D*R], [T,D*R] or a `PackedSequence`, the states of the last layer at each step.
+        (h_n, c_n): the states after the last step of each sequence, shaped like ``hx``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: where ``torch.nn.LSTM`` raises them, in its words.
+
+    Parameters, their names, order and initialisation are those of ``torch.nn.LSTM``: checkpoints
+    load both ways. Differs from it in that the states that go with a `PackedSequence` are checked
+    as all others, and that gradients work in eval mode on CUDA.
+
+    Source: S. Hochreiter, J. Schmidhuber, Long Short-Term Memory (1997); F. A. Gers,
+    J. Schmidhuber, F. Cummins, Learning to Forget (2000); projection: H. Sak, A. Senior,
+    F. Beaufays, Long Short-Term Memory Based Recurrent Neural Network Architectures (2014).
+    """
+
+    _wrong_input = "LSTM: Expected input to be 2D or 3D, got {}D instead"
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        """[L*D,B,H], the size of c_0 for this input."""
+        states, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return states, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: Hidden, batch_sizes: Tensor | None) -> None:
+        """Raises unless input and both states have the sizes that the module was made for."""
+        self.check_input(input, batch_sizes)
+        self.check_hidden_size(
+            hidden[0],
+            self.get_expected_hidden_size(input, batch_sizes),
+            "Expected hidden[0] size {}, got {}",
+        )
+        self.check_hidden_size(
+            hidden[1],
+            self.get_expected_cell_size(input, batch_sizes),
+            "Expected hidden[1] size {}, got {}",
+        )
+
+    def permute_hidden(self, hx: Hidden, permutation: Tensor | None) -> Hidden:
+        """Both states with their batch in the order of ``permutation``, or as they are for None."""
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+    def _zero_states(self, input: Tensor, batch: int) -> Hidden:
+        states = self.num_layers * (2 if self.bidirectional else 1)
+        c = torch.zeros(states, batch, self.hidden_size, dtype=input.dtype, device=input.device)
+        if self.proj_size == 0:
+            return c, c
+        return c.new_zeros(states, batch, self.proj_size), c
+
+    def _add_batch(self, hx: Hidden, is_batched: bool) -> Hidden:
+        h, c = hx[0], hx[1]
+        if is_batched:
+            if h.dim() != 3 or c.dim() != 3:
+                raise RuntimeError(
+                    "For batched 3-D input, hx and cx should also be 3-D but got "
+                    f"({h.dim()}-D, {c.dim()}-D) tensors"
+                )
+            return hx
+        if h.dim() != 2 or c.dim() != 2:
+            raise RuntimeError(
+                "For unbatched 2-D input, hx and cx should also be 2-D but got "
+                f"({h.dim()}-D, {c.dim()}-D) tensors"
+            )
+        return h.unsqueeze(1), c.unsqueeze(1)
+
+    def _compute(
+        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Hidden]:
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        output, h_n, c_n = functional.run(
+            CELLS["lstm"],
+            input,
+            batch_sizes,
+            hx[0],
+            hx[1],
+            self._flat_weights,  # type: ignore[arg-type]
+            self.num_layers,
+            self.dropout if self.training else 0.0,
+            self.batch_first and batch_sizes is None,
+        )
+        return output, (h_n, c_n)
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Runs the network over ``input`` from the states ``hx``; see the class for the shapes."""
+        return self._run(input, hx)
+
+
+class GRU(RecurrentBase):
+    r"""Gated recurrent unit, with the reset gate after the recurrent product as in torch and cuDNN.
+
+    .. math::
+        \begin{aligned}
+        r_t &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z_t &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n_t &= \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+        \end{aligned}
+
+    Args:
+        input_size: I, features of each input step.
+        hidden_size: H, features of the hidden state.
+        num_layers: L, layers stacked upon one another. Default: 1
+        bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
+        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
+        dropout: probability of zeroing an output between two layers in training. Default: 0
+        bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
+        hx: [L*D,B,H] or unbatched [L*D,H]; zeros if omitted.
+
+    Outputs:
+        output: [T,B,D*H], [T,D*H] or a `PackedSequence`, the states of the last layer at each step.
+        h_n: [L*D,B,H] or [L*D,H], the state after the last step of each sequence.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: where ``torch.nn.GRU`` raises them, in its words.
+
+    Parameters, their names, order and initialisation are those of ``torch.nn.GRU``: checkpoints
+    load both ways. Differs from it in that a positional ``proj_size`` is refused at once, and that
+    gradients work in eval mode on CUDA.
+
+    Source: K. Cho et al., Learning Phrase Representations using RNN Encoder-Decoder (2014).
+    """
+
+    _wrong_input = "GRU: Expected input to be 2D or 3D, got {}D instead"
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("GRU", *_without_projection(args, kwargs), **kwargs)
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
+        return self._run(input, hx)

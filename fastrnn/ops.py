@@ -1,0 +1,417 @@
+"""The two kernels as torch operators: shapes for tracing, and their place in autograd.
+
+`layer` runs one layer. The kernels walk through time; everything that is parallel over time (the
+gradients of the weights and of the input) is done here as a few large matrix products:
+
+    d_x    = d_pre[x side] @ w_ih            d_pre[h side] / d_pre[x side]: the columns of the
+    d_w_ih = d_pre[x side]^T @ x             gradient of the pre-activations that belong to the
+    d_w_hh = d_pre[h side]^T @ h_prev        hidden / the input side of the cell (`CellSpec`)
+    d_b    = column sums of d_pre
+    d_w_hr = d_h^T @ (o * tanh(c'))          only with an LSTM's projection
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn import _library, reference
+from fastrnn.spec import CELLS, CellSpec, Run, split_weights
+
+_library.load()
+
+_forward = torch.ops.fastrnn.layer_forward.default
+_backward = torch.ops.fastrnn.layer_backward.default
+
+#: what the kernels compute with; "meta" stands for tensors that have shapes only
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+DEVICES = frozenset(
+    {"meta"}
+    | {
+        key.lower()
+        for key in ("CPU", "CUDA")
+        if torch._C._dispatch_has_kernel_for_dispatch_key("fastrnn::layer_forward", key)
+    }
+)
+
+_HALF = frozenset({torch.float16, torch.bfloat16})
+
+Gradients = tuple["Tensor | None", ...]
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast acts on this kind of device."""
+    return (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+    )
+
+
+def _forward_fake(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    cell: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spec = CELLS[cell]
+    directions, batch, size = h0.shape
+    hidden = size if c0 is None else c0.shape[2]
+    rows = x.shape[:-1]
+    y = x.new_empty(*rows, directions * size)
+    h_n = x.new_empty(directions, batch, size)
+    c_n = x.new_empty(0) if c0 is None else x.new_empty(directions, batch, hidden)
+    accumulate = _accumulate_dtype(x.dtype)
+    if save and spec.saved > 0:
+        saved = x.new_empty(directions, math.prod(rows), spec.saved * hidden, dtype=accumulate)
+    else:
+        saved = x.new_empty(0, dtype=accumulate)
+    return y, h_n, c_n, saved
+
+
+def _backward_fake(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spec = CELLS[cell]
+    directions, batch, size = h0.shape
+    hidden = size if c0 is None else c0.shape[2]
+    rows = math.prod(y.shape[:-1])
+    dtype = y.dtype if y.device.type == "cuda" else _accumulate_dtype(y.dtype)
+    d_pre = y.new_empty(directions, rows, spec.pre * hidden, dtype=dtype)
+    has_projection = len(weights) // directions in (3, 5)
+    d_h_all = y.new_empty((directions, rows, size) if has_projection else (0,), dtype=dtype)
+    d_h0 = y.new_empty(directions, batch, size)
+    d_c0 = y.new_empty(0) if c0 is None else y.new_empty(directions, batch, hidden)
+    return d_pre, d_h_all, d_h0, d_c0
+
+
+torch.library.register_fake("fastrnn::layer_forward", _forward_fake)
+torch.library.register_fake("fastrnn::layer_backward", _backward_fake)
+
+
+class Layer(torch.autograd.Function):
+    """One layer with its gradient. ``inputs`` are x, h0, c0, batch_sizes, spec, \\*weights."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        batch_sizes: Tensor | None,
+        spec: CellSpec,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _forward(
+            x, h0, c0, weights, batch_sizes, spec.name, True
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, h0, c0, batch_sizes, spec, *weights = inputs
+        y, _, c_n, saved = output
+        ctx.save_for_backward(x, h0, c0, batch_sizes, y, saved, *weights)
+        if c0 is None:
+            ctx.mark_non_differentiable(c_n, saved)
+        else:
+            ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        ctx.spec = spec
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, _: None
+    ) -> Gradients:
+        x, h0, c0, batch_sizes, y, saved, *weights = ctx.saved_tensors
+        spec: CellSpec = ctx.spec
+        need_x, need_h0, need_c0, _, _, *need_weights = ctx.needs_input_grad
+        needs = (need_x, need_h0, need_c0, *need_weights)
+        if d_y is None and d_h_n is None and d_c_n is None:
+            return (None,) * len(ctx.needs_input_grad)
+        transformed = _is_transformed(d_y, d_h_n, d_c_n)
+        if transformed or torch.is_grad_enabled():
+            # vmap over the backward pass, or create_graph=True: the kernels cannot serve these
+            gradients = _differentiable_gradients(
+                needs, (d_y, d_h_n, d_c_n), (x, h0, c0, *weights), batch_sizes, spec, transformed
+            )
+        elif is_autocast(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                gradients = _gradients(
+                    needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec
+                )
+        else:
+            gradients = _gradients(
+                needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec
+            )
+        d_x, d_h0, d_c0, *d_weights = gradients
+        return d_x, d_h0, d_c0, None, None, *d_weights
+
+
+# Function.apply first binds the arguments to the signature of `forward`, which takes twice as long
+# as all the rest. Nothing here has defaults or keywords to bind.
+_apply: Any = super(torch.autograd.Function, Layer).apply
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs one layer through the kernels, differentiable when a gradient is asked for.
+
+    Arguments and results are those of `fastrnn.reference.layer`; the caller has checked them.
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or h0.requires_grad
+        or (c0 is not None and c0.requires_grad)
+        or True in [w.requires_grad for w in weights]
+    ):
+        if torch.compiler.is_compiling():
+            apply: Any = Layer.apply
+            if c0 is h0 and c0 is not None:
+                c0 = c0.view_as(c0)  # Dynamo refuses one tensor in two places
+        elif torch._C._are_functorch_transforms_active():
+            apply = Layer.apply
+        else:
+            apply = _apply
+        y, h_n, c_n, _ = apply(x, h0, c0, batch_sizes, spec, *weights)
+    else:
+        y, h_n, c_n, _ = _forward(x, h0, c0, weights, batch_sizes, spec.name, False)
+    return y, h_n, None if c0 is None else c_n
+
+
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether ``torch.func`` or ``is_grads_batched`` has put its wrappers around tensors."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and any(
+        t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors
+    )
+
+
+def _gradients(
+    needs: Sequence[bool],
+    d_outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    spec: CellSpec,
+) -> Gradients:
+    """The gradients of x, h0, c0 and each weight, None where ``needs`` says so."""
+    d_pre, d_h_all, d_h0, d_c0 = _backward(
+        *d_outputs, h0, c0, weights, batch_sizes, y, saved, spec.name
+    )
+    need_x, need_h0, need_c0, *need_weights = needs
+    directions, rows, width = d_pre.shape
+    hidden = width // spec.pre
+    size = h0.shape[2]
+    count = len(weights) // directions
+    has_bias = count >= 4
+    # one pass over d_pre serves the biases of both sides and directions
+    sums = d_pre.sum(1) if has_bias and any(need_weights) else None
+
+    d_x = x_rows = y_rows = None
+    d_weights: list[Tensor | None] = []
+    for direction, w in enumerate(split_weights(weights, directions)):
+        need = need_weights[direction * count : (direction + 1) * count]
+        d_weight: list[Tensor | None] = [None] * count
+        pre = d_pre[direction]
+        side_x = _side(pre, spec.runs_x, hidden)
+        if need_x:
+            w_ih = _cast(w.w_ih, pre)
+            for part, gates in side_x:
+                w_part = w_ih if gates is None else w_ih[gates]
+                d_x = torch.mm(part, w_part) if d_x is None else d_x.addmm_(part, w_part)
+        if need[0]:
+            if x_rows is None:
+                x_rows = _cast(x.reshape(rows, x.shape[-1]), pre)
+            d_weight[0] = _cast(_weight_gradient(side_x, x_rows), w.w_ih)
+        if need[1]:
+            if y_rows is None:
+                y_rows = _cast(y if y.dim() == 2 else y.flatten(0, 1), pre)
+            y_own = y_rows
+            if directions > 1:
+                y_own = y_rows[:, direction * size : (direction + 1) * size]
+            d_w_hh = _recurrent_gradient(
+                _side(pre, spec.runs_h, hidden),
+                y_own,
+                _cast(h0[direction], pre),
+                batch_sizes,
+                direction == 1,
+            )
+            d_weight[1] = _cast(d_w_hh, w.w_hh)
+        if sums is not None:
+            if need[2]:
+                d_weight[2] = _cast(_bias_gradient(sums[direction], spec.runs_x, hidden), w.w_ih)
+            if need[3]:
+                d_b_hh = _cast(_bias_gradient(sums[direction], spec.runs_h, hidden), w.w_hh)
+                # two parameters must not end up with one memory as their gradient
+                d_weight[3] = d_b_hh.clone() if need[2] and spec.runs_x == spec.runs_h else d_b_hh
+        if w.w_hr is not None and need[-1]:
+            d_weight[-1] = _cast(_projection_gradient(d_h_all[direction], saved[direction]), w.w_hr)
+        d_weights += d_weight
+    return (
+        None if d_x is None else _cast(d_x, x).view(x.shape),
+        d_h0 if need_h0 else None,
+        d_c0 if need_c0 else None,
+        *d_weights,
+    )
+
+
+def _cast(t: Tensor, like: Tensor) -> Tensor:
+    return t if t.dtype == like.dtype else t.to(like.dtype)
+
+
+# the columns of d_pre that belong to one side of the cell, in as few pieces as they come:
+# [N,k*H] each, and the rows of the weight that it belongs to (None for all of them)
+Side = list[tuple[Tensor, "slice | None"]]
+
+
+def _side(pre: Tensor, runs: Sequence[Run], hidden: int) -> Side:
+    if len(runs) == 1:
+        run = runs[0]
+        is_all = run.width * hidden == pre.shape[1]
+        return [(pre if is_all else pre[:, run.columns(hidden)], None)]
+    return [(pre[:, run.columns(hidden)], run.gate_rows(hidden)) for run in runs]
+
+
+def _bias_gradient(sums: Tensor, runs: Sequence[Run], hidden: int) -> Tensor:
+    """One side's part [G*H] of the column sums [Q*H]."""
+    if len(runs) == 1:
+        return sums if runs[0].width * hidden == sums.shape[0] else sums[runs[0].columns(hidden)]
+    return torch.cat([sums[run.columns(hidden)] for run in runs])
+
+
+def _weight_gradient(side: Side, inputs: Tensor) -> Tensor:
+    """d_w [G*H,K] = side^T [G*H,N] @ inputs [N,K]."""
+    if len(side) == 1:
+        return torch.mm(side[0][0].t(), inputs)
+    d_w = inputs.new_empty(sum(part.shape[1] for part, _ in side), inputs.shape[1])
+    for part, gates in side:
+        torch.mm(part.t(), inputs, out=d_w[gates])
+    return d_w
+
+
+def _recurrent_gradient(
+    side: Side, y: Tensor, h0: Tensor, batch_sizes: Tensor | None, backwards: bool
+) -> Tensor:
+    """d_w_hh [G*H,R]: like `_weight_gradient`, where each row's input is the state before it.
+
+    Args:
+        side: the hidden side of the gradient of the pre-activations.
+        y: [N,R] outputs of this direction.
+        h0: [B,R] initial state.
+        batch_sizes: [T] of packed rows, or None.
+        backwards: whether this direction walks backwards in time.
+    """
+    batch = h0.shape[0]
+    later = y.shape[0] - batch
+    if batch_sizes is not None:
+        return _weight_gradient(side, _previous_packed(y, h0, batch_sizes, backwards))
+    if later == 0:
+        return _weight_gradient(side, h0)
+    gate_rows = sum(part.shape[1] for part, _ in side)
+    if later <= gate_rows or torch.compiler.is_compiling():
+        # moving y costs less than a second pass over d_w; compiled code should not depend on T*B
+        h_prev = torch.cat([y[batch:], h0] if backwards else [h0, y[:later]])
+        return _weight_gradient(side, h_prev)
+    if backwards:
+        rows_later, rows_first, h_later = slice(0, later), slice(later, None), y[batch:]
+    else:
+        rows_later, rows_first, h_later = slice(batch, None), slice(0, batch), y[:later]
+    d_w = _weight_gradient([(part[rows_later], gates) for part, gates in side], h_later)
+    for part, gates in side:
+        (d_w if gates is None else d_w[gates]).addmm_(part[rows_first].t(), h0)
+    return d_w
+
+
+def _previous_packed(y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool) -> Tensor:
+    """[N,R] the state before each packed row: the row of the same sequence one step earlier or h0.
+
+    With offset[t] the first row of step t, row offset[t] + b stands right after row
+    offset[t-1] + b = (offset[t] + b) - batch_sizes[t-1] of its sequence b.
+    """
+    rows, batch = y.shape[0], h0.shape[0]
+    later = torch.arange(batch, rows)
+    earlier = later - batch_sizes[:-1].repeat_interleave(batch_sizes[1:], output_size=rows - batch)
+    if not backwards:
+        return torch.cat([h0, y.index_select(0, earlier.to(y.device))])
+    sequences = torch.arange(batch)
+    last_step = (batch_sizes > sequences.unsqueeze(1)).sum(1) - 1
+    last_row = (batch_sizes.cumsum(0) - batch_sizes)[last_step] + sequences
+    h_prev = y.new_empty(rows, h0.shape[1])
+    h_prev.index_copy_(0, earlier.to(y.device), y[batch:])
+    h_prev.index_copy_(0, last_row.to(y.device), h0)
+    return h_prev
+
+
+def _projection_gradient(d_h: Tensor, saved: Tensor) -> Tensor:
+    """d_w_hr [P,H] = d_h [N,P]^T @ (o * tanh(c')) [N,H]; ``saved`` holds i,f,g,o,c'."""
+    _, _, _, o, c = saved.chunk(5, dim=1)
+    return torch.mm(d_h.t(), _cast(o * torch.tanh(c), d_h))
+
+
+def _differentiable_gradients(
+    needs: Sequence[bool],
+    d_outputs: Sequence[Tensor | None],
+    inputs: tuple[Any, ...],
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+    transformed: bool,
+) -> Gradients:
+    """`_gradients` as a composite of ordinary operations that can be differentiated again."""
+
+    def forward(*wanted: Tensor) -> tuple[Tensor, ...]:
+        variables = iter(wanted)
+        x, h0, c0, *weights = [
+            next(variables) if need else t for t, need in zip(inputs, needs, strict=True)
+        ]
+        outputs = reference.layer(x, h0, c0, weights, batch_sizes, spec)
+        return tuple(
+            output
+            for output, d_output in zip(outputs, d_outputs, strict=True)
+            if output is not None and d_output is not None
+        )
+
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    given = tuple(d for d in d_outputs if d is not None)
+    if transformed:
+        gradients = iter(torch.func.vjp(forward, *wanted)[1](given))
+    else:
+        with torch.enable_grad():
+            # aliases: inputs that depend on one another must not be followed beyond this layer
+            aliases = [t.view_as(t) for t in wanted]
+            gradients = iter(
+                torch.autograd.grad(
+                    forward(*aliases), aliases, given, create_graph=True, allow_unused=True
+                )
+            )
+    return tuple(next(gradients) if need else None for need in needs)

@@ -1,0 +1,292 @@
+"""The gradients: proved by finite differences, and well behaved in every corner of autograd."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from support import CELLS, build, check, pack, reference_math, run
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.gradcheck import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+
+import fastrnn
+
+F64 = torch.float64
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"bias": False},
+    {"num_layers": 2, "batch_first": True},
+    {"bidirectional": True},
+]
+CASES = [(cell, options) for cell in CELLS for options in OPTIONS] + [
+    ("lstm", {"proj_size": 2}),
+    ("lstm", {"proj_size": 1, "num_layers": 2, "bidirectional": True}),
+]
+
+
+class Case:
+    """A module as a function of everything that it can be differentiated by."""
+
+    def __init__(self, cell: str, options: dict[str, Any], packed: bool) -> None:
+        self.module = build(cell, 2, 3, dtype=F64, **options)
+        self.names = [name for name, _ in self.module.named_parameters()]
+        self.packed = pack(torch.randn(6, 2, dtype=F64), [1, 3, 2], False) if packed else None
+        x = self.packed.data if self.packed is not None else torch.randn(3, 3, 2, dtype=F64)
+        layers = self.module.num_layers * (2 if self.module.bidirectional else 1)
+        states = [torch.randn(layers, 3, self.module.proj_size or 3, dtype=F64)]
+        if cell == "lstm":
+            states.append(torch.randn(layers, 3, 3, dtype=F64))
+        self.states = len(states)
+        weights = [parameter.detach().clone() for parameter in self.module.parameters()]
+        self.inputs = [t.requires_grad_() for t in (x, *states, *weights)]
+
+    def __call__(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        hx: Any = rest[0] if self.states == 1 else rest[:2]
+        weights = dict(zip(self.names, rest[self.states :], strict=True))
+        argument = x if self.packed is None else self.packed._replace(data=x)
+        output, hidden = functional_call(self.module, weights, (argument, hx))
+        data = output if isinstance(output, Tensor) else output.data
+        return data, *(hidden if isinstance(hidden, tuple) else (hidden,))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("cell", "options"), CASES, ids=str)
+def test_gradcheck(cell: str, options: dict[str, Any], packed: bool) -> None:
+    case = Case(cell, options, packed)
+    assert gradcheck(case, case.inputs)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradgradcheck(cell: str, packed: bool) -> None:
+    case = Case(cell, {"bidirectional": True} if packed else {}, packed)
+    assert gradgradcheck(case, case.inputs)
+
+
+def test_gradgradcheck_projection() -> None:
+    case = Case("lstm", {"proj_size": 2, "num_layers": 2}, False)
+    assert gradgradcheck(case, case.inputs)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_cell_gradcheck(cell: str) -> None:
+    name, own = CELLS[cell]
+    module = getattr(fastrnn, name + "Cell")(2, 3, **own, dtype=F64)
+    names = [key for key, _ in module.named_parameters()]
+    weights = [parameter.detach().clone() for parameter in module.parameters()]
+
+    def step(x: Tensor, h: Tensor, c: Tensor, *values: Tensor) -> Any:
+        hx = (h, c) if cell == "lstm" else h
+        return functional_call(module, dict(zip(names, values, strict=True)), (x, hx))
+
+    inputs = [torch.randn(2, 2, dtype=F64), *torch.randn(2, 2, 3, dtype=F64), *weights]
+    inputs = [t.requires_grad_() for t in inputs]
+    assert gradcheck(step, inputs)
+    assert gradgradcheck(step, inputs)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivative_does_not_count_twice(cell: str) -> None:
+    """The initial state is computed from x: its part of the gradient of x is counted once."""
+    module = build(cell, 3, 3, dtype=F64)
+
+    def penalty(x: Tensor) -> Tensor:
+        h = (x[:1] * 2).tanh()
+        hx = (h, h) if cell == "lstm" else h
+        (first,) = torch.autograd.grad(module(x, hx)[0].square().sum(), x, create_graph=True)
+        return first.square().sum()
+
+    x = torch.randn(4, 2, 3, dtype=F64, requires_grad=True)
+    (ours,) = torch.autograd.grad(penalty(x), x)
+    with reference_math():
+        (expected,) = torch.autograd.grad(penalty(x), x)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_subset_of_inputs(cell: str, packed: bool) -> None:
+    """Each input alone gets the gradient that it gets among all, the others none."""
+    case = Case(cell, {"num_layers": 2, "bidirectional": True}, packed)
+    weights = [torch.randn_like(output) for output in case(*case.inputs)]
+    expected = torch.autograd.grad(case(*case.inputs), case.inputs, weights)
+    for index, value in enumerate(expected):
+        alone = [t.detach() for t in case.inputs]
+        alone[index].requires_grad_()
+        (got,) = torch.autograd.grad(case(*alone), alone[index], weights)
+        torch.testing.assert_close(got, value)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_subset_of_outputs(cell: str, which: int) -> None:
+    """A loss of the output, of h_n or of c_n alone."""
+    case = Case(cell, {"bidirectional": True}, False)
+    if which > case.states:
+        return
+    got = torch.autograd.grad(case(*case.inputs)[which].square().sum(), case.inputs)
+    with reference_math():
+        expected = torch.autograd.grad(case(*case.inputs)[which].square().sum(), case.inputs)
+    for value, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, truth)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_expanded_gradients(cell: str, batch_first: bool) -> None:
+    """Incoming gradients with stride 0, as sums, means and broadcasts make them."""
+    module = build(cell, 3, 4, batch_first=batch_first, dtype=F64)
+    x = torch.randn(5, 2, 3, dtype=F64, requires_grad=True)
+    losses = (
+        lambda y: y.sum(),
+        lambda y: y.mean(0).square().sum(),
+        lambda y: y[:, -1].sum(),
+        lambda y: y[-1].sum(),
+        lambda y: (y * torch.randn(4, dtype=F64, generator=torch.Generator().manual_seed(1))).sum(),
+        lambda y: y.transpose(0, 1).square().flip(0)[..., ::2].sum(),
+    )
+    for loss in losses:
+        got = torch.autograd.grad(loss(module(x)[0]), [x, *module.parameters()])
+        with reference_math():
+            expected = torch.autograd.grad(loss(module(x)[0]), [x, *module.parameters()])
+        for value, truth in zip(got, expected, strict=True):
+            torch.testing.assert_close(value, truth)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_in_eval_mode(cell: str) -> None:
+    module = build(cell, 3, 4, num_layers=2, dropout=0.5).eval()
+    check(module, torch.randn(5, 2, 3, requires_grad=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_graph_is_kept_or_freed_as_asked(cell: str) -> None:
+    module = build(cell, 3, 4)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    loss = module(x)[0].sum()
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_frees_what_forward_saved(cell: str) -> None:
+    saved: list[weakref.ref[Tensor]] = []
+
+    def pack_hook(t: Tensor) -> Tensor:
+        copy = t.clone()
+        saved.append(weakref.ref(copy))
+        return copy
+
+    module = build(cell, 3, 4)
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda t: t):
+        loss = module(torch.randn(5, 2, 3))[0].sum()
+    assert any(ref() is not None for ref in saved)
+    loss.backward()
+    assert all(ref() is None for ref in saved)
+
+
+def test_nothing_is_saved_without_gradients() -> None:
+    seen: list[Tensor] = []
+    module = build("lstm", 3, 4).requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        output, _ = module(torch.randn(5, 2, 3))
+        with torch.no_grad():
+            build("lstm", 3, 4)(torch.randn(5, 2, 3))
+    assert not output.requires_grad
+    assert seen == []
+
+
+def test_changed_output_is_noticed() -> None:
+    """Backward needs the output; one that was changed in place must not give a wrong gradient."""
+    output, _ = build("gru", 3, 4)(torch.randn(5, 2, 3))
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_biases_do_not_share_their_gradient(cell: str) -> None:
+    module = build(cell, 3, 4)
+    module(torch.randn(5, 2, 3))[0].sum().backward()
+    before = module.bias_hh_l0.grad.clone()
+    module.bias_ih_l0.grad.zero_()
+    assert torch.equal(module.bias_hh_l0.grad, before)
+
+
+def test_anomaly_mode_and_checkpointing() -> None:
+    module = build("gru", 3, 4, num_layers=2, dropout=0.5, dtype=F64)
+    x = torch.randn(5, 2, 3, dtype=F64, requires_grad=True)
+    expected = run(module, x, seed=3)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: Tensor, hx: None) -> Any:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, hx, use_reentrant=False)
+
+    with torch.autograd.detect_anomaly(check_nan=True):
+        got = run(Checkpointed(), x, seed=3)
+    for name, value in expected.items():
+        key = name.replace("d_", "d_inner.") if name not in ("d_x",) else name
+        torch.testing.assert_close(got[key], value)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_mode_is_never_silently_zero(cell: str, packed: bool) -> None:
+    """jvp, dual tensors with and without grad mode, against the product with the Jacobian."""
+    case = Case(cell, {}, packed)
+    primals = [t.detach() for t in case.inputs]
+    tangents = [torch.randn_like(t) for t in primals]
+    jacobians = torch.autograd.functional.jacobian(case, tuple(primals))
+    for output, jacobian in enumerate(jacobians):
+        expected = sum(
+            torch.einsum("of,f->o", block.flatten(-t.dim()).flatten(0, -2), t.flatten())
+            for block, t in zip(jacobian, tangents, strict=True)
+        )
+        _, derivative = jvp(lambda *a: case(*a)[output], tuple(primals), tuple(tangents))  # noqa: B023
+        torch.testing.assert_close(derivative.flatten(), expected)
+        for enabled in (True, False):
+            with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+                duals = [forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
+                tangent = forward_ad.unpack_dual(case(*duals)[output]).tangent
+            torch.testing.assert_close(tangent.flatten(), expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_func_transforms(cell: str) -> None:
+    """grad, vmap, vmap of grad, hessian and jacrev agree with plain autograd."""
+    module = build(cell, 2, 3, dtype=F64)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(4, 2, 2, dtype=F64)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(module, parameters, (x,))[0].square().sum()
+
+    got = grad(loss)(parameters, x)
+    expected = torch.autograd.grad(module(x)[0].square().sum(), list(module.parameters()))
+    for value, truth in zip(got.values(), expected, strict=True):
+        torch.testing.assert_close(value, truth)
+
+    several = torch.randn(3, 4, 2, 2, dtype=F64)
+    torch.testing.assert_close(
+        vmap(lambda x: module(x)[0])(several), torch.stack([module(x)[0] for x in several])
+    )
+    per_sample = vmap(grad(loss), in_dims=(None, 0))(parameters, several)
+    for index, sample in enumerate(several):
+        for name, value in grad(loss)(parameters, sample).items():
+            torch.testing.assert_close(per_sample[name][index], value)
+
+    second = hessian(lambda x: loss(parameters, x))(x)
+    torch.testing.assert_close(second, jacrev(jacrev(lambda x: loss(parameters, x)))(x))
+    assert second.abs().max() > 0

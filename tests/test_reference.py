@@ -1,0 +1,125 @@
+"""The oracle against torch.nn in float64, and the table of cells against the kernels' registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import CELLS, TORCH_CELLS, build, pack, random, reference_math, run, torch_twin
+from tolerance import assert_close
+
+from fastrnn import _C, reference
+from fastrnn.spec import BY_MODE, split_weights
+from fastrnn.spec import CELLS as SPECS
+
+F64 = torch.float64
+
+
+def test_specs_match_the_kernels() -> None:
+    kernels = _C.cells()
+    assert kernels.keys() == SPECS.keys()
+    for name, spec in SPECS.items():
+        assert kernels[name] == {
+            "gates": spec.gates,
+            "pre": spec.pre,
+            "saved": spec.saved,
+            "states": spec.states,
+            "pre_x": list(spec.pre_x),
+            "pre_h": list(spec.pre_h),
+        }
+
+
+def test_modes_are_those_of_the_modules() -> None:
+    for cell in CELLS:
+        assert BY_MODE[build(cell, 2, 3).mode].name == cell
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_split_weights_names_each_tensor(count: int) -> None:
+    weights = [torch.tensor(float(i)) for i in range(2 * count)]
+    first, second = split_weights(weights, 2)
+    expected = {
+        2: "w_ih w_hh",
+        3: "w_ih w_hh w_hr",
+        4: "w_ih w_hh b_ih b_hh",
+        5: "w_ih w_hh b_ih b_hh w_hr",
+    }[count].split()
+    for direction, start in ((first, 0), (second, count)):
+        present = [(n, v) for n, v in direction._asdict().items() if v is not None]
+        assert [name for name, _ in present] == expected
+        assert [int(value) for _, value in present] == list(range(start, start + count))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False},
+        {"num_layers": 3},
+        {"bidirectional": True},
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
+def test_reference_is_torch(cell: str, options: dict[str, object]) -> None:
+    compare_in_double(build(cell, 4, 5, dtype=F64, **options))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_reference_projection_is_torch(bias: bool, bidirectional: bool) -> None:
+    options = {"bias": bias, "bidirectional": bidirectional, "num_layers": 2, "proj_size": 3}
+    compare_in_double(build("lstm", 4, 5, dtype=F64, **options))
+
+
+def compare_in_double(module: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    padded = random(generator, 6, 3, 4, dtype=F64).requires_grad_()
+    rows = random(generator, 11, 4, dtype=F64)
+    packed = pack(rows, [2, 5, 4], enforce_sorted=False)
+    packed.data.requires_grad_()
+    for x in (padded, packed):
+        with reference_math():
+            ours = run(module, x)
+        theirs = run(torch_twin(module), x)
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert_close(ours[name], value, value, name)
+
+
+def test_sigmoid_by_hand() -> None:
+    """h' = 1 / (1 + exp(-(w x + u h + b + d))) with numbers."""
+    one = torch.ones((), dtype=F64)
+    w, u, b, d, x, h = (one * v for v in (0.5, -2.0, 0.25, 0.5, 3.0, 0.75))
+    y, h_n, c_n = reference.layer(
+        x.view(1, 1, 1),
+        h.view(1, 1, 1),
+        None,
+        [w.view(1, 1), u.view(1, 1), b.view(1), d.view(1)],
+        None,
+        SPECS["rnn_sigmoid"],
+    )
+    expected = 1 / (1 + torch.exp(-(0.5 * 3.0 - 2.0 * 0.75 + 0.25 + 0.5) * one))
+    torch.testing.assert_close(y.squeeze(), expected)
+    torch.testing.assert_close(h_n.squeeze(), expected)
+    assert c_n is None
+
+
+def test_packed_rows_are_the_sequences_alone() -> None:
+    """Each packed sequence comes out as if it ran by itself, in both directions."""
+    for cell in CELLS:
+        module = build(cell, 3, 4, bidirectional=True, dtype=F64)
+        rows = torch.randn(9, 3, dtype=F64)
+        lengths = [2, 4, 3]
+        with reference_math():
+            output, hidden = module(pack(rows, lengths, enforce_sorted=False))
+            together, _ = torch.nn.utils.rnn.pad_packed_sequence(output)
+            for index, sequence in enumerate(rows.split(lengths)):
+                alone, hidden_alone = module(sequence)
+                torch.testing.assert_close(together[: len(sequence), index], alone)
+                for h, h_alone in zip(states(hidden), states(hidden_alone), strict=True):
+                    torch.testing.assert_close(h[:, index], h_alone)
+
+
+def states(hidden: object) -> tuple[torch.Tensor, ...]:
+    return hidden if isinstance(hidden, tuple) else (hidden,)
