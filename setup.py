@@ -1,15 +1,16 @@
 """Builds the native libraries of fastrnn; everything declarative lives in pyproject.toml.
 
-    csrc/cpu/*.cpp                   -> fastrnn/lib/libfastrnn_kernels.so      no torch, no Python
-    csrc/bindings.cpp                -> fastrnn/_C.<python abi>.so             pybind11, links kernels
-    csrc/torch/*.cpp                 -> fastrnn/lib/libfastrnn_torch.so        stable ABI, links kernels
-    csrc/cuda/*.cu + ops_cuda.cpp    -> fastrnn/lib/libfastrnn_torch_cuda.so   only where CUDA is wanted
+    csrc/cpu/*.cpp                  fastrnn/lib/libfastrnn_kernels.so     no torch, no Python
+    csrc/bindings.cpp               fastrnn/_C.<python abi>.so            pybind11, links kernels
+    csrc/torch/*.cpp                fastrnn/lib/libfastrnn_torch.so       stable ABI, links kernels
+    csrc/cuda/*.cu, ops_cuda.cpp    fastrnn/lib/libfastrnn_torch_cuda.so  where CUDA is wanted
 
 Environment variables:
-    FASTRNN_CUDA          unset: CUDA is built if nvcc and a CUDA torch are there; 1: it must be; 0: it is not
+    FASTRNN_CUDA          unset: CUDA is built if nvcc and a CUDA torch are there; 1: it has to be;
+                          0: it is not
     TORCH_CUDA_ARCH_LIST  GPU architectures, "8.0;9.0+PTX" unless given
-    CXX, CXXFLAGS         the C++ compiler and flags that are added after ours
-    CUDA_HOME             the CUDA toolkit; otherwise the nvcc on PATH
+    CXX, CXXFLAGS         the C++ compiler, and flags that are added after ours
+    CUDA_HOME             the CUDA toolkit; otherwise that of the nvcc on PATH
     NVCC_APPEND_FLAGS     read by nvcc itself
     MAX_JOBS              how many files ninja compiles at a time
 """
@@ -37,8 +38,8 @@ DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
 # The kernels may contract a*b+c into one rounding and need neither errno nor floating-point traps;
-# NaN, infinities and the order of sums stay as written. No -march: each instruction set is a pragma in its
-# own source file, so that one binary runs everywhere.
+# NaN, infinities and the order of sums stay as written. No -march: each instruction set is a pragma
+# in its own source file, so that one binary runs everywhere.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-g0"]
 LINK_FLAGS = ["-pthread", "-Wl,--no-undefined"]
@@ -95,7 +96,8 @@ def check_tools() -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
         raise stop(
-            f"there is no C++ compiler ({compiler!r} is not found); install g++ or clang, or set CXX."
+            f"there is no C++ compiler ({compiler!r} is not found); install g++ or clang, "
+            "or name one in CXX."
         )
     if importlib.util.find_spec("pybind11") is None:
         raise stop("pybind11 is not installed; install it, or build without --no-build-isolation.")
@@ -152,7 +154,7 @@ def fitting_cuda(torch: Torch) -> tuple[Cuda | None, str]:
             f"{nvcc} is of CUDA {version} and torch {torch.version} is built for CUDA {torch.cuda}",
         )
 
-    # nvcc may be a wrapper, a conda or a Debian one: only its own dry run tells where its headers are.
+    # nvcc may be a wrapper, or conda's, or Debian's: its own dry run tells where its headers are.
     dry_run = output_of([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull])
     top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
     include = [
@@ -269,7 +271,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
     if cuda is None:
         return [kernels, bindings, ops]
 
-    # cudart and cuBLAS are not linked: libtorch_cuda needs both, and its own copies are the ones to call.
+    # cudart and cuBLAS are not linked: libtorch_cuda needs both and brings the copies to call.
     system = system_include(torch.include, *cuda.include)
     cuda_ops = Extension(
         "fastrnn.lib.libfastrnn_torch_cuda",
@@ -305,7 +307,7 @@ def build_command() -> type:
             return str(super().get_ext_filename(ext_name))
 
         def build_extensions(self) -> None:
-            # Python's own compile flags (-march, -g, -fwrapv, whatever its builder chose) are not for us.
+            # The flags that Python itself was compiled with (-march, -g, -fwrapv) are not for us.
             compiler = shlex.split(os.environ.get("CXX", "c++"))
             for name in ("compiler_so", "compiler_so_cxx", "compiler_cxx"):
                 self.compiler.set_executable(name, [*compiler, "-fPIC", "-DNDEBUG"])
@@ -326,7 +328,7 @@ def build_command() -> type:
                 self.build_temp = shared
 
         def remove_stale(self, root: Path) -> None:
-            """Removes libraries of an earlier build (say, with CUDA) that this one does not make."""
+            """Removes libraries of an earlier build, say with CUDA, that this one does not make."""
             ours = {os.path.join(root, self.get_ext_filename(ext.name)) for ext in self.extensions}
             for path in (root / "fastrnn" / "lib").glob("libfastrnn_*.so"):
                 if str(path) not in ours:

@@ -58,7 +58,9 @@ def chosen_points(name: str) -> list[Point]:
     points = [p for p in GRID if name in ("all", p.block)]
     if not points:
         blocks = ", ".join(dict.fromkeys(p.block for p in GRID))
-        raise SystemExit(f"--points: there is no block {name!r}; choose short, all or one of {blocks}")
+        raise SystemExit(
+            f"--points: there is no block {name!r}; choose short, all or one of {blocks}"
+        )
     return points
 
 
@@ -99,7 +101,9 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time to spend a library and line")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="time to spend a library and line"
+    )
     parser.add_argument("--json", type=Path, help="write the measurements there as well")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args()
@@ -109,8 +113,10 @@ def main() -> None:
     about = machine()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     columns = ("cell", "mode", "point", "torch ms", "fastrnn ms", "ratio", "GFLOP/s")
-    layout = "| {} | {} | {} | {} | {} | {} | {} |" if options.markdown else (
-        "{:5} {:9} {:30} {:>10} {:>10} {:>7} {:>8}"
+    layout = (
+        "| {} | {} | {} | {} | {} | {} | {} |"
+        if options.markdown
+        else ("{:5} {:9} {:30} {:>10} {:>10} {:>7} {:>8}")
     )
     print(layout.format(*columns))
     if options.markdown:

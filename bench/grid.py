@@ -61,9 +61,7 @@ def _points() -> Iterator[Point]:
     yield Point("long", 1000, 1, 128, 128)
     for steps, batch, hidden in product((50, 100), (8, 16, 32), (64, 128, 256)):
         yield Point("training", steps, batch, hidden, hidden)
-    for steps, batch, hidden, layers in product(
-        (35, 50), (20, 64), (200, 500, 650, 1500), (1, 2)
-    ):
+    for steps, batch, hidden, layers in product((35, 50), (20, 64), (200, 500, 650, 1500), (1, 2)):
         yield Point("language", steps, batch, hidden, hidden, layers)
     for batch, hidden in product((16, 64), (512, 1024)):
         yield Point("deepbench", 25, batch, hidden, hidden)

@@ -127,17 +127,22 @@ FASTRNN_HD A sigmoid(A x) {
   return A(Real(1)) / (A(Real(1)) + (scale + scale * minus_one));
 }
 
-// (e^2x - 1) / (e^2x + 1) with e^2x - 1 formed without cancellation, so tanh(x) ~ x near 0 keeps
-// its relative accuracy (1 - 2 sigmoid(-2x) would lose it).
+// With m = e^2|x| - 1, formed without cancellation: |tanh(x)| = m / (m + 2), which keeps its relative
+// accuracy near 0 (1 - 2 sigmoid(-2x) would lose it), and = 1 - 2 / (m + 2) where that is nearer to
+// 1 than to 0: there the gradients' 1 - tanh(x)^2 feel each bit. One division serves both.
 template <class A>
 FASTRNN_HD A tanh(A x) {
   using Real = typename Limits<A>::Real;
   using F = Format<Real>;
+  const A zero = A(Real(0)), one = A(Real(1)), two = A(Real(2));
+  const A magnitude = select(zero > x, -x, x);
+  const A bounded = select(magnitude > A(F::kTanhMax), A(F::kTanhMax), magnitude);
   A scale, minus_one;
-  const A bounded = clamp(x, A(-F::kTanhMax), A(F::kTanhMax));
   exp_parts(bounded + bounded, scale, minus_one);
-  const A expm1 = scale * minus_one + (scale - A(Real(1)));
-  return expm1 / (expm1 + A(Real(2)));
+  const A m = scale * minus_one + (scale - one);
+  const A quotient = select(m > two, two, m) / (m + two);
+  const A result = select(m > two, one - quotient, quotient);
+  return select(zero > x, -result, result);
 }
 
 template <class A>

@@ -1,0 +1,420 @@
+"""The CPU's kernels, instruction set by instruction set, against the float64 reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_all_close
+from torch import Tensor
+
+from fastrnn import _C, ops, reference
+from fastrnn.spec import CELLS, CellSpec
+
+ISAS = _C.available_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(None)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class Case:
+    """Random arguments of one layer, and everything that comes out of it."""
+
+    def __init__(
+        self,
+        spec: CellSpec,
+        steps: int,
+        batch: int,
+        inputs: int,
+        hidden: int,
+        proj: int = 0,
+        directions: int = 1,
+        bias: bool = True,
+        packed: bool = False,
+    ) -> None:
+        out = proj or hidden
+        scale = hidden**-0.5
+        self.spec = spec
+        self.weights: list[Tensor] = []
+        for _ in range(directions):
+            self.weights += [
+                torch.randn(spec.gates * hidden, inputs) * scale,
+                torch.randn(spec.gates * hidden, out) * scale,
+            ]
+            if bias:
+                self.weights += [torch.randn(spec.gates * hidden) * scale for _ in range(2)]
+            if proj:
+                self.weights.append(torch.randn(proj, hidden) * scale)
+        self.batch_sizes: Tensor | None = None
+        if packed:
+            lengths = torch.randint(1, steps + 1, (batch,))
+            lengths[0] = steps
+            self.batch_sizes = (lengths > torch.arange(steps).unsqueeze(1)).sum(1)
+            self.x = torch.randn(int(lengths.sum()), inputs)
+        else:
+            self.x = torch.randn(steps, batch, inputs)
+        self.h0 = torch.randn(directions, batch, out)
+        self.c0 = torch.randn(directions, batch, hidden) if spec.has_cell_state else None
+
+    def run(self, layer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = {"x": self.x, "h0": self.h0}
+        if self.c0 is not None:
+            leaves["c0"] = self.c0
+        leaves |= {f"w{index}": w for index, w in enumerate(self.weights)}
+        # float32 values in every dtype: the truth is that of the same numbers
+        leaves = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
+        y, h_n, c_n = layer(
+            leaves["x"],
+            leaves["h0"],
+            leaves.get("c0"),
+            [leaf for name, leaf in leaves.items() if name.startswith("w")],
+            self.batch_sizes,
+            self.spec,
+        )
+        outputs = {"y": y, "h_n": h_n} | ({"c_n": c_n} if c_n is not None else {})
+        generator = torch.Generator().manual_seed(3)
+        d_outputs = [torch.randn(o.shape, generator=generator).to(dtype) for o in outputs.values()]
+        gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), d_outputs)
+        result = {name: output.detach() for name, output in outputs.items()}
+        return result | {f"d_{n}": g for n, g in zip(leaves, gradients, strict=True)}
+
+    def check(self, dtype: torch.dtype) -> None:
+        assert_all_close(
+            self.run(ops.layer, dtype),
+            self.run(reference.layer, dtype),
+            self.run(reference.layer, torch.float64),
+        )
+
+
+#           T   B   I   H   options
+SHAPES: list[tuple[int, int, int, int, dict[str, Any]]] = [
+    (1, 1, 1, 1, {}),
+    (2, 1, 5, 17, {"directions": 2}),
+    (3, 2, 4, 16, {"bias": False}),
+    (5, 7, 3, 31, {"packed": True, "directions": 2}),
+    (7, 13, 17, 64, {}),
+    (4, 37, 8, 8, {"directions": 2}),
+    (2, 3, 0, 5, {}),
+    (3, 0, 4, 6, {}),
+    (6, 24, 40, 100, {"packed": True}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_layer(
+    isa: str, threads: int, cell: str, shape: tuple[Any, ...], dtype: torch.dtype
+) -> None:
+    *sizes, options = shape
+    Case(CELLS[cell], *sizes, **options).check(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((1, 1, 1, 2, 1), {}),
+        ((4, 5, 7, 33, 19), {"directions": 2}),
+        ((6, 9, 3, 20, 3), {"packed": True, "directions": 2, "bias": False}),
+        ((3, 26, 5, 64, 48), {}),
+    ],
+    ids=str,
+)
+def test_projection(
+    isa: str, threads: int, sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    Case(CELLS["lstm"], *sizes, **options).check(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_half_types_add_in_float32(isa: str, cell: str, dtype: torch.dtype) -> None:
+    case = Case(CELLS[cell], 9, 3, 5, 21, directions=2)
+    case.x, case.h0 = case.x.to(dtype).float(), case.h0.to(dtype).float()
+    case.c0 = None if case.c0 is None else case.c0.to(dtype).float()
+    case.weights = [w.to(dtype).float() for w in case.weights]
+    case.check(dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_long_sequences_are_projected_in_chunks(isa: str, cell: str) -> None:
+    plan = _C.plan(cell, 700, 1, 3, 20)
+    assert plan["input"] == "ahead"
+    assert plan["chunk_rows"] < 700
+    Case(CELLS[cell], 700, 1, 3, 20, directions=2).check(torch.float32)
+
+
+def test_weights_beyond_the_shared_cache_are_projected_ahead() -> None:
+    assert _C.plan("lstm", 2, 6, 1100, 1100, threads=2)["input"] == "ahead"
+    Case(CELLS["lstm"], 2, 6, 1100, 1100).check(torch.float32)
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+def test_threads_have_work_enough() -> None:
+    assert _C.plan("rnn_tanh", 100, 1, 8, 8, threads=8)["threads"] == 1
+    assert _C.plan("lstm", 1, 1, 64, 64, threads=8)["threads"] == 1  # one step: not worth waking
+    assert _C.plan("lstm", 100, 1, 128, 128, threads=2)["threads"] == 2
+    assert _C.plan("lstm", 100, 32, 256, 256, threads=8)["threads"] == 8
+
+
+def test_groups_multiply_to_threads() -> None:
+    for batch in (1, 5, 16, 40, 200):
+        for hidden in (1, 16, 17, 64, 300):
+            for training in (False, True):
+                plan = _C.plan("gru", 50, batch, 20, hidden, threads=3, training=training)
+                assert plan["row_groups"] * plan["unit_groups"] == plan["threads"]
+
+
+def test_rows_are_cut_where_units_cannot_be() -> None:
+    plan = _C.plan("rnn_tanh", 100, 500, 300, 4, threads=4)
+    assert plan["row_groups"] == plan["threads"] > 1
+
+
+def test_blocks_of_units_stay_balanced() -> None:
+    lanes = _C.plan("rnn_tanh", 9, 9, 9, 9)["vector_lanes"]
+    assert _C.plan("rnn_tanh", 100, 8, 300, 8 * lanes, threads=2)["unit_vectors"] == 4
+    assert _C.plan("rnn_tanh", 100, 8, 300, 2 * lanes, threads=2)["unit_vectors"] == 1
+    assert _C.plan("lstm", 100, 8, 300, 8 * lanes, threads=2)["unit_vectors"] == 1
+
+
+def test_plan_refuses_what_no_layer_has() -> None:
+    with pytest.raises(ValueError, match="cell must be one of rnn_tanh, .*, got 'elman'"):
+        _C.plan("elman", 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
+        _C.plan("gru", 1, 1, 1, 0)
+    with pytest.raises(ValueError, match="dtype must be one of .*, got 'int8'"):
+        _C.plan("gru", 1, 1, 1, 1, dtype="int8")
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda, got 'tpu'"):
+        _C.plan("gru", 1, 1, 1, 1, device="tpu")
+
+
+def test_isa_is_forced_and_given_back() -> None:
+    best = _C.cpu_capability()
+    for name in ISAS:
+        _C.set_isa(name)
+        assert _C.cpu_capability() == name
+        assert _C.plan("gru", 1, 1, 1, 1)["isa"] == name
+    _C.set_isa(None)
+    assert _C.cpu_capability() == best
+    with pytest.raises(ValueError, match="isa must be None or one of .*, got 'mmx'"):
+        _C.set_isa("mmx")
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Runs code in a fresh interpreter and returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_environment_variables_force_choices() -> None:
+    code = "from fastrnn import _C; print(_C.cpu_capability(), _C.max_threads())"
+    assert run_python(code, FASTRNN_ISA="baseline", FASTRNN_THREADS="3") == "baseline 3"
+    assert run_python(code, FASTRNN_ISA="no such thing") == f"{ISAS[-1]} 0"
+
+
+def test_spec_agrees_with_the_registry() -> None:
+    cells = _C.cells()
+    assert list(cells) == list(CELLS)
+    for name, spec in CELLS.items():
+        assert cells[name] == {
+            "gates": spec.gates,
+            "pre": spec.pre,
+            "saved": spec.saved,
+            "states": spec.states,
+            "pre_x": list(spec.pre_x),
+            "pre_h": list(spec.pre_h),
+        }
+
+
+# --- the functions gates are made of -------------------------------------------------------------
+
+
+def activation(cell: str, x: Tensor) -> Tensor:
+    """f(x) by a layer of one unit that passes its input through."""
+    one = torch.ones(1, 1, dtype=x.dtype)
+    zero = torch.zeros(1, x.numel(), 1, dtype=x.dtype)
+    y, _, _ = ops.layer(x.view(1, -1, 1), zero, None, [one, 0 * one], None, CELLS[cell])
+    return y.view(x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_keep_their_relative_accuracy(isa: str, dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    x = torch.cat([torch.linspace(-30, 30, 20001), torch.logspace(-30, 0, 500)]).to(dtype)
+    x = torch.cat([x, -x])
+    # the truth in more digits than float64 is not at hand: libm errs by half a unit
+    for cell, truth in (
+        ("rnn_tanh", torch.tanh(x.double())),
+        ("rnn_sigmoid", torch.sigmoid(x.double())),
+    ):
+        found = activation(cell, x).double()
+        error = ((found - truth).abs() / truth.abs().clamp_min(1e-300)).max().item()
+        assert error <= 3 * eps, cell
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_at_the_ends(isa: str, dtype: torch.dtype) -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([inf, -inf, nan, 0.0, -0.0, 1e30, -1e30], dtype=dtype)
+    for cell, function in (
+        ("rnn_tanh", torch.tanh),
+        ("rnn_sigmoid", torch.sigmoid),
+        ("rnn_relu", torch.relu),
+    ):
+        torch.testing.assert_close(activation(cell, x), function(x), equal_nan=True)
+
+
+# --- threads and processes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_results_repeat_to_the_bit(threads: int, cell: str) -> None:
+    case = Case(CELLS[cell], 20, 9, 12, 70, directions=2)
+    first, second = (case.run(ops.layer, torch.float32) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_many_python_threads_at_once() -> None:
+    cases = [Case(CELLS[cell], 15, 8, 16, 64) for cell in CELLS for _ in range(2)]
+    expected = [case.run(ops.layer, torch.float32) for case in cases]
+    wrong: list[str] = []
+
+    def work(index: int) -> None:
+        for _ in range(5):
+            found = cases[index].run(ops.layer, torch.float32)
+            wrong.extend(n for n, v in found.items() if not torch.allclose(v, expected[index][n]))
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+        assert not worker.is_alive()
+    assert wrong == []
+
+
+SMALL_RUN = """
+import torch, fastrnn
+torch.manual_seed(0)
+layer, x = fastrnn.LSTM(64, 128), torch.randn(30, 16, 64)
+def total(): return layer(x)[0].double().sum().item()
+"""
+
+
+def test_a_pool_that_grants_fewer_threads_than_promised() -> None:
+    """OpenMP's thread limit leaves the caller alone in its region: it must not wait for others."""
+    code = SMALL_RUN + "torch.set_num_threads(4); print(torch.get_num_threads(), total())"
+    promised, alone = run_python(code, OMP_THREAD_LIMIT="1").split()
+    _, together = run_python(code).split()
+    assert promised == "4"
+    assert float(alone) == pytest.approx(float(together), rel=1e-5)
+
+
+def test_more_threads_than_cores() -> None:
+    code = SMALL_RUN + "torch.set_num_threads(16); print(total())"
+    assert float(run_python(code)) == pytest.approx(
+        float(run_python(SMALL_RUN + "torch.set_num_threads(1); print(total())")), rel=1e-5
+    )
+
+
+# --- arguments that nobody checked before --------------------------------------------------------
+
+
+def test_operators_refuse_what_would_break_them() -> None:
+    spec = CELLS["lstm"]
+    case = Case(spec, 3, 2, 4, 5)
+    forward = torch.ops.fastrnn.layer_forward
+
+    def call(**changed: Any) -> Any:
+        arguments = {
+            "x": case.x,
+            "h0": case.h0,
+            "c0": case.c0,
+            "weights": case.weights,
+            "batch_sizes": None,
+            "cell": "lstm",
+            "save": True,
+        }
+        return forward(**{**arguments, **changed})
+
+    call()
+    refused: list[dict[str, Any]] = [
+        {"x": case.x[0]},
+        {"x": case.x[:, :, :3]},
+        {"x": case.x.double()},
+        {"x": case.x.int()},
+        {"h0": case.h0[0]},
+        {"h0": case.h0[:, :1]},
+        {"h0": torch.randn(3, 2, 5)},
+        {"c0": None},
+        {"c0": torch.randn(1, 2, 4)},
+        {"weights": case.weights[:1]},
+        {"weights": [w.double() for w in case.weights]},
+        {"weights": [case.weights[0], case.weights[1][:, :4], *case.weights[2:]]},
+        {"weights": [case.weights[0], case.weights[1], case.weights[2][:3], case.weights[3]]},
+        {"cell": "elman"},
+        {"cell": "gru"},
+        {"batch_sizes": torch.tensor([2, 2, 2])},
+        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2, 1, 3])},
+        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2, 2, 1])},
+        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([3, 3])},
+        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2.0, 2.0, 2.0])},
+        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2, 2, 2, 0])},
+    ]
+    for changed in refused:
+        with pytest.raises(RuntimeError):
+            call(**changed)
+
+
+def test_backward_refuses_what_forward_did_not_return() -> None:
+    case = Case(CELLS["gru"], 3, 2, 4, 5)
+    y, h_n, _, saved = torch.ops.fastrnn.layer_forward(
+        case.x, case.h0, None, case.weights, None, "gru", True
+    )
+    backward = torch.ops.fastrnn.layer_backward
+
+    def call(d_y: Tensor | None = y, d_h_n: Tensor | None = h_n, saved: Tensor = saved) -> Any:
+        return backward(d_y, d_h_n, None, case.h0, None, case.weights, None, y, saved, "gru")
+
+    call()
+    call(d_y=None, d_h_n=None)
+    for changed in (
+        {"d_y": y[:2]},
+        {"d_y": y.double()},
+        {"d_h_n": h_n[:, :1]},
+        {"saved": saved[:, :2]},
+        {"saved": saved.double()},
+        {"saved": torch.empty(0)},
+    ):
+        with pytest.raises(RuntimeError):
+            call(**changed)

@@ -1,0 +1,838 @@
+"""The contract of torch.nn's recurrent modules, row by row: every caller sees what torch shows.
+
+Errors are compared with torch's own by calling both.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import TORCH_CELLS, build, check, run, torch_twin
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastrnn
+
+LAYERS = ["RNN", "LSTM", "GRU"]
+STEPS = ["RNNCell", "LSTMCell", "GRUCell"]
+
+
+def raised(call: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as info:  # noqa: PT011 - the caller compares type and message
+        call()
+    return info.value
+
+
+def assert_same_error(call: Callable[[Any], Any], message: str | None = None) -> None:
+    """``call(namespace)`` raises the same in fastrnn as in torch.nn; ``message`` is part of it."""
+    ours, theirs = raised(lambda: call(fastrnn)), raised(lambda: call(nn))
+    assert type(ours) is type(theirs)
+    assert str(ours) == str(theirs)
+    assert message is None or message in str(ours)
+
+
+def states(name: str, *shape: int, **options: Any) -> Any:
+    """One state of this shape, or a pair of them for an LSTM."""
+    state = torch.zeros(shape, **options)
+    return (state, state) if name.startswith("LSTM") else state
+
+
+class TestConstructor:
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_positional_order(self, name: str) -> None:
+        nonlinearity = ["relu"] if name == "RNN" else []
+        arguments = [3, 4, 2, *nonlinearity, False, True, 0.25, True]
+        ours, theirs = getattr(fastrnn, name)(*arguments), getattr(nn, name)(*arguments)
+        assert repr(ours) == repr(theirs)
+        for key in nn.RNNBase.__constants__:
+            assert getattr(ours, key) == getattr(theirs, key)
+
+    def test_lstm_positional_projection_device_and_dtype(self) -> None:
+        arguments = (3, 4, 1, True, False, 0.0, False, 2, "cpu", torch.float64)
+        assert repr(fastrnn.LSTM(*arguments)) == repr(nn.LSTM(*arguments))
+        assert fastrnn.LSTM(*arguments).weight_hr_l0.dtype == torch.float64
+
+    @pytest.mark.parametrize("name", ["RNN", "GRU"])
+    def test_positional_device_and_dtype_as_documented_or_as_read(self, name: str) -> None:
+        start = [3, 4, 1, *(["tanh"] if name == "RNN" else []), True, False, 0.0, False]
+        cls = getattr(fastrnn, name)
+        for end in (("cpu", torch.float64), (None, torch.float64), (0, "cpu", torch.float64)):
+            assert cls(*start, *end).weight_ih_l0.dtype == torch.float64
+
+    @pytest.mark.parametrize("name", STEPS)
+    def test_cell_positional_order(self, name: str) -> None:
+        nonlinearity = ["relu"] if name == "RNNCell" else []
+        arguments = [3, 4, False, *nonlinearity, "cpu", torch.float64]
+        ours, theirs = getattr(fastrnn, name)(*arguments), getattr(nn, name)(*arguments)
+        assert repr(ours) == repr(theirs)
+        assert ours.weight_ih.dtype == theirs.weight_ih.dtype
+
+    @pytest.mark.parametrize("name", STEPS)
+    def test_cell_signature(self, name: str) -> None:
+        ours = inspect.signature(getattr(fastrnn, name)).parameters
+        theirs = inspect.signature(getattr(nn, name)).parameters
+        assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+            (p.name, p.kind, p.default) for p in theirs.values()
+        ]
+
+
+class TestConstructorErrors:
+    VALUE_ERRORS = (
+        ({"hidden_size": 0}, "hidden_size must be greater than zero"),
+        ({"input_size": 0}, "input_size must be greater than zero"),
+        ({"num_layers": 0}, "num_layers must be greater than zero"),
+        ({"dropout": 1.5}, "dropout should be a number in range [0, 1]"),
+        ({"dropout": -0.1}, "dropout should be a number in range [0, 1]"),
+        ({"dropout": True}, "dropout should be a number in range [0, 1]"),
+    )
+    TYPE_ERRORS = (
+        ({"bias": 1}, "bias should be of type bool, got: int"),
+        ({"batch_first": 1}, "batch_first should be of type bool, got: int"),
+        ({"input_size": 3.0}, "input_size should be of type int, got: float"),
+        ({"hidden_size": "4"}, "hidden_size should be of type int, got: str"),
+    )
+
+    @pytest.mark.parametrize(("options", "message"), VALUE_ERRORS + TYPE_ERRORS, ids=str)
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_every_module(self, name: str, options: dict[str, Any], message: str) -> None:
+        full = {"input_size": 3, "hidden_size": 4, **options}
+        assert_same_error(lambda lib: getattr(lib, name)(**full), message)
+
+    @pytest.mark.parametrize(
+        ("size", "message"),
+        [
+            (4, "proj_size has to be smaller than hidden_size"),
+            (-1, "proj_size should be a positive integer or zero to disable projections"),
+        ],
+    )
+    def test_projection(self, size: int, message: str) -> None:
+        assert_same_error(lambda lib: lib.LSTM(3, 4, proj_size=size), message)
+
+    @pytest.mark.parametrize("name", ["RNN", "GRU"])
+    def test_projection_is_for_lstm(self, name: str) -> None:
+        message = "proj_size argument is only supported for LSTM, not RNN or GRU"
+        assert_same_error(lambda lib: getattr(lib, name)(3, 4, proj_size=2), message)
+        start = [3, 4, 1, *(["tanh"] if name == "RNN" else []), True, False, 0.0, False]
+        with pytest.raises(ValueError, match=message):
+            getattr(fastrnn, name)(*start, 2)
+
+    def test_unknown_nonlinearity(self) -> None:
+        ours = raised(lambda: fastrnn.RNN(3, 4, nonlinearity="x"))
+        theirs = raised(lambda: nn.RNN(3, 4, nonlinearity="x"))
+        assert type(ours) is type(theirs)
+        assert str(theirs) == "Unknown nonlinearity 'x'. Select from 'tanh' or 'relu'."
+        assert str(ours) == "Unknown nonlinearity 'x'. Select from 'tanh', 'relu' or 'sigmoid'."
+        assert_same_error(lambda lib: lib.RNNCell(3, 4, nonlinearity="x")(torch.zeros(1, 3)))
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_dropout_warning(self, name: str) -> None:
+        texts = []
+        for lib in (fastrnn, nn):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                getattr(lib, name)(3, 4, dropout=0.5)
+            texts.append([(w.category, str(w.message)) for w in caught])
+        assert texts[0] == texts[1]
+        assert len(texts[0]) == 1
+
+
+class TestStateDict:
+    OPTIONS = (
+        {},
+        {"bias": False},
+        {"num_layers": 2, "bidirectional": True},
+        {"num_layers": 2, "bidirectional": True, "bias": False, "batch_first": True},
+    )
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_keys_shapes_order_and_both_ways(self, name: str, options: dict[str, Any]) -> None:
+        self.compare(name, {"input_size": 3, "hidden_size": 4, **options})
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_projection(self, bias: bool) -> None:
+        options = {"proj_size": 2, "num_layers": 2, "bidirectional": True, "bias": bias}
+        self.compare("LSTM", {"input_size": 3, "hidden_size": 4, **options})
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("name", STEPS)
+    def test_cells(self, name: str, bias: bool) -> None:
+        ours, _ = self.compare(name, {"input_size": 3, "hidden_size": 4, "bias": bias})
+        assert "bias_ih" in ours._parameters
+        assert (ours.bias_ih is None) != bias
+
+    def compare(self, name: str, options: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+        """Also: the same seed gives the same initial parameters."""
+        torch.manual_seed(5)
+        ours = getattr(fastrnn, name)(**options)
+        torch.manual_seed(5)
+        theirs = getattr(nn, name)(**options)
+        first, second = ours.state_dict(), theirs.state_dict()
+        assert list(first) == list(second)
+        for key, value in second.items():
+            assert torch.equal(first[key], value)
+        for target, source in ((ours, theirs), (theirs, ours)):
+            with torch.no_grad():
+                for parameter in source.parameters():
+                    parameter.add_(1)
+            target.load_state_dict(source.state_dict(), strict=True)
+            for key, value in source.state_dict().items():
+                assert torch.equal(target.state_dict()[key], value)
+        return ours, theirs
+
+
+class TestAttributesAndMethods:
+    def pair(self, name: str) -> tuple[nn.Module, nn.Module]:
+        options = {"num_layers": 2, "bidirectional": True}
+        ours = getattr(fastrnn, name)(3, 4, **options)
+        return ours, torch_twin(ours)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_attributes(self, name: str) -> None:
+        ours, theirs = self.pair(name)
+        assert vars(ours).keys() == vars(theirs).keys()
+        assert ours.mode == theirs.mode
+        assert ours._flat_weights_names == theirs._flat_weights_names
+        assert ours._all_weights == theirs._all_weights
+        assert all(
+            a is getattr(ours, n)
+            for a, n in zip(ours._flat_weights, ours._flat_weights_names, strict=True)
+        )
+        assert [[w.shape for w in row] for row in ours.all_weights] == [
+            [w.shape for w in row] for row in theirs.all_weights
+        ]
+        assert [ref() for ref in ours._flat_weight_refs] == ours._flat_weights
+        assert type(ours).__constants__ == type(theirs).__constants__
+        assert type(ours).__jit_unused_properties__ == ["all_weights"]
+
+    @pytest.mark.parametrize("name", STEPS)
+    def test_cell_attributes(self, name: str) -> None:
+        ours, theirs = getattr(fastrnn, name)(3, 4), getattr(nn, name)(3, 4)
+        assert vars(ours).keys() == vars(theirs).keys()
+        assert type(ours).__constants__ == type(theirs).__constants__
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_every_public_and_private_name_of_torch_is_there(self, name: str) -> None:
+        ours, theirs = getattr(fastrnn, name), getattr(nn, name)
+        assert [n for n in dir(theirs) if not hasattr(ours, n)] == []
+        assert "forward" in vars(ours)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_flatten_parameters_does_nothing_and_tolerates_anything(self, name: str) -> None:
+        module, _ = self.pair(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            module.flatten_parameters()
+            del module.weight_hh_l0
+            module.flatten_parameters()
+            module._init_flat_weights()
+        assert module._flat_weights[1] is None
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_setattr_keeps_flat_weights(self, name: str) -> None:
+        module, _ = self.pair(name)
+        new = nn.Parameter(torch.zeros_like(module.weight_hh_l1))
+        module.weight_hh_l1 = new
+        assert module._flat_weights[module._flat_weights_names.index("weight_hh_l1")] is new
+        check(module, torch.randn(5, 2, 3))
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_weights_have_changed(self, name: str) -> None:
+        module, _ = self.pair(name)
+        assert not module._weights_have_changed()
+        module._parameters["weight_ih_l0"] = nn.Parameter(torch.zeros_like(module.weight_ih_l0))
+        assert module._weights_have_changed()
+        module._update_flat_weights()
+        assert not module._weights_have_changed()
+        assert module._flat_weights[0] is module.weight_ih_l0
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_apply_replaces_flat_weights(self, name: str) -> None:
+        module, _ = self.pair(name)
+        module.double()
+        assert all(w.dtype == torch.float64 for w in module._flat_weights)
+        assert [ref() for ref in module._flat_weight_refs] == module._flat_weights
+        check(module, torch.randn(5, 2, 3, dtype=torch.float64))
+
+    @pytest.mark.parametrize("batch_first", [False, True])
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_expected_sizes_and_permutation(self, name: str, batch_first: bool) -> None:
+        extra = {"proj_size": 2} if name == "LSTM" else {}
+        ours = getattr(fastrnn, name)(3, 4, 2, bidirectional=True, batch_first=batch_first, **extra)
+        theirs = torch_twin(ours)
+        x, sizes = torch.zeros(5, 7, 3), torch.tensor([3, 2])
+        for arguments in ((x, None), (torch.zeros(5, 3), sizes)):
+            assert ours.get_expected_hidden_size(*arguments) == theirs.get_expected_hidden_size(
+                *arguments
+            )
+            if name == "LSTM":
+                assert ours.get_expected_cell_size(*arguments) == theirs.get_expected_cell_size(
+                    *arguments
+                )
+        hx = torch.arange(6.0).view(1, 3, 2)
+        order = torch.tensor([2, 0, 1])
+        both = [
+            m.permute_hidden((hx, hx + 1) if name == "LSTM" else hx, order) for m in (ours, theirs)
+        ]
+        torch.testing.assert_close(both[0], both[1])
+        assert ours.permute_hidden(hx, None) is hx
+        assert ours.check_hidden_size(hx, (1, 3, 2)) is None
+        assert str(raised(lambda: ours.check_hidden_size(hx, (1, 2, 2)))) == str(
+            raised(lambda: theirs.check_hidden_size(hx, (1, 2, 2)))
+        )
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_extra_repr(self, name: str) -> None:
+        options: dict[str, Any] = {
+            "num_layers": 2,
+            "bias": False,
+            "batch_first": True,
+            "dropout": 0.5,
+            "bidirectional": True,
+        }
+        if name == "LSTM":
+            options["proj_size"] = 2
+        if name == "RNN":
+            options["nonlinearity"] = "relu"
+        ours = getattr(fastrnn, name)(3, 4, **options)
+        assert repr(ours) == repr(getattr(nn, name)(3, 4, **options))
+        if name == "LSTM":
+            assert ours.extra_repr() == (
+                "3, 4, proj_size=2, num_layers=2, bias=False, batch_first=True, dropout=0.5, "
+                "bidirectional=True"
+            )
+
+    def test_cell_extra_repr(self) -> None:
+        for lib in (fastrnn, nn):
+            cell = lib.RNNCell(3, 4, bias=False, nonlinearity="relu")
+            assert repr(cell) == "RNNCell(3, 4, bias=False, nonlinearity=relu)"
+
+    def test_sigmoid_mode(self) -> None:
+        assert fastrnn.RNN(3, 4, nonlinearity="sigmoid").mode == "RNN_SIGMOID"
+        assert "nonlinearity=sigmoid" in repr(fastrnn.RNNCell(3, 4, nonlinearity="sigmoid"))
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_copy_and_pickle(self, name: str) -> None:
+        module, _ = self.pair(name)
+        x = torch.randn(5, 2, 3)
+        expected = module(x)[0]
+        assert "_flat_weight_refs" not in module.__getstate__()
+        buffer = io.BytesIO()
+        torch.save(module, buffer)
+        buffer.seek(0)
+        copies = (
+            copy.deepcopy(module),
+            pickle.loads(pickle.dumps(module)),
+            torch.load(buffer, weights_only=False),
+        )
+        for twin in copies:
+            assert type(twin) is type(module)
+            assert torch.equal(twin(x)[0], expected)
+            assert all(
+                a is not b for a, b in zip(twin._flat_weights, module._flat_weights, strict=True)
+            )
+            assert all(
+                w is getattr(twin, n)
+                for w, n in zip(twin._flat_weights, twin._flat_weights_names, strict=True)
+            )
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_setstate_reads_old_pickles(self, name: str) -> None:
+        """From before proj_size, before _flat_weights, with tensors in all_weights."""
+        module, _ = self.pair(name)
+        expected = module(torch.ones(5, 2, 3))[0]
+        state = module.__getstate__()
+        for key in ("proj_size", "_flat_weights", "_flat_weights_names", "_all_weights"):
+            del state[key]
+        state["all_weights"] = module.all_weights
+        old = getattr(fastrnn, name).__new__(getattr(fastrnn, name))
+        old.__setstate__(state)
+        assert old.proj_size == 0
+        assert old._all_weights == module._all_weights
+        assert torch.equal(old(torch.ones(5, 2, 3))[0], expected)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_replica_has_its_own_lists(self, name: str) -> None:
+        module, _ = self.pair(name)
+        replica = module._replicate_for_data_parallel()
+        assert replica._flat_weights is not module._flat_weights
+        assert replica._flat_weights_names is not module._flat_weights_names
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_reset_parameters_is_uniform(self, name: str) -> None:
+        module = getattr(fastrnn, name)(30, 16)
+        for parameter in module.parameters():
+            assert parameter.abs().max() <= 0.25
+        assert module.weight_ih_l0.std().item() == pytest.approx(0.5 / 12**0.5, rel=0.1)
+
+
+class TestInputs:
+    """Values and gradients of every form of input are compared in test_modules and
+    test_properties; here what is particular."""
+
+    @pytest.mark.parametrize("cell", TORCH_CELLS)
+    def test_states_as_list_or_tuple(self, cell: str) -> None:
+        if cell == "lstm":
+            module = build(cell, 3, 4)
+            h, c = torch.randn(2, 1, 2, 4)
+            x = torch.randn(5, 2, 3)
+            assert torch.equal(module(x, (h, c))[0], module(x, [h, c])[0])
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_result_types(self, name: str) -> None:
+        ours = getattr(fastrnn, name)(3, 4)
+        theirs = torch_twin(ours)
+        packed = pack_padded_sequence(torch.randn(5, 2, 3), [3, 5], enforce_sorted=False)
+        for x in (torch.randn(5, 2, 3), torch.randn(5, 3), packed):
+            got, expected = ours(x), theirs(x)
+            assert type(got) is type(expected) is tuple
+            assert type(got[0]) is type(expected[0])
+            assert type(got[1]) is type(expected[1])
+            if isinstance(got[0], PackedSequence):
+                for a, b in zip(got[0][1:], expected[0][1:], strict=True):
+                    assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_final_state_is_never_batch_first(self, name: str) -> None:
+        module = getattr(fastrnn, name)(3, 4, 2, batch_first=True)
+        output, hidden = module(torch.randn(7, 5, 3))
+        h = hidden[0] if name == "LSTM" else hidden
+        assert output.shape == (7, 5, 4)
+        assert h.shape == (2, 7, 4)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_batch_zero(self, name: str) -> None:
+        module = getattr(fastrnn, name)(3, 4, 2, bidirectional=True)
+        check(module, torch.randn(5, 0, 3, requires_grad=True))
+
+    def test_packed_keeps_the_callers_order(self) -> None:
+        """States go in and come out in the order of the unsorted sequences."""
+        module = fastrnn.GRU(3, 4, dtype=torch.float64)
+        x = torch.randn(6, 3, 3, dtype=torch.float64)
+        h0 = torch.randn(1, 3, 4, dtype=torch.float64)
+        lengths = [2, 6, 4]
+        _, h_n = module(pack_padded_sequence(x, lengths, enforce_sorted=False), h0)
+        for index, length in enumerate(lengths):
+            _, alone = module(x[:length, index : index + 1], h0[:, index : index + 1].contiguous())
+            torch.testing.assert_close(h_n[:, index : index + 1], alone)
+
+
+class TestInputErrors:
+    @pytest.mark.parametrize("shape", [(3,), (2, 2, 2, 3)], ids=str)
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_dimensions(self, name: str, shape: tuple[int, ...]) -> None:
+        word = "tensor instead" if name == "RNN" else "instead"
+        assert_same_error(
+            lambda lib: getattr(lib, name)(3, 4)(torch.zeros(shape)),
+            f"{name}: Expected input to be 2D or 3D, got {len(shape)}D {word}",
+        )
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_dtype(self, name: str) -> None:
+        assert_same_error(
+            lambda lib: getattr(lib, name)(3, 4)(torch.zeros(5, 2, 3, dtype=torch.float64)),
+            "RNN input dtype (torch.float64) does not match weight dtype (torch.float32). "
+            "Convert input: input.to(torch.float32), or convert model: model.to(torch.float64)",
+        )
+
+    @pytest.mark.parametrize("batch_first", [False, True])
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_input_size(self, name: str, batch_first: bool) -> None:
+        for shape in ((5, 2, 7), (5, 7)):
+            assert_same_error(
+                lambda lib: getattr(lib, name)(3, 4, batch_first=batch_first)(
+                    torch.zeros(shape)  # noqa: B023
+                ),
+                "input.size(-1) must be equal to input_size. Expected 3, got 7",
+            )
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_packed_input_size(self, name: str) -> None:
+        """torch checks this for all but an LSTM."""
+        packed = pack_padded_sequence(torch.zeros(5, 2, 7), [5, 3])
+        error = raised(lambda: getattr(fastrnn, name)(3, 4)(packed))
+        assert str(error) == str(raised(lambda: nn.GRU(3, 4)(packed)))
+
+
+class TestHiddenErrors:
+    @pytest.mark.parametrize("shape", [(1, 3, 4), (2, 2, 4), (1, 2, 5)], ids=str)
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_size(self, name: str, shape: tuple[int, ...]) -> None:
+        assert_same_error(
+            lambda lib: getattr(lib, name)(3, 4)(torch.zeros(5, 2, 3), states(name, *shape)),
+            f"Expected hidden{'[0]' if name == 'LSTM' else ''} size (1, 2, 4), got {list(shape)}",
+        )
+
+    def test_second_state(self) -> None:
+        hx = (torch.zeros(1, 2, 4), torch.zeros(1, 3, 4))
+        assert_same_error(
+            lambda lib: lib.LSTM(3, 4)(torch.zeros(5, 2, 3), hx),
+            "Expected hidden[1] size (1, 2, 4), got [1, 3, 4]",
+        )
+        projected = (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+        assert_same_error(
+            lambda lib: lib.LSTM(3, 4, proj_size=2)(torch.zeros(5, 2, 3), projected),
+            "Expected hidden[0] size (1, 2, 2), got [1, 2, 4]",
+        )
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_dimensions(self, name: str) -> None:
+        got = "hx and cx should also be 3-D but got (2-D, 2-D) tensors"
+        assert_same_error(
+            lambda lib: getattr(lib, name)(3, 4)(torch.zeros(5, 2, 3), states(name, 1, 4)),
+            "For batched 3-D input, "
+            + (got if name == "LSTM" else "hx should also be 3-D but got 2-D tensor"),
+        )
+        assert_same_error(
+            lambda lib: getattr(lib, name)(3, 4)(torch.zeros(5, 3), states(name, 1, 1, 4)),
+            "For unbatched 2-D input, "
+            + (
+                "hx and cx should also be 2-D but got (3-D, 3-D) tensors"
+                if name == "LSTM"
+                else "hx should also be 2-D but got 3-D tensor"
+            ),
+        )
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_no_steps(self, name: str) -> None:
+        for shape, batch_first in (((0, 2, 3), False), ((2, 0, 3), True), ((0, 3), False)):
+            assert_same_error(
+                lambda lib: getattr(lib, name)(3, 4, batch_first=batch_first)(  # noqa: B023
+                    torch.zeros(shape)  # noqa: B023
+                ),
+                "Expected sequence length to be larger than 0 in RNN",
+            )
+
+    def test_number_of_states(self) -> None:
+        hx = torch.zeros(1, 2, 4)
+        assert_same_error(lambda lib: lib.LSTM(3, 4)(torch.zeros(5, 2, 3), (hx, hx, hx)))
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_packed_states(self, name: str) -> None:
+        """torch checks these for all but an LSTM."""
+        packed = pack_padded_sequence(torch.zeros(5, 2, 3), [5, 3])
+        error = raised(lambda: getattr(fastrnn, name)(3, 4)(packed, states(name, 1, 3, 4)))
+        which = "[0]" if name == "LSTM" else ""
+        assert str(error) == f"Expected hidden{which} size (1, 2, 4), got [1, 3, 4]"
+        assert type(error) is RuntimeError
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_dtype_of_states(self, name: str) -> None:
+        """torch's own messages speak of mat1 and mat2."""
+        hx = states(name, 1, 2, 4, dtype=torch.float64)
+        with pytest.raises(
+            RuntimeError,
+            match="Input and hidden tensors are not the same dtype, found input tensor with "
+            r"torch\.float32 and hidden tensor with torch\.float64",
+        ):
+            getattr(fastrnn, name)(3, 4)(torch.zeros(5, 2, 3), hx)
+
+
+class TestCellErrors:
+    @pytest.mark.parametrize("shape", [(), (2, 2, 3)], ids=str)
+    @pytest.mark.parametrize("name", STEPS)
+    def test_dimensions(self, name: str, shape: tuple[int, ...]) -> None:
+        assert_same_error(
+            lambda lib: getattr(lib, name)(3, 4)(torch.zeros(shape)),
+            f"{name}: Expected input to be 1D or 2D, got {len(shape)}D instead",
+        )
+        assert_same_error(
+            lambda lib: getattr(lib, name)(3, 4)(torch.zeros(2, 3), states(name, *shape)),
+            f"{name}: Expected {'hx[0]' if name == 'LSTMCell' else 'hidden'} to be 1D or 2D, "
+            f"got {len(shape)}D instead",
+        )
+
+    def test_second_state(self) -> None:
+        hx = (torch.zeros(2, 4), torch.zeros(1, 2, 4))
+        assert_same_error(
+            lambda lib: lib.LSTMCell(3, 4)(torch.zeros(2, 3), hx), "LSTMCell: Expected hx[1]"
+        )
+        sizes = (torch.zeros(2, 4), torch.zeros(2, 5))
+        assert_same_error(
+            lambda lib: lib.LSTMCell(3, 4)(torch.zeros(2, 3), sizes),
+            "hidden1 has inconsistent hidden_size: got 5, expected 4",
+        )
+
+    @pytest.mark.parametrize("name", STEPS)
+    def test_sizes(self, name: str) -> None:
+        def call(x: tuple[int, ...], hx: tuple[int, ...]) -> Callable[[Any], Any]:
+            return lambda lib: getattr(lib, name)(10, 20)(torch.zeros(x), states(name, *hx))
+
+        assert_same_error(
+            call((3, 11), (3, 20)), "input has inconsistent input_size: got 11 expected 10"
+        )
+        assert_same_error(
+            call((3, 10), (3, 21)), "hidden0 has inconsistent hidden_size: got 21, expected 20"
+        )
+        assert_same_error(
+            call((3, 10), (5, 20)), "Input batch size 3 doesn't match hidden0 batch size 5"
+        )
+
+    @pytest.mark.parametrize("name", STEPS)
+    def test_hidden_size_zero(self, name: str) -> None:
+        ours = getattr(fastrnn, name)(3, 0)
+        check(ours, torch.zeros(2, 3))
+
+
+class TestDeviceErrors:
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_parameters(self, name: str) -> None:
+        assert_same_error(
+            lambda lib: getattr(lib, name)(3, 4)(torch.zeros(5, 2, 3, device="meta")),
+            "Input and parameter tensors are not at the same device",
+        )
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_states(self, name: str) -> None:
+        assert_same_error(
+            lambda lib: getattr(lib, name)(3, 4)(
+                torch.zeros(5, 2, 3), states(name, 1, 2, 4, device="meta")
+            ),
+            "Input and hidden tensors are not at the same device",
+        )
+
+    @pytest.mark.parametrize("name", STEPS)
+    def test_cells(self, name: str) -> None:
+        with pytest.raises(RuntimeError, match="not at the same device"):
+            getattr(fastrnn, name)(3, 4)(torch.zeros(2, 3, device="meta"))
+        with pytest.raises(RuntimeError, match="not the same dtype"):
+            getattr(fastrnn, name)(3, 4)(torch.zeros(2, 3, dtype=torch.float64))
+
+
+class TestAutocast:
+    """dtypes by themselves are in test_modules."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_layers(self, name: str, dtype: torch.dtype, device: str) -> None:
+        self.compare(
+            getattr(fastrnn, name)(3, 4, 2, bidirectional=True, device=device), (5, 2, 3), dtype
+        )
+
+    @pytest.mark.parametrize("name", STEPS)
+    def test_cells(self, name: str, device: str) -> None:
+        self.compare(getattr(fastrnn, name)(3, 4, device=device), (2, 3), torch.bfloat16)
+
+    def compare(self, module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """As if everything was cast; gradients come back in the dtypes of their tensors."""
+        device = (
+            module.weight_ih.device if hasattr(module, "weight_ih") else module.weight_ih_l0.device
+        )
+        x = torch.randn(shape, device=device, requires_grad=True)
+        with torch.autocast(device.type, dtype=dtype):
+            got = run(module, x)
+            mixed = run(module, x.detach().to(torch.float16))
+        expected = run(copy.deepcopy(module).to(dtype), x.detach().to(dtype).requires_grad_())
+        assert all(mixed[name].dtype == dtype for name in mixed if name.startswith("out"))
+        for name, value in expected.items():
+            assert got[name].dtype == (torch.float32 if name.startswith("d_") else dtype)
+            assert torch.equal(got[name].to(dtype), value), name
+
+    def test_hidden_of_another_dtype(self) -> None:
+        module = fastrnn.LSTM(3, 4)
+        hx = (torch.zeros(1, 2, 4, dtype=torch.float16), torch.zeros(1, 2, 4))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, _ = module(torch.randn(5, 2, 3, dtype=torch.bfloat16), hx)
+            output.sum().backward()
+        assert output.dtype == torch.bfloat16
+        assert module.weight_hh_l0.grad.dtype == torch.float32
+
+    def test_float64_is_left_alone(self) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, _ = fastrnn.GRU(3, 4, dtype=torch.float64)(torch.ones(5, 2, 3).double())
+        assert output.dtype == torch.float64
+
+    def test_backward_inside_autocast_keeps_its_precision(self) -> None:
+        module = fastrnn.GRU(3, 4)
+        x = torch.randn(5, 2, 3)
+        with torch.autocast("cpu", enabled=False):
+            expected = run(module, x)
+        weights = list(module.parameters())
+        torch.manual_seed(0)
+        output, h_n = module(x)
+        generator = torch.Generator().manual_seed(0)
+        loss_weights = [
+            torch.randn(o.shape, generator=generator, dtype=torch.float64).float()
+            for o in (output, h_n)
+        ]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = torch.autograd.grad([output, h_n], weights, loss_weights)
+        for value, (name, _) in zip(got, module.named_parameters(), strict=True):
+            assert torch.equal(value, expected[f"d_{name}"])
+
+
+class TestNnUtils:
+    """What replaces Parameters by computed tensors: gradients must still reach them."""
+
+    def compare(self, prepare: Callable[[nn.Module], Any], name: str) -> None:
+        ours = getattr(fastrnn, name)(3, 4, 2, dtype=torch.float64)
+        theirs = torch_twin(ours)
+        x = torch.randn(5, 2, 3, dtype=torch.float64)
+        for module in (ours, theirs):
+            torch.manual_seed(1)
+            prepare(module)
+        assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+        for _ in range(2):  # a second call finds what the first one left
+            got, expected = run(ours, x), run(theirs, x)
+            assert got.keys() == expected.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(got[key], value)
+            with torch.no_grad():
+                for module in (ours, theirs):
+                    for parameter in module.parameters():
+                        parameter.mul_(1.5)
+        assert len(expected) > 5
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_prune(self, name: str) -> None:
+        self.compare(lambda m: prune.l1_unstructured(m, "weight_hh_l1", 0.5), name)
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_weight_norm_old(self, name: str) -> None:
+        self.compare(lambda m: nn.utils.weight_norm(m, "weight_hh_l0"), name)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_weight_norm(self, name: str) -> None:
+        self.compare(lambda m: parametrizations.weight_norm(m, "weight_hh_l0"), name)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_spectral_norm(self, name: str) -> None:
+        self.compare(lambda m: parametrizations.spectral_norm(m.eval(), "weight_ih_l1"), name)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_tied_weights(self, name: str) -> None:
+        def tie(module: nn.Module) -> None:
+            module.weight_hh_l1 = module.weight_hh_l0
+
+        self.compare(tie, name)
+
+    @pytest.mark.parametrize("name", STEPS)
+    def test_cells(self, name: str) -> None:
+        ours = getattr(fastrnn, name)(3, 4, dtype=torch.float64)
+        theirs = getattr(nn, name)(3, 4, dtype=torch.float64)
+        theirs.load_state_dict(ours.state_dict())
+        for module in (ours, theirs):
+            parametrizations.weight_norm(module, "weight_hh")
+            prune.l1_unstructured(module, "weight_ih", 0.5)
+        x = torch.randn(2, 3, dtype=torch.float64)
+        got, expected = run(ours, x), run(theirs, x)
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_functional_call_and_back(self, name: str) -> None:
+        module = getattr(fastrnn, name)(3, 4)
+        x = torch.randn(5, 2, 3)
+        before = module(x)[0]
+        others = {n: torch.randn_like(p).requires_grad_() for n, p in module.named_parameters()}
+        output = torch.func.functional_call(module, others, (x,))[0]
+        output.sum().backward()
+        assert all(other.grad is not None for other in others.values())
+        assert all(p.grad is None for p in module.parameters())
+        assert torch.equal(module(x)[0], before)
+
+    def test_clip_grad_norm_scales_each_gradient_once(self) -> None:
+        module = fastrnn.LSTM(3, 4)
+        module(torch.randn(5, 2, 3))[0].square().sum().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1e-3)
+        norm = torch.stack([p.grad.norm() for p in module.parameters()]).norm()
+        torch.testing.assert_close(norm.item(), 1e-3, rtol=1e-3, atol=0)
+
+
+class TestSubclassing:
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_overridden_reset_parameters(self, name: str) -> None:
+        class Mine(getattr(fastrnn, name)):  # type: ignore[misc]
+            def reset_parameters(self) -> None:
+                for parameter in self.parameters():
+                    nn.init.constant_(parameter, self.hidden_size)
+
+        module = Mine(3, 4)
+        assert torch.equal(module.weight_hh_l0, torch.full_like(module.weight_hh_l0, 4.0))
+        check_subclass(module)
+
+    def test_reset_parameters_sees_the_nonlinearity(self) -> None:
+        seen = []
+
+        class Mine(fastrnn.RNN):
+            def reset_parameters(self) -> None:
+                seen.append(self.nonlinearity)
+
+        Mine(3, 4, nonlinearity="relu")
+        assert seen == ["relu"]
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_mixin_between_base_and_module(self, name: str) -> None:
+        """As in: class Base(nn.RNNBase) with its own __init__, class LSTM(Base, nn.LSTM)."""
+
+        class Base(nn.RNNBase):
+            def __init__(self, *args: Any, extra: int = 7, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                self.extra = extra
+
+        mixed = type(name, (Base, getattr(fastrnn, name)), {})
+        module = mixed(3, 4, 2, extra=9)
+        assert module.extra == 9
+        assert isinstance(module, nn.RNNBase)
+        check_subclass(module)
+
+        late = type(name, (getattr(fastrnn, name), Base), {})
+        assert late(3, 4).extra == 7
+        check_subclass(late(3, 4))
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_super_forward(self, name: str) -> None:
+        class Doubled(getattr(fastrnn, name)):  # type: ignore[misc]
+            def forward(self, input: Tensor, hx: Any = None) -> Any:
+                output, hidden = super().forward(input, hx)
+                return output * 2, hidden
+
+        module = Doubled(3, 4)
+        x = torch.randn(5, 2, 3)
+        plain = getattr(fastrnn, name)(3, 4)
+        plain.load_state_dict(module.state_dict())
+        assert torch.equal(module(x)[0], plain(x)[0] * 2)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_overridden_checks_are_called(self, name: str) -> None:
+        calls = []
+
+        class Mine(getattr(fastrnn, name)):  # type: ignore[misc]
+            def check_forward_args(self, *args: Any) -> None:
+                calls.append(args)
+                super().check_forward_args(*args)
+
+        Mine(3, 4)(torch.randn(5, 2, 3))
+        assert len(calls) == 1
+
+
+def check_subclass(module: nn.Module) -> None:
+    base = next(c for c in type(module).__mro__ if c in (fastrnn.RNN, fastrnn.LSTM, fastrnn.GRU))
+    plain = base(module.input_size, module.hidden_size, module.num_layers)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(5, 2, module.input_size)
+    assert torch.equal(module(x)[0], plain(x)[0])
+
+
+def test_package_imports_with_torch_alone() -> None:
+    """Optional packages stay optional: importing fastrnn loads none of them."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastrnn; "
+        "new = {n.partition('.')[0] for n in set(sys.modules) - before}; "
+        "print(sorted(new & {'numpy', 'matplotlib', 'rich', 'safetensors', 'hypothesis'}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
