@@ -3,9 +3,9 @@
     python bench/compare.py [--points short|all|BLOCK] [--cells rnn gru lstm] [--threads 2]
                             [--seconds 1.0] [--json FILE] [--markdown]
 
-The libraries take turns in random order, in rounds: a pause (so that the other's spinning threads go
-to sleep), one untimed call, a few timed ones. The median over all rounds counts. A ratio above 1
-means that fastrnn is faster.
+The libraries take turns in random order, in rounds: a pause (so that the other's spinning threads
+go to sleep), one untimed call, a few timed ones. The median over all rounds counts. A ratio above
+1 means that fastrnn is faster.
 """
 
 from __future__ import annotations

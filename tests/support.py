@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,10 +102,13 @@ def _flatten(value: Any, name: str, into: dict[str, Tensor]) -> None:
             _flatten(item, f"{name}{index}", into)
 
 
-def check(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str, Tensor]:
+def check(
+    module: nn.Module, x: Any, hx: Any = None, seed: int = 0, shakes: int = 0
+) -> dict[str, Tensor]:
     """Runs ``module``, torch's twin and the float64 truth, and compares all that comes out.
 
     Where torch has no such cell, the composite of torch operations in the same dtype stands in.
+    ``shakes`` is how many more truths, from slightly different inputs, show the conditioning.
     """
     ours = run(module, x, hx, seed)
     if isinstance(module, fastrnn.RNN | fastrnn.RNNCell) and module.nonlinearity == "sigmoid":
@@ -115,18 +118,30 @@ def check(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str,
         theirs = run(torch_twin(module), x, hx, seed)
     with reference_math():
         truth = run(copy.deepcopy(module).double(), to_double(x), to_double(hx), seed)
-    assert_all_close(ours, theirs, truth)
+        shaken = [_run_shaken(module, x, hx, seed) for _ in range(shakes)]
+    assert_all_close(ours, theirs, truth, shaken)
     return ours
 
 
-def to_double(value: Any) -> Any:
-    """The same values in float64, as new leaves with the strides that they had."""
+def _run_shaken(module: nn.Module, x: Any, hx: Any, seed: int) -> dict[str, Tensor]:
+    eps = torch.finfo(next(module.parameters()).dtype).eps
+
+    def shake(value: Tensor) -> Tensor:
+        return value * (1 + eps * (2 * torch.rand_like(value) - 1))
+
+    wide = copy.deepcopy(module).double()
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            parameter.copy_(shake(parameter))
+    return run(wide, to_double(x, shake), to_double(hx, shake), seed)
+
+
+def to_double(value: Any, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+    """The same values in float64, perhaps with a ``change``, as new leaves."""
     if isinstance(value, Tensor):
-        # strides matter: the bits of a batch-first view must be compared as such
-        return value.detach().double().requires_grad_(value.requires_grad)
+        return change(value.detach().double()).requires_grad_(value.requires_grad)
     if isinstance(value, PackedSequence):
-        data = value.data.detach().double().requires_grad_(value.data.requires_grad)
-        return PackedSequence(data, value.batch_sizes, value.sorted_indices, value.unsorted_indices)
+        return PackedSequence(to_double(value.data, change), *value[1:])
     if isinstance(value, tuple | list):
-        return type(value)(to_double(item) for item in value)
+        return type(value)(to_double(item, change) for item in value)
     return value

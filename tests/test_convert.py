@@ -170,16 +170,21 @@ def test_not_a_module() -> None:
 @pytest.mark.parametrize("cls", PAIRS, ids=lambda cls: cls.__name__)
 def test_computed_weights(cls: type[nn.Module], kind: str) -> None:
     """Parametrizations, weight norm and pruning go on to work, and can still be removed."""
-    module = cls(3, 4).double()
-    name = "weight_hh" if isinstance(module, nn.RNNCellBase) else "weight_hh_l0"
+    name = "weight_hh" if issubclass(cls, nn.RNNCellBase) else "weight_hh_l0"
     other = name.replace("hh", "ih")
-    if kind in ("parametrized", "several"):
-        parametrizations.weight_norm(module, name)
-    if kind == "weight_norm":
-        nn.utils.weight_norm(module, name)
-    if kind in ("pruned", "several"):
-        prune.l1_unstructured(module, other, 0.5)
-    twin = copy.deepcopy(module)
+
+    def prepared() -> nn.Module:
+        torch.manual_seed(4)
+        module = cls(3, 4).double()
+        if kind in ("parametrized", "several"):
+            parametrizations.weight_norm(module, name)
+        if kind == "weight_norm":
+            nn.utils.weight_norm(module, name)
+        if kind in ("pruned", "several"):
+            prune.l1_unstructured(module, other, 0.5)
+        return module
+
+    module, twin = prepared(), prepared()
     fastrnn.convert(module)
     assert isinstance(module, PAIRS[cls])
     assert type(module).__name__ == type(twin).__name__.replace(cls.__name__, PAIRS[cls].__name__)
@@ -197,8 +202,6 @@ def test_computed_weights(cls: type[nn.Module], kind: str) -> None:
             with torch.no_grad():
                 for parameter in m.parameters():
                     parameter.mul_(1.25)
-    clone = copy.deepcopy(module)
-    torch.testing.assert_close(gradients(clone)[0], gradients(module)[0])
     if kind == "parametrized":
         assert parametrize.type_before_parametrizations(module) is PAIRS[cls]
         parametrize.remove_parametrizations(module, name)
@@ -299,8 +302,7 @@ def test_one_patch_used_again() -> None:
 
 def test_patch_ends_with_an_exception() -> None:
     with pytest.raises(ZeroDivisionError), fastrnn.patch():
-        assert is_patched()
-        raise ZeroDivisionError
+        _ = 1 / 0
     assert not is_patched()
 
 

@@ -199,11 +199,11 @@ def test_blocks_of_units_stay_balanced() -> None:
 
 
 def test_plan_refuses_what_no_layer_has() -> None:
-    with pytest.raises(ValueError, match="cell must be one of rnn_tanh, .*, got 'elman'"):
+    with pytest.raises(ValueError, match=r"cell must be one of rnn_tanh, .*, got 'elman'"):
         _C.plan("elman", 1, 1, 1, 1)
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
         _C.plan("gru", 1, 1, 1, 0)
-    with pytest.raises(ValueError, match="dtype must be one of .*, got 'int8'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'int8'"):
         _C.plan("gru", 1, 1, 1, 1, dtype="int8")
     with pytest.raises(ValueError, match="device must be one of cpu, cuda, got 'tpu'"):
         _C.plan("gru", 1, 1, 1, 1, device="tpu")
@@ -217,7 +217,7 @@ def test_isa_is_forced_and_given_back() -> None:
         assert _C.plan("gru", 1, 1, 1, 1)["isa"] == name
     _C.set_isa(None)
     assert _C.cpu_capability() == best
-    with pytest.raises(ValueError, match="isa must be None or one of .*, got 'mmx'"):
+    with pytest.raises(ValueError, match=r"isa must be None or one of .*, got 'mmx'"):
         _C.set_isa("mmx")
 
 

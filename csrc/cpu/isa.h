@@ -35,7 +35,6 @@ struct Walks {
 struct Isa {
   const char* name;
   int vector_bytes;
-  int rows_of_two;  // height of a tile of two vectors
   Walks<float> walks_float;
   Walks<double> walks_double;
 

@@ -13,6 +13,8 @@ constexpr std::int64_t kMinCallWork = 100'000;
 // Weights that stay in a core's own cache are cheap to walk again for other rows; larger ones are
 // not.
 constexpr std::int64_t kPrivateCacheBytes = 512 * 1024;
+// Rows a thread that pay for walking all weights: cached ones, or ones from further away.
+constexpr std::int64_t kFewRows = 4, kManyRows = 16;
 // Beyond this, streaming w_ih anew each step is dearer than keeping pre-activations.
 constexpr std::int64_t kSharedCacheBytes = 24 * 1024 * 1024;
 // From this batch on, rows enough share each weight that is loaded: the input product joins the

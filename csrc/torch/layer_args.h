@@ -1,17 +1,24 @@
 // From the operators' arguments to the plain structs of problem.h, for the CPU and CUDA alike:
-// every check that keeps a kernel from reading or writing where it must not.
+// every check that keeps a kernel from reading or writing where it must not, and the outputs.
+//
+//   schema -> Layer (checked, laid out) -> ForwardOutputs  -> forward_problem(d)   one a direction
+//                                       -> BackwardInputs, BackwardOutputs -> backward_problem(d)
 //
 // The modules have said all this in friendlier words before; whoever calls torch.ops.fastrnn
 // directly gets these.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../problem.h"
@@ -21,6 +28,8 @@ namespace fastrnn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
 constexpr const char* kForwardSchema =
     "layer_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
     "str cell, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)";
@@ -28,6 +37,17 @@ constexpr const char* kBackwardSchema =
     "layer_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor h0, Tensor? c0, "
     "Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell) "
     "-> (Tensor d_pre, Tensor d_h_all, Tensor d_h0, Tensor d_c0)";
+
+// Refuses an argument with one sentence. (STD_TORCH_CHECK would put the function, file and line of
+// the machine that compiled this before it.)
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream sentence;
+  ((sentence << "fastrnn: ") << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+#define FASTRNN_CHECK(condition, ...) \
+  if (!(condition)) ::fastrnn::refuse(__VA_ARGS__)
 
 inline bool is_half(ScalarType dtype) {
   return dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
@@ -37,23 +57,49 @@ inline ScalarType accumulate_type(ScalarType dtype) {
   return is_half(dtype) ? ScalarType::Float : dtype;
 }
 
+// The text of a `str` argument, which is freed. (The conversion to std::string that the headers of
+// torch 2.11 to 2.14 offer leaks a string a call.)
+inline std::string take_text(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string result(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return result;
+}
+
+// Where a tensor lives.
+struct Place {
+  int32_t type = 0, index = 0;
+  explicit Place(const Tensor& t) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  }
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+
+// An uninitialised tensor beside `like`. This entry, unlike empty_strided, obeys torch's
+// fill_uninitialized_memory, with which the tests find values that no kernel wrote.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int i = int(sizes.size()) - 2; i >= 0; --i)
-    strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
-  int32_t device_type, device_index;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      device_index, &handle));
+  Place place(like);
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), sizes.data(), int64_t(sizes.size()), &type, nullptr,
+                                &place.type, place.index, nullptr, &handle));
   return Tensor(handle);
 }
 
 inline Tensor cast(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+inline Tensor ready(const Tensor& t, ScalarType dtype) { return dense(cast(t, dtype)); }
+inline std::optional<Tensor> ready(const std::optional<Tensor>& t, ScalarType dtype) {
+  return t ? std::optional(ready(*t, dtype)) : std::nullopt;
 }
 
 inline std::string text(const std::vector<int64_t>& sizes) {
@@ -67,12 +113,18 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-inline void check_sizes(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
+template <class Expected>
+void check_sizes(const char* name, const Tensor& t, const Expected& expected) {
   const auto sizes = t.sizes();
   bool same = sizes.size() == expected.size();
-  for (size_t i = 0; same && i < expected.size(); ++i) same = sizes[i] == expected[i];
-  STD_TORCH_CHECK(same, "fastrnn: ", name, " must have the shape ", text(expected), ", got ",
-                  text(sizes_of(t)), ".");
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == expected.begin()[i];
+  FASTRNN_CHECK(same, name, " must have the shape ",
+                text(std::vector<int64_t>(expected.begin(), expected.end())), ", got ",
+                text(sizes_of(t)), ".");
+}
+inline void check_sizes(const char* name, const Tensor& t,
+                        std::initializer_list<int64_t> expected) {
+  check_sizes<std::initializer_list<int64_t>>(name, t, expected);
 }
 
 // A matrix whose rows are contiguous, and how far apart they are: the tensor's own memory if it is
@@ -137,6 +189,7 @@ struct Direction {
 struct Layer {
   const CellInfo* cell;
   ScalarType dtype, compute;
+  Place place;
   int64_t steps, batch, input_size, hidden_size, proj_size, rows, directions;
   bool packed;
   std::vector<int64_t> step_offset, step_rows;
@@ -152,46 +205,45 @@ struct Layer {
       : cell(find_cell(cell_name)),
         dtype(sequence.scalar_type()),
         compute(compute_type),
+        place(sequence),
         packed(batch_sizes.has_value()),
         h0(h0_),
         c0(c0_) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || is_half(dtype),
-                    "fastrnn: ", sequence_name, " must be float16, bfloat16, float32 or float64.");
-    STD_TORCH_CHECK(sequence.dim() == (packed ? 2 : 3), "fastrnn: ", sequence_name, " must have ",
-                    packed ? 2 : 3, " dimensions ", packed ? "with" : "without",
-                    " batch_sizes, got ", sequence.dim(), ".");
-    STD_TORCH_CHECK(h0.dim() == 3, "fastrnn: h0 must be [D, B, R], got ", h0.dim(), " dimensions.");
+    FASTRNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || is_half(dtype),
+                  sequence_name, " must be float16, bfloat16, float32 or float64, got ",
+                  torch::headeronly::toString(dtype), ".");
+    FASTRNN_CHECK(sequence.dim() == (packed ? 2 : 3), sequence_name, " must have ", packed ? 2 : 3,
+                  " dimensions ", packed ? "with" : "without", " batch_sizes, got ", sequence.dim(),
+                  ".");
+    FASTRNN_CHECK(h0.dim() == 3, "h0 must be [D, B, R], got ", h0.dim(), " dimensions.");
     directions = h0.size(0);
     batch = h0.size(1);
-    STD_TORCH_CHECK(directions == 1 || directions == 2,
-                    "fastrnn: h0 must have 1 or 2 directions, got ", directions, ".");
+    FASTRNN_CHECK(directions == 1 || directions == 2, "h0 must have 1 or 2 directions, got ",
+                  directions, ".");
     const int64_t count = int64_t(weights.size()) / directions;
-    STD_TORCH_CHECK(count >= 2 && count <= 5 && count * directions == int64_t(weights.size()),
-                    "fastrnn: weights must hold 2 to 5 tensors a direction, got ", weights.size(),
-                    " for ", directions, " direction(s).");
+    FASTRNN_CHECK(count >= 2 && count <= 5 && count * directions == int64_t(weights.size()),
+                  "weights must hold 2 to 5 tensors a direction, got ", weights.size(), " for ",
+                  directions, " direction(s).");
     const bool bias = count >= 4, projected = count == 3 || count == 5;
-    STD_TORCH_CHECK(!projected || cell->states == 2,
-                    "fastrnn: weights hold a projection, which only lstm has, for ", cell->name,
-                    ".");
-    const int64_t out = h0.size(2);
-    for (const Tensor& w : weights) {
-      STD_TORCH_CHECK(w.dim() == 1 || w.dim() == 2, "fastrnn: weights must be 1-D or 2-D.");
-      check_like("weights", w, sequence);
-    }
-    STD_TORCH_CHECK(weights[0].dim() == 2, "fastrnn: w_ih must be 2-D.");
+    FASTRNN_CHECK(!projected || cell->states == 2,
+                  "weights must hold a projection for lstm only, got one for ", cell->name, ".");
+    for (const Tensor& w : weights) check_like("weights", w);
+    FASTRNN_CHECK(weights[0].dim() == 2, "w_ih must be 2-D, got ", weights[0].dim(),
+                  " dimension(s).");
     input_size = weights[0].size(1);
     hidden_size = weights[0].size(0) / cell->gates;
+    const int64_t out = h0.size(2);
     proj_size = projected ? out : 0;
-    check_like("h0", h0, sequence);
+    check_like("h0", h0);
     check_sizes("h0", h0, {directions, batch, projected ? proj_size : hidden_size});
-    STD_TORCH_CHECK(c0.has_value() == (cell->states == 2), "fastrnn: c0 must ",
-                    cell->states == 2 ? "be given for " : "not be given for ", cell->name, ".");
+    FASTRNN_CHECK(c0.has_value() == (cell->states == 2), "c0 must ",
+                  cell->states == 2 ? "be given for " : "not be given for ", cell->name, ".");
     if (c0) {
-      check_like("c0", *c0, sequence);
+      check_like("c0", *c0);
       check_sizes("c0", *c0, {directions, batch, hidden_size});
     }
-    h0 = torch::stable::contiguous(cast(h0, compute));
-    if (c0) c0 = torch::stable::contiguous(cast(*c0, compute));
+    h0 = ready(h0, compute);
+    c0 = ready(c0, compute);
     const int64_t gate_rows = cell->gates * hidden_size;
     direction.reserve(directions);
     for (int64_t d = 0; d < directions; ++d) {
@@ -201,11 +253,11 @@ struct Layer {
       if (bias) check_sizes("b_ih", w[2], {gate_rows});
       if (bias) check_sizes("b_hh", w[3], {gate_rows});
       if (projected) check_sizes("w_hr", w[count - 1], {proj_size, hidden_size});
-      direction.push_back(Direction{
-          Rows(cast(w[0], compute)), Rows(cast(w[1], compute)),
-          bias ? std::optional(torch::stable::contiguous(cast(w[2], compute))) : std::nullopt,
-          bias ? std::optional(torch::stable::contiguous(cast(w[3], compute))) : std::nullopt,
-          projected ? std::optional(Rows(cast(w[count - 1], compute))) : std::nullopt});
+      direction.push_back(
+          Direction{Rows(cast(w[0], compute)), Rows(cast(w[1], compute)),
+                    bias ? std::optional(ready(w[2], compute)) : std::nullopt,
+                    bias ? std::optional(ready(w[3], compute)) : std::nullopt,
+                    projected ? std::optional(Rows(cast(w[count - 1], compute))) : std::nullopt});
     }
     read_steps(sequence_name, sequence, batch_sizes);
   }
@@ -217,64 +269,99 @@ struct Layer {
             step_offset.data(), step_rows.data()};
   }
 
-  static void check_like(const char* name, const Tensor& t, const Tensor& like) {
-    int32_t type, index, like_type, like_index;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &like_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &like_index));
-    STD_TORCH_CHECK(type == like_type && index == like_index, "fastrnn: ", name,
-                    " must be on the device of the input.");
-    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), "fastrnn: ", name,
-                    " must have the dtype of the input.");
+  // The shape of y: [T, B, D*R] or [N, D*R].
+  std::vector<int64_t> output_sizes() const {
+    if (packed) return {rows, directions * out()};
+    return {steps, batch, directions * out()};
+  }
+
+  void check_like(const char* name, const Tensor& t) const {
+    FASTRNN_CHECK(Place(t) == place, name, " must be on the device of the input, got another.");
+    const ScalarType own = t.scalar_type();
+    FASTRNN_CHECK(own == dtype, name, " must have the dtype ", torch::headeronly::toString(dtype),
+                  " of the input, got ", torch::headeronly::toString(own), ".");
   }
 
  private:
   static const CellInfo* find_cell(const std::string& name) {
     std::string known;
-    for (const CellInfo& info : kCells) {
+    for (const CellInfo& info : kCells)
       if (name == info.name) return &info;
-      known += std::string(known.empty() ? "" : ", ") + info.name;
-    }
-    STD_TORCH_CHECK(false, "fastrnn: cell must be one of ", known, ", got '", name, "'.");
-    return nullptr;
+    for (const CellInfo& info : kCells)
+      known += (known.empty() ? "" : ", ") + std::string(info.name);
+    refuse("cell must be one of ", known, ", got '", name, "'.");
   }
 
   void read_steps(const char* name, const Tensor& sequence,
                   const std::optional<Tensor>& batch_sizes) {
     if (!packed) {
       steps = sequence.size(0);
-      STD_TORCH_CHECK(sequence.size(1) == batch, "fastrnn: ", name, " has the batch ",
-                      sequence.size(1), " and h0 has ", batch, ".");
+      FASTRNN_CHECK(sequence.size(1) == batch, name, " must have the batch ", batch, " of h0, got ",
+                    sequence.size(1), ".");
       rows = steps * batch;
       step_rows.assign(steps, batch);
     } else {
-      STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
-                          batch_sizes->scalar_type() == ScalarType::Long,
-                      "fastrnn: batch_sizes must be a 1-D int64 tensor on the CPU.");
-      const Tensor sizes = torch::stable::contiguous(*batch_sizes);
+      FASTRNN_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+                        batch_sizes->scalar_type() == ScalarType::Long,
+                    "batch_sizes must be a 1-D int64 tensor on the CPU, got another.");
+      const Tensor sizes = dense(*batch_sizes);
       steps = sizes.size(0);
       const auto* values = static_cast<const int64_t*>(sizes.data_ptr());
       step_rows.assign(values, values + steps);
       rows = 0;
       int64_t before = batch;
       for (int64_t t = 0; t < steps; ++t) {
-        STD_TORCH_CHECK(
+        FASTRNN_CHECK(
             step_rows[t] > 0 && step_rows[t] <= before && (t > 0 || step_rows[0] == batch),
-            "fastrnn: batch_sizes must start with the batch size ", batch,
+            "batch_sizes must start with the batch size ", batch,
             ", be positive and not increase, got ", step_rows[t], " at step ", t, ".");
         before = step_rows[t];
         rows += step_rows[t];
       }
-      STD_TORCH_CHECK(rows == sequence.size(0), "fastrnn: ", name, " has ", sequence.size(0),
-                      " rows and batch_sizes add up to ", rows, ".");
+      FASTRNN_CHECK(rows == sequence.size(0), name, " must have the ", rows,
+                    " rows that batch_sizes add up to, got ", sequence.size(0), ".");
     }
     step_offset.resize(steps);
     for (int64_t t = 0, offset = 0; t < steps; offset += step_rows[t++]) step_offset[t] = offset;
   }
 };
 
-// What one direction reads of h0, c0 and their gradients [D, B, *], or null.
+inline void check_input(const Layer& layer, const Tensor& x) {
+  const int64_t size = x.size(x.dim() - 1);
+  FASTRNN_CHECK(size == layer.input_size, "x must have the input size ", layer.input_size,
+                " of w_ih, got ", size, ".");
+}
+
+// What backward is given beyond the layer itself.
+inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& saved,
+                           const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
+                           const std::optional<Tensor>& d_c_n) {
+  check_sizes("y", y, layer.output_sizes());
+  if (layer.cell->saved > 0) {
+    check_sizes("saved", saved,
+                {layer.directions, layer.rows, layer.cell->saved * layer.hidden_size});
+    FASTRNN_CHECK(saved.scalar_type() == accumulate_type(layer.dtype) && saved.is_contiguous() &&
+                      Place(saved) == layer.place,
+                  "saved must be what layer_forward returned, got another tensor.");
+  }
+  if (d_y) {
+    layer.check_like("d_y", *d_y);
+    check_sizes("d_y", *d_y, layer.output_sizes());
+  }
+  if (d_h_n) {
+    layer.check_like("d_h_n", *d_h_n);
+    check_sizes("d_h_n", *d_h_n, {layer.directions, layer.batch, layer.out()});
+  }
+  FASTRNN_CHECK(!d_c_n || layer.c0, "d_c_n must not be given for ", layer.cell->name,
+                ", got a tensor.");
+  if (d_c_n) {
+    layer.check_like("d_c_n", *d_c_n);
+    check_sizes("d_c_n", *d_c_n, {layer.directions, layer.batch, layer.hidden_size});
+  }
+}
+
+// What a direction reads or writes of states and their gradients [D, B, *], of values saved
+// [D, N, *], or null.
 template <class S>
 S* direction_of(const Tensor& t, int64_t d) {
   return static_cast<S*>(t.data_ptr()) + d * t.size(1) * t.size(2);
@@ -284,38 +371,110 @@ S* direction_of(const std::optional<Tensor>& t, int64_t d) {
   return t ? direction_of<S>(*t, d) : nullptr;
 }
 
-// The shape of y: [T, B, D*R] or [N, D*R].
-inline std::vector<int64_t> output_sizes(const Layer& layer) {
-  const int64_t width = layer.directions * layer.out();
-  if (layer.packed) return {layer.rows, width};
-  return {layer.steps, layer.batch, width};
+struct ForwardOutputs {
+  Tensor y, h_n;
+  std::optional<Tensor> c_n, saved;
+
+  // All in the layer's compute type, saved in what that accumulates in.
+  ForwardOutputs(const Layer& layer, bool save, const Tensor& like)
+      : y(empty(layer.output_sizes(), layer.compute, like)),
+        h_n(empty({layer.directions, layer.batch, layer.out()}, layer.compute, like)) {
+    if (layer.c0)
+      c_n = empty({layer.directions, layer.batch, layer.hidden_size}, layer.compute, like);
+    if (save && layer.cell->saved > 0)
+      saved = empty({layer.directions, layer.rows, layer.cell->saved * layer.hidden_size},
+                    accumulate_type(layer.compute), like);
+  }
+
+  // As the schema returns them.
+  FourTensors results(const Layer& layer) const {
+    return {cast(y, layer.dtype), cast(h_n, layer.dtype),
+            c_n ? cast(*c_n, layer.dtype) : empty({0}, layer.dtype, y),
+            saved ? *saved : empty({0}, accumulate_type(layer.dtype), y)};
+  }
+};
+
+template <class S, class A>
+LayerForward<S, A> forward_problem(const Layer& layer, int64_t d, const Rows& x,
+                                   const ForwardOutputs& outputs) {
+  LayerForward<S, A> problem{};
+  problem.shape = layer.shape(d);
+  problem.weights = layer.direction[d].view<S>();
+  problem.x = static_cast<const S*>(x.data);
+  problem.x_stride = x.stride;
+  problem.h0 = direction_of<S>(layer.h0, d);
+  problem.c0 = direction_of<S>(layer.c0, d);
+  problem.y = static_cast<S*>(outputs.y.data_ptr()) + d * layer.out();
+  problem.y_stride = layer.directions * layer.out();
+  problem.h_n = direction_of<S>(outputs.h_n, d);
+  problem.c_n = direction_of<S>(outputs.c_n, d);
+  problem.saved = direction_of<A>(outputs.saved, d);
+  return problem;
 }
 
-// What backward is given beyond the layer itself.
-inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& saved,
-                           const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
-                           const std::optional<Tensor>& d_c_n) {
-  check_sizes("y", y, output_sizes(layer));
-  if (layer.cell->saved > 0) {
-    check_sizes("saved", saved,
-                {layer.directions, layer.rows, layer.cell->saved * layer.hidden_size});
-    STD_TORCH_CHECK(saved.scalar_type() == accumulate_type(layer.dtype) && saved.is_contiguous(),
-                    "fastrnn: saved must be what layer_forward returned.");
+struct BackwardInputs {
+  Rows y;
+  Tensor saved;
+  std::optional<Rows> d_y;
+  std::optional<Tensor> d_h_n, d_c_n;
+
+  BackwardInputs(const Layer& layer, const Tensor& y_, const Tensor& saved_,
+                 const std::optional<Tensor>& d_y_, const std::optional<Tensor>& d_h_n_,
+                 const std::optional<Tensor>& d_c_n_)
+      : y(cast(y_, layer.compute)),
+        saved(saved_),
+        d_h_n(ready(d_h_n_, layer.compute)),
+        d_c_n(ready(d_c_n_, layer.compute)) {
+    if (d_y_) d_y.emplace(cast(*d_y_, layer.compute));
   }
-  if (d_y) {
-    Layer::check_like("d_y", *d_y, y);
-    check_sizes("d_y", *d_y, output_sizes(layer));
+};
+
+struct BackwardOutputs {
+  Tensor d_pre;
+  std::optional<Tensor> d_h_all;
+  Tensor d_h0;
+  std::optional<Tensor> d_c0;
+
+  // All in the layer's compute type.
+  BackwardOutputs(const Layer& layer, const Tensor& like)
+      : d_pre(empty({layer.directions, layer.rows, layer.cell->pre * layer.hidden_size},
+                    layer.compute, like)),
+        d_h0(empty({layer.directions, layer.batch, layer.out()}, layer.compute, like)) {
+    if (layer.proj_size > 0)
+      d_h_all = empty({layer.directions, layer.rows, layer.proj_size}, layer.compute, like);
+    if (layer.c0)
+      d_c0 = empty({layer.directions, layer.batch, layer.hidden_size}, layer.compute, like);
   }
-  if (d_h_n) {
-    Layer::check_like("d_h_n", *d_h_n, y);
-    check_sizes("d_h_n", *d_h_n, {layer.directions, layer.batch, layer.out()});
+
+  // As the schema returns them.
+  FourTensors results(const Layer& layer) const {
+    return {d_pre, d_h_all ? *d_h_all : empty({0}, layer.compute, d_pre), cast(d_h0, layer.dtype),
+            d_c0 ? cast(*d_c0, layer.dtype) : empty({0}, layer.dtype, d_pre)};
   }
-  STD_TORCH_CHECK(!d_c_n || layer.c0, "fastrnn: d_c_n must not be given for ", layer.cell->name,
-                  ".");
-  if (d_c_n) {
-    Layer::check_like("d_c_n", *d_c_n, y);
-    check_sizes("d_c_n", *d_c_n, {layer.directions, layer.batch, layer.hidden_size});
+};
+
+template <class S, class A>
+LayerBackward<S, A, S> backward_problem(const Layer& layer, int64_t d, const BackwardInputs& inputs,
+                                        const BackwardOutputs& outputs) {
+  LayerBackward<S, A, S> problem{};
+  problem.shape = layer.shape(d);
+  problem.weights = layer.direction[d].view<S>();
+  problem.h0 = direction_of<S>(layer.h0, d);
+  problem.c0 = direction_of<S>(layer.c0, d);
+  problem.y = static_cast<const S*>(inputs.y.data) + d * layer.out();
+  problem.y_stride = inputs.y.stride;
+  if (layer.cell->saved > 0) problem.saved = direction_of<A>(inputs.saved, d);
+  if (inputs.d_y) {
+    problem.d_y = static_cast<const S*>(inputs.d_y->data) + d * layer.out();
+    problem.d_y_stride = inputs.d_y->stride;
   }
+  problem.d_h_n = direction_of<S>(inputs.d_h_n, d);
+  problem.d_c_n = direction_of<S>(inputs.d_c_n, d);
+  problem.d_pre = direction_of<S>(outputs.d_pre, d);
+  problem.d_h_all = direction_of<S>(outputs.d_h_all, d);
+  problem.d_h0 = direction_of<S>(outputs.d_h0, d);
+  problem.d_c0 = direction_of<S>(outputs.d_c0, d);
+  return problem;
 }
 
 }  // namespace fastrnn
