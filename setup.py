@@ -42,7 +42,9 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextr
 # in its own source file, so that one binary runs everywhere.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-g0"]
-LINK_FLAGS = ["-pthread", "-Wl,--no-undefined"]
+# All symbols are looked up at load time: a library that does not fit fails there, not in a call.
+LINK_FLAGS = ["-pthread", "-Wl,-z,now"]
+NO_UNDEFINED = "-Wl,--no-undefined"
 
 
 def stop(sentence: str) -> SystemExit:
@@ -84,9 +86,8 @@ def find_torch() -> Torch:
     if numbers(torch.__version__) < OLDEST_TORCH:
         raise stop(f"torch {torch.__version__} is installed and 2.11 or newer is needed.")
     root = Path(torch.__file__).parent
-    return Torch(
-        str(torch.__version__), torch.version.cuda, str(root / "include"), str(root / "lib")
-    )
+    version = str(torch.__version__)
+    return Torch(version, torch.version.cuda, str(root / "include"), str(root / "lib"))
 
 
 def check_tools() -> None:
@@ -149,10 +150,7 @@ def fitting_cuda(torch: Torch) -> tuple[Cuda | None, str]:
         return None, f"{nvcc} --version does not say its version"
     version = match.group(1)
     if numbers(version)[0] != numbers(torch.cuda)[0]:
-        return (
-            None,
-            f"{nvcc} is of CUDA {version} and torch {torch.version} is built for CUDA {torch.cuda}",
-        )
+        return None, f"{nvcc} is of CUDA {version} and torch is built for CUDA {torch.cuda}"
 
     # nvcc may be a wrapper, or conda's, or Debian's: its own dry run tells where its headers are.
     dry_run = output_of([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull])
@@ -170,18 +168,12 @@ def fitting_cuda(torch: Torch) -> tuple[Cuda | None, str]:
     include += [str(wheels / f"cu{major}" / "include"), str(wheels / "cublas" / "include")]
     # /usr/include as an explicit folder would break the compiler's own include_next.
     include = [path for path in include if os.path.isdir(path) and path != "/usr/include"]
+    searched = [*include, "/usr/include"]
     for header in ("cuda_runtime.h", "cublas_v2.h"):
-        if not any(
-            os.path.exists(os.path.join(path, header)) for path in [*include, "/usr/include"]
-        ):
-            return (
-                None,
-                f"the header {header} is neither in the CUDA toolkit {home} nor beside torch",
-            )
+        if not any(os.path.exists(os.path.join(path, header)) for path in searched):
+            return None, f"{header} is neither in the CUDA toolkit {home} nor beside torch"
 
-    os.environ.setdefault(
-        "CUDA_HOME", home
-    )  # for torch.utils.cpp_extension, which calls nvcc from there
+    os.environ["CUDA_HOME"] = home  # cpp_extension calls the nvcc in there
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
     from torch.utils import cpp_extension
 
@@ -239,7 +231,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
         "fastrnn.lib.libfastrnn_kernels",
         sources=files("csrc/cpu/*.cpp"),
         extra_compile_args=[*CXX_FLAGS, *KERNEL_FLAGS, *user_flags],
-        extra_link_args=[*LINK_FLAGS, "-Wl,-soname,libfastrnn_kernels.so"],
+        extra_link_args=[*LINK_FLAGS, NO_UNDEFINED, "-Wl,-soname,libfastrnn_kernels.so"],
         **common,
     )
     bindings = Extension(
@@ -254,7 +246,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
         libraries=["fastrnn_kernels"],
         runtime_library_dirs=["$ORIGIN/lib"],
         extra_compile_args=[*CXX_FLAGS, *system_include(pybind11.get_include()), *user_flags],
-        extra_link_args=["-pthread"],
+        extra_link_args=LINK_FLAGS,
         **common,
     )
     ops = Extension(
@@ -265,7 +257,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
         libraries=["fastrnn_kernels", "torch_cpu"],
         runtime_library_dirs=["$ORIGIN"],
         extra_compile_args=[*CXX_FLAGS, *system_include(torch.include), *user_flags],
-        extra_link_args=[*LINK_FLAGS, "-Wl,-soname,libfastrnn_torch.so"],
+        extra_link_args=[*LINK_FLAGS, NO_UNDEFINED, "-Wl,-soname,libfastrnn_torch.so"],
         **common,
     )
     if cuda is None:
@@ -283,7 +275,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
             "cxx": [*CXX_FLAGS, *system, *user_flags],
             "nvcc": [*NVCC_FLAGS, *system, *cuda.arch_flags],
         },
-        extra_link_args=["-pthread", "-Wl,-soname,libfastrnn_torch_cuda.so"],
+        extra_link_args=[*LINK_FLAGS, "-Wl,-soname,libfastrnn_torch_cuda.so"],
         **common,
     )
     return [kernels, bindings, ops, cuda_ops]
@@ -345,9 +337,8 @@ def build_command() -> type:
 def main() -> None:
     os.chdir(ROOT)
     # Metadata and source archives are made without a compiler and without torch.
-    if not {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"} & set(
-        sys.argv
-    ):
+    compiling = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+    if not compiling & set(sys.argv):
         setup()
         return
 
@@ -360,4 +351,5 @@ def main() -> None:
     )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 
 namespace py = pybind11;
 
@@ -133,6 +134,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("max_threads", &fastrnn::cpu::max_threads, "Upper bound of a call's threads, 0: none.");
   m.def("set_max_threads", &fastrnn::cpu::set_max_threads, py::arg("threads"),
         "Bounds the threads of every call; 0 takes the bound away.");
+  m.def("kept_bytes", &fastrnn::cpu::kept_bytes,
+        "Bytes of CPU buffers that are kept ready for the next call.");
+  m.def("release_kept_buffers", &fastrnn::cpu::release_kept_buffers,
+        "Gives the kept CPU buffers back to the system.");
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
         py::arg("device") = "cpu", py::arg("threads") = 1, py::arg("training") = false,

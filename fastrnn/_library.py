@@ -6,9 +6,15 @@ from pathlib import Path
 
 import torch
 
-from fastrnn import _C
+_PACKAGE = Path(__file__).parent
 
-_FOLDER = Path(__file__).parent / "lib"
+try:
+    from fastrnn import _C
+except ImportError as error:
+    raise ImportError(
+        f"fastrnn: the compiled module fastrnn._C is not usable in {_PACKAGE} ({error}); in a "
+        "source tree run `pip install -e .`, elsewhere install fastrnn again."
+    ) from error
 
 #: whether CUDA kernels are loaded, and if not, why
 cuda_kernels = False
@@ -16,7 +22,11 @@ why_no_cuda = "not loaded yet"
 
 
 def load() -> None:
-    """Registers the operators of `torch.ops.fastrnn`: the CPU's, and CUDA's where torch has CUDA."""
+    """Registers the operators of `torch.ops.fastrnn`: the CPU's, and CUDA's where torch has CUDA.
+
+    Raises:
+        ImportError: a library is missing or does not load.
+    """
     global cuda_kernels, why_no_cuda
     if hasattr(torch.ops.fastrnn, "layer_forward"):
         return
@@ -24,17 +34,27 @@ def load() -> None:
     # Ranks of a team wait for each other: they need threads of their own, as OpenMP gives them.
     if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         _C.set_max_threads(1)
-    if not _C.build_info()["cuda"]:
-        why_no_cuda = "fastrnn was built without CUDA"
-    elif torch.version.cuda is None:
-        why_no_cuda = f"torch {torch.__version__} is a build without CUDA"
-    else:
+    why_no_cuda = _reason_against_cuda()
+    if not why_no_cuda:
         _load_library("libfastrnn_torch_cuda.so")
-        cuda_kernels, why_no_cuda = True, ""
+        cuda_kernels = True
+
+
+def _reason_against_cuda() -> str:
+    """Why the library with the CUDA kernels is not to be loaded, "" if it is."""
+    built_for, here = _C.build_info()["cuda_version"], torch.version.cuda
+    if built_for is None:
+        return "fastrnn was built without CUDA"
+    if here is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    # The library calls the CUDA runtime that torch brings, whose interface changes with the major.
+    if built_for.split(".")[0] != here.split(".")[0]:
+        return f"fastrnn was built for CUDA {built_for} and torch has CUDA {here}"
+    return ""
 
 
 def _load_library(name: str) -> None:
-    path = _FOLDER / name
+    path = _PACKAGE / "lib" / name
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

@@ -235,9 +235,6 @@ def _gradients(
     size = h0.shape[2]
     count = len(weights) // directions
     has_bias = count >= 4
-    # one pass over d_pre serves the biases of both sides and directions
-    sums = d_pre.sum(1) if has_bias and any(need_weights) else None
-
     d_x = x_rows = y_rows = None
     d_weights: list[Tensor | None] = []
     for direction, w in enumerate(split_weights(weights, directions)):
@@ -268,11 +265,12 @@ def _gradients(
                 direction == 1,
             )
             d_weight[1] = _cast(d_w_hh, w.w_hh)
-        if sums is not None:
+        if has_bias and (need[2] or need[3]):
+            sums = pre.sum(0)  # one pass serves both sides
             if need[2]:
-                d_weight[2] = _cast(_bias_gradient(sums[direction], spec.runs_x, hidden), w.w_ih)
+                d_weight[2] = _cast(_bias_gradient(sums, spec.runs_x, hidden), w.w_ih)
             if need[3]:
-                d_b_hh = _cast(_bias_gradient(sums[direction], spec.runs_h, hidden), w.w_hh)
+                d_b_hh = _cast(_bias_gradient(sums, spec.runs_h, hidden), w.w_hh)
                 # two parameters must not end up with one memory as their gradient
                 d_weight[3] = d_b_hh.clone() if need[2] and spec.runs_x == spec.runs_h else d_b_hh
         if w.w_hr is not None and need[-1]:

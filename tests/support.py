@@ -77,7 +77,11 @@ def run(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str, T
     outputs: dict[str, Tensor] = {}
     _flatten(module(x, hx), "out", outputs)
     generator = torch.Generator().manual_seed(seed)
-    weights = [random(generator, *o.shape, dtype=o.dtype).to(o.device) for o in outputs.values()]
+    # of one sign, lest the sums over steps and rows cancel and show nothing but rounding
+    weights = [
+        (random(generator, *o.shape, dtype=torch.float64).abs() + 0.5).to(o.device, o.dtype)
+        for o in outputs.values()
+    ]
     leaves: dict[str, Tensor] = dict(module.named_parameters())
     _flatten(x, "x", leaves)
     _flatten(hx, "hx", leaves)

@@ -663,7 +663,7 @@ class TestAutocast:
         output, h_n = module(x)
         generator = torch.Generator().manual_seed(0)
         loss_weights = [
-            torch.randn(o.shape, generator=generator, dtype=torch.float64).float()
+            (torch.randn(o.shape, generator=generator, dtype=torch.float64).abs() + 0.5).float()
             for o in (output, h_n)
         ]
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -41,7 +41,8 @@ inline constexpr CellInfo kCells[] = {
 #undef FASTRNN_CELL
 };
 
-constexpr FASTRNN_HD const CellInfo& cell_info(CellKind kind) {
+// On the host alone. Inlined for good: a copy of its own would belong to one instruction set.
+inline constexpr __attribute__((always_inline)) const CellInfo& cell_info(CellKind kind) {
   return kCells[static_cast<int>(kind)];
 }
 

@@ -1,6 +1,6 @@
 // One call: a plan, a workspace, a team, and the walk of the cell on the instruction set in use.
+#include "memory.h"
 #include "plan.h"
-#include "workspace.h"
 
 namespace fastrnn::cpu {
 namespace {

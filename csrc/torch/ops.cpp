@@ -1,6 +1,7 @@
 // The operators' schemas and their CPU implementation. Half types are computed in float32: inputs
 // and weights are cast before, outputs after; saved, d_pre and d_h_all stay float32.
 #include "../cpu/kernels.h"
+#include "../cpu/memory.h"
 
 #include "layer_args.h"
 

@@ -1,0 +1,96 @@
+// The operators on CUDA tensors: checks, outputs and workspace as on the CPU, then kernels on the
+// current stream of the tensors' device. saved is float32 for half types, gradients have their own.
+#include "../cuda/kernels.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "layer_args.h"
+
+namespace fastrnn {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+// What the kernels of one call run with. Its memory goes back to torch's allocator, which hands it
+// out again in the order of the stream, so nothing has to wait.
+class Call {
+ public:
+  Call(const Layer& layer, std::size_t workspace_bytes, const Tensor& like)
+      : workspace_(empty({int64_t(workspace_bytes)}, ScalarType::Byte, like)) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(layer.place.index, &context.stream));
+    // The handle of the current device and stream, in the math mode that torch's switches ask for.
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&context.blas));
+    context.workspace = workspace_.data_ptr();
+  }
+
+  cuda::Context context{};
+
+ private:
+  Tensor workspace_;
+};
+
+template <class S>
+void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs) {
+  const Rows rows(x);
+  const Call call(layer, cuda::forward_workspace<S>(layer.shape(0)), x);
+  for (int64_t d = 0; d < layer.directions; ++d)
+    cuda::forward<S>(forward_problem<S, cuda::Accumulate<S>>(layer, d, rows, outputs),
+                     call.context);
+}
+
+template <class S>
+void run(const Layer& layer, const BackwardInputs& inputs, const BackwardOutputs& outputs) {
+  const Call call(layer, cuda::backward_workspace<S>(layer.shape(0)), outputs.d_pre);
+  for (int64_t d = 0; d < layer.directions; ++d)
+    cuda::backward<S>(backward_problem<S, cuda::Accumulate<S>>(layer, d, inputs, outputs),
+                      call.context);
+}
+
+template <class... Arguments>
+void run_in(ScalarType dtype, const Arguments&... arguments) {
+  switch (dtype) {
+    case ScalarType::Half:
+      return run<cuda::Float16>(arguments...);
+    case ScalarType::BFloat16:
+      return run<cuda::BFloat16>(arguments...);
+    case ScalarType::Float:
+      return run<float>(arguments...);
+    default:  // Layer refuses everything but these four
+      return run<double>(arguments...);
+  }
+}
+
+FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
+                          std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
+                          StringHandle cell_handle, bool save) {
+  const std::string cell = take_text(cell_handle);
+  const DeviceGuard guard(x.get_device_index());
+  const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, x.scalar_type());
+  check_input(layer, x);
+  const ForwardOutputs outputs(layer, save, x);
+  run_in(layer.dtype, layer, x, outputs);
+  return outputs.results(layer);
+}
+
+FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
+                           std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
+                           std::vector<Tensor> weights, std::optional<Tensor> batch_sizes, Tensor y,
+                           Tensor saved, StringHandle cell_handle) {
+  const std::string cell = take_text(cell_handle);
+  const DeviceGuard guard(y.get_device_index());
+  const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, y.scalar_type());
+  check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
+  const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
+  const BackwardOutputs outputs(layer, y);
+  run_in(layer.dtype, layer, inputs, outputs);
+  return outputs.results(layer);
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
+  m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
+  m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
+}

@@ -1,0 +1,56 @@
+"""Types of the compiled module: build facts, CPU capability and plans. No tensors in here."""
+
+from typing import Literal, TypedDict
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    torch_built_against: str
+    isas: list[str]
+    cuda: bool
+    cuda_version: str | None
+    cuda_archs: list[str]
+
+class CellFacts(TypedDict):
+    gates: int
+    pre: int
+    saved: int
+    states: int
+    pre_x: list[int]
+    pre_h: list[int]
+
+class Plan(TypedDict, total=False):
+    """`schedule` is always there; the rest depends on the device."""
+
+    schedule: str
+    isa: str
+    vector_lanes: int
+    threads: int
+    row_groups: int
+    unit_groups: int
+    unit_vectors: int
+    back_vectors: int
+    input: Literal["fused", "ahead"]
+    chunk_rows: int
+
+def build_info() -> BuildInfo: ...
+def available_isas() -> list[str]: ...
+def cpu_capability() -> str: ...
+def set_isa(name: str | None) -> None: ...
+def max_threads() -> int: ...
+def set_max_threads(threads: int) -> None: ...
+def kept_bytes() -> int: ...
+def release_kept_buffers() -> None: ...
+def plan(
+    cell: str,
+    steps: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int = 1,
+    training: bool = False,
+) -> Plan: ...
+def cells() -> dict[str, CellFacts]: ...

@@ -1,0 +1,439 @@
+"""The GPU's stepwise schedule without a GPU: its text, compiled for the host, as the kernels.
+
+Cells, pointwise parts and the walk through time are the same C++ that nvcc compiles; the harness
+brings plain loops for cuBLAS and for the launches. What this cannot show is cuBLAS itself, the
+launches, and streams: `test_cuda.py` asks a GPU for these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import CELLS, DTYPES, build, check, pack, random
+from torch import Tensor, nn
+
+from fastrnn import ops, reference
+from fastrnn.spec import CELLS as SPECS
+from fastrnn.spec import split_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+KINDS = list(SPECS)  # in the order of the kernels' registry
+
+
+class Call(ctypes.Structure):
+    """The harness's struct of the same name."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("dtype", "cell", "reverse", "steps", "batch")]
+        + [(name, ctypes.c_int64) for name in ("input_size", "hidden_size", "proj_size")]
+        + [(name, ctypes.c_int64) for name in ("chunk_rows", "descending")]
+        + [(name, ctypes.c_void_p) for name in ("step_offset", "step_rows")]
+        + [(name, ctypes.c_void_p) for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+        + [(name, ctypes.c_int64) for name in ("w_ih_stride", "w_hh_stride", "w_hr_stride")]
+        + [("x", ctypes.c_void_p), ("x_stride", ctypes.c_int64)]
+        + [(name, ctypes.c_void_p) for name in ("h0", "c0", "y")]
+        + [("y_stride", ctypes.c_int64)]
+        + [(name, ctypes.c_void_p) for name in ("h_n", "c_n", "saved", "d_y")]
+        + [("d_y_stride", ctypes.c_int64)]
+        + [(name, ctypes.c_void_p) for name in ("d_h_n", "d_c_n")]
+        + [(name, ctypes.c_void_p) for name in ("d_pre", "d_h_all", "d_h0", "d_c0")]
+    )
+
+
+class Kernels:
+    """The two operators as the CUDA library implements them, on the harness."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.calls = 0
+        self.chunk_rows = 0
+        self.descending = False
+
+    def forward(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        cell: str,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        spec = SPECS[cell]
+        directions, batch, out = h0.shape
+        hidden = weights[0].shape[0] // spec.gates
+        rows = x.shape[:-1]
+        count = rows.numel()
+        x_rows = spread(x.reshape(count, x.shape[-1]))
+        y = margin(count, directions * out, x.dtype)
+        h_n = poison(directions, batch, out, dtype=x.dtype)
+        c_n = poison(directions, batch, hidden, dtype=x.dtype) if c0 is not None else x.new_empty(0)
+        saved = poison(
+            *((directions, count, spec.saved * hidden) if save and spec.saved else (0,)),
+            dtype=accumulate(x.dtype),
+        )
+        for d in range(directions):
+            call, kept = self._call(spec.name, d, h0, c0, weights, batch_sizes, rows[0])
+            set_rows(call, "x", x_rows)
+            set_rows(call, "y", y[:, d * out :])
+            set_tensor(call, "h_n", h_n[d])
+            if c0 is not None:
+                set_tensor(call, "c_n", c_n[d])
+            if saved.numel() > 0:
+                set_tensor(call, "saved", saved[d])
+            self.library.run_forward(ctypes.byref(call))
+            del kept
+        assert y[:, directions * out :].isnan().all(), "written beyond y"
+        self.calls += 1
+        return y[:, : directions * out].reshape(*rows, directions * out), h_n, c_n, saved
+
+    def backward(
+        self,
+        d_y: Tensor | None,
+        d_h_n: Tensor | None,
+        d_c_n: Tensor | None,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        y: Tensor,
+        saved: Tensor,
+        cell: str,
+    ) -> tuple[Tensor, ...]:
+        spec = SPECS[cell]
+        directions, batch, out = h0.shape
+        hidden = weights[0].shape[0] // spec.gates
+        projected = len(weights) // directions in (3, 5)
+        count = y.shape[:-1].numel()
+        y_rows = spread(y.reshape(count, -1) if count else y.new_empty(0, directions * out))
+        d_y_rows = None if d_y is None else spread(d_y.reshape(y_rows.shape))
+        d_pre = poison(directions, count, spec.pre * hidden, dtype=y.dtype)
+        d_h_all = poison(*((directions, count, out) if projected else (0,)), dtype=y.dtype)
+        d_h0 = poison(directions, batch, out, dtype=y.dtype)
+        d_c0 = (
+            poison(directions, batch, hidden, dtype=y.dtype) if c0 is not None else y.new_empty(0)
+        )
+        d_h_n = None if d_h_n is None else d_h_n.contiguous()
+        d_c_n = None if d_c_n is None else d_c_n.contiguous()
+        for d in range(directions):
+            call, kept = self._call(spec.name, d, h0, c0, weights, batch_sizes, y.shape[0])
+            set_rows(call, "y", y_rows[:, d * out :])
+            if saved.numel() > 0:
+                set_tensor(call, "saved", saved[d])
+            if d_y_rows is not None:
+                set_rows(call, "d_y", d_y_rows[:, d * out :])
+            for name, given in (("d_h_n", d_h_n), ("d_c_n", d_c_n)):
+                if given is not None:
+                    set_tensor(call, name, given[d])
+            set_tensor(call, "d_pre", d_pre[d])
+            if projected:
+                set_tensor(call, "d_h_all", d_h_all[d])
+            set_tensor(call, "d_h0", d_h0[d])
+            if c0 is not None:
+                set_tensor(call, "d_c0", d_c0[d])
+            self.library.run_backward(ctypes.byref(call))
+            del kept
+        self.calls += 1
+        return d_pre, d_h_all, d_h0, d_c0
+
+    def _call(
+        self,
+        cell: str,
+        direction: int,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        steps: int,
+    ) -> tuple[Call, list[Tensor]]:
+        """What both passes are told, and the tensors that must live as long as the call."""
+        directions, batch, out = h0.shape
+        w = split_weights(weights, directions)[direction]
+        step_rows = torch.full((steps,), batch)
+        if batch_sizes is not None:
+            step_rows = batch_sizes.contiguous()
+        step_offset = step_rows.cumsum(0) - step_rows
+        call = Call(
+            dtype=DTYPE_CODES[h0.dtype],
+            cell=KINDS.index(cell),
+            reverse=direction,
+            steps=len(step_rows),
+            batch=batch,
+            input_size=w.w_ih.shape[1],
+            hidden_size=w.w_ih.shape[0] // SPECS[cell].gates,
+            proj_size=0 if w.w_hr is None else out,
+            chunk_rows=self.chunk_rows,
+            descending=self.descending,
+        )
+        kept = [step_rows, step_offset, h0[direction].contiguous()]
+        for name, tensor in zip(("step_rows", "step_offset", "h0"), kept, strict=True):
+            set_tensor(call, name, tensor)
+        if c0 is not None:
+            kept.append(c0[direction].contiguous())
+            set_tensor(call, "c0", kept[-1])
+        for name in ("w_ih", "w_hh", "w_hr"):
+            matrix = getattr(w, name)
+            if matrix is not None:
+                kept.append(spread(matrix.detach()))
+                set_rows(call, name, kept[-1])
+        for name in ("b_ih", "b_hh"):
+            bias = getattr(w, name)
+            if bias is not None:
+                kept.append(bias.detach().contiguous())
+                set_tensor(call, name, kept[-1])
+        return call, kept
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def poison(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def margin(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix of NaN with columns to spare, so that rows lie apart."""
+    return poison(rows, columns + 3, dtype=dtype)
+
+
+def spread(matrix: Tensor) -> Tensor:
+    """The same matrix with NaN between its rows: who reads there, shows it."""
+    wide = margin(matrix.shape[0], matrix.shape[1], matrix.dtype)
+    wide[:, : matrix.shape[1]] = matrix
+    return wide[:, : matrix.shape[1]]
+
+
+def set_tensor(call: Call, name: str, tensor: Tensor) -> None:
+    assert tensor.is_contiguous()
+    setattr(call, name, tensor.data_ptr() or None)
+
+
+def set_rows(call: Call, name: str, matrix: Tensor) -> None:
+    setattr(call, name, matrix.data_ptr() or None)
+    setattr(call, f"{name}_stride", matrix.stride(0))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The harness, compiled now."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("needs a C++ compiler")
+    path = tmp_path_factory.mktemp("cuda_host") / "harness.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    source = ROOT / "tests" / "cuda_host" / "harness.cpp"
+    subprocess.run(
+        [*compiler, *flags, "-I", str(ROOT / "csrc"), str(source), "-o", str(path)], check=True
+    )
+    library = ctypes.CDLL(str(path))
+    library.call_bytes.restype = ctypes.c_int64
+    assert library.call_bytes() == ctypes.sizeof(Call)
+    return library
+
+
+@pytest.fixture
+def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
+    """The harness in place of the operators, for CPU tensors; it must have been used."""
+    kernels = Kernels(library)
+    monkeypatch.setattr(ops, "_forward", kernels.forward)
+    monkeypatch.setattr(ops, "_backward", kernels.backward)
+    yield kernels
+    assert kernels.calls > 0
+
+
+def make_input(*shape: int, dtype: torch.dtype, seed: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return random(generator, *shape, dtype=dtype).requires_grad_()
+
+
+def make_states(module: nn.Module, batch: int, dtype: torch.dtype) -> Any:
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    h = make_input(count, batch, module.proj_size or module.hidden_size, dtype=dtype, seed=6)
+    if module.mode != "LSTM":
+        return h
+    return h, make_input(count, batch, module.hidden_size, dtype=dtype, seed=7)
+
+
+#          T, B, I, H
+SHAPES = [(1, 1, 1, 1), (6, 3, 4, 17), (3, 5, 2, 8), (11, 2, 5, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_padded(
+    kernels: Kernels, cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    steps, batch, inputs, hidden = shape
+    module = build(cell, inputs, hidden, bidirectional=True, dtype=dtype)
+    check(module, make_input(steps, batch, inputs, dtype=dtype), make_states(module, batch, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[4], [5, 5, 3, 1], [1, 6, 2, 6, 3]], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_of_different_lengths(
+    kernels: Kernels, cell: str, lengths: list[int], dtype: torch.dtype
+) -> None:
+    module = build(cell, 3, 7, bidirectional=True, dtype=dtype)
+    x = pack(make_input(sum(lengths), 3, dtype=dtype), lengths, enforce_sorted=False)
+    check(module, x, make_states(module, len(lengths), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": False, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_projection(
+    kernels: Kernels, packed: bool, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    module = build("lstm", 4, 9, proj_size=5, dtype=dtype, **options)
+    lengths = [5, 3, 3, 1]
+    x: Any = make_input(6, 4, 4, dtype=dtype)
+    if packed:
+        x = pack(make_input(sum(lengths), 4, dtype=dtype), lengths, enforce_sorted=True)
+    check(module, x, make_states(module, 4, dtype))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_rows(kernels: Kernels, cell: str) -> None:
+    module = build(cell, 3, 6, bidirectional=True, dtype=torch.float32)
+    x = make_input(4, 0, 3, dtype=torch.float32)
+    check(module, x, make_states(module, 0, torch.float32))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_inputs(kernels: Kernels, cell: str) -> None:
+    spec = SPECS[cell]
+    weights = [torch.randn(spec.gates * 4, size) for size in (0, 4)]
+    h0 = torch.randn(1, 2, 4)
+    c0 = torch.randn(1, 2, 4) if spec.has_cell_state else None
+    x = torch.empty(5, 2, 0)
+    ours = ops.layer(x, h0, c0, weights, None, spec)
+    theirs = reference.layer(x, h0, c0, weights, None, spec)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_steps_hand_the_state_through(library: ctypes.CDLL, cell: str) -> None:
+    kernels = Kernels(library)
+    gates = SPECS[cell].gates
+    weights = [torch.randn(gates * 4, 3), torch.randn(gates * 4, 4)]
+    h0 = torch.randn(1, 2, 4)
+    c0 = torch.randn(1, 2, 4) if cell == "lstm" else None
+    x = torch.empty(0, 2, 3)
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, None, cell, True)
+    assert y.shape == (0, 2, 4)
+    assert torch.equal(h_n, h0)
+    d_h_n = torch.randn(1, 2, 4)
+    d_c_n = torch.randn(1, 2, 4) if cell == "lstm" else None
+    _, _, d_h0, d_c0 = kernels.backward(None, d_h_n, d_c_n, h0, c0, weights, None, y, saved, cell)
+    assert torch.equal(d_h0, d_h_n)
+    if c0 is not None:
+        assert torch.equal(c_n, c0)
+        assert torch.equal(d_c0, d_c_n)
+    _, _, d_h0, d_c0 = kernels.backward(None, None, None, h0, c0, weights, None, y, saved, cell)
+    assert not d_h0.any()
+    assert not d_c0.any()
+
+
+@pytest.mark.parametrize("batch_sizes", [None, [4, 4, 3, 1, 1]], ids=["padded", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_chunks_and_order_change_no_bit(
+    library: ctypes.CDLL, cell: str, batch_sizes: list[int] | None
+) -> None:
+    """How many steps the input's product takes at a time, and which thread comes first."""
+    spec = SPECS[cell]
+    kernels = Kernels(library)
+    weights = [
+        torch.randn(size)
+        for _ in range(2)
+        for size in ((spec.gates * 6, 3), (spec.gates * 6, 6), (spec.gates * 6,), (spec.gates * 6,))
+    ]
+    sizes = None if batch_sizes is None else torch.tensor(batch_sizes)
+    x = torch.randn(5, 4, 3) if sizes is None else torch.randn(int(sizes.sum()), 3)
+    h0 = torch.randn(2, 4, 6)
+    c0 = torch.randn(2, 4, 6) if spec.has_cell_state else None
+
+    def run() -> list[Tensor]:
+        outputs = kernels.forward(x, h0, c0, weights, sizes, cell, True)
+        y, h_n, c_n, saved = outputs
+        d_c_n = c_n if spec.has_cell_state else None
+        gradients = kernels.backward(y, h_n, d_c_n, h0, c0, weights, sizes, y, saved, cell)
+        return [*outputs, *gradients]
+
+    expected = run()
+    assert not any(tensor.isnan().any() for tensor in expected)
+    for kernels.chunk_rows in (1, 4, 7, 8):
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    kernels.descending = True
+    assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+
+
+def test_memory_does_not_grow_with_steps(library: ctypes.CDLL) -> None:
+    def plan(steps: int, batch: int, hidden: int) -> tuple[int, int]:
+        rows = torch.full((steps,), batch)
+        offset = rows.cumsum(0) - rows
+        call = Call(
+            cell=KINDS.index("lstm"),
+            steps=steps,
+            batch=batch,
+            input_size=8,
+            hidden_size=hidden,
+            step_rows=rows.data_ptr(),
+            step_offset=offset.data_ptr(),
+        )
+        chunk_rows, workspace = ctypes.c_int64(), ctypes.c_int64()
+        library.plan_of(ctypes.byref(call), ctypes.byref(chunk_rows), ctypes.byref(workspace))
+        return chunk_rows.value, workspace.value
+
+    rows, small = plan(1_000, 16, 512)
+    assert rows == (24 << 20) // (4 * 512 * 4)
+    assert plan(100_000, 16, 512) == (rows, plan(10_000, 16, 512)[1])
+    assert small <= 32 << 20
+    assert plan(10, 1, 8)[1] < 4096  # and a small problem asks for little
+    assert plan(2, 4096, 512)[1] >= 2 * 4096 * 4 * 512 * 4  # at least one step at a time
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_round_as_torch_does(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    code = DTYPE_CODES[dtype]
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    wide = torch.empty(len(halves))
+    library.widen_all(
+        ctypes.c_int64(code),
+        ctypes.c_void_p(halves.data_ptr()),
+        ctypes.c_void_p(wide.data_ptr()),
+        ctypes.c_int64(len(halves)),
+    )
+    torch.testing.assert_close(wide, halves.float(), rtol=0, atol=0, equal_nan=True)
+
+    # every half number, the two floats beside it, the middle to the next one and its neighbours
+    finite = halves[halves.isfinite()].float().unique()
+    middles = (finite[1:].double() + finite[:-1].double()).div(2).float()
+    largest = torch.tensor([65504.0, 65519.996, 65520.0, 1e5, 1e-9, 3e38, float("inf")])
+    floats = torch.cat([finite, middles, largest, -largest, torch.tensor([-0.0])])
+    up, down = torch.tensor(float("inf")), torch.tensor(float("-inf"))
+    floats = torch.cat([floats, floats.nextafter(up), floats.nextafter(down)])
+    floats = torch.cat([floats, torch.tensor([float("nan")])])
+    narrowed = torch.empty(len(floats), dtype=dtype)
+    library.narrow_all(
+        ctypes.c_int64(code),
+        ctypes.c_void_p(floats.data_ptr()),
+        ctypes.c_void_p(narrowed.data_ptr()),
+        ctypes.c_int64(len(floats)),
+    )
+    expected = floats.to(dtype)
+    assert torch.equal(narrowed.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(narrowed.view(torch.int16)[numbers], expected.view(torch.int16)[numbers])
