@@ -146,6 +146,8 @@ class Layer(torch.autograd.Function):
         spec: CellSpec = ctx.spec
         need_x, need_h0, need_c0, _, _, *need_weights = ctx.needs_input_grad
         needs = (need_x, need_h0, need_c0, *need_weights)
+        if c0 is None:
+            d_c_n = None  # compiled code passes zeros for outputs without a gradient
         if d_y is None and d_h_n is None and d_c_n is None:
             return (None,) * len(ctx.needs_input_grad)
         transformed = _is_transformed(d_y, d_h_n, d_c_n)

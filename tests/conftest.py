@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+# the kernels' own buffers as well; read when the first of them is taken
+os.environ["FASTRNN_POISON"] = "1"
 
 hypothesis.settings.register_profile("fastrnn", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("fastrnn")

@@ -221,6 +221,7 @@ def test_biases_do_not_share_their_gradient(cell: str) -> None:
     assert torch.equal(module.bias_hh_l0.grad, before)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_anomaly_mode_and_checkpointing() -> None:
     module = build("gru", 3, 4, num_layers=2, dropout=0.5, dtype=F64)
     x = torch.randn(5, 2, 3, dtype=F64, requires_grad=True)

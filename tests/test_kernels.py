@@ -193,9 +193,9 @@ def test_rows_are_cut_where_units_cannot_be() -> None:
 
 def test_blocks_of_units_stay_balanced() -> None:
     lanes = _C.plan("rnn_tanh", 9, 9, 9, 9)["vector_lanes"]
-    assert _C.plan("rnn_tanh", 100, 8, 300, 8 * lanes, threads=2)["unit_vectors"] == 4
-    assert _C.plan("rnn_tanh", 100, 8, 300, 2 * lanes, threads=2)["unit_vectors"] == 1
-    assert _C.plan("lstm", 100, 8, 300, 8 * lanes, threads=2)["unit_vectors"] == 1
+    assert _C.plan("rnn_tanh", 100, 6, 300, 8 * lanes, threads=2)["unit_vectors"] == 4
+    assert _C.plan("rnn_tanh", 100, 6, 300, 2 * lanes, threads=2)["unit_vectors"] == 1
+    assert _C.plan("lstm", 100, 6, 300, 8 * lanes, threads=2)["unit_vectors"] == 1
 
 
 def test_plan_refuses_what_no_layer_has() -> None:

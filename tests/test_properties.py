@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,6 +161,7 @@ def test_dropout_is_torch_nn(call: tuple[nn.Module, Any, Any], seed: int) -> Non
     check(module, x, None, seed, shakes=3)
 
 
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
 @settings(max_examples=100)
 @given(
     st.sampled_from(["RNN", "LSTM", "GRU"]),

@@ -371,19 +371,23 @@ S* direction_of(const std::optional<Tensor>& t, int64_t d) {
   return t ? direction_of<S>(*t, d) : nullptr;
 }
 
+// Where saved and d_pre come from: large, and seen by the backward pass alone.
+using Allocate = Tensor (*)(const std::vector<int64_t>& sizes, ScalarType dtype,
+                            const Tensor& like);
+
 struct ForwardOutputs {
   Tensor y, h_n;
   std::optional<Tensor> c_n, saved;
 
   // All in the layer's compute type, saved in what that accumulates in.
-  ForwardOutputs(const Layer& layer, bool save, const Tensor& like)
+  ForwardOutputs(const Layer& layer, bool save, const Tensor& like, Allocate allocate = empty)
       : y(empty(layer.output_sizes(), layer.compute, like)),
         h_n(empty({layer.directions, layer.batch, layer.out()}, layer.compute, like)) {
     if (layer.c0)
       c_n = empty({layer.directions, layer.batch, layer.hidden_size}, layer.compute, like);
     if (save && layer.cell->saved > 0)
-      saved = empty({layer.directions, layer.rows, layer.cell->saved * layer.hidden_size},
-                    accumulate_type(layer.compute), like);
+      saved = allocate({layer.directions, layer.rows, layer.cell->saved * layer.hidden_size},
+                       accumulate_type(layer.compute), like);
   }
 
   // As the schema returns them.
@@ -436,12 +440,12 @@ struct BackwardOutputs {
   std::optional<Tensor> d_c0;
 
   // All in the layer's compute type.
-  BackwardOutputs(const Layer& layer, const Tensor& like)
-      : d_pre(empty({layer.directions, layer.rows, layer.cell->pre * layer.hidden_size},
-                    layer.compute, like)),
+  BackwardOutputs(const Layer& layer, const Tensor& like, Allocate allocate = empty)
+      : d_pre(allocate({layer.directions, layer.rows, layer.cell->pre * layer.hidden_size},
+                       layer.compute, like)),
         d_h0(empty({layer.directions, layer.batch, layer.out()}, layer.compute, like)) {
     if (layer.proj_size > 0)
-      d_h_all = empty({layer.directions, layer.rows, layer.proj_size}, layer.compute, like);
+      d_h_all = allocate({layer.directions, layer.rows, layer.proj_size}, layer.compute, like);
     if (layer.c0)
       d_c0 = empty({layer.directions, layer.batch, layer.hidden_size}, layer.compute, like);
   }

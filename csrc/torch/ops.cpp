@@ -14,6 +14,19 @@ void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* contex
 
 int threads() { return int(torch::stable::get_num_threads()); }
 
+// Like empty(), from memory that is kept from one call to the next.
+Tensor recycled(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  constexpr int64_t kWorthwhile =
+      128 * 1024;  // bytes; below, the allocator's own memory stays warm
+  int64_t bytes = dtype == ScalarType::Double ? 8 : 4;
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes < kWorthwhile) return empty(sizes, dtype, like);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
+  return torch::stable::from_blob(cpu::take_buffer(bytes), sizes, strides, like.device(), dtype,
+                                  [bytes](void* buffer) { cpu::give_buffer(buffer, bytes); });
+}
+
 template <class T>
 void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs) {
   const Rows rows(x);
@@ -34,7 +47,7 @@ FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
   const ScalarType compute = accumulate_type(x.scalar_type());
   const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
   check_input(layer, x);
-  const ForwardOutputs outputs(layer, save, x);
+  const ForwardOutputs outputs(layer, save, x, recycled);
   const Tensor input = cast(x, compute);
   compute == ScalarType::Double ? run<double>(layer, input, outputs)
                                 : run<float>(layer, input, outputs);
@@ -50,7 +63,7 @@ FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_
   const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, compute);
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardOutputs outputs(layer, y);
+  const BackwardOutputs outputs(layer, y, recycled);
   compute == ScalarType::Double ? run<double>(layer, inputs, outputs)
                                 : run<float>(layer, inputs, outputs);
   return outputs.results(layer);
