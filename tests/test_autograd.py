@@ -122,13 +122,12 @@ def test_any_subset_of_inputs(cell: str, packed: bool) -> None:
         torch.testing.assert_close(got, value)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("cell", "which"), [(cell, which) for cell in CELLS for which in (0, 1)] + [("lstm", 2)]
+)
 def test_any_subset_of_outputs(cell: str, which: int) -> None:
     """A loss of the output, of h_n or of c_n alone."""
     case = Case(cell, {"bidirectional": True}, False)
-    if which > case.states:
-        return
     got = torch.autograd.grad(case(*case.inputs)[which].square().sum(), case.inputs)
     with reference_math():
         expected = torch.autograd.grad(case(*case.inputs)[which].square().sum(), case.inputs)

@@ -1,8 +1,8 @@
 """The GPU's stepwise schedule without a GPU: its text, compiled for the host, as the kernels.
 
-Cells, pointwise parts and the walk through time are the same C++ that nvcc compiles; the harness
-brings plain loops for cuBLAS and for the launches. What this cannot show is cuBLAS itself, the
-launches, and streams: `test_cuda.py` asks a GPU for these.
+Cells, pointwise parts, the walk through time and the threads' share of it are the same C++ that
+nvcc compiles; the harness brings plain loops for cuBLAS and for the launches. What this cannot show
+is cuBLAS itself, the launches, and streams: `test_cuda.py` asks a GPU for these.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def make_states(module: nn.Module, batch: int, dtype: torch.dtype) -> Any:
 
 
 #          T, B, I, H
-SHAPES = [(1, 1, 1, 1), (6, 3, 4, 17), (3, 5, 2, 8), (11, 2, 5, 3)]
+SHAPES = [(1, 1, 1, 1), (6, 3, 4, 17), (3, 5, 2, 8), (11, 2, 5, 3), (2, 3, 1, 130)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import TORCH_CELLS, build, check, run, torch_twin
+from support import check, run, torch_twin
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -381,13 +381,11 @@ class TestInputs:
     """Values and gradients of every form of input are compared in test_modules and
     test_properties; here what is particular."""
 
-    @pytest.mark.parametrize("cell", TORCH_CELLS)
-    def test_states_as_list_or_tuple(self, cell: str) -> None:
-        if cell == "lstm":
-            module = build(cell, 3, 4)
-            h, c = torch.randn(2, 1, 2, 4)
-            x = torch.randn(5, 2, 3)
-            assert torch.equal(module(x, (h, c))[0], module(x, [h, c])[0])
+    def test_states_as_list_or_tuple(self) -> None:
+        module = fastrnn.LSTM(3, 4)
+        h, c = torch.randn(2, 1, 2, 4)
+        x = torch.randn(5, 2, 3)
+        assert torch.equal(module(x, (h, c))[0], module(x, [h, c])[0])
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_result_types(self, name: str) -> None:

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "grid.h"
 #include "stepwise.h"
 
 namespace fastrnn::cuda {
@@ -21,19 +22,11 @@ void check(cublasStatus_t status, const char* what) {
                              cublasGetStatusString(status) + ".");
 }
 
-constexpr unsigned kThreads = 128;
-
-// A block has one or, where a row is short, more rows. The grid is one-dimensional because only its
-// x may exceed 65535.
 template <class Body>
-__global__ void __launch_bounds__(kThreads)
-    for_each_kernel(const __grid_constant__ Body body, std::int64_t rows, std::int64_t columns,
-                    unsigned blocks_a_row) {
-  const std::int64_t row =
-      std::int64_t(blockIdx.x / blocks_a_row) * blockDim.y + std::int64_t(threadIdx.y);
-  const std::int64_t column =
-      std::int64_t(blockIdx.x % blocks_a_row) * blockDim.x + std::int64_t(threadIdx.x);
-  if (row < rows && column < columns) body(row, column);
+__global__ void __launch_bounds__(kBlockThreads)
+    for_each_kernel(const __grid_constant__ Body body, const __grid_constant__ Grid grid) {
+  const Element at = element_of(grid, blockIdx.x, threadIdx.x, threadIdx.y);
+  if (at.is_inside) body(at.row, at.column);
 }
 
 template <class S>
@@ -74,14 +67,11 @@ class Gpu {
   template <class Body>
   void for_each(std::int64_t rows, std::int64_t columns, const Body& body) {
     if (rows <= 0 || columns == 0) return;
-    const std::int64_t warps = std::min<std::int64_t>((columns + 31) / 32, kThreads / 32);
-    const dim3 block(unsigned(warps) * 32, kThreads / 32 / unsigned(warps));
-    const std::int64_t blocks_a_row = (columns + block.x - 1) / block.x;
-    const std::int64_t blocks = blocks_a_row * ((rows + block.y - 1) / block.y);
-    if (blocks > 0x7fffffff)
+    const Grid grid = grid_for(rows, columns);
+    if (grid.blocks > 0x7fffffff)
       throw std::runtime_error("fastrnn: a step must have fewer than 2^31 blocks of units.");
-    for_each_kernel<<<unsigned(blocks), block, 0, stream_>>>(body, rows, columns,
-                                                             unsigned(blocks_a_row));
+    for_each_kernel<<<unsigned(grid.blocks), dim3(grid.width, grid.height), 0, stream_>>>(body,
+                                                                                          grid);
     check(cudaGetLastError(), "launch a kernel");
   }
 

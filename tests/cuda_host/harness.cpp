@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/grid.h"
 #include "cuda/stepwise.h"
 
 namespace {
@@ -12,7 +13,8 @@ using namespace fastrnn;
 using cuda::BFloat16;
 using cuda::Float16;
 
-// What the threads of a kernel do in any order is done here in ascending or descending order.
+// The threads of a launch, which run in any order, run here one by one in ascending or descending
+// order.
 class Host {
  public:
   explicit Host(bool descending) : descending_(descending) {}
@@ -34,9 +36,16 @@ class Host {
 
   template <class Body>
   void for_each(std::int64_t rows, std::int64_t columns, const Body& body) const {
-    for (std::int64_t i = 0; i < rows * columns; ++i) {
-      const std::int64_t at = descending_ ? rows * columns - 1 - i : i;
-      body(at / columns, at % columns);
+    if (rows <= 0 || columns == 0) return;
+    const cuda::Grid grid = cuda::grid_for(rows, columns);
+    const std::int64_t threads = grid.blocks * grid.height * grid.width;
+    for (std::int64_t i = 0; i < threads; ++i) {
+      const std::int64_t thread = descending_ ? threads - 1 - i : i;
+      const unsigned x = unsigned(thread % grid.width);
+      const unsigned y = unsigned(thread / grid.width % grid.height);
+      const unsigned block = unsigned(thread / (grid.width * grid.height));
+      const cuda::Element at = cuda::element_of(grid, block, x, y);
+      if (at.is_inside) body(at.row, at.column);
     }
   }
 
