@@ -101,6 +101,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["unit_groups"] = chosen.unit_groups;
   result["unit_vectors"] = chosen.unit_vectors;
   result["back_vectors"] = chosen.back_vectors;
+  result["packed"] = chosen.packed;
   result["input"] = chosen.input_fused ? "fused" : "ahead";
   result["chunk_rows"] = chosen.chunk_rows;
   return result;

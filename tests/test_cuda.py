@@ -241,6 +241,8 @@ def test_tensors_of_two_devices_are_refused() -> None:
     x, h0, c0, weights, _, _ = arguments("gru", 3, 2, 4)
     with pytest.raises(RuntimeError, match="h0 must be on the device of the input"):
         torch.ops.fastrnn.layer_forward(x, h0.cpu(), c0, weights, None, "gru", False)
+    with pytest.raises(RuntimeError, match="x must be on a CUDA device"):
+        torch.ops.fastrnn.layer_forward(x.cpu(), h0, c0, weights, None, "gru", False)
 
 
 @pytest.mark.parametrize("cell", CELLS)

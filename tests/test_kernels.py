@@ -115,6 +115,7 @@ SHAPES: list[tuple[int, int, int, int, dict[str, Any]]] = [
     (2, 3, 0, 5, {}),
     (3, 0, 4, 6, {}),
     (6, 24, 40, 100, {"packed": True}),
+    (1, 50, 9, 65, {"directions": 2}),
 ]
 
 
@@ -136,6 +137,8 @@ def test_layer(
         ((4, 5, 7, 33, 19), {"directions": 2}),
         ((6, 9, 3, 20, 3), {"packed": True, "directions": 2, "bias": False}),
         ((3, 26, 5, 64, 48), {}),
+        ((1, 64, 5, 64, 17), {}),
+        ((2, 3, 5, 70, 33), {}),
     ],
     ids=str,
 )
@@ -196,6 +199,15 @@ def test_blocks_of_units_stay_balanced() -> None:
     assert _C.plan("rnn_tanh", 100, 6, 300, 8 * lanes, threads=2)["unit_vectors"] == 4
     assert _C.plan("rnn_tanh", 100, 6, 300, 2 * lanes, threads=2)["unit_vectors"] == 1
     assert _C.plan("lstm", 100, 6, 300, 8 * lanes, threads=2)["unit_vectors"] == 1
+
+
+def test_few_rows_are_multiplied_with_weights_as_they_lie() -> None:
+    assert not _C.plan("gru", 1, 1, 64, 64)["packed"]
+    assert not _C.plan("gru", 15, 1, 64, 64)["packed"]
+    assert _C.plan("gru", 100, 1, 64, 64)["packed"]
+    assert _C.plan("gru", 1, 64, 64, 64)["packed"]
+    assert not _C.plan("gru", 1, 64, 64, 64, training=True)["packed"]
+    assert _C.plan("gru", 15, 1, 64, 64, training=True)["packed"]
 
 
 def test_plan_refuses_what_no_layer_has() -> None:

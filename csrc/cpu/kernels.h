@@ -21,6 +21,7 @@ struct Plan {
   int unit_groups;   // and within one the hidden units are cut in so many, with a barrier a step
   int unit_vectors;  // vectors of hidden units in a forward block
   int back_vectors;  // the same for the products of backward and of projections
+  bool packed;       // weights are copied into panels first, or multiplied with as they lie
   bool input_fused;  // x_t w_ih^T inside the step (true), or for many steps ahead (false)
   std::int64_t chunk_rows;  // rows of x that are projected ahead at a time, if not fused
 };

@@ -53,9 +53,10 @@ struct ForwardLayout {
     proj_block = std::int64_t(plan.back_vectors) * plan.vector_lanes;
     proj_blocks = divide_up(shape.proj_size, proj_block);
     Carver carver;
-    panels_x = carver.take(unit_blocks * shape.input_size * cell.gates * unit_block);
-    panels_h = carver.take(unit_blocks * shape.output_size() * cell.gates * unit_block);
-    panels_p = carver.take(proj_blocks * shape.hidden_size * proj_block);
+    const std::int64_t panels = plan.packed ? 1 : 0;
+    panels_x = carver.take(panels * unit_blocks * shape.input_size * cell.gates * unit_block);
+    panels_h = carver.take(panels * unit_blocks * shape.output_size() * cell.gates * unit_block);
+    panels_p = carver.take(panels * proj_blocks * shape.hidden_size * proj_block);
     bias = carver.take(unit_blocks * cell.pre * unit_block);
     h = carver.take(2 * shape.batch * shape.output_size());
     m = carver.take(projected ? shape.batch * shape.hidden_size : 0);

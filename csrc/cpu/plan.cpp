@@ -50,6 +50,12 @@ int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups) {
   return best;
 }
 
+// A panel is read faster than rows of weights, but must be made first.
+bool pick_packed(const LayerShape& shape, Pass pass) {
+  if (pass == Pass::kBackward) return shape.steps >= kPackedBackSteps;
+  return shape.steps * shape.batch >= (shape.steps == 1 ? kPackedRowsOfOne : kPackedRows);
+}
+
 // x_t w_ih^T goes into the step's own tile where rows enough share the weights and they stay
 // cached.
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups) {
@@ -71,6 +77,7 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
       pick_unit_vectors(shape.hidden_size, plan.vector_lanes, gates, plan.unit_groups);
   plan.back_vectors =
       pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
+  plan.packed = pick_packed(shape, pass);
   plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups);
   // A hundred rows or so reuse each loaded weight well, and their gates stay in the cache.
   plan.chunk_rows = std::max<std::int64_t>(shape.batch, shape.batch > 16 ? 4 * shape.batch : 96);

@@ -17,6 +17,10 @@ constexpr std::int64_t kPrivateCacheBytes = 512 * 1024;
 constexpr std::int64_t kFewRows = 4, kManyRows = 16;
 // Beyond this, streaming w_ih anew each step is dearer than keeping pre-activations.
 constexpr std::int64_t kSharedCacheBytes = 24 * 1024 * 1024;
+// Packing the weights costs less than it gains from this many rows of a forward call on (of one
+// step, of several), and from this many steps of backward, whose weights lie nearly as a panel
+// anyway.
+constexpr std::int64_t kPackedRowsOfOne = 48, kPackedRows = 24, kPackedBackSteps = 6;
 // From this batch on, rows enough share each weight that is loaded: the input product joins the
 // step.
 constexpr std::int64_t kFusedBatch = 4;
@@ -25,6 +29,7 @@ int pick_threads(const LayerShape& shape, Pass pass, int max_threads);
 int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                     int threads);
 int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups);
+bool pick_packed(const LayerShape& shape, Pass pass);
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,

@@ -11,6 +11,13 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
+// One CUDA tensor among the arguments is enough to get here.
+DeviceGuard on_device_of(const char* name, const Tensor& t) {
+  FASTRNN_CHECK(t.is_cuda(), name,
+                " must be on a CUDA device like the other tensors, got one that is not.");
+  return DeviceGuard(t.get_device_index());
+}
+
 // What the kernels of one call run with. Its memory goes back to torch's allocator, which hands it
 // out again in the order of the stream, so nothing has to wait.
 class Call {
@@ -65,7 +72,7 @@ FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                           std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
                           StringHandle cell_handle, bool save) {
   const std::string cell = take_text(cell_handle);
-  const DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard = on_device_of("x", x);
   const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, x.scalar_type());
   check_input(layer, x);
   const ForwardOutputs outputs(layer, save, x);
@@ -78,7 +85,7 @@ FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_
                            std::vector<Tensor> weights, std::optional<Tensor> batch_sizes, Tensor y,
                            Tensor saved, StringHandle cell_handle) {
   const std::string cell = take_text(cell_handle);
-  const DeviceGuard guard(y.get_device_index());
+  const DeviceGuard guard = on_device_of("y", y);
   const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, y.scalar_type());
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);

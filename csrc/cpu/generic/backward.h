@@ -25,7 +25,13 @@ class BackwardWalk {
         unit_blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
         out_(shape_.output_size()),
         carry_stride_(layout.out_blocks * layout.out_block),
-        columns_(kZero, 1, plan.back_vectors, kLanes) {}
+        columns_(kZero, 1, plan.back_vectors, kLanes),
+        w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, false, 1, out_,
+               Cell::kGates * shape_.hidden_size},
+              workspace + layout.panels_h, plan.back_vectors, plan.packed),
+        w_hr_(
+            {problem.weights.w_hr, problem.weights.w_hr_stride, false, 1, shape_.hidden_size, out_},
+            workspace + layout.panels_p, plan.back_vectors, plan.packed) {}
 
   void run() {
     pack();
@@ -62,19 +68,16 @@ class BackwardWalk {
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
   }
 
+  // Row groups share the panels of their blocks, and the work of packing them.
   void pack() {
-    const PanelSource<T> h{
-        p_.weights.w_hh, p_.weights.w_hh_stride, false, 1, out_, Cell::kGates * shape_.hidden_size};
-    pack_blocks(h, out_blocks_, at_.out_block, work_ + at_.panels_h);
-    const PanelSource<T> r{
-        p_.weights.w_hr, p_.weights.w_hr_stride, false, 1, shape_.hidden_size, out_};
-    pack_blocks(r, unit_blocks_, at_.unit_block, work_ + at_.panels_p);
+    w_hh_.pack(packed_here(out_blocks_));
+    if (shape_.proj_size > 0) w_hr_.pack(packed_here(unit_blocks_));
   }
-  void pack_blocks(const PanelSource<T>& source, const Share& blocks, std::int64_t block_units,
-                   T* panels) {
-    const Share mine(blocks.size(), rank_ / plan_.unit_groups, plan_.row_groups);
-    for (std::int64_t block = blocks.begin + mine.begin; block < blocks.begin + mine.end; ++block)
-      pack_panel(source, block, block_units, panels + block * block_units * source.k_count);
+  Share packed_here(const Share& blocks) const {
+    Share share(blocks.size(), rank_ / plan_.unit_groups, plan_.row_groups);
+    share.begin += blocks.begin;
+    share.end += blocks.begin;
+    return share;
   }
 
   T* carry(std::int64_t b) const { return work_ + at_.carry + b * carry_stride_; }
@@ -134,21 +137,18 @@ class BackwardWalk {
   void through_projection(std::int64_t t, std::int64_t end) {
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     for (std::int64_t block = unit_blocks_.begin; block < unit_blocks_.end; ++block) {
-      for_each_tile(
-          rows_.begin, end, tile_rows(plan_.back_vectors), [&](std::int64_t row, int count) {
-            for (std::int64_t i = 0; i < count * at_.unit_block; ++i) scratch[i] = T(0);
-            tile_function<T>(count, plan_.back_vectors)(
-                out_, p_.d_h_all + (shape_.step_offset[t] + row) * out_, out_,
-                work_ + at_.panels_p + block * at_.unit_block * out_, scratch, at_.unit_block,
-                columns_.at);
-            for (int m = 0; m < count; ++m) {
-              for (int u = 0; u < plan_.back_vectors; ++u) {
-                const std::int64_t unit = block * at_.unit_block + u * kLanes;
-                if (unit >= shape_.hidden_size) break;
-                pointwise(t, row + m, unit, P::load(scratch + m * at_.unit_block + u * kLanes));
-              }
-            }
-          });
+      for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
+        for (std::int64_t i = 0; i < count * at_.unit_block; ++i) scratch[i] = T(0);
+        w_hr_.multiply(block, count, p_.d_h_all + (shape_.step_offset[t] + row) * out_, out_,
+                       scratch, at_.unit_block, columns_);
+        for (int m = 0; m < count; ++m) {
+          for (int u = 0; u < plan_.back_vectors; ++u) {
+            const std::int64_t unit = block * at_.unit_block + u * kLanes;
+            if (unit >= shape_.hidden_size) break;
+            pointwise(t, row + m, unit, P::load(scratch + m * at_.unit_block + u * kLanes));
+          }
+        }
+      });
     }
   }
 
@@ -188,20 +188,15 @@ class BackwardWalk {
   // carry += d_pre[hidden side] w_hh. The hidden side's columns of d_pre come first (kPreH = 0...).
   void hand_on(std::int64_t t, std::int64_t end) {
     const std::int64_t width = Cell::kPre * shape_.hidden_size;
-    const std::int64_t k_count = Cell::kGates * shape_.hidden_size;
     const T* d_pre = p_.d_pre + shape_.step_offset[t] * width;
     for (std::int64_t block = out_blocks_.begin; block < out_blocks_.end; ++block) {
-      for_each_tile(
-          rows_.begin, end, tile_rows(plan_.back_vectors), [&](std::int64_t row, int count) {
-            T* c = carry(row) + block * at_.out_block;
-            if (shape_.proj_size > 0)  // dh went through w_hr whole: nothing direct is left
-              for (int m = 0; m < count; ++m)
-                for (std::int64_t i = 0; i < at_.out_block; ++i) c[m * carry_stride_ + i] = T(0);
-            tile_function<T>(count, plan_.back_vectors)(
-                k_count, d_pre + row * width, width,
-                work_ + at_.panels_h + block * at_.out_block * k_count, c, carry_stride_,
-                columns_.at);
-          });
+      for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
+        T* c = carry(row) + block * at_.out_block;
+        if (shape_.proj_size > 0)  // dh went through w_hr whole: nothing direct is left
+          for (int m = 0; m < count; ++m)
+            for (std::int64_t i = 0; i < at_.out_block; ++i) c[m * carry_stride_ + i] = T(0);
+        w_hh_.multiply(block, count, d_pre + row * width, width, c, carry_stride_, columns_);
+      });
     }
   }
 
@@ -215,4 +210,5 @@ class BackwardWalk {
   const Share rows_, out_blocks_, unit_blocks_;
   const std::int64_t out_, carry_stride_;
   const Columns columns_;
+  const Weights<T> w_hh_, w_hr_;
 };

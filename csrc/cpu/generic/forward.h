@@ -26,7 +26,17 @@ class ForwardWalk {
         out_(shape_.output_size()),
         width_(Cell::kPre * layout.unit_block),
         columns_x_(Cell::kPreX, Cell::kGates, plan.unit_vectors, kLanes),
-        columns_h_(Cell::kPreH, Cell::kGates, plan.unit_vectors, kLanes) {}
+        columns_h_(Cell::kPreH, Cell::kGates, plan.unit_vectors, kLanes),
+        columns_p_(kZero, 1, plan.back_vectors, kLanes),
+        w_ih_({problem.weights.w_ih, problem.weights.w_ih_stride, true, Cell::kGates,
+               shape_.hidden_size, shape_.input_size},
+              workspace + layout.panels_x, plan.unit_vectors, plan.packed),
+        w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, true, Cell::kGates,
+               shape_.hidden_size, out_},
+              workspace + layout.panels_h, plan.unit_vectors, plan.packed),
+        w_hr_(
+            {problem.weights.w_hr, problem.weights.w_hr_stride, true, 1, out_, shape_.hidden_size},
+            workspace + layout.panels_p, plan.back_vectors, plan.packed) {}
 
   void run() {
     pack();
@@ -45,28 +55,21 @@ class ForwardWalk {
  private:
   using P = Pack<T>;
   static constexpr int kLanes = P::kLanes;
+  static constexpr int kZero[] = {0};
 
+  // Row groups share the panels of their blocks, and the work of packing them.
   void pack() {
-    const PanelSource<T> x{p_.weights.w_ih, p_.weights.w_ih_stride, true,
-                           Cell::kGates,    shape_.hidden_size,     shape_.input_size};
-    const PanelSource<T> h{p_.weights.w_hh, p_.weights.w_hh_stride, true,
-                           Cell::kGates,    shape_.hidden_size,     out_};
-    const std::int64_t panel = Cell::kGates * at_.unit_block;
-    const Share mine(blocks_.size(), rank_ / plan_.unit_groups, plan_.row_groups);
-    for (std::int64_t block = blocks_.begin + mine.begin; block < blocks_.begin + mine.end;
-         ++block) {
-      pack_panel(x, block, at_.unit_block, work_ + at_.panels_x + block * panel * x.k_count);
-      pack_panel(h, block, at_.unit_block, work_ + at_.panels_h + block * panel * h.k_count);
-      pack_bias(block);
-    }
-    if (shape_.proj_size == 0) return;
-    const PanelSource<T> r{p_.weights.w_hr,   p_.weights.w_hr_stride, true, 1, out_,
-                           shape_.hidden_size};
-    const Share mine_p(proj_blocks_.size(), rank_ / plan_.unit_groups, plan_.row_groups);
-    for (std::int64_t block = proj_blocks_.begin + mine_p.begin;
-         block < proj_blocks_.begin + mine_p.end; ++block)
-      pack_panel(r, block, at_.proj_block,
-                 work_ + at_.panels_p + block * at_.proj_block * r.k_count);
+    const Share blocks = packed_here(blocks_);
+    w_ih_.pack(blocks);
+    w_hh_.pack(blocks);
+    for (std::int64_t block = blocks.begin; block < blocks.end; ++block) pack_bias(block);
+    if (shape_.proj_size > 0) w_hr_.pack(packed_here(proj_blocks_));
+  }
+  Share packed_here(const Share& blocks) const {
+    Share share(blocks.size(), rank_ / plan_.unit_groups, plan_.row_groups);
+    share.begin += blocks.begin;
+    share.end += blocks.begin;
+    return share;
   }
 
   // b_ih and b_hh of a block, added where their gates meet.
@@ -120,10 +123,7 @@ class ForwardWalk {
 
   // C += x[row...] w_ih^T for one block.
   void add_input(std::int64_t block, std::int64_t row, int count, T* c, std::int64_t c_stride) {
-    const std::int64_t panel = shape_.input_size * Cell::kGates * at_.unit_block;
-    tile_function<T>(count, Cell::kGates * plan_.unit_vectors)(
-        shape_.input_size, p_.x + row * p_.x_stride, p_.x_stride,
-        work_ + at_.panels_x + block * panel, c, c_stride, columns_x_.at);
+    w_ih_.multiply(block, count, p_.x + row * p_.x_stride, p_.x_stride, c, c_stride, columns_x_);
   }
 
   // gates_x of this rank's blocks for the steps from k on that fit the chunk (at least one);
@@ -136,7 +136,7 @@ class ForwardWalk {
         shape_.step_offset[shape_.reverse ? shape_.step(end - 1) : shape_.step(k)];
     chunk_first_row_ = first;
     for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      for_each_tile(first, first + rows, tile_height(), [&](std::int64_t row, int count) {
+      for_each_tile(first, first + rows, w_hh_.tile_height(), [&](std::int64_t row, int count) {
         T* c = gates_x(block, row);
         for (int m = 0; m < count; ++m) copy_row(bias(block), c + m * gates_x_stride());
         add_input(block, row, count, c, gates_x_stride());
@@ -149,7 +149,6 @@ class ForwardWalk {
   T* gates_x(std::int64_t block, std::int64_t row) const {
     return work_ + at_.gates_x + (row - chunk_first_row_) * gates_x_stride() + block * width_;
   }
-  int tile_height() const { return tile_rows(Cell::kGates * plan_.unit_vectors); }
   void copy_row(const T* from, T* to) const {
     for (std::int64_t i = 0; i < width_; i += kLanes) P::load(from + i).store(to + i);
   }
@@ -164,9 +163,8 @@ class ForwardWalk {
       waited = true;
     };
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
-    const std::int64_t panel = out_ * Cell::kGates * at_.unit_block;
     for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      for_each_tile(rows_.begin, end, tile_height(), [&](std::int64_t row, int count) {
+      for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
         T* c = scratch;
         std::int64_t c_stride = width_;
         if (plan_.input_fused) {
@@ -177,9 +175,7 @@ class ForwardWalk {
           c_stride = gates_x_stride();
         }
         wait();  // the input's share needs nobody: the others' h is awaited after it
-        tile_function<T>(count, Cell::kGates * plan_.unit_vectors)(
-            out_, h_before + row * out_, out_, work_ + at_.panels_h + block * panel, c, c_stride,
-            columns_h_.at);
+        w_hh_.multiply(block, count, h_before + row * out_, out_, c, c_stride, columns_h_);
         for (int m = 0; m < count; ++m) pointwise(t, block, row + m, parity, c + m * c_stride);
       });
     }
@@ -221,29 +217,24 @@ class ForwardWalk {
   void project_state(std::int64_t t, std::int64_t end, int parity) {
     barrier_.arrive(rank_);
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
-    static constexpr int kZero[] = {0};
-    const Columns columns(kZero, 1, plan_.back_vectors, kLanes);
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     const std::int64_t hidden = shape_.hidden_size;
     for (std::int64_t block = proj_blocks_.begin; block < proj_blocks_.end; ++block) {
-      for_each_tile(rows_.begin, end, tile_rows(plan_.back_vectors),
-                    [&](std::int64_t row, int count) {
-                      for (std::int64_t i = 0; i < count * at_.proj_block; ++i) scratch[i] = T(0);
-                      tile_function<T>(count, plan_.back_vectors)(
-                          hidden, work_ + at_.m + row * hidden, hidden,
-                          work_ + at_.panels_p + block * at_.proj_block * hidden, scratch,
-                          at_.proj_block, columns.at);
-                      for (int m = 0; m < count; ++m) {
-                        for (int u = 0; u < plan_.back_vectors; ++u) {
-                          const std::int64_t unit = block * at_.proj_block + u * kLanes;
-                          const std::int64_t lanes = std::min<std::int64_t>(kLanes, out_ - unit);
-                          if (lanes <= 0) break;
-                          const P h_new = P::load(scratch + m * at_.proj_block + u * kLanes);
-                          h_new.store(h(1 - parity) + (row + m) * out_ + unit, lanes);
-                          put_output(t, row + m, unit, lanes, h_new);
-                        }
-                      }
-                    });
+      for_each_tile(rows_.begin, end, w_hr_.tile_height(), [&](std::int64_t row, int count) {
+        for (std::int64_t i = 0; i < count * at_.proj_block; ++i) scratch[i] = T(0);
+        w_hr_.multiply(block, count, work_ + at_.m + row * hidden, hidden, scratch, at_.proj_block,
+                       columns_p_);
+        for (int m = 0; m < count; ++m) {
+          for (int u = 0; u < plan_.back_vectors; ++u) {
+            const std::int64_t unit = block * at_.proj_block + u * kLanes;
+            const std::int64_t lanes = std::min<std::int64_t>(kLanes, out_ - unit);
+            if (lanes <= 0) break;
+            const P h_new = P::load(scratch + m * at_.proj_block + u * kLanes);
+            h_new.store(h(1 - parity) + (row + m) * out_ + unit, lanes);
+            put_output(t, row + m, unit, lanes, h_new);
+          }
+        }
+      });
     }
   }
 
@@ -257,6 +248,7 @@ class ForwardWalk {
   const Share rows_, blocks_, proj_blocks_;
   const std::int64_t out_;    // R
   const std::int64_t width_;  // Q*U: a row of a tile
-  const Columns columns_x_, columns_h_;
+  const Columns columns_x_, columns_h_, columns_p_;
+  const Weights<T> w_ih_, w_hh_, w_hr_;
   std::int64_t chunk_first_row_ = 0;
 };

@@ -47,6 +47,14 @@ struct Pack {
     for (std::int64_t i = 0; i < lanes; ++i) to[i] = v[i];
   }
 
+  FASTRNN_INLINE T total() const {
+    T lane[kLanes];
+    store(lane);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+  }
+
   friend FASTRNN_INLINE Pack operator+(Pack a, Pack b) { return a.v + b.v; }
   friend FASTRNN_INLINE Pack operator-(Pack a, Pack b) { return a.v - b.v; }
   friend FASTRNN_INLINE Pack operator*(Pack a, Pack b) { return a.v * b.v; }

@@ -1,15 +1,13 @@
-// Packed weight panels. A block is U = vectors * V neighbouring units with all their gates; its
-// panel holds, for each k, the weights of those units side by side: [K][gates][U], zero beyond the
-// last unit.
+// Weights as the walks multiply with them, block by block. A block is U = vectors * V neighbouring
+// units with all their gates; its packed panel holds, for each k, the weights of those units side
+// by side: [K][gates][U], zero beyond the last unit.
 
-// gate_rows = true: weights [gates*units, K], a unit is a row (products with w^T: forward).
-// gate_rows = false: weights [K, units], a unit is a column (products with w: backward), gates = 1.
 template <class T>
 struct PanelSource {
   const T* weights;
   std::int64_t stride;  // of a row
-  bool unit_is_row;
-  int gates;
+  bool unit_is_row;     // true: [gates*units, K], to multiply with w^T (forward)
+  int gates;            // false: [K, units], to multiply with w (backward), gates = 1
   std::int64_t units, k_count;
 };
 
@@ -49,4 +47,57 @@ struct Columns {
     for (int g = 0; g < gates; ++g)
       for (int u = 0; u < vectors; ++u) at[g * vectors + u] = (pre[g] * vectors + u) * lanes;
   }
+};
+
+// One weight matrix of a walk. Packed, every block is a panel. As it lies, nothing is copied but a
+// last block of too few columns: for calls of so few rows that packing would cost more than it
+// gains.
+template <class T>
+class Weights {
+ public:
+  Weights(const PanelSource<T>& source, T* panels, int vectors, bool packed)
+      : source_(source), panels_(panels), vectors_(vectors), packed_(packed) {}
+
+  void pack(const Share& blocks) const {
+    for (std::int64_t block = blocks.begin; block < blocks.end; ++block)
+      if (has_panel(block)) pack_panel(source_, block, block_units(), panel(block));
+  }
+
+  // C [rows, *] += A [rows, K] (this block), vector i of the block at columns.at[i].
+  void multiply(std::int64_t block, int rows, const T* a, std::int64_t a_stride, T* c,
+                std::int64_t c_stride, const Columns& columns) const {
+    if (has_panel(block) || !source_.unit_is_row) {
+      const bool lies = !has_panel(block);
+      tile_function<T>(rows, source_.gates * vectors_)(
+          source_.k_count, a, a_stride,
+          lies ? source_.weights + block * block_units() : panel(block),
+          lies ? source_.stride : panel_width(), c, c_stride, columns.at);
+      return;
+    }
+    const std::int64_t first = block * block_units(), present = units_of(block);
+    for (int gate = 0; gate < source_.gates; ++gate) {
+      const T* w = source_.weights + (gate * source_.units + first) * source_.stride;
+      for (int m = 0; m < rows; ++m)
+        dots(present, source_.k_count, a + m * a_stride, w, source_.stride,
+             c + m * c_stride + columns.at[gate * vectors_]);
+    }
+  }
+
+  int tile_height() const { return tile_rows(source_.gates * vectors_); }
+
+ private:
+  std::int64_t block_units() const { return std::int64_t(vectors_) * Pack<T>::kLanes; }
+  std::int64_t units_of(std::int64_t block) const {
+    return std::min(block_units(), source_.units - block * block_units());
+  }
+  std::int64_t panel_width() const { return source_.gates * block_units(); }
+  T* panel(std::int64_t block) const { return panels_ + block * panel_width() * source_.k_count; }
+  bool has_panel(std::int64_t block) const {
+    return packed_ || (!source_.unit_is_row && units_of(block) < block_units());
+  }
+
+  const PanelSource<T> source_;
+  T* const panels_;
+  const int vectors_;
+  const bool packed_;
 };

@@ -1,12 +1,13 @@
 // The microkernel: a tile of C += A B in registers.
 //
 //        k ->                   columns of one panel: n vectors of V lanes
-//   A  [m rows]  *  panel [K][n*V] (contiguous)   +->  C [m rows], its vector i at column[i]
+//   A  [m rows]  *  B [K][n*V], its rows b_stride apart   +->  C [m rows], its vector i at
+//   column[i]
 //
-// Per k it loads n vectors of the panel and broadcasts m values of A for m*n multiply-adds. C is
-// memory (a scratch tile in L1, or a buffer), so whoever comes next, the cell's pointwise text or
-// another product, finds all gates of its units side by side. column[] lets the two products of a
-// GRU add into different columns (r,z,xn and r,z,hn).
+// Per k it loads n vectors of B (a packed panel, mostly) and broadcasts m values of A for m*n
+// multiply-adds. C is memory (a scratch tile in L1, or a buffer), so whoever comes next, the cell's
+// pointwise text or another product, finds all gates of its units side by side. column[] lets the
+// two products of a GRU add into different columns (r,z,xn and r,z,hn).
 
 // Rows of a tile of n vectors: accumulators, one vector of B and a broadcast must fit the
 // registers.
@@ -24,12 +25,13 @@ constexpr int kTileRows = 12;
 constexpr int tile_chains(int m, int n) { return m * n >= 8 ? 1 : m * n >= 4 ? 2 : 4; }
 
 template <class T>
-using TileFunction = void (*)(std::int64_t k_count, const T* a, std::int64_t a_stride,
-                              const T* panel, T* c, std::int64_t c_stride, const int* column);
+using TileFunction = void (*)(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
+                              std::int64_t b_stride, T* c, std::int64_t c_stride,
+                              const int* column);
 
 template <class T, int M, int N>
-void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* panel, T* c,
-          std::int64_t c_stride, const int* column) {
+void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
+          std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column) {
   using P = Pack<T>;
   using Vector = typename P::Vector;
   constexpr int V = P::kLanes;
@@ -52,14 +54,15 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* pane
   for (; k + kChains <= k_count; k += kChains) {
 #pragma GCC unroll 16
     for (int chain = 0; chain < kChains; ++chain) {
-      Vector b[N];
+      Vector weight[N];
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) b[n] = P::load(panel + (k + chain) * (N * V) + n * V).v;
+      for (int n = 0; n < N; ++n) weight[n] = P::load(b + n * V).v;
+      b += b_stride;
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const Vector value = P(row[m][k + chain]).v;
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) sum[chain][m][n] += value * b[n];
+        for (int n = 0; n < N; ++n) sum[chain][m][n] += value * weight[n];
       }
     }
   }
@@ -69,8 +72,9 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* pane
       for (int m = 0; m < M; ++m) {
         const Vector value = P(row[m][k]).v;
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) sum[0][m][n] += value * P::load(panel + k * (N * V) + n * V).v;
+        for (int n = 0; n < N; ++n) sum[0][m][n] += value * P::load(b + n * V).v;
       }
+      b += b_stride;
     }
   }
 
@@ -108,6 +112,40 @@ FASTRNN_INLINE TileFunction<T> tile_function(int m, int n) {
     default:
       return kFour[m - 1];
   }
+}
+
+// The other microkernel, for weights that lie as the caller has them, a unit a row: K runs along
+// the vectors' lanes, and R units share each load of a.
+//
+//   c[r] += sum_k a[k] w[r][k]
+template <class T, int R>
+void dot(std::int64_t k_count, const T* a, const T* w, std::int64_t w_stride, T* c) {
+  using P = Pack<T>;
+  P sum[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) sum[r] = P(T(0));
+  std::int64_t k = 0;
+  for (; k + P::kLanes <= k_count; k += P::kLanes) {
+    const P value = P::load(a + k);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[r] = sum[r] + value * P::load(w + r * w_stride + k);
+  }
+  if (k < k_count) {
+    const P value = P::load(a + k, k_count - k);
+    for (int r = 0; r < R; ++r)
+      sum[r] = sum[r] + value * P::load(w + r * w_stride + k, k_count - k);
+  }
+  for (int r = 0; r < R; ++r) c[r] += sum[r].total();
+}
+
+template <class T>
+void dots(std::int64_t rows, std::int64_t k_count, const T* a, const T* w, std::int64_t w_stride,
+          T* c) {
+  constexpr int kRows = 8;
+  std::int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    dot<T, kRows>(k_count, a, w + r * w_stride, w_stride, c + r);
+  for (; r < rows; ++r) dot<T, 1>(k_count, a, w + r * w_stride, w_stride, c + r);
 }
 
 // Calls each(first, count) for the tiles of rows [begin, end): as few as fit, of even heights.
