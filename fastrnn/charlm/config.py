@@ -141,8 +141,10 @@ _CHECKS: Final[dict[str, _Check]] = {
     "backend": _choice("--backend", BACKENDS),
     "device": (
         "--device",
-        lambda value: isinstance(value, str)
-        and (value in ("cpu", "cuda") or (value.startswith("cuda:") and value[5:].isdecimal())),
+        lambda value: (
+            isinstance(value, str)
+            and (value in ("cpu", "cuda") or (value.startswith("cuda:") and value[5:].isdecimal()))
+        ),
         "cpu, cuda or cuda:N",
     ),
     "threads": _whole("--threads", 0),

@@ -1,8 +1,8 @@
 """Text, its vocabulary, and the parallel streams that truncated BPTT walks along.
 
-    the text          a b c d e f g h i j k l m ...
-    B = 3 streams     a b c d | e f g h | i j k l          stream b starts at b * S
-    step k            columns k*T .. (k+1)*T of every stream; targets are one further
+the text          a b c d e f g h i j k l m ...
+B = 3 streams     a b c d | e f g h | i j k l          stream b starts at b * S
+step k            columns k*T .. (k+1)*T of every stream; targets are one further
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ VALIDATION_LIMIT: Final = 100_000  # characters; an evaluation stays a matter of
 
 # Not prose of programs: tests, other people's packages, tables that scripts generated.
 _SKIPPED_FOLDERS: Final = frozenset(
-    "__pycache__ dist-packages encodings idle_test pydoc_data site-packages test tests".split()
+    {
+        "__pycache__",
+        "dist-packages",
+        "encodings",
+        "idle_test",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+    }
 )
 
 
@@ -101,9 +110,7 @@ def _read_file(path: Path, encoding: str) -> str:
         if encoding == "utf-8" and b"\0" in data:
             raise DataError(f"{path}: is a binary file, not text") from error
         where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
-        raise DataError(
-            f"{path}: is not {encoding} text{where}, give its --encoding"
-        ) from error
+        raise DataError(f"{path}: is not {encoding} text{where}, give its --encoding") from error
     if "\0" in text:
         raise DataError(f"{path}: is a binary file, not text")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")

@@ -61,10 +61,10 @@ def fit(runner: Runner, reporter: Reporter, save: Save, stop: Stop = never) -> O
                 outcome = Outcome.EARLY
                 break
         finished = trainer.step >= config.steps
-        if config.sample_every and trainer.step > sampled_at:
-            if finished or trainer.step % config.sample_every == 0:
-                reporter.sample(trainer.step, sample_now(trainer))
-                sampled_at = trainer.step
+        due = config.sample_every and (finished or trainer.step % config.sample_every == 0)
+        if due and trainer.step > sampled_at:
+            reporter.sample(trainer.step, sample_now(trainer))
+            sampled_at = trainer.step
         if finished:
             outcome = Outcome.FINISHED
             break

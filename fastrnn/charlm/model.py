@@ -1,6 +1,6 @@
 """The model: embedding -> recurrent layers -> linear decoder, at every step.
 
-    e_t = W_e[x_t]     h_t = cell(e_t, h_{t-1})     logits_t = W_d h_t + b_d
+e_t = W_e[x_t]     h_t = cell(e_t, h_{t-1})     logits_t = W_d h_t + b_d
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def check_device(device: str) -> None:
         raise CharlmError(f"--device {device}: torch {torch.__version__} {reason}")
     index = torch.device(device).index or 0
     if index >= torch.cuda.device_count():
-        raise CharlmError(f"--device {device}: the last GPU is cuda:{torch.cuda.device_count() - 1}")
+        raise CharlmError(
+            f"--device {device}: the last GPU is cuda:{torch.cuda.device_count() - 1}"
+        )
 
 
 def build_model(vocabulary_size: int, config: Config) -> CharRNN:

@@ -1,6 +1,6 @@
 """Writing text: the model's own characters fed back to it, one at a time.
 
-    p = softmax(logits / temperature), cut to the top k;  next ~ p
+p = softmax(logits / temperature), cut to the top k;  next ~ p
 """
 
 from __future__ import annotations

@@ -227,7 +227,9 @@ class Trainer:
         state: dict[int, dict[str, Tensor]] = {}
         for index, (name, _) in enumerate(self.model.named_parameters()):
             prefix = f"optimizer.{name}."
-            found = {key.removeprefix(prefix): tensors[key] for key in expected if key.startswith(prefix)}
+            found = {
+                key.removeprefix(prefix): tensors[key] for key in expected if key.startswith(prefix)
+            }
             if found:
                 state[index] = found
         groups = self.optimizer.state_dict()["param_groups"]
@@ -235,8 +237,7 @@ class Trainer:
         h = tensors["state.0"].to(device)
         self.state = (h, tensors["state.1"].to(device)) if "state.1" in expected else h
         self._random = [
-            tensors[f"random.{index}"] if f"random.{index}" in tensors else fresh
-            for index, fresh in enumerate(self._seeded())
+            tensors.get(f"random.{index}", fresh) for index, fresh in enumerate(self._seeded())
         ]
         self.losses = tensors["losses"].tolist()
         self.evaluations = list(evaluations)

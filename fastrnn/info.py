@@ -1,0 +1,96 @@
+"""What is built, what this machine has, and what would run: the text of ``fastrnn info``."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastrnn import _C, _library
+
+#: (cell, T, B, I, H) whose plans are shown
+SHAPES = (
+    ("rnn_tanh", 100, 1, 64, 64),
+    ("gru", 100, 16, 128, 128),
+    ("lstm", 100, 16, 128, 128),
+    ("lstm", 35, 64, 650, 650),
+)
+
+
+def info() -> dict[str, Any]:
+    """Versions, CPU, CUDA and plans as plain data.
+
+    Returns:
+        A dictionary with the keys ``versions``, ``cpu``, ``cuda`` and ``plans``; a plan holds the
+        shape and what ``fastrnn._C.plan`` says of its forward and backward pass.
+    """
+    _library.load()
+    build = _C.build_info()
+    threads = torch.get_num_threads()
+    bound = _C.max_threads()
+    return {
+        "versions": {
+            "fastrnn": build["version"],
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "compiler": build["compiler"],
+            "torch built against": build["torch_built_against"],
+        },
+        "cpu": {
+            "isa": _C.cpu_capability(),
+            "available": _C.available_isas(),
+            "compiled": build["isas"],
+            "threads": min(threads, bound) if bound else threads,
+        },
+        "cuda": {
+            "kernels": _library.cuda_kernels,
+            "why not": _library.why_no_cuda,
+            "toolkit": build["cuda_version"],
+            "archs": build["cuda_archs"],
+            "devices": [
+                torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+            ],
+        },
+        "plans": [
+            {
+                "cell": cell,
+                "T": steps,
+                "B": batch,
+                "I": inputs,
+                "H": hidden,
+                "forward": _C.plan(cell, steps, batch, inputs, hidden, threads=threads),
+                "backward": _C.plan(
+                    cell, steps, batch, inputs, hidden, threads=threads, training=True
+                ),
+            }
+            for cell, steps, batch, inputs, hidden in SHAPES
+        ],
+    }
+
+
+def lines() -> Iterator[str]:
+    """`info` for people, line by line."""
+    facts = info()
+    for name, value in facts["versions"].items():
+        yield f"{name:<20} {value}"
+    cpu = facts["cpu"]
+    yield f"{'cpu':<20} {cpu['isa']} of {', '.join(cpu['available'])}; {cpu['threads']} threads"
+    cuda = facts["cuda"]
+    state = "kernels loaded" if cuda["kernels"] else f"no kernels: {cuda['why not']}"
+    if cuda["archs"]:
+        state += f" (built with CUDA {cuda['toolkit']} for {', '.join(cuda['archs'])})"
+    yield f"{'cuda':<20} {state}"
+    yield f"{'gpus':<20} {', '.join(cuda['devices']) or 'none'}"
+    yield "what would run on the CPU in float32:"
+    for plan in facts["plans"]:
+        yield f"  {plan['cell']} T={plan['T']} B={plan['B']} I={plan['I']} H={plan['H']}"
+        for way in ("forward", "backward"):
+            chosen = plan[way]
+            yield (
+                f"    {way:<9} {chosen['isa']}, {chosen['threads']} threads: "
+                f"{chosen['row_groups']} groups of rows x {chosen['unit_groups']} of units, "
+                f"weights {'packed' if chosen['packed'] else 'as they lie'}"
+                + (f", input {chosen['input']}" if way == "forward" else "")
+            )
