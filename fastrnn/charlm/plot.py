@@ -87,8 +87,14 @@ def draw(
     losses: Axes = axes[0, 0]
     # Equal curves would hide each other: each further one is thinner, dashed and on top.
     for index, curve in enumerate(training):
-        style = {"linestyle": "--" if index else "-", "linewidth": 2.5 - 1.3 * min(index, 1)}
-        losses.plot(curve.x, curve.y, label=curve.name, zorder=2 + index, **style)
+        losses.plot(
+            curve.x,
+            curve.y,
+            label=curve.name,
+            zorder=2 + index,
+            linestyle="--" if index else "-",
+            linewidth=1.2 if index else 2.5,
+        )
     for index, curve in enumerate(validation):
         losses.plot(
             curve.x,
