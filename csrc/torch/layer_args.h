@@ -49,6 +49,12 @@ template <class... Parts>
 #define FASTRNN_CHECK(condition, ...) \
   if (!(condition)) ::fastrnn::refuse(__VA_ARGS__)
 
+// A function of torch's C interface reports failure; its headers' macro for this has another name
+// in each release.
+inline void torch_call(AOTITorchError code) {
+  if (code != AOTI_TORCH_SUCCESS) refuse("a call into torch failed, see the message above.");
+}
+
 inline bool is_half(ScalarType dtype) {
   return dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
 }
@@ -62,10 +68,10 @@ inline ScalarType accumulate_type(ScalarType dtype) {
 inline std::string take_text(StringHandle handle) {
   size_t length = 0;
   const char* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  torch_call(torch_string_length(handle, &length));
+  torch_call(torch_string_c_str(handle, &data));
   std::string result(data, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  torch_call(torch_delete_string(handle));
   return result;
 }
 
@@ -73,8 +79,8 @@ inline std::string take_text(StringHandle handle) {
 struct Place {
   int32_t type = 0, index = 0;
   explicit Place(const Tensor& t) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+    torch_call(aoti_torch_get_device_type(t.get(), &type));
+    torch_call(aoti_torch_get_device_index(t.get(), &index));
   }
   bool operator==(const Place& other) const { return type == other.type && index == other.index; }
 };
@@ -85,9 +91,8 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
   Place place(like);
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_aten_new_empty(like.get(), sizes.data(), int64_t(sizes.size()), &type, nullptr,
-                                &place.type, place.index, nullptr, &handle));
+  torch_call(aoti_torch_aten_new_empty(like.get(), sizes.data(), int64_t(sizes.size()), &type,
+                                       nullptr, &place.type, place.index, nullptr, &handle));
   return Tensor(handle);
 }
 

@@ -9,7 +9,7 @@ namespace fastrnn {
 namespace {
 
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+  torch_call(torch_parallel_for(0, n, 1, body, context));
 }
 
 int threads() { return int(torch::stable::get_num_threads()); }

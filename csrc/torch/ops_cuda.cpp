@@ -24,10 +24,9 @@ class Call {
  public:
   Call(const Layer& layer, std::size_t workspace_bytes, const Tensor& like)
       : workspace_(empty({int64_t(workspace_bytes)}, ScalarType::Byte, like)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(layer.place.index, &context.stream));
+    torch_call(aoti_torch_get_current_cuda_stream(layer.place.index, &context.stream));
     // The handle of the current device and stream, in the math mode that torch's switches ask for.
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&context.blas));
+    torch_call(torch_get_current_cuda_blas_handle(&context.blas));
     context.workspace = workspace_.data_ptr();
   }
 
