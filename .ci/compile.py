@@ -23,7 +23,7 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_under_ci")
 def kernels() -> dict[str, list[str]]:
     """Source -> flags"""
     flags = [*SETUP["CXX_FLAGS"], *SETUP["KERNEL_FLAGS"]]
-    return {source: flags for source in SETUP["files"]("csrc/cpu/*.cpp")}
+    return dict.fromkeys(SETUP["files"]("csrc/cpu/*.cpp"), flags)
 
 
 def torch_sources(folder: Path) -> dict[str, list[str]]:
@@ -43,7 +43,7 @@ def torch_sources(folder: Path) -> dict[str, list[str]]:
 
 
 def run(command: list[str]) -> None:
-    print(" ".join(command[:1] + command[-3:]), flush=True)
+    print(command[0], "->", command[-1], flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
 
 

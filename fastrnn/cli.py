@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
+
+import fastrnn
 
 #: what ``fastrnn charlm`` needs besides torch
 CHARLM_PACKAGES = ("rich", "matplotlib", "safetensors", "numpy")
@@ -27,11 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a text may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _run(given)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("fastrnn: interrupted", file=sys.stderr)
         return 130
@@ -52,6 +58,7 @@ def _run(given: list[str]) -> int:
         return command.main(given[1:], _Parser)
 
     parser = _Parser(prog="fastrnn", description="Fast recurrent layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fastrnn {fastrnn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("charlm", help="train, compare and sample a character-level language model")
     about = commands.add_parser("info", help="versions, CPU, CUDA, and what would run")

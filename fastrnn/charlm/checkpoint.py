@@ -61,6 +61,8 @@ class Checkpoint:
             trainer.restore(self.tensors, self.evaluations, self.seconds)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
+        if trainer.step != self.step:
+            raise CheckpointError(f"{self.path}: is damaged (step {self.step} of {trainer.step})")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -14,17 +16,17 @@ import torch
 from . import checkpoint, compare
 from .config import BACKENDS, CELLS, NONLINEARITIES, SCHEDULES, Config, option_name
 from .data import Corpus, Text, prepare, read_files, read_standard_library
-from .errors import CharlmError, CheckpointError
+from .errors import CharlmError, CheckpointError, TrainingError
 from .fit import Outcome, fit
 from .interrupt import Interrupts
-from .model import CharRNN, build_model, check_device, parameter_count
+from .model import build_model, check_device, parameter_count
 from .plot import plot_training
 from .report import Reporter, reporter_for
 from .sample import generate
 from .train import Trainer, load_weights
 
 DEFAULT_OUTPUT: Final = "charlm-run"
-INTERRUPTED: Final = 130
+SIGNAL_EXIT: Final = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C
 
 MakeParser = Callable[..., argparse.ArgumentParser]
 
@@ -69,6 +71,21 @@ def main(arguments: Sequence[str], make_parser: MakeParser) -> int:
     except CharlmError as error:
         print(f"fastrnn charlm: {error}", file=sys.stderr)
         return error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            "fastrnn charlm: out of memory: try a smaller --hidden, --batch-size, --seq-length "
+            "or --text",
+            file=sys.stderr,
+        )
+        return TrainingError.exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -91,7 +108,11 @@ def _train_parser(make_parser: MakeParser) -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help=f"for checkpoints and the loss curve ({DEFAULT_OUTPUT})",
+        help="for checkpoints and the loss curve "
+        f"(default: {DEFAULT_OUTPUT}, or {DEFAULT_OUTPUT}-2 and so on where there is one)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run that --output holds already"
     )
     parser.add_argument(
         "--resume", type=Path, metavar="CHECKPOINT", help="go on with a run: its folder or .json"
@@ -127,8 +148,10 @@ def train(options: argparse.Namespace, stream: TextIO) -> int:
         raise CharlmError("--compare starts from new weights, it cannot be used with --resume")
     if options.compare and "backend" in given:
         raise CharlmError("--compare trains with both backends, it cannot be used with --backend")
-    saved = _load_for_resuming(options, given) if options.resume else None
+    saved = _load_for_resuming(options.resume, given) if options.resume else None
     config = saved.config.changed(given) if saved else Config(**given)
+    if options.compare:
+        config.changed({"backend": "torch"})  # whose own checks must pass as well
     check_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -143,7 +166,6 @@ def train(options: argparse.Namespace, stream: TextIO) -> int:
     folder = _output_folder(options, saved)
     reporter = reporter_for(stream)
     try:
-        _introduce(reporter, config, corpus, folder)
         with Interrupts() as interrupted:
             if options.compare:
                 outcome = _compare(reporter, config, corpus, folder, interrupted)
@@ -157,7 +179,7 @@ def train(options: argparse.Namespace, stream: TextIO) -> int:
             f"fastrnn charlm --resume {folder} goes on",
             file=sys.stderr,
         )
-        return INTERRUPTED
+        return SIGNAL_EXIT + (interrupted.signal or 0)
     return 0
 
 
@@ -172,18 +194,17 @@ def _train(
     trainer = Trainer(config, corpus)
     if saved:
         saved.restore(trainer)
+    _introduce(reporter, trainer, folder)
+    if saved:
         reporter.line(f"resumes at step {trainer.step:,} of {config.steps:,}")
-        if trainer.step >= config.steps:
-            raise CharlmError(
-                f"{saved.path}: is at step {trainer.step:,} already, --steps must be larger"
-            )
     outcome = fit(trainer, reporter, _saver(folder), interrupted)
     if trainer.losses:
         plot_training(folder / "loss.png", trainer)
     reporter.line(
         f"{outcome.value} at step {trainer.step:,}: {trainer.recent_bits():.3f} bits/char, "
-        f"{trainer.seconds:,.1f} s of training; {folder}/ holds latest.json and loss.png"
+        f"{trainer.seconds:,.1f} s of training"
     )
+    reporter.line(_what_is_in(folder, "loss.png"))
     return outcome
 
 
@@ -191,6 +212,7 @@ def _compare(
     reporter: Reporter, config: Config, corpus: Corpus, folder: Path, interrupted: Interrupts
 ) -> Outcome:
     pair = compare.Pair.start(config, corpus)
+    _introduce(reporter, pair.fastrnn, folder)
     referee: list[float] = []
     if config.dropout == 0:  # in float64 other units would be dropped
         first = min(compare.FIRST_STEPS, config.steps)
@@ -202,7 +224,7 @@ def _compare(
         for line in comparison.lines():
             reporter.line(line)
         compare.save_comparison(folder, pair, comparison)
-        reporter.line(f"{folder}/ holds loss.png, compare.json and latest.json")
+    reporter.line(_what_is_in(folder, "loss.png, compare.json"))
     return outcome
 
 
@@ -215,8 +237,8 @@ def _saver(folder: Path) -> Callable[[Trainer, bool], None]:
     return save
 
 
-def _introduce(reporter: Reporter, config: Config, corpus: Corpus, folder: Path) -> None:
-    model = build_model(len(corpus.vocabulary), config)
+def _introduce(reporter: Reporter, trainer: Trainer, folder: Path) -> None:
+    config, corpus = trainer.config, trainer.corpus
     reporter.line(f"text     {corpus.text.description}")
     reporter.line(
         f"         {len(corpus.text.content):,} characters, "
@@ -225,7 +247,7 @@ def _introduce(reporter: Reporter, config: Config, corpus: Corpus, folder: Path)
     kind = config.cell.upper() + (f" ({config.nonlinearity})" if config.cell == "rnn" else "")
     reporter.line(
         f"model    {config.layers} x {kind}, hidden size {config.hidden}: "
-        f"{parameter_count(model):,} parameters"
+        f"{parameter_count(trainer.model):,} parameters"
     )
     reporter.line(
         f"training {config.steps:,} steps of {config.batch_size} x {config.seq_length} characters "
@@ -233,14 +255,35 @@ def _introduce(reporter: Reporter, config: Config, corpus: Corpus, folder: Path)
     )
 
 
-def _load_for_resuming(options: argparse.Namespace, given: dict[str, Any]) -> checkpoint.Checkpoint:
-    fixed = [option_name(name) for name in given if name not in _CHANGEABLE]
+def _what_is_in(folder: Path, others: str) -> str:
+    name = shlex.quote(str(folder))
+    return (
+        f"{folder}/ holds latest.json and best.json (checkpoints), {others}; "
+        f'to read more: fastrnn charlm sample {name} --prime "def "'
+    )
+
+
+def _load_for_resuming(path: Path, given: dict[str, Any]) -> checkpoint.Checkpoint:
+    """The checkpoint to go on from, whose options the given ones do not contradict.
+
+    Raises:
+        CharlmError: the checkpoint cannot be used, is finished, or has other options.
+    """
+    saved = checkpoint.load(checkpoint.find(path, (checkpoint.LATEST,)))
+    old = saved.config.to_json()
+    fixed = [name for name in given if name not in _CHANGEABLE and given[name] != old[name]]
     if fixed:
+        name = fixed[0]
         raise CharlmError(
-            f"{', '.join(fixed)} cannot be changed with --resume; what can: "
-            + ", ".join(option_name(name) for name in _CHANGEABLE)
+            f"{option_name(name)} cannot be changed with --resume ({saved.path} has {old[name]}); "
+            "what can: " + ", ".join(option_name(name) for name in _CHANGEABLE)
         )
-    return checkpoint.load(checkpoint.find(options.resume, (checkpoint.LATEST,)))
+    steps = given.get("steps", saved.config.steps)
+    if saved.step >= steps:
+        raise CharlmError(
+            f"{saved.path}: is at step {saved.step:,} already, give more --steps than {steps:,}"
+        )
+    return saved
 
 
 def _read_text(options: argparse.Namespace, saved: checkpoint.Checkpoint | None) -> Text:
@@ -254,6 +297,8 @@ def _read_text(options: argparse.Namespace, saved: checkpoint.Checkpoint | None)
     if saved and not files:
         files = saved.text["files"]
         encoding = options.encoding or saved.text["encoding"]
+    elif options.encoding and not files:
+        raise CharlmError("--encoding is of the files of --text, which is not given")
     text = read_files(files, encoding) if files else read_standard_library()
     if saved and text.digest != saved.text["sha256"]:
         raise CheckpointError(
@@ -264,12 +309,35 @@ def _read_text(options: argparse.Namespace, saved: checkpoint.Checkpoint | None)
 
 
 def _output_folder(options: argparse.Namespace, saved: checkpoint.Checkpoint | None) -> Path:
-    folder: Path = options.output or (saved.path.parent if saved else Path(DEFAULT_OUTPUT))
+    """Makes the folder of this run; only on request in the place of another run.
+
+    Raises:
+        CharlmError: it holds a run, or cannot be made or written to.
+    """
+    folder: Path = options.output or (saved.path.parent if saved else _free_folder())
+    runs = [folder / f"{name}.json" for name in (checkpoint.LATEST, checkpoint.BEST)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise CharlmError(f"--output {folder}: cannot be written to")
+        # A run that is resumed goes on in its own folder.
+        other = not saved or not folder.samefile(saved.path.parent)
+        if other and any(run.exists() for run in runs):
+            if not options.overwrite:
+                raise CharlmError(
+                    f"--output {folder}: holds a run already; --resume {folder} goes on with it, "
+                    "--overwrite replaces it"
+                )
+            for run in runs:
+                run.unlink(missing_ok=True)
     except OSError as error:
         raise CharlmError(f"--output {folder}: cannot be made ({error.strerror})") from error
     return folder
+
+
+def _free_folder() -> Path:
+    names = (DEFAULT_OUTPUT, *(f"{DEFAULT_OUTPUT}-{number}" for number in range(2, 10_000)))
+    return next((Path(name) for name in names if not os.path.lexists(name)), Path(names[-1]))
 
 
 # -- sampling -------------------------------------------------------------------------------------
@@ -293,6 +361,7 @@ def _sample_parser(make_parser: MakeParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--top-k", type=int, default=0, metavar="N", help="among the N likeliest (0: among all)"
     )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help=f"{_HELP['device']} (cpu)")
     return parser
 
 
@@ -313,9 +382,13 @@ def write(options: argparse.Namespace, stream: TextIO) -> int:
     saved = checkpoint.load(
         checkpoint.find(options.checkpoint, (checkpoint.BEST, checkpoint.LATEST))
     )
-    config = saved.config.changed({"device": "cpu"})
-    model = CharRNN(len(saved.vocabulary), config)
-    load_weights(model, saved.tensors)
+    config = saved.config.changed({"device": options.device})
+    check_device(config.device)
+    model = build_model(len(saved.vocabulary), config)
+    try:
+        load_weights(model, saved.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{saved.path}: {error}") from error
     stream.write(options.prime)
     for character in generate(
         model,

@@ -97,7 +97,7 @@ class Pair:
         a, b = self.fastrnn.evaluations[-1], self.torch.evaluations[-1]
         return (
             f"training {a.training:.3f} (torch.nn {b.training:.3f}), "
-            f"validation {a.validation:.3f} ({b.validation:.3f}) bits/char, "
+            f"validation {a.validation:.3f} (torch.nn {b.validation:.3f}) bits/char, "
             f"{self.speeds()}"
         )
 
@@ -108,8 +108,8 @@ class Pair:
     def speeds(self) -> str:
         """Both speeds in words."""
         return (
-            f"{self.fastrnn.characters_per_second:,.0f} "
-            f"({self.torch.characters_per_second:,.0f}) chars/s"
+            f"{self.fastrnn.characters_per_second:,.0f} chars/s "
+            f"(torch.nn {self.torch.characters_per_second:,.0f})"
         )
 
 

@@ -191,10 +191,17 @@ class Vocabulary:
 
     @classmethod
     def of(cls, text: str) -> Vocabulary:
-        """The characters of a text, without those rarer than one in `RARE` characters."""
+        """The characters of a text, without those rarer than one in `RARE` characters.
+
+        Raises:
+            DataError: all of them are.
+        """
         counts = torch.bincount(_code_points(text))
         least = max(1, len(text) // RARE)
-        return cls(chr(code) for code in torch.nonzero(counts >= least).flatten().tolist())
+        found = torch.nonzero(counts >= least).flatten().tolist()
+        if not found:
+            raise DataError(f"none of the text's {len(text):,} characters occurs {least} times")
+        return cls(chr(code) for code in found)
 
     def __len__(self) -> int:
         """Number of symbols, the unknown one included."""

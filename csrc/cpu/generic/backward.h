@@ -48,9 +48,11 @@ class BackwardWalk {
       } else {
         const std::int64_t begin = out_blocks_.begin * at_.out_block;
         const std::int64_t last = std::min(out_blocks_.end * at_.out_block, out_);
-        for (std::int64_t b = rows_.begin; b < end; ++b)
+        for (std::int64_t b = rows_.begin; b < end; ++b) {
+          const Row row(*this, t, b);
           for (std::int64_t unit = begin; unit < last; unit += kLanes)
-            pointwise(t, b, unit, output_gradient(t, b, unit));
+            pointwise(row, unit, output_gradient(t, b, unit));
+        }
       }
       meet();
       hand_on(t, end);
@@ -142,47 +144,64 @@ class BackwardWalk {
         w_hr_.multiply(block, count, p_.d_h_all + (shape_.step_offset[t] + row) * out_, out_,
                        scratch, at_.unit_block, columns_);
         for (int m = 0; m < count; ++m) {
+          const Row pointers(*this, t, row + m);
           for (int u = 0; u < plan_.back_vectors; ++u) {
             const std::int64_t unit = block * at_.unit_block + u * kLanes;
             if (unit >= shape_.hidden_size) break;
-            pointwise(t, row + m, unit, P::load(scratch + m * at_.unit_block + u * kLanes));
+            pointwise(pointers, unit, P::load(scratch + m * at_.unit_block + u * kLanes));
           }
         }
       });
     }
   }
 
+  // Where the values of sequence b at step t lie: local copies, since what the pointwise text
+  // stores could be any of the members, for all the compiler knows.
+  struct Row {
+    std::int64_t hidden;
+    const T* saved;     // [S*H] of this step
+    const T* y;         // [R]
+    const T* h_before;  // [R] the states it started from
+    const T* c_before;  // [H]
+    T* d_c;             // [H]
+    T* d_pre;           // [Q*H]
+    T* d_h;             // [R] the carry, or null with a projection
+
+    Row(const BackwardWalk& walk, std::int64_t t, std::int64_t b)
+        : hidden(walk.shape_.hidden_size) {
+      const auto& p = walk.p_;
+      const std::int64_t row = walk.shape_.step_offset[t] + b;
+      const std::int64_t before = walk.shape_.previous_row(t, b);
+      saved = p.saved + row * Cell::kSaved * hidden;
+      y = p.y + row * p.y_stride;
+      h_before = before < 0 ? p.h0 + b * hidden : p.y + before * p.y_stride;
+      if constexpr (Cell::kStates == 2) {
+        c_before = before < 0 ? p.c0 + b * hidden
+                              : p.saved + (before * Cell::kSaved + Cell::kSavedState) * hidden;
+        d_c = p.d_c0 + b * hidden;
+      }
+      d_pre = p.d_pre + row * Cell::kPre * hidden;
+      d_h = walk.shape_.proj_size > 0 ? nullptr : walk.carry(b);
+    }
+  };
+
   // The cell's text on a vector of hidden units.
-  void pointwise(std::int64_t t, std::int64_t b, std::int64_t unit, P d_h) {
-    const std::int64_t hidden = shape_.hidden_size, row = shape_.step_offset[t] + b;
-    const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
+  FASTRNN_INLINE void pointwise(const Row& row, std::int64_t unit, P d_h) {
+    const std::int64_t lanes = std::min<std::int64_t>(kLanes, row.hidden - unit);
     P saved[Cell::kSaved + 1], state0[2] = {}, state1[2] = {}, d_state1[2] = {d_h, d_h};
     P d_pre[Cell::kPre], d_state0[2];
     for (int s = 0; s < Cell::kSaved; ++s)
-      saved[s] = P::load(p_.saved + (row * Cell::kSaved + s) * hidden + unit, lanes);
-    if constexpr (Cell::kReadsH1) state1[0] = P::load(p_.y + row * p_.y_stride + unit, lanes);
-    if constexpr (Cell::kReadsH0 || Cell::kStates == 2) {
-      const std::int64_t before = shape_.previous_row(t, b);
-      if constexpr (Cell::kReadsH0)
-        state0[0] = P::load(
-            before < 0 ? p_.h0 + b * hidden + unit : p_.y + before * p_.y_stride + unit, lanes);
-      if constexpr (Cell::kStates == 2) {
-        state0[1] = P::load(
-            before < 0 ? p_.c0 + b * hidden + unit
-                       : p_.saved + (before * Cell::kSaved + Cell::kSavedState) * hidden + unit,
-            lanes);
-        d_state1[1] = P::load(p_.d_c0 + b * hidden + unit, lanes);
-      }
+      saved[s] = P::load(row.saved + s * row.hidden + unit, lanes);
+    if constexpr (Cell::kReadsH1) state1[0] = P::load(row.y + unit, lanes);
+    if constexpr (Cell::kReadsH0) state0[0] = P::load(row.h_before + unit, lanes);
+    if constexpr (Cell::kStates == 2) {
+      state0[1] = P::load(row.c_before + unit, lanes);
+      d_state1[1] = P::load(row.d_c + unit, lanes);
     }
     Cell::backward(saved, state0, state1, d_state1, d_pre, d_state0);
-    for (int q = 0; q < Cell::kPre; ++q)
-      d_pre[q].store(p_.d_pre + (row * Cell::kPre + q) * hidden + unit, lanes);
-    if constexpr (Cell::kStates == 2) d_state0[1].store(p_.d_c0 + b * hidden + unit, lanes);
-    if constexpr (Cell::kDirect) {  // such cells have no projection: units of h are hidden units
-      d_state0[0].store(carry(b) + unit);
-    } else if (shape_.proj_size == 0) {
-      P(T(0)).store(carry(b) + unit);
-    }
+    for (int q = 0; q < Cell::kPre; ++q) d_pre[q].store(row.d_pre + q * row.hidden + unit, lanes);
+    if constexpr (Cell::kStates == 2) d_state0[1].store(row.d_c + unit, lanes);
+    if (row.d_h != nullptr) (Cell::kDirect ? d_state0[0] : P(T(0))).store(row.d_h + unit);
   }
 
   // carry += d_pre[hidden side] w_hh. The hidden side's columns of d_pre come first (kPreH = 0...).

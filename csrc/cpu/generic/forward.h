@@ -176,34 +176,49 @@ class ForwardWalk {
         }
         wait();  // the input's share needs nobody: the others' h is awaited after it
         w_hh_.multiply(block, count, h_before + row * out_, out_, c, c_stride, columns_h_);
-        for (int m = 0; m < count; ++m) pointwise(t, block, row + m, parity, c + m * c_stride);
+        pointwise(t, block, row, count, parity, c, c_stride);
       });
     }
     wait();
     if (shape_.proj_size > 0) project_state(t, end, parity);
   }
 
-  // The cell's text on one row of a tile.
-  void pointwise(std::int64_t t, std::int64_t block, std::int64_t b, int parity, const T* c) {
-    const std::int64_t hidden = shape_.hidden_size, row = shape_.step_offset[t] + b;
-    T* h_after = shape_.proj_size > 0 ? work_ + at_.m : h(1 - parity);
+  // The cell's text on a tile: `count` rows from `first` on, one vector of units after the other.
+  void pointwise(std::int64_t t, std::int64_t block, std::int64_t first, int count, int parity,
+                 const T* c, std::int64_t c_stride) {
+    // Local copies: what is stored below could be any of the members, for all the compiler knows.
+    const std::int64_t hidden = shape_.hidden_size, unit_block = at_.unit_block;
+    const std::int64_t y_stride = p_.y_stride, ending = shape_.first_ending_row(t);
+    const std::int64_t row = shape_.step_offset[t] + first;
+    const bool projected = shape_.proj_size > 0, save = p_.saved != nullptr;
     for (int u = 0; u < plan_.unit_vectors; ++u) {
-      const std::int64_t unit = block * at_.unit_block + u * kLanes;
+      const std::int64_t unit = block * unit_block + u * kLanes;
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
       if (lanes <= 0) break;
-      P pre[Cell::kPre], state0[2] = {}, saved[Cell::kSaved + 1], state1[2];
-      for (int q = 0; q < Cell::kPre; ++q) pre[q] = P::load(c + q * at_.unit_block + u * kLanes);
-      if constexpr (Cell::kReadsH0)  // such cells have no projection: R = H
-        state0[0] = P::load(h(parity) + b * hidden + unit, lanes);
-      if constexpr (Cell::kStates == 2) state0[1] = P::load(p_.c_n + b * hidden + unit, lanes);
-      Cell::forward(pre, state0, saved, state1);
-      state1[0].store(h_after + b * hidden + unit, lanes);
-      if constexpr (Cell::kStates == 2) state1[1].store(p_.c_n + b * hidden + unit, lanes);
-      if (Cell::kSaved > 0 && p_.saved != nullptr) {
-        T* to = p_.saved + row * Cell::kSaved * hidden + unit;
-        for (int s = 0; s < Cell::kSaved; ++s) saved[s].store(to + s * hidden, lanes);
+      const T* gates = c + u * kLanes;
+      const T* h_before = h(parity) + first * hidden + unit;  // read by cells without projections
+      T* h_after = (projected ? work_ + at_.m : h(1 - parity)) + first * hidden + unit;
+      T* state = Cell::kStates == 2 ? p_.c_n + first * hidden + unit : nullptr;
+      T* saved_row = save ? p_.saved + row * Cell::kSaved * hidden + unit : nullptr;
+      T* y = p_.y + row * y_stride + unit;
+      T* h_n = p_.h_n + first * hidden + unit;
+      for (int m = 0; m < count; ++m) {
+        P pre[Cell::kPre], state0[2] = {}, saved[Cell::kSaved + 1], state1[2];
+        for (int q = 0; q < Cell::kPre; ++q) pre[q] = P::load(gates + q * unit_block);
+        if constexpr (Cell::kReadsH0) state0[0] = P::load(h_before + m * hidden, lanes);
+        if constexpr (Cell::kStates == 2) state0[1] = P::load(state + m * hidden, lanes);
+        Cell::forward(pre, state0, saved, state1);
+        state1[0].store(h_after + m * hidden, lanes);
+        if constexpr (Cell::kStates == 2) state1[1].store(state + m * hidden, lanes);
+        if (Cell::kSaved > 0 && save)
+          for (int s = 0; s < Cell::kSaved; ++s)
+            saved[s].store(saved_row + (m * Cell::kSaved + s) * hidden, lanes);
+        if (!projected) {
+          state1[0].store(y + m * y_stride, lanes);
+          if (first + m >= ending) state1[0].store(h_n + m * hidden, lanes);
+        }
+        gates += c_stride;
       }
-      if (shape_.proj_size == 0) put_output(t, b, unit, lanes, state1[0]);
     }
   }
 
