@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -57,10 +59,10 @@ const CellInfo& find_cell(const std::string& name) {
   throw py::value_error("cell must be one of " + known + ", got '" + name + "'");
 }
 
-// Bytes of what the kernels compute with: half types are computed in float32.
 int element_bytes(const std::string& dtype) {
   if (dtype == "float64") return 8;
-  if (dtype == "float32" || dtype == "float16" || dtype == "bfloat16") return 4;
+  if (dtype == "float32") return 4;
+  if (dtype == "float16" || dtype == "bfloat16") return 2;
   throw py::value_error("dtype must be one of float16, bfloat16, float32, float64, got '" + dtype +
                         "'");
 }
@@ -83,16 +85,19 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   check_size("proj_size", proj_size, 0);
   check_size("threads", threads, 1);
   py::dict result;
-  if (device == "cuda") {
-    result["schedule"] = "stepwise";
-    return result;
-  }
-  if (device != "cpu")
+  if (device != "cpu" && device != "cuda")
     throw py::value_error("device must be one of cpu, cuda, got '" + device + "'");
   const fastrnn::LayerShape shape{info.kind,   false,     steps,   batch,  input_size,
                                   hidden_size, proj_size, nullptr, nullptr};
+  if (device == "cuda") {
+    const fastrnn::cuda::Plan chosen = fastrnn::cuda::make_plan(shape, bytes);
+    result["schedule"] = chosen.schedule->name;
+    result["chunk_rows"] = chosen.chunk_rows;
+    return result;
+  }
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
-  const fastrnn::cpu::Plan chosen = fastrnn::cpu::make_plan(shape, pass, bytes, threads);
+  const fastrnn::cpu::Plan chosen =
+      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), threads);  // half types: in float32
   result["schedule"] = "persistent";
   result["isa"] = chosen.isa;
   result["vector_lanes"] = chosen.vector_lanes;

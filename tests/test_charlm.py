@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,15 @@ def corpus_for(config: Config, characters: int = 1500) -> Corpus:
 
 def trainer_for(config: Config) -> Trainer:
     return Trainer(config, corpus_for(config))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models gain nothing from more, and wait for them where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Lines:
@@ -230,7 +239,7 @@ def test_the_end_of_the_text_is_held_out() -> None:
         ({"hidden": 0}, "--hidden must be a whole number from 1 up, got 0"),
         ({"hidden": True}, "--hidden"),
         ({"steps": 2**40}, "--steps"),
-        ({"learning_rate": float("nan")}, "--lr must be a number above 0, got nan"),
+        ({"learning_rate": float("nan")}, "--lr must be a number above 0 and at most 1000, got nan"),
         ({"learning_rate": 0}, "--lr"),
         ({"clip": -1.0}, "--clip"),
         ({"dropout": 1.0}, "--dropout must be at least 0 and less than 1"),

@@ -221,6 +221,13 @@ def test_plan_refuses_what_no_layer_has() -> None:
         _C.plan("gru", 1, 1, 1, 1, device="tpu")
 
 
+def test_plans_for_cuda_come_from_its_table() -> None:
+    small = _C.plan("lstm", 100, 16, 128, 128, device="cuda", dtype="float16")
+    large = _C.plan("lstm", 100, 16, 128, 1024, device="cuda", dtype="float64")
+    assert small["schedule"] == large["schedule"] == "stepwise"
+    assert small["chunk_rows"] == 16 * large["chunk_rows"]  # 8 times the units, twice the bytes
+
+
 def test_isa_is_forced_and_given_back() -> None:
     best = _C.cpu_capability()
     for name in ISAS:

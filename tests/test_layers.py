@@ -1,7 +1,7 @@
 """The arrows of the architecture: an #include or import that points up or sideways fails here.
 
-    cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
-    Python: ops <- functional <- modules <- tools
+cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
+Python: ops <- functional <- modules <- tools
 """
 
 from __future__ import annotations

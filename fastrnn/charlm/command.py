@@ -94,6 +94,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _train_parser(make_parser: MakeParser) -> argparse.ArgumentParser:
     parser = make_parser(
         prog="fastrnn charlm",
+        allow_abbrev=False,
         description="Trains a character-level language model. "
         "`fastrnn charlm sample --help` tells how it writes.",
     )
@@ -344,7 +345,11 @@ def _free_folder() -> Path:
 
 
 def _sample_parser(make_parser: MakeParser) -> argparse.ArgumentParser:
-    parser = make_parser(prog="fastrnn charlm sample", description="Lets a trained model write.")
+    parser = make_parser(
+        prog="fastrnn charlm sample",
+        allow_abbrev=False,
+        description="Lets a trained model write.",
+    )
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or a .json in it"
     )

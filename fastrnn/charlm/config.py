@@ -129,7 +129,9 @@ _CHECKS: Final[dict[str, _Check]] = {
     "seq_length": _whole("--seq-length", 1),
     "batch_size": _whole("--batch-size", 1),
     "steps": _whole("--steps", 1),
-    "learning_rate": _real("--lr", lambda value: value > 0, "a number above 0"),
+    "learning_rate": _real(
+        "--lr", lambda value: 0 < value <= 1000, "a number above 0 and at most 1000"
+    ),
     "schedule": _choice("--schedule", SCHEDULES),
     "warmup": _whole("--warmup", 0),
     "clip": _real("--clip", lambda value: value >= 0, "a number from 0 up (0: no clipping)"),
