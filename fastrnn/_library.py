@@ -9,7 +9,7 @@ import torch
 _PACKAGE = Path(__file__).parent
 
 try:
-    from fastrnn import _C
+    import fastrnn._C as _C
 except ImportError as error:
     raise ImportError(
         f"fastrnn: the compiled module fastrnn._C is not usable in {_PACKAGE} ({error}); in a "

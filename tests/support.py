@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -149,3 +153,21 @@ def to_double(value: Any, change: Callable[[Tensor], Tensor] = Tensor.detach) ->
     if isinstance(value, tuple | list):
         return type(value)(to_double(item, change) for item in value)
     return value
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Runs code in a fresh interpreter and returns what it prints.
+
+    Away from this folder: the package in it may be the source without its libraries.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tempfile.gettempdir(),
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

@@ -30,7 +30,13 @@ from fastrnn.cli import main
 Run = Callable[..., tuple[int, str, str]]
 
 TEXT = "".join(f"def f{n}(x):\n    return x + {n}\n\n" for n in range(60))
-TINY = "--hidden 8 --seq-length 8 --batch-size 4 --eval-every 5 --sample-every 0".split()
+TINY = [
+    *("--hidden", "8"),
+    *("--seq-length", "8"),
+    *("--batch-size", "4"),
+    *("--eval-every", "5"),
+    *("--sample-every", "0"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +49,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Run:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs a command line in an empty folder and returns exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text(TEXT)
@@ -96,9 +100,10 @@ def test_info(run: Run) -> None:
         assert word in out
 
 
-def test_info_as_json() -> None:
+def test_info_as_json(tmp_path: Path) -> None:
     out = subprocess.run(
         [sys.executable, "-m", "fastrnn", "info", "--json"],
+        cwd=tmp_path,
         check=True,
         capture_output=True,
         text=True,
@@ -196,7 +201,8 @@ def test_a_loss_that_is_no_number(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_fit(run: Run) -> None:
-    result = run("charlm", "--text", "text", *TINY, "--hidden", 2**21)
+    # 2**48 bytes of weights: more than a process can address, so that no machine lends them.
+    result = run("charlm", "--text", "text", *TINY, "--embedding", 1, "--hidden", 2**23)
     assert_one_sentence(result, "out of memory: try a smaller --hidden", code=1)
 
 
@@ -212,6 +218,7 @@ def test_a_run_from_start_to_end(run: Run, tmp_path: Path) -> None:
     assert "chars/s" in out
     assert out.count("the model writes:") == 2
     assert "\x1b" not in out  # no terminal here
+    assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     names = {path.name.split("-")[0] for path in (tmp_path / "out").iterdir()}
     assert names == {"latest", "latest.json", "best", "best.json", "loss.png"}
     document = json.loads((tmp_path / "out/latest.json").read_text())

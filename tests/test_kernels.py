@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from support import run_python
 from tolerance import assert_all_close
 from torch import Tensor
 
@@ -238,20 +236,6 @@ def test_isa_is_forced_and_given_back() -> None:
     assert _C.cpu_capability() == best
     with pytest.raises(ValueError, match=r"isa must be None or one of .*, got 'mmx'"):
         _C.set_isa("mmx")
-
-
-def run_python(code: str, **environment: str) -> str:
-    """Runs code in a fresh interpreter and returns what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_environment_variables_force_choices() -> None:

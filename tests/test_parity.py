@@ -9,15 +9,13 @@ import copy
 import inspect
 import io
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support import check, run, torch_twin
+from support import check, run, run_python, torch_twin
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -831,6 +829,4 @@ def test_package_imports_with_torch_alone() -> None:
         "new = {n.partition('.')[0] for n in set(sys.modules) - before}; "
         "print(sorted(new & {'numpy', 'matplotlib', 'rich', 'safetensors', 'hypothesis'}))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[]"
+    assert run_python(code) == "[]"

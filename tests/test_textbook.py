@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tolerance import FLOOR, assert_close, error
 from torch import Tensor, nn
 
 import fastrnn
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+TEXT = (
+    "A recurrent network reads a sequence one element at a time and keeps a state: what it has "
+    "seen so far. At every step the new state is computed from the input and the old state.\n"
+) * 4
+STEPS = 40
 
 
 @pytest.fixture(autouse=True)
@@ -20,13 +32,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-TEXT = (
-    "A recurrent network reads a sequence one element at a time and keeps a state: what it has "
-    "seen so far. At every step the new state is computed from the input and the old state.\n"
-) * 4
-STEPS = 40
 
 
 class CharRNN(nn.Module):
@@ -80,31 +85,55 @@ def train(
     return losses
 
 
-def largest_difference(a: list[float], b: list[float]) -> float:
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_the_losses_are_those_of_nn(name: str, num_layers: int) -> None:
     ours, theirs = getattr(fastrnn, name), getattr(nn, name)
-    truth = train(theirs, num_layers, torch.float64)
-    exact = train(ours, num_layers, torch.float64)
-    # Rounding, carried through all steps of Adam: far below what any mistake would make.
-    assert largest_difference(exact, truth) <= 1e-9
-    fast = train(ours, num_layers, torch.float32)
-    slow = train(theirs, num_layers, torch.float32)
-    floor = 64 * torch.finfo(torch.float32).eps * max(truth)
+    truth = torch.tensor(train(theirs, num_layers, torch.float64), dtype=torch.float64)
+    exact = torch.tensor(train(ours, num_layers, torch.float64), dtype=torch.float64)
+    assert error(exact, truth) <= FLOOR[torch.float64]
+    fast = torch.tensor(train(ours, num_layers, torch.float32))
+    slow = torch.tensor(train(theirs, num_layers, torch.float32))
     for step in range(1, STEPS + 1):
-        allowed = max(2 * largest_difference(slow[:step], truth[:step]), floor)
-        assert largest_difference(fast[:step], truth[:step]) <= allowed, f"step {step}"
+        assert_close(fast[:step], slow[:step], truth[:step], f"losses up to step {step}")
 
 
 def test_unchanged_code_under_patch() -> None:
     ours = train(fastrnn.RNN, 1, torch.float32)
+    made: list[nn.Module] = []
+
+    def book(*args: Any, **options: Any) -> nn.Module:
+        made.append(nn.RNN(*args, **options))
+        return made[-1]
+
     with fastrnn.patch():
-        patched = train(lambda *args, **options: nn.RNN(*args, **options), 1, torch.float32)
+        patched = train(book, 1, torch.float32)
+    train(book, 1, torch.float32, steps=1)
+    assert [isinstance(layer, fastrnn.RNN) for layer in made] == [True, False]
     assert patched == ours
+
+
+def test_the_readme_runs_as_it_is_printed(tmp_path: Path) -> None:
+    if not README.exists():
+        pytest.skip("the tests are away from the sources")
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    (code,) = [block for block in blocks if "class CharRNN" in block]
+    assert code.count("range(200)") == 1
+    assert "fastrnn.RNN(" in code
+    program = tmp_path / "program.py"  # which it reads as its text
+    program.write_text(
+        code.replace("range(200)", "range(3)") + "print(step, len(vocabulary), loss.item())\n",
+        "utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, program.name], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    step, characters, loss = done.stdout.split()
+    assert step == "2"
+    assert 0 < float(loss) < 2 * math.log(int(characters))  # NaN fails, too
 
 
 def test_it_learns() -> None:
