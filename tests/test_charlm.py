@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import dataclasses
 import io
@@ -541,6 +542,32 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("call", [1, 2])
+def test_death_in_the_middle_of_a_file_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    trainer = trainer_for(SMALL)
+    trainer.run(2)
+    checkpoint.save(tmp_path, checkpoint.LATEST, trainer)
+    trainer.run(3)
+    opened = 0
+
+    def half(path: Path, mode: str) -> io.FileIO:
+        nonlocal opened
+        opened += 1
+        if opened == call:
+            with io.FileIO(path, "wb") as file:
+                file.write(b'{"format"')
+            raise Killed
+        return io.FileIO(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", half)
+        with pytest.raises(Killed):
+            checkpoint.save(tmp_path, checkpoint.LATEST, trainer)
+    assert resumed(tmp_path, trainer.corpus).step == 2
+
+
 def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     program = f"""
 import sys
@@ -876,6 +903,21 @@ def test_a_live_bar_is_drawn_seldom() -> None:
     assert "before [1] the bar" in output
     assert "def f(x): [return] 1" in output
     assert 4 <= output.count("status [x]") <= 12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_dropout_acts_with_any_number_of_layers(backend: str, layers: int) -> None:
+    config = dataclasses.replace(SMALL, backend=backend, layers=layers, **FROZEN)
+    plain, dropped = (
+        trainer_for(dataclasses.replace(config, dropout=dropout)) for dropout in (0.0, 0.9)
+    )
+    plain.run(1)
+    dropped.run(1)
+    assert plain.losses != dropped.losses
+    assert evaluate(plain.model, plain.corpus.validation) == evaluate(
+        dropped.model, dropped.corpus.validation
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

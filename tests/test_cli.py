@@ -243,6 +243,9 @@ def test_a_run_is_not_overwritten_by_accident(run: Run, tmp_path: Path) -> None:
     assert run(*arguments, "--overwrite")[0] == 0
     assert json.loads((tmp_path / "out/latest.json").read_text())["step"] == 3
     assert json.loads((tmp_path / "out/best.json").read_text())["step"] == 3
+    # A run that fails before its first checkpoint leaves none, least of all the other run's.
+    assert run(*arguments, "--overwrite", "--lr", 1000, "--nonlinearity", "relu")[0] == 1
+    assert not list((tmp_path / "out").glob("*.json"))
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
