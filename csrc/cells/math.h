@@ -127,9 +127,10 @@ FASTRNN_HD A sigmoid(A x) {
   return A(Real(1)) / (A(Real(1)) + (scale + scale * minus_one));
 }
 
-// With m = e^2|x| - 1, formed without cancellation: |tanh(x)| = m / (m + 2), which keeps its relative
-// accuracy near 0 (1 - 2 sigmoid(-2x) would lose it), and = 1 - 2 / (m + 2) where that is nearer to
-// 1 than to 0: there the gradients' 1 - tanh(x)^2 feel each bit. One division serves both.
+// With m = e^2|x| - 1, formed without cancellation: |tanh(x)| = m / (m + 2), which keeps its
+// relative accuracy near 0 (1 - 2 sigmoid(-2x) would lose it), and = 1 - 2 / (m + 2) where that is
+// nearer to 1 than to 0: there the gradients' 1 - tanh(x)^2 feel each bit. One division serves
+// both.
 template <class A>
 FASTRNN_HD A tanh(A x) {
   using Real = typename Limits<A>::Real;
