@@ -244,20 +244,6 @@ def test_environment_variables_force_choices() -> None:
     assert run_python(code, FASTRNN_ISA="no such thing") == f"{ISAS[-1]} 0"
 
 
-def test_spec_agrees_with_the_registry() -> None:
-    cells = _C.cells()
-    assert list(cells) == list(CELLS)
-    for name, spec in CELLS.items():
-        assert cells[name] == {
-            "gates": spec.gates,
-            "pre": spec.pre,
-            "saved": spec.saved,
-            "states": spec.states,
-            "pre_x": list(spec.pre_x),
-            "pre_h": list(spec.pre_h),
-        }
-
-
 # --- the functions gates are made of -------------------------------------------------------------
 
 

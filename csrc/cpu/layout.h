@@ -15,7 +15,20 @@ struct Share {
   std::int64_t begin, end;
   Share(std::int64_t count, int part, int parts)
       : begin(count * part / parts), end(count * (part + 1) / parts) {}
-  std::int64_t size() const { return end - begin; }
+  // A part of this share.
+  Share cut(int part, int parts) const {
+    Share result(end - begin, part, parts);
+    result.begin += begin;
+    result.end += begin;
+    return result;
+  }
+  // Of blocks of so many units each: their units, as far as there are any.
+  Share units(std::int64_t block, std::int64_t all) const {
+    Share result = *this;
+    result.begin = begin * block < all ? begin * block : all;
+    result.end = end * block < all ? end * block : all;
+    return result;
+  }
 };
 
 // Parts of the workspace start at cache lines.

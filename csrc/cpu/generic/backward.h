@@ -46,11 +46,10 @@ class BackwardWalk {
         meet();
         through_projection(t, end);
       } else {
-        const std::int64_t begin = out_blocks_.begin * at_.out_block;
-        const std::int64_t last = std::min(out_blocks_.end * at_.out_block, out_);
+        const Share own = own_out();
         for (std::int64_t b = rows_.begin; b < end; ++b) {
           const Row row(*this, t, b);
-          for (std::int64_t unit = begin; unit < last; unit += kLanes)
+          for (std::int64_t unit = own.begin; unit < own.end; unit += kLanes)
             pointwise(row, unit, output_gradient(t, b, unit));
         }
       }
@@ -72,26 +71,18 @@ class BackwardWalk {
 
   // Row groups share the panels of their blocks, and the work of packing them.
   void pack() {
-    w_hh_.pack(packed_here(out_blocks_));
-    if (shape_.proj_size > 0) w_hr_.pack(packed_here(unit_blocks_));
-  }
-  Share packed_here(const Share& blocks) const {
-    Share share(blocks.size(), rank_ / plan_.unit_groups, plan_.row_groups);
-    share.begin += blocks.begin;
-    share.end += blocks.begin;
-    return share;
+    const int row_group = rank_ / plan_.unit_groups;
+    w_hh_.pack(out_blocks_.cut(row_group, plan_.row_groups));
+    if (shape_.proj_size > 0) w_hr_.pack(unit_blocks_.cut(row_group, plan_.row_groups));
   }
 
   T* carry(std::int64_t b) const { return work_ + at_.carry + b * carry_stride_; }
 
+  // The hidden units and the units of h that this rank computes.
+  Share own_out() const { return out_blocks_.units(at_.out_block, out_); }
   Share own_hidden() const {
-    Share share(0, 0, 1);
-    const bool projected = shape_.proj_size > 0;
-    const Share& blocks = projected ? unit_blocks_ : out_blocks_;
-    const std::int64_t block = projected ? at_.unit_block : at_.out_block;
-    share.begin = std::min(blocks.begin * block, shape_.hidden_size);
-    share.end = std::min(blocks.end * block, shape_.hidden_size);
-    return share;
+    return shape_.proj_size > 0 ? unit_blocks_.units(at_.unit_block, shape_.hidden_size)
+                                : own_out();
   }
 
   void start_carry() {
@@ -109,10 +100,9 @@ class BackwardWalk {
   }
 
   void finish() {
-    const std::int64_t begin = out_blocks_.begin * at_.out_block;
-    const std::int64_t end = std::min(out_blocks_.end * at_.out_block, out_);
+    const Share own = own_out();
     for (std::int64_t b = rows_.begin; b < rows_.end; ++b)
-      for (std::int64_t j = begin; j < end; ++j) p_.d_h0[b * out_ + j] = carry(b)[j];
+      for (std::int64_t j = own.begin; j < own.end; ++j) p_.d_h0[b * out_ + j] = carry(b)[j];
   }
 
   // carry + d_y at R-units from `unit` on.
@@ -127,10 +117,10 @@ class BackwardWalk {
   }
 
   void put_output_gradients(std::int64_t t, std::int64_t end) {
+    const Share own = own_out();
     for (std::int64_t b = rows_.begin; b < end; ++b) {
       T* to = p_.d_h_all + (shape_.step_offset[t] + b) * out_;
-      for (std::int64_t unit = out_blocks_.begin * at_.out_block;
-           unit < std::min(out_blocks_.end * at_.out_block, out_); unit += kLanes)
+      for (std::int64_t unit = own.begin; unit < own.end; unit += kLanes)
         output_gradient(t, b, unit).store(to + unit, std::min<std::int64_t>(kLanes, out_ - unit));
     }
   }

@@ -59,17 +59,12 @@ class ForwardWalk {
 
   // Row groups share the panels of their blocks, and the work of packing them.
   void pack() {
-    const Share blocks = packed_here(blocks_);
+    const int row_group = rank_ / plan_.unit_groups;
+    const Share blocks = blocks_.cut(row_group, plan_.row_groups);
     w_ih_.pack(blocks);
     w_hh_.pack(blocks);
     for (std::int64_t block = blocks.begin; block < blocks.end; ++block) pack_bias(block);
-    if (shape_.proj_size > 0) w_hr_.pack(packed_here(proj_blocks_));
-  }
-  Share packed_here(const Share& blocks) const {
-    Share share(blocks.size(), rank_ / plan_.unit_groups, plan_.row_groups);
-    share.begin += blocks.begin;
-    share.end += blocks.begin;
-    return share;
+    if (shape_.proj_size > 0) w_hr_.pack(proj_blocks_.cut(row_group, plan_.row_groups));
   }
 
   // b_ih and b_hh of a block, added where their gates meet.
@@ -88,16 +83,10 @@ class ForwardWalk {
     }
   }
 
-  // The units of h (of h before projection: hidden units) that this rank computes.
-  Share own_hidden() const { return own(blocks_, at_.unit_block, shape_.hidden_size); }
+  // The hidden units and the units of h that this rank computes.
+  Share own_hidden() const { return blocks_.units(at_.unit_block, shape_.hidden_size); }
   Share own_out() const {
-    return shape_.proj_size > 0 ? own(proj_blocks_, at_.proj_block, out_) : own_hidden();
-  }
-  static Share own(const Share& blocks, std::int64_t block, std::int64_t units) {
-    Share share(0, 0, 1);
-    share.begin = std::min(blocks.begin * block, units);
-    share.end = std::min(blocks.end * block, units);
-    return share;
+    return shape_.proj_size > 0 ? proj_blocks_.units(at_.proj_block, out_) : own_hidden();
   }
 
   // h0 goes into both buffers of h: a row that starts late finds it in whichever is read then.
