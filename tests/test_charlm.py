@@ -273,8 +273,8 @@ def test_learning_rates() -> None:
         config = Config(steps=10, learning_rate=1.0, **options)
         return [schedule.learning_rate(config, step, []) for step in range(11)]
 
-    assert rates(schedule="constant") == [1.0] * 11
-    assert rates(schedule="constant", warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates() == [1.0] * 11
+    assert rates(warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     cosine = rates(schedule="cosine", warmup=2)
     assert cosine[:3] == [0.5, 1.0, 1.0]
     assert cosine[6] == pytest.approx(0.55)

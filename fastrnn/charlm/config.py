@@ -31,8 +31,8 @@ class Config:
     seq_length: int = 64
     batch_size: int = 32
     steps: int = 2000
-    learning_rate: float = 3e-3
-    schedule: str = "cosine"
+    learning_rate: float = 2e-3
+    schedule: str = "constant"
     warmup: int = 0
     clip: float = 1.0  # 0: no clipping
     dropout: float = 0.0
