@@ -387,7 +387,13 @@ def test_a_seed_gives_a_run_and_touches_no_other_random_numbers(backend: str, th
 )
 def test_it_learns(cell: str, nonlinearity: str) -> None:
     config = dataclasses.replace(
-        SMALL, cell=cell, nonlinearity=nonlinearity, layers=1, hidden=24, learning_rate=0.01
+        SMALL,
+        cell=cell,
+        nonlinearity=nonlinearity,
+        layers=1,
+        hidden=24,
+        learning_rate=0.01,
+        steps=150,
     )
     trainer = trainer_for(config)
     trainer.run(150)
