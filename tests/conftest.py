@@ -44,3 +44,12 @@ def device(request: pytest.FixtureRequest) -> str:
     """Each device of this machine that the kernels run on."""
     name: str = request.param
     return name
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small models gain nothing from more, and wait for them where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
