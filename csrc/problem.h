@@ -94,4 +94,25 @@ struct LayerBackward {
   S* d_c0;         // [B, H] or null
 };
 
+// The products over all steps that follow the walk back: gradients of the weights and of the input.
+template <class T>
+struct LayerGradients {
+  LayerShape shape;
+  const T* w_ih;  // [G*H, I], w_ih_stride apart
+  std::int64_t w_ih_stride;
+  const T* x;  // [N, I], x_stride apart
+  std::int64_t x_stride;
+  const T* h0;  // [B, R]
+  const T* y;   // [N, R], y_stride apart
+  std::int64_t y_stride;
+  const T* d_pre;  // [N, Q*H]
+  // What is wanted; null: not this.
+  T* d_x;         // [N, I]
+  bool add_to_x;  // d_x += instead of =: the other direction has been there
+  T* d_w_ih;      // [G*H, I]
+  T* d_w_hh;      // [G*H, R]
+  T* d_b_ih;      // [G*H]
+  T* d_b_hh;      // [G*H]
+};
+
 }  // namespace fastrnn

@@ -1,7 +1,8 @@
-"""The two kernels as torch operators: shapes for tracing, and their place in autograd.
+"""The kernels as torch operators: shapes for tracing, and their place in autograd.
 
 `layer` runs one layer. The kernels walk through time; everything that is parallel over time (the
-gradients of the weights and of the input) is done here as a few large matrix products:
+gradients of the weights and of the input) are a few large matrix products, on the CPU in a third
+operator, elsewhere torch's own, here:
 
     d_x    = d_pre[x side] @ w_ih            d_pre[h side] / d_pre[x side]: the columns of the
     d_w_ih = d_pre[x side]^T @ x             gradient of the pre-activations that belong to the
@@ -26,6 +27,7 @@ _library.load()
 
 _forward = torch.ops.fastrnn.layer_forward.default
 _backward = torch.ops.fastrnn.layer_backward.default
+_cpu_gradients = torch.ops.fastrnn.layer_gradients.default
 
 #: what the kernels compute with; "meta" stands for tensors that have shapes only
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -105,8 +107,24 @@ def _backward_fake(
     return d_pre, d_h_all, d_h0, d_c0
 
 
+def _gradients_fake(
+    d_pre: Tensor,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    cell: str,
+    needs: int,
+) -> tuple[Tensor, list[Tensor]]:
+    d_weights = [w.new_empty(w.shape if needs >> (1 + i) & 1 else 0) for i, w in enumerate(weights)]
+    return x.new_empty(x.shape if needs & 1 else 0), d_weights
+
+
 torch.library.register_fake("fastrnn::layer_forward", _forward_fake)
 torch.library.register_fake("fastrnn::layer_backward", _backward_fake)
+torch.library.register_fake("fastrnn::layer_gradients", _gradients_fake)
 
 
 class Layer(torch.autograd.Function):
@@ -232,6 +250,60 @@ def _gradients(
         *d_outputs, h0, c0, weights, batch_sizes, y, saved, spec.name
     )
     need_x, need_h0, need_c0, *need_weights = needs
+    if d_pre.device.type == "cpu":
+        d_x, d_weights = _gradients_on_cpu(
+            need_x, need_weights, d_pre, d_h_all, x, h0, c0, weights, batch_sizes, y, saved, spec
+        )
+    else:
+        d_x, d_weights = _gradients_by_torch(
+            need_x, need_weights, d_pre, d_h_all, x, h0, weights, batch_sizes, y, saved, spec
+        )
+    return d_x, d_h0 if need_h0 else None, d_c0 if need_c0 else None, *d_weights
+
+
+def _gradients_on_cpu(
+    need_x: bool,
+    need_weights: Sequence[bool],
+    d_pre: Tensor,
+    d_h_all: Tensor,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    spec: CellSpec,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    directions = h0.shape[0]
+    count = len(weights) // directions
+    mask = int(need_x)
+    for i, need in enumerate(need_weights):
+        mask |= need << (1 + i)
+    d_x, results = _cpu_gradients(d_pre, x, h0, c0, weights, batch_sizes, y, spec.name, mask)
+    d_weights = [d_w if need else None for d_w, need in zip(results, need_weights, strict=True)]
+    if count in (3, 5):
+        for direction in range(directions):
+            last = (direction + 1) * count - 1
+            if need_weights[last]:
+                d_w_hr = _projection_gradient(d_h_all[direction], saved[direction])
+                d_weights[last] = _cast(d_w_hr, weights[last])
+    return d_x if need_x else None, d_weights
+
+
+def _gradients_by_torch(
+    need_x: bool,
+    need_weights: Sequence[bool],
+    d_pre: Tensor,
+    d_h_all: Tensor,
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    spec: CellSpec,
+) -> tuple[Tensor | None, list[Tensor | None]]:
     directions, rows, width = d_pre.shape
     hidden = width // spec.pre
     size = h0.shape[2]
@@ -278,12 +350,7 @@ def _gradients(
         if w.w_hr is not None and need[-1]:
             d_weight[-1] = _cast(_projection_gradient(d_h_all[direction], saved[direction]), w.w_hr)
         d_weights += d_weight
-    return (
-        None if d_x is None else _cast(d_x, x).view(x.shape),
-        d_h0 if need_h0 else None,
-        d_c0 if need_c0 else None,
-        *d_weights,
-    )
+    return None if d_x is None else _cast(d_x, x).view(x.shape), d_weights
 
 
 def _cast(t: Tensor, like: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ SHAPES: list[tuple[int, int, int, int, dict[str, Any]]] = [
     (3, 0, 4, 6, {}),
     (6, 24, 40, 100, {"packed": True}),
     (1, 50, 9, 65, {"directions": 2}),
+    (9, 33, 270, 90, {"directions": 2}),  # blocks of the gradients' products: several, and rests
 ]
 
 
@@ -167,6 +168,83 @@ def test_long_sequences_are_projected_in_chunks(isa: str, cell: str) -> None:
 def test_weights_beyond_the_shared_cache_are_projected_ahead() -> None:
     assert _C.plan("lstm", 2, 6, 1100, 1100, threads=2)["input"] == "ahead"
     Case(CELLS["lstm"], 2, 6, 1100, 1100).check(torch.float32)
+
+
+# --- the products after the walk back ------------------------------------------------------------
+
+
+def gradients_of(case: Case, layer: Any, needs: list[bool]) -> list[Tensor | None]:
+    """d_x and d_weights by one of the ways in `ops`, from what the kernels make."""
+    given = (case.h0, case.c0, case.weights, case.batch_sizes)
+    forward, backward = torch.ops.fastrnn.layer_forward, torch.ops.fastrnn.layer_backward
+    y, h_n, c_n, saved = forward(case.x, *given, case.spec.name, True)
+    d_c_n = c_n if case.spec.has_cell_state else None
+    d_pre, d_h_all, _, _ = backward(y.cos(), h_n, d_c_n, *given, y, saved, case.spec.name)
+    made = (d_pre, d_h_all, case.x, case.h0)
+    rest = (case.weights, case.batch_sizes, y, saved, case.spec)
+    if layer is ops._gradients_on_cpu:
+        made = (*made, case.c0)
+    d_x, d_weights = layer(needs[0], needs[1:], *made, *rest)
+    return [d_x, *d_weights]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"directions": 2}, {"packed": True, "directions": 2}, {"bias": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(1, 3, 5, 7), (3, 40, 6, 9), (40, 3, 6, 9)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_products_are_those_of_torch(cell: str, sizes: tuple[int, ...], options: Any) -> None:
+    steps, batch, inputs, hidden = sizes
+    case = Case(CELLS[cell], steps, batch, inputs, hidden, **options)
+    needs = [True] * (1 + len(case.weights))
+    ours = gradients_of(case, ops._gradients_on_cpu, needs)
+    torchs = gradients_of(case, ops._gradients_by_torch, needs)
+    for own, other in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_only_products_that_are_needed_are_made(cell: str) -> None:
+    proj = 3 if cell == "lstm" else 0
+    case = Case(CELLS[cell], 4, 3, 5, 7, proj, directions=2)
+    count = 1 + len(case.weights)
+    everything = gradients_of(case, ops._gradients_on_cpu, [True] * count)
+    for index in range(count):
+        needs = [i == index for i in range(count)]
+        found = gradients_of(case, ops._gradients_on_cpu, needs)
+        assert [g is not None for g in found] == needs
+        torch.testing.assert_close(found[index], everything[index], rtol=0, atol=0)
+
+
+def test_gradients_do_not_share_memory() -> None:
+    case = Case(CELLS["lstm"], 4, 3, 5, 7)
+    gradients = gradients_of(case, ops._gradients_on_cpu, [True] * 5)
+    assert len({g.untyped_storage().data_ptr() for g in gradients if g is not None}) == 5
+
+
+def test_gradients_refuse_what_backward_did_not_return() -> None:
+    case = Case(CELLS["gru"], 3, 2, 4, 5)
+    given = (case.h0, None, case.weights, None)
+    y, h_n, _, saved = torch.ops.fastrnn.layer_forward(case.x, *given, "gru", True)
+    d_pre, *_ = torch.ops.fastrnn.layer_backward(y, h_n, None, *given, y, saved, "gru")
+
+    def call(d_pre: Tensor = d_pre, x: Tensor = case.x, y: Tensor = y) -> Any:
+        return torch.ops.fastrnn.layer_gradients(d_pre, x, *given, y, "gru", 31)
+
+    call()
+    for changed in (
+        {"d_pre": d_pre[:, :2]},
+        {"d_pre": d_pre.double()},
+        {"d_pre": torch.empty(0)},
+        {"x": case.x[:, :, :3]},
+        {"x": case.x.double()},
+        {"y": y[:2]},
+        {"y": y.double()},
+    ):
+        with pytest.raises(RuntimeError):
+            call(**changed)
 
 
 # --- plans ---------------------------------------------------------------------------------------
@@ -407,3 +485,23 @@ def test_backward_refuses_what_forward_did_not_return() -> None:
     ):
         with pytest.raises(RuntimeError):
             call(**changed)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell: str) -> None:
+    case = Case(CELLS[cell], 3, 2, 4, 5, directions=2)
+    given = (case.h0, case.c0, case.weights, None)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.fastrnn.layer_forward.default, (case.x, *given, cell, True), test_utils=checks
+    )
+    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(case.x, *given, cell, True)
+    d_outputs = (y, h_n, c_n if case.spec.has_cell_state else None)
+    backward = (*d_outputs, *given, y, saved, cell)
+    torch.library.opcheck(torch.ops.fastrnn.layer_backward.default, backward, test_utils=checks)
+    d_pre, *_ = torch.ops.fastrnn.layer_backward(*backward)
+    torch.library.opcheck(
+        torch.ops.fastrnn.layer_gradients.default,
+        (d_pre, case.x, *given, y, cell, 0b10101),
+        test_utils=checks,
+    )

@@ -25,6 +25,8 @@ struct Walk {
                   Barrier&, int rank);
   void (*backward)(const LayerBackward<T, T>&, const Plan&, const BackwardLayout&, T* workspace,
                    Barrier&, int rank);
+  void (*gradients)(const LayerGradients<T>&, const Plan&, const GradientLayout&, T* workspace,
+                    Barrier&, int rank);
 };
 
 template <class T>

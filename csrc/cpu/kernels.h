@@ -26,7 +26,7 @@ struct Plan {
   std::int64_t chunk_rows;  // rows of x that are projected ahead at a time, if not fused
 };
 
-enum class Pass { kForward, kBackward };
+enum class Pass { kForward, kBackward, kGradients };
 
 FASTRNN_EXPORT Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads);
 
@@ -56,5 +56,9 @@ FASTRNN_EXPORT void forward(const LayerForward<T, T>& problem, int threads,
 template <class T>
 FASTRNN_EXPORT void backward(const LayerBackward<T, T>& problem, int threads,
                              ParallelFor parallel_for);
+// After backward: the gradients that are products over all steps.
+template <class T>
+FASTRNN_EXPORT void gradients(const LayerGradients<T>& problem, int threads,
+                              ParallelFor parallel_for);
 
 }  // namespace fastrnn::cpu

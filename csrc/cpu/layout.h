@@ -100,4 +100,17 @@ struct BackwardLayout {
   }
 };
 
+// What a rank of the gradients' products multiplies: A [kRows, kDepth] and B [kDepth, kColumns], of
+// a size that stays in the core's own cache. Rows of A are kPitch apart, not a power of two, which
+// would put them all into the same places of the cache.
+struct GradientLayout {
+  static constexpr std::int64_t kRows = 240, kDepth = 256, kColumns = 256, kPitch = kDepth + 16;
+  static constexpr std::int64_t kRank = kRows * kPitch + kDepth * kColumns;
+  std::int64_t size;
+
+  GradientLayout(const LayerShape&, const Plan& plan) : size(plan.threads * kRank) {}
+  std::int64_t a(int rank) const { return rank * kRank; }
+  std::int64_t b(int rank) const { return a(rank) + kRows * kPitch; }
+};
+
 }  // namespace fastrnn::cpu

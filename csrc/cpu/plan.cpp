@@ -14,13 +14,19 @@ std::int64_t step_weights(const LayerShape& shape, Pass pass) {
 
 }  // namespace
 
-// As many as have work enough in a step.
+// As many as have work enough in a step; for the products after the walk, in the whole call.
 int pick_threads(const LayerShape& shape, Pass pass, int max_threads) {
+  max_threads = std::min(max_threads, kMaxTeam);
+  if (pass == Pass::kGradients) {
+    const std::int64_t row_work = cell_info(shape.cell).gates * shape.hidden_size *
+                                  (2 * shape.input_size + shape.output_size());
+    const std::int64_t rows = std::max<std::int64_t>(shape.steps * shape.batch, 1);
+    return int(std::clamp<std::int64_t>(rows * row_work / kMinCallWork, 1, max_threads));
+  }
   const std::int64_t step_work =
       step_weights(shape, pass) * std::max<std::int64_t>(shape.batch, 1) + 1;
   if (step_work * std::max<std::int64_t>(shape.steps, 1) < kMinCallWork) return 1;
-  return int(
-      std::clamp<std::int64_t>(step_work / kMinStepWork, 1, std::min(max_threads, kMaxTeam)));
+  return int(std::clamp<std::int64_t>(step_work / kMinStepWork, 1, max_threads));
 }
 
 // The batch is cut between the threads, which then never wait for each other, where that leaves

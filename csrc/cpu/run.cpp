@@ -54,9 +54,17 @@ void backward(const LayerBackward<T, T>& problem, int threads, ParallelFor paral
                          isa().walk<T>(problem.shape.cell).backward);
 }
 
+template <class T>
+void gradients(const LayerGradients<T>& problem, int threads, ParallelFor parallel_for) {
+  run<T, GradientLayout>(problem, Pass::kGradients, threads, parallel_for,
+                         isa().walk<T>(problem.shape.cell).gradients);
+}
+
 template void forward<float>(const LayerForward<float, float>&, int, ParallelFor);
 template void forward<double>(const LayerForward<double, double>&, int, ParallelFor);
 template void backward<float>(const LayerBackward<float, float>&, int, ParallelFor);
 template void backward<double>(const LayerBackward<double, double>&, int, ParallelFor);
+template void gradients<float>(const LayerGradients<float>&, int, ParallelFor);
+template void gradients<double>(const LayerGradients<double>&, int, ParallelFor);
 
 }  // namespace fastrnn::cpu

@@ -69,15 +69,86 @@ FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_
   return outputs.results(layer);
 }
 
+// The tensors that the products are written into, in the layer's compute type.
+struct GradientOutputs {
+  Tensor d_x;
+  std::vector<Tensor> d_weights;  // as weights; empty where not needed
+  int64_t count;                  // of a direction's weights
+
+  GradientOutputs(const Layer& layer, const Tensor& x, const std::vector<Tensor>& weights,
+                  int64_t needs)
+      : d_x(empty({0}, layer.compute, x)), count(int64_t(weights.size()) / layer.directions) {
+    if (needs & 1) d_x = recycled(sizes_of(x), layer.compute, x);
+    for (size_t i = 0; i < weights.size(); ++i)
+      d_weights.push_back(needs >> (1 + i) & 1
+                              ? recycled(sizes_of(weights[i]), layer.compute, weights[i])
+                              : empty({0}, layer.compute, x));
+  }
+
+  // Null where it is not needed.
+  template <class T>
+  T* weight(int64_t d, int64_t i) const {
+    const Tensor& t = d_weights[d * count + i];
+    return t.dim() == 1 && t.size(0) == 0 ? nullptr : static_cast<T*>(t.data_ptr());
+  }
+};
+
+template <class T>
+void run(const Layer& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
+         const GradientOutputs& outputs, bool need_x) {
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    LayerGradients<T> problem{};
+    problem.shape = layer.shape(d);
+    problem.w_ih = static_cast<const T*>(layer.direction[d].w_ih.data);
+    problem.w_ih_stride = layer.direction[d].w_ih.stride;
+    problem.x = static_cast<const T*>(x.data);
+    problem.x_stride = x.stride;
+    problem.h0 = direction_of<T>(layer.h0, d);
+    problem.y = static_cast<const T*>(y.data) + d * layer.out();
+    problem.y_stride = y.stride;
+    problem.d_pre = direction_of<T>(d_pre, d);
+    problem.d_x = need_x ? static_cast<T*>(outputs.d_x.data_ptr()) : nullptr;
+    problem.add_to_x = d > 0;
+    problem.d_w_ih = outputs.weight<T>(d, 0);
+    problem.d_w_hh = outputs.weight<T>(d, 1);
+    if (outputs.count >= 4) {
+      problem.d_b_ih = outputs.weight<T>(d, 2);
+      problem.d_b_hh = outputs.weight<T>(d, 3);
+    }
+    cpu::gradients<T>(problem, threads(), parallel_for);
+  }
+}
+
+std::tuple<Tensor, std::vector<Tensor>> layer_gradients(Tensor d_pre, Tensor x, Tensor h0,
+                                                        std::optional<Tensor> c0,
+                                                        std::vector<Tensor> weights,
+                                                        std::optional<Tensor> batch_sizes, Tensor y,
+                                                        StringHandle cell_handle, int64_t needs) {
+  const std::string cell = take_text(cell_handle);
+  const ScalarType compute = accumulate_type(x.scalar_type());
+  const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
+  check_input(layer, x);
+  check_gradients(layer, y, d_pre);
+  GradientOutputs outputs(layer, x, weights, needs);
+  const Rows x_rows(cast(x, compute)), y_rows(cast(y, compute));
+  const bool need_x = needs & 1;
+  compute == ScalarType::Double ? run<double>(layer, x_rows, y_rows, d_pre, outputs, need_x)
+                                : run<float>(layer, x_rows, y_rows, d_pre, outputs, need_x);
+  for (Tensor& d_weight : outputs.d_weights) d_weight = cast(d_weight, layer.dtype);
+  return {cast(outputs.d_x, layer.dtype), outputs.d_weights};
+}
+
 }  // namespace
 }  // namespace fastrnn
 
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kForwardSchema);
   m.def(fastrnn::kBackwardSchema);
+  m.def(fastrnn::kGradientsSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
+  m.impl("layer_gradients", TORCH_BOX(&fastrnn::layer_gradients));
 }

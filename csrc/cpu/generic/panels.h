@@ -11,33 +11,72 @@ struct PanelSource {
   std::int64_t units, k_count;
 };
 
+// One of the log2(lanes) rounds of a transposition: where the bit kDistance is set in a's lanes and
+// not in b's, the two change places.
+template <class Vector, int kDistance, int... I>
+FASTRNN_INLINE void exchange(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
+  constexpr int kLanes = sizeof...(I);
+  const Vector low =
+      __builtin_shufflevector(a, b, ((I & kDistance) != 0 ? kLanes + I - kDistance : I)...);
+  b = __builtin_shufflevector(a, b, ((I & kDistance) != 0 ? kLanes + I : I + kDistance)...);
+  a = low;
+}
+
+template <class T, int kDistance = 1>
+FASTRNN_INLINE void transpose(typename Pack<T>::Vector* rows) {
+  constexpr int kLanes = Pack<T>::kLanes;
+  if constexpr (kDistance < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if ((i & kDistance) == 0)
+        exchange<typename Pack<T>::Vector, kDistance>(rows[i], rows[i + kDistance],
+                                                      std::make_integer_sequence<int, kLanes>{});
+    transpose<T, 2 * kDistance>(rows);
+  }
+}
+
+// to [count, kLanes] = from^T, from [kLanes, count] of which only `present` rows are there, else 0.
+template <class T>
+void transpose_rows(const T* from, std::int64_t from_stride, std::int64_t present,
+                    std::int64_t count, T* to, std::int64_t to_stride) {
+  using P = Pack<T>;
+  constexpr int kLanes = P::kLanes;
+  std::int64_t k = 0;
+  if (present >= kLanes) {
+    for (; k + kLanes <= count; k += kLanes) {
+      typename P::Vector rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) rows[i] = P::load(from + i * from_stride + k).v;
+      transpose<T>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) P(rows[i]).store(to + (k + i) * to_stride);
+    }
+  }
+  for (; k < count; ++k)
+    for (int u = 0; u < kLanes; ++u)
+      to[k * to_stride + u] = u < present ? from[u * from_stride + k] : T(0);
+}
+
 template <class T>
 void pack_panel(const PanelSource<T>& source, std::int64_t block, std::int64_t block_units,
                 T* panel) {
+  using P = Pack<T>;
   const std::int64_t first = block * block_units;
   const std::int64_t present = std::min(block_units, source.units - first);
   const std::int64_t width = source.gates * block_units;
   if (!source.unit_is_row) {
-    for (std::int64_t k = 0; k < source.k_count; ++k) {
-      const T* from = source.weights + k * source.stride + first;
-      T* to = panel + k * width;
-      for (std::int64_t u = 0; u < present; ++u) to[u] = from[u];
-      for (std::int64_t u = present; u < block_units; ++u) to[u] = T(0);
-    }
+    for (std::int64_t k = 0; k < source.k_count; ++k)
+      for (std::int64_t u = 0; u < block_units; u += P::kLanes)
+        P::load(source.weights + k * source.stride + first + u,
+                std::max<std::int64_t>(present - u, 0))
+            .store(panel + k * width + u);
     return;
   }
-  // A transposition: in strips of k, so that the lines written stay in L1 until they are full.
-  constexpr std::int64_t kStrip = 16;
-  for (std::int64_t k0 = 0; k0 < source.k_count; k0 += kStrip) {
-    const std::int64_t k1 = std::min(k0 + kStrip, source.k_count);
-    for (int gate = 0; gate < source.gates; ++gate) {
-      for (std::int64_t u = 0; u < block_units; ++u) {
-        T* to = panel + gate * block_units + u;
-        const T* from = source.weights + (gate * source.units + first + u) * source.stride;
-        for (std::int64_t k = k0; k < k1; ++k) to[k * width] = u < present ? from[k] : T(0);
-      }
-    }
-  }
+  for (int gate = 0; gate < source.gates; ++gate)
+    for (std::int64_t u = 0; u < block_units; u += P::kLanes)
+      transpose_rows(source.weights + (gate * source.units + first + u) * source.stride,
+                     source.stride, present - u, source.k_count, panel + gate * block_units + u,
+                     width);
 }
 
 // columns[i]: where vector i of a panel goes in a row of the tile, gate g at pre[g].

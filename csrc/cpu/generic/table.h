@@ -13,10 +13,17 @@ void backward_rank(const LayerBackward<T, T>& problem, const Plan& plan,
   BackwardWalk<Cell, T>(problem, plan, layout, workspace, barrier, rank).run();
 }
 
+template <class Cell, class T>
+void gradient_rank(const LayerGradients<T>& problem, const Plan& plan, const GradientLayout& layout,
+                   T* workspace, Barrier&, int rank) {
+  GradientWalk<Cell, T>(problem, plan, layout, workspace, rank).run();
+}
+
 template <class T>
 constexpr Walks<T> walks() {
   return {{
-#define FASTRNN_CELL(kind, name, type) {forward_rank<type, T>, backward_rank<type, T>},
+#define FASTRNN_CELL(kind, name, type) \
+  {forward_rank<type, T>, backward_rank<type, T>, gradient_rank<type, T>},
       FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
   }};
