@@ -10,10 +10,15 @@
 // two products of a GRU add into different columns (r,z,xn and r,z,hn).
 
 // Rows of a tile of n vectors: accumulators, one vector of B and a broadcast must fit the
-// registers.
+// registers. Vectors of 16 bytes need more: SSE2 has no FMA, so a product takes a register as well;
+// NEON multiplies by a lane, and compilers load the values of all rows ahead.
 constexpr int tile_rows(int n) {
-#if FASTRNN_REGISTERS >= 32
+#if FASTRNN_REGISTERS >= 32 && FASTRNN_VECTOR_BYTES == 16
+  return n == 1 ? 12 : n == 2 ? 10 : n == 3 ? 7 : 5;
+#elif FASTRNN_REGISTERS >= 32
   return n == 1 ? 12 : n == 2 ? 12 : n == 3 ? 8 : 6;
+#elif FASTRNN_VECTOR_BYTES == 16
+  return n == 1 ? 6 : n == 2 ? 6 : n == 3 ? 3 : 2;
 #else
   return n == 1 ? 6 : n == 2 ? 6 : n == 3 ? 4 : 3;
 #endif
@@ -36,6 +41,9 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
   using Vector = typename P::Vector;
   constexpr int V = P::kLanes;
   constexpr int kChains = tile_chains(M, N);
+  // Held in registers are a step's vectors of B, or where these do not fit, its values of A.
+  constexpr int kOthers = FASTRNN_VECTOR_BYTES == 16 ? 2 : 1;  // a broadcast, SSE2's product
+  constexpr bool kHoldRows = M < N && kChains * M * N + N + kOthers > FASTRNN_REGISTERS;
   Vector sum[kChains][M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -54,15 +62,28 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
   for (; k + kChains <= k_count; k += kChains) {
 #pragma GCC unroll 16
     for (int chain = 0; chain < kChains; ++chain) {
-      Vector weight[N];
+      if constexpr (kHoldRows) {
+        Vector value[M];
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) weight[n] = P::load(b + n * V).v;
-      b += b_stride;
+        for (int m = 0; m < M; ++m) value[m] = P(row[m][k + chain]).v;
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Vector value = P(row[m][k + chain]).v;
+        for (int n = 0; n < N; ++n) {
+          const Vector weight = P::load(b + n * V).v;
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) sum[chain][m][n] += value * weight[n];
+          for (int m = 0; m < M; ++m) sum[chain][m][n] += value[m] * weight;
+        }
+        b += b_stride;
+      } else {
+        Vector weight[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) weight[n] = P::load(b + n * V).v;
+        b += b_stride;  // here: behind the products, GCC loads a vector anew for each row
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const Vector value = P(row[m][k + chain]).v;
+#pragma GCC unroll 16
+          for (int n = 0; n < N; ++n) sum[chain][m][n] += value * weight[n];
+        }
       }
     }
   }
