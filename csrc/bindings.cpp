@@ -10,6 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "cpu/threads.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
@@ -75,7 +76,8 @@ void check_size(const char* name, std::int64_t value, std::int64_t least) {
 
 py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
               std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
-              const std::string& dtype, const std::string& device, int threads, bool training) {
+              const std::string& dtype, const std::string& device, int threads, bool training,
+              int directions) {
   const CellInfo& info = find_cell(cell);
   const int bytes = element_bytes(dtype);
   check_size("steps", steps, 0);
@@ -84,6 +86,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   check_size("hidden_size", hidden_size, 1);
   check_size("proj_size", proj_size, 0);
   check_size("threads", threads, 1);
+  check_size("directions", directions, 1);
   py::dict result;
   if (device != "cpu" && device != "cuda")
     throw py::value_error("device must be one of cpu, cuda, got '" + device + "'");
@@ -97,11 +100,13 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   }
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
   const fastrnn::cpu::Plan chosen =
-      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), threads);  // half types: in float32
+      // half types: in float32
+      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), threads, directions);
   result["schedule"] = "persistent";
   result["isa"] = chosen.isa;
   result["vector_lanes"] = chosen.vector_lanes;
   result["threads"] = chosen.threads;
+  result["together"] = chosen.together;
   result["row_groups"] = chosen.row_groups;
   result["unit_groups"] = chosen.unit_groups;
   result["unit_vectors"] = chosen.unit_vectors;
@@ -137,6 +142,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &fastrnn::cpu::isa_in_use, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Forces an instruction set; None goes back to FASTRNN_ISA or the best.");
+  m.def("usable_cpus", &fastrnn::cpu::usable_cpus,
+        "CPUs that this thread may use: its affinity and the control group's quota.");
+  m.def("quota_cpus", &fastrnn::cpu::quota_cpus, py::arg("membership") = "/proc/self/cgroup",
+        py::arg("root") = "/sys/fs/cgroup",
+        "CPUs that the control group's quota amounts to, rounded up; 0: no limit.");
   m.def("max_threads", &fastrnn::cpu::max_threads, "Upper bound of a call's threads, 0: none.");
   m.def("set_max_threads", &fastrnn::cpu::set_max_threads, py::arg("threads"),
         "Bounds the threads of every call; 0 takes the bound away.");
@@ -147,6 +157,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
         py::arg("device") = "cpu", py::arg("threads") = 1, py::arg("training") = false,
+        py::arg("directions") = 1,
         "How a layer of this shape would be walked through time (training: its backward pass).");
   m.def("cells", &cells, "The registry of cells.");
 }

@@ -114,7 +114,6 @@ SHAPES: list[tuple[int, int, int, int, dict[str, Any]]] = [
     (3, 0, 4, 6, {}),
     (6, 24, 40, 100, {"packed": True}),
     (1, 50, 9, 65, {"directions": 2}),
-    (9, 33, 270, 90, {"directions": 2}),  # blocks of the gradients' products: several, and rests
 ]
 
 
@@ -205,6 +204,11 @@ def test_products_are_those_of_torch(cell: str, sizes: tuple[int, ...], options:
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_products_of_several_blocks_and_a_rest(isa: str, threads: int, cell: str) -> None:
+    Case(CELLS[cell], 9, 33, 270, 90, directions=2).check(torch.float32)
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_only_products_that_are_needed_are_made(cell: str) -> None:
     proj = 3 if cell == "lstm" else 0
@@ -286,6 +290,20 @@ def test_few_rows_are_multiplied_with_weights_as_they_lie() -> None:
     assert _C.plan("gru", 15, 1, 64, 64, training=True)["packed"]
 
 
+def test_directions_go_together_where_that_saves_barriers() -> None:
+    def together(hidden: int, batch: int, threads: int, directions: int = 2) -> int:
+        plan = _C.plan("gru", 100, batch, 64, hidden, threads=threads, directions=directions)
+        assert plan["threads"] * plan["together"] <= threads
+        return plan["together"]
+
+    assert together(64, 1, threads=2) == 2
+    assert together(64, 1, threads=4) == 2
+    assert together(64, 1, threads=1) == 1  # nobody to share with
+    assert together(64, 1, threads=2, directions=1) == 1
+    assert together(64, 64, threads=2) == 1  # rows are cut: no barriers anyway
+    assert together(2048, 1, threads=2) == 1  # weights beyond a core's cache
+
+
 def test_plan_refuses_what_no_layer_has() -> None:
     with pytest.raises(ValueError, match=r"cell must be one of rnn_tanh, .*, got 'elman'"):
         _C.plan("elman", 1, 1, 1, 1)
@@ -295,6 +313,8 @@ def test_plan_refuses_what_no_layer_has() -> None:
         _C.plan("gru", 1, 1, 1, 1, dtype="int8")
     with pytest.raises(ValueError, match="device must be one of cpu, cuda, got 'tpu'"):
         _C.plan("gru", 1, 1, 1, 1, device="tpu")
+    with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
+        _C.plan("gru", 1, 1, 1, 1, directions=0)
 
 
 def test_plans_for_cuda_come_from_its_table() -> None:

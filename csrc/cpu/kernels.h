@@ -17,6 +17,7 @@ struct Plan {
   const char* isa;   // name of the instruction set in use
   int vector_lanes;  // values of the dtype in one vector
   int threads;       // ranks that walk together: row_groups * unit_groups
+  int together;      // directions that walk at the same time, each with so many threads
   int row_groups;    // the batch is cut in so many parts, which never wait for each other,
   int unit_groups;   // and within one the hidden units are cut in so many, with a barrier a step
   int unit_vectors;  // vectors of hidden units in a forward block
@@ -28,7 +29,8 @@ struct Plan {
 
 enum class Pass { kForward, kBackward, kGradients };
 
-FASTRNN_EXPORT Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads);
+FASTRNN_EXPORT Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads,
+                              int directions = 1);
 
 // Instruction sets compiled into this library that this machine runs, worst first.
 FASTRNN_EXPORT std::vector<std::string> available_isas();
@@ -49,16 +51,20 @@ FASTRNN_EXPORT void set_max_threads(int threads);
 using ParallelFor = void (*)(std::int64_t n, void (*body)(std::int64_t, std::int64_t, void*),
                              void* context);
 
-// The whole sequence, forward or backward, of one direction of one layer. T: float or double.
+constexpr int kMostDirections = 2;
+
+// The whole sequence, forward or backward, of a layer's directions (1 or 2, which differ in nothing
+// but `reverse` and their pointers). T: float or double.
 template <class T>
-FASTRNN_EXPORT void forward(const LayerForward<T, T>& problem, int threads,
+FASTRNN_EXPORT void forward(const LayerForward<T, T>* directions, int count, int threads,
                             ParallelFor parallel_for);
 template <class T>
-FASTRNN_EXPORT void backward(const LayerBackward<T, T>& problem, int threads,
+FASTRNN_EXPORT void backward(const LayerBackward<T, T>* directions, int count, int threads,
                              ParallelFor parallel_for);
-// After backward: the gradients that are products over all steps.
+// After backward: the gradients that are products over all steps. Both directions may add into one
+// d_x, since they take turns.
 template <class T>
-FASTRNN_EXPORT void gradients(const LayerGradients<T>& problem, int threads,
+FASTRNN_EXPORT void gradients(const LayerGradients<T>* directions, int count, int threads,
                               ParallelFor parallel_for);
 
 }  // namespace fastrnn::cpu

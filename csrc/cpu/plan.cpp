@@ -14,19 +14,21 @@ std::int64_t step_weights(const LayerShape& shape, Pass pass) {
 
 }  // namespace
 
-// As many as have work enough in a step; for the products after the walk, in the whole call.
+std::int64_t call_work(const LayerShape& shape, Pass pass) {
+  const std::int64_t rows = std::max<std::int64_t>(shape.steps * shape.batch, 1);
+  if (pass != Pass::kGradients) return rows * (step_weights(shape, pass) + 1);
+  return rows * cell_info(shape.cell).gates * shape.hidden_size *
+         (2 * shape.input_size + shape.output_size());
+}
+
+// As many as have work enough in a step; in the products after the walk, as have enough in all.
 int pick_threads(const LayerShape& shape, Pass pass, int max_threads) {
-  max_threads = std::min(max_threads, kMaxTeam);
-  if (pass == Pass::kGradients) {
-    const std::int64_t row_work = cell_info(shape.cell).gates * shape.hidden_size *
-                                  (2 * shape.input_size + shape.output_size());
-    const std::int64_t rows = std::max<std::int64_t>(shape.steps * shape.batch, 1);
-    return int(std::clamp<std::int64_t>(rows * row_work / kMinCallWork, 1, max_threads));
-  }
-  const std::int64_t step_work =
-      step_weights(shape, pass) * std::max<std::int64_t>(shape.batch, 1) + 1;
-  if (step_work * std::max<std::int64_t>(shape.steps, 1) < kMinCallWork) return 1;
-  return int(std::clamp<std::int64_t>(step_work / kMinStepWork, 1, max_threads));
+  const std::int64_t work = call_work(shape, pass);
+  if (work < kMinCallWork) return 1;
+  const std::int64_t share = pass == Pass::kGradients
+                                 ? work / kMinCallWork
+                                 : work / std::max<std::int64_t>(shape.steps, 1) / kMinStepWork;
+  return int(std::clamp<std::int64_t>(share, 1, std::min(max_threads, kMaxTeam)));
 }
 
 // The batch is cut between the threads, which then never wait for each other, where that leaves
@@ -56,6 +58,19 @@ int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups) {
   return best;
 }
 
+// Two directions at the same time, each on half of the threads, where one alone would cut its
+// units: so fewer ranks wait for each other, or none. Not if the weights then no longer stay in a
+// core's own cache, which costs more than the barriers.
+int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
+                  int max_threads, int directions) {
+  if (directions < 2 || pass == Pass::kGradients) return 1;
+  const int threads = pick_threads(shape, pass, max_threads / 2);
+  if (max_threads < 2 || step_weights(shape, pass) * element_bytes > threads * kPrivateCacheBytes)
+    return 1;
+  const int all = pick_threads(shape, pass, max_threads);
+  return pick_row_groups(shape, pass, isa, element_bytes, all) < all || all == 1 ? 2 : 1;
+}
+
 // A panel is read faster than rows of weights, but must be made first.
 bool pick_packed(const LayerShape& shape, Pass pass) {
   if (pass == Pass::kBackward) return shape.steps >= kPackedBackSteps;
@@ -71,11 +86,12 @@ bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups
 }
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                   int max_threads) {
+                   int max_threads, int directions) {
   Plan plan{};
   plan.isa = isa.name;
   plan.vector_lanes = isa.vector_bytes / element_bytes;
-  plan.threads = pick_threads(shape, pass, max_threads);
+  plan.together = pick_together(shape, pass, isa, element_bytes, max_threads, directions);
+  plan.threads = pick_threads(shape, pass, max_threads / plan.together);
   plan.row_groups = pick_row_groups(shape, pass, isa, element_bytes, plan.threads);
   plan.unit_groups = plan.threads / plan.row_groups;
   const int gates = cell_info(shape.cell).gates;

@@ -10,6 +10,8 @@ namespace fastrnn::cpu {
 constexpr std::int64_t kMinStepWork = 8192;
 // And the whole call must be worth waking the pool (about a microsecond).
 constexpr std::int64_t kMinCallWork = 100'000;
+// ... which costs more where its threads are made for the call (in a forked process).
+constexpr std::int64_t kMinForkedWork = 100 * kMinCallWork;
 // Weights that stay in a core's own cache are cheap to walk again for other rows; larger ones are
 // not.
 constexpr std::int64_t kPrivateCacheBytes = 512 * 1024;
@@ -25,15 +27,19 @@ constexpr std::int64_t kPackedRowsOfOne = 48, kPackedRows = 24, kPackedBackSteps
 // step.
 constexpr std::int64_t kFusedBatch = 4;
 
+// Multiply-adds of a whole call.
+std::int64_t call_work(const LayerShape& shape, Pass pass);
 int pick_threads(const LayerShape& shape, Pass pass, int max_threads);
 int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                     int threads);
 int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups);
 bool pick_packed(const LayerShape& shape, Pass pass);
+int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
+                  int max_threads, int directions);
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                   int max_threads);
+                   int max_threads, int directions);
 // The same for one thread: what a team does that was granted no others.
 Plan alone(Plan plan);
 

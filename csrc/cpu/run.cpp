@@ -1,70 +1,107 @@
 // One call: a plan, a workspace, a team, and the walk of the cell on the instruction set in use.
 #include "memory.h"
 #include "plan.h"
+#include "threads.h"
 
 namespace fastrnn::cpu {
 namespace {
 
-template <class Problem, class Layout, class T>
-struct Job {
-  using WalkRank = void (*)(const Problem&, const Plan&, const Layout&, T*, Barrier&, int);
+template <class T, class Layout, class Problem>
+using WalkRank = void (*)(const Problem&, const Plan&, const Layout&, T*, Barrier&, int);
 
-  const Problem& problem;
-  const Plan& plan;
-  T* workspace;
-  Barrier& barrier;
-  WalkRank walk;
+// Directions that walk at the same time, each with a team, a barrier and a workspace of its own:
+// rank r of the call is rank r % plan.threads of direction r / plan.threads.
+template <class T, class Layout, class Problem>
+class Job {
+ public:
+  Job(const Problem* problems, int count, const Plan& plan, WalkRank<T, Layout, Problem> walk)
+      : problems_(problems),
+        count_(count),
+        plan_(plan),
+        walk_(walk),
+        size_(Layout(problems[0].shape, plan).size),
+        workspace_(count * size_ * sizeof(T)),
+        barriers_{Barrier(plan.threads), Barrier(count > 1 ? plan.threads : 0)} {}
 
-  static void run(void* pointer, int rank, int size) {
-    const Job& job = *static_cast<Job*>(pointer);
-    const LayerShape& shape = job.problem.shape;
-    const Plan plan = size == job.plan.threads ? job.plan : alone(job.plan);
-    const Layout layout(shape, plan);
-    job.walk(job.problem, plan, layout, job.workspace, job.barrier, rank);
+  void run(ParallelFor parallel_for) {
+    run_team(count_ * plan_.threads, parallel_for, run_rank, this);
   }
+
+ private:
+  static void run_rank(void* pointer, int rank, int size) {
+    Job& job = *static_cast<Job*>(pointer);
+    if (size == job.count_ * job.plan_.threads) {
+      job.walk(rank / job.plan_.threads, job.plan_, rank % job.plan_.threads);
+    } else {
+      for (int direction = 0; direction < job.count_; ++direction)
+        job.walk(direction, alone(job.plan_), 0);
+    }
+  }
+
+  void walk(int direction, const Plan& plan, int rank) {
+    const Problem& problem = problems_[direction];
+    const Layout layout(problem.shape, plan);
+    T* workspace = static_cast<T*>(workspace_.data()) + direction * size_;
+    walk_(problem, plan, layout, workspace, barriers_[direction], rank);
+  }
+
+  const Problem* const problems_;
+  const int count_;
+  const Plan plan_;
+  const WalkRank<T, Layout, Problem> walk_;
+  const std::int64_t size_;  // elements of one direction's workspace
+  Workspace workspace_;
+  Barrier barriers_[kMostDirections];
 };
 
 template <class T, class Layout, class Problem>
-void run(const Problem& problem, Pass pass, int threads, ParallelFor parallel_for,
-         void (*walk)(const Problem&, const Plan&, const Layout&, T*, Barrier&, int)) {
-  const Plan plan = make_plan(problem.shape, pass, sizeof(T), threads);
-  Workspace workspace(Layout(problem.shape, plan).size * sizeof(T));
-  Barrier barrier(plan.threads);
-  Job<Problem, Layout, T> job{problem, plan, static_cast<T*>(workspace.data()), barrier, walk};
-  run_team(plan.threads, parallel_for, Job<Problem, Layout, T>::run, &job);
+void run(const Problem* problems, int count, Pass pass, int threads, ParallelFor parallel_for,
+         WalkRank<T, Layout, Problem> walk) {
+  const LayerShape& shape = problems[0].shape;
+  if (is_forked() && call_work(shape, pass) < kMinForkedWork) threads = 1;
+  Plan plan = make_plan(shape, pass, sizeof(T), threads, count);
+  const int all = plan.threads == 1 ? 1 : std::min(threads, usable_cpus());
+  const Claim claim(plan.threads * plan.together, all);
+  if (claim.threads() < plan.threads * plan.together)
+    plan = make_plan(shape, pass, sizeof(T), claim.threads(), count);
+  for (int done = 0; done < count; done += plan.together)
+    Job<T, Layout, Problem>(problems + done, plan.together, plan, walk).run(parallel_for);
 }
 
 }  // namespace
 
-Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads) {
+Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads, int directions) {
   const int bound = max_threads();
   if (bound > 0) threads = std::min(threads, bound);
-  return make_plan_for(shape, pass, isa(), element_bytes, std::max(threads, 1));
+  return make_plan_for(shape, pass, isa(), element_bytes, std::max(threads, 1), directions);
 }
 
 template <class T>
-void forward(const LayerForward<T, T>& problem, int threads, ParallelFor parallel_for) {
-  run<T, ForwardLayout>(problem, Pass::kForward, threads, parallel_for,
-                        isa().walk<T>(problem.shape.cell).forward);
+void forward(const LayerForward<T, T>* directions, int count, int threads,
+             ParallelFor parallel_for) {
+  run<T, ForwardLayout>(directions, count, Pass::kForward, threads, parallel_for,
+                        isa().walk<T>(directions[0].shape.cell).forward);
 }
 
 template <class T>
-void backward(const LayerBackward<T, T>& problem, int threads, ParallelFor parallel_for) {
-  run<T, BackwardLayout>(problem, Pass::kBackward, threads, parallel_for,
-                         isa().walk<T>(problem.shape.cell).backward);
+void backward(const LayerBackward<T, T>* directions, int count, int threads,
+              ParallelFor parallel_for) {
+  run<T, BackwardLayout>(directions, count, Pass::kBackward, threads, parallel_for,
+                         isa().walk<T>(directions[0].shape.cell).backward);
 }
 
 template <class T>
-void gradients(const LayerGradients<T>& problem, int threads, ParallelFor parallel_for) {
-  run<T, GradientLayout>(problem, Pass::kGradients, threads, parallel_for,
-                         isa().walk<T>(problem.shape.cell).gradients);
+void gradients(const LayerGradients<T>* directions, int count, int threads,
+               ParallelFor parallel_for) {
+  run<T, GradientLayout>(directions, count, Pass::kGradients, threads, parallel_for,
+                         isa().walk<T>(directions[0].shape.cell).gradients);
 }
 
-template void forward<float>(const LayerForward<float, float>&, int, ParallelFor);
-template void forward<double>(const LayerForward<double, double>&, int, ParallelFor);
-template void backward<float>(const LayerBackward<float, float>&, int, ParallelFor);
-template void backward<double>(const LayerBackward<double, double>&, int, ParallelFor);
-template void gradients<float>(const LayerGradients<float>&, int, ParallelFor);
-template void gradients<double>(const LayerGradients<double>&, int, ParallelFor);
+template void forward<float>(const LayerForward<float, float>*, int, int, ParallelFor);
+template void forward<double>(const LayerForward<double, double>*, int, int, ParallelFor);
+template void backward<float>(const LayerBackward<float, float>*, int, int, ParallelFor);
+template void backward<double>(const LayerBackward<double, double>*, int, int, ParallelFor);
+template void gradients<float>(const LayerGradients<float>*, int, int, ParallelFor);
+template void gradients<double>(const LayerGradients<double>*, int, int, ParallelFor);
 
 }  // namespace fastrnn::cpu

@@ -1,12 +1,21 @@
 // The waiting side of the team (team.h).
 #include "team.h"
 
-#include <sched.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "threads.h"
 
 namespace fastrnn::cpu {
 namespace {
 
-constexpr int kSpins = 4096;  // some tens of microseconds: longer than any step's imbalance
+constexpr int kSpins = 2048;  // some tens of microseconds: longer than most steps' imbalance
 
 inline void pause_spin() {
 #if defined(__x86_64__)
@@ -17,14 +26,23 @@ inline void pause_spin() {
 }
 
 template <class Ready>
-void spin_until(Ready ready) {
-  for (int spins = 0; !ready(); ++spins) {
-    if (spins < kSpins) {
-      pause_spin();
-    } else {
-      sched_yield();
-    }
+bool spin_until(Ready ready) {
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (ready()) return true;
+    pause_spin();
   }
+  return ready();
+}
+
+// Sleeps while `word` holds `value` (or for no reason: the caller looks again).
+template <class Word>
+void sleep_while(std::atomic<Word>& word, std::uint32_t value) {
+  static_assert(sizeof(word) == sizeof(value));
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+template <class Word>
+void wake_all(std::atomic<Word>& word) {
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
 struct Call {
@@ -34,31 +52,68 @@ struct Call {
   std::atomic<int> granted{0};
 };
 
-// The pool cuts [0, threads) into pieces. Only the first piece, which the calling thread runs, can
-// tell whether each rank got a thread of its own; it tells the others.
+// How many walk: all, or rank 0 alone. The others wait for it, since only who runs the first piece
+// can tell whether each rank got a thread of its own.
+void grant(Call& call, int granted) {
+  call.granted.store(granted);
+  wake_all(call.granted);
+}
+int await_grant(Call& call) {
+  auto granted = [&] { return call.granted.load(std::memory_order_acquire); };
+  if (!spin_until([&] { return granted() != 0; }))
+    while (granted() == 0) sleep_while(call.granted, 0);
+  return granted();
+}
+
+// The pool cuts [0, threads) into pieces; the calling thread runs the first.
 void run_piece(std::int64_t begin, std::int64_t end, void* pointer) {
   Call& call = *static_cast<Call*>(pointer);
   if (begin == 0) {
     const int granted = end - begin == 1 ? call.threads : 1;
-    call.granted.store(granted, std::memory_order_release);
+    grant(call, granted);
     call.body(call.context, 0, granted);
-    return;
+  } else if (const int granted = await_grant(call); granted > 1) {
+    call.body(call.context, int(begin), granted);
   }
-  int granted = 0;
-  spin_until([&] { return (granted = call.granted.load(std::memory_order_acquire)) != 0; });
-  if (granted > 1) call.body(call.context, int(begin), granted);
+}
+
+void run_on_new_threads(Call& call) {
+  std::vector<std::thread> others;
+  try {
+    others.reserve(call.threads);
+    for (int rank = 1; rank < call.threads; ++rank)
+      others.emplace_back([&call, rank] { run_piece(rank, rank + 1, &call); });
+    run_piece(0, 1, &call);
+  } catch (const std::system_error&) {  // no more threads to be had
+    run_piece(0, call.threads, &call);
+  }
+  for (std::thread& other : others) other.join();
 }
 
 }  // namespace
 
-void Barrier::wait_for(int other, std::uint64_t goal) const {
-  spin_until([&] { return flag(other).count.load(std::memory_order_acquire) >= goal; });
+void Barrier::wait_for(int other, std::uint32_t goal) {
+  if (spin_until([&] { return has_come(other, goal); })) return;
+  Flag& awaited = flag(other);
+  awaited.sleepers.fetch_add(1);
+  for (;;) {
+    const std::uint32_t seen = awaited.count.load();
+    if (std::int32_t(seen - goal) >= 0) break;
+    sleep_while(awaited.count, seen);
+  }
+  awaited.sleepers.fetch_sub(1);
 }
+
+void Barrier::wake(int rank) { wake_all(flag(rank).count); }
 
 void run_team(int threads, ParallelFor parallel_for, void (*body)(void*, int, int), void* context) {
   if (threads <= 1) return body(context, 0, 1);
   Call call{threads, body, context};
-  parallel_for(threads, run_piece, &call);
+  if (is_forked()) {
+    run_on_new_threads(call);
+  } else {
+    parallel_for(threads, run_piece, &call);
+  }
 }
 
 }  // namespace fastrnn::cpu

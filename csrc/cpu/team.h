@@ -1,5 +1,6 @@
 // A team of threads that walks a sequence together: started once a call on the caller's pool, kept
 // to the end, meeting at flags in memory (a spinning flag costs some 60 ns, a parallel region 800).
+// Who waits long goes to sleep, so that a busy machine's CPUs go to those who have something to do.
 #pragma once
 
 #include <atomic>
@@ -22,23 +23,31 @@ class Barrier {
 
   // What rank did before is visible to whoever waits for it.
   void arrive(int rank) {
-    auto& count = flag(rank).count;
-    count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+    Flag& own = flag(rank);
+    const std::uint32_t count = own.count.load(std::memory_order_relaxed) + 1;
+    own.count.store(count);  // in one order with `sleepers` for all: either side sees the other
+    if (own.sleepers.load() != 0) wake(rank);
   }
   // Until every rank of [first, first + size) has arrived as often as this one.
-  void wait(int rank, int first, int size) const {
+  void wait(int rank, int first, int size) {
     if (size == 1) return;
-    const std::uint64_t goal = flag(rank).count.load(std::memory_order_relaxed);
+    const std::uint32_t goal = flag(rank).count.load(std::memory_order_relaxed);
     for (int other = first; other < first + size; ++other)
-      if (flag(other).count.load(std::memory_order_acquire) < goal) wait_for(other, goal);
+      if (!has_come(other, goal)) wait_for(other, goal);
   }
 
  private:
-  // Spins a moment, then lets others run between looks: a busy machine slows it, never stops it.
-  void wait_for(int other, std::uint64_t goal) const;
+  // Counts may wrap around; ranks are never half the range apart.
+  bool has_come(int rank, std::uint32_t goal) const {
+    return std::int32_t(flag(rank).count.load(std::memory_order_acquire) - goal) >= 0;
+  }
+  // Spins a moment, then sleeps.
+  void wait_for(int other, std::uint32_t goal);
+  void wake(int rank);
 
   struct alignas(128) Flag {
-    std::atomic<std::uint64_t> count{0};
+    std::atomic<std::uint32_t> count{0};
+    std::atomic<std::uint32_t> sleepers{0};  // who sleeps until this count changes
   };
   Flag& flag(int rank) { return reinterpret_cast<Flag*>(storage_)[rank]; }
   const Flag& flag(int rank) const { return reinterpret_cast<const Flag*>(storage_)[rank]; }
@@ -47,7 +56,8 @@ class Barrier {
 };
 
 // Runs body(context, rank, size) for every rank at once: with size = threads where the pool grants
-// that many, else with size = 1 on the calling thread alone (a nested or a smaller region).
+// that many, else with size = 1 on the calling thread alone (a nested or a smaller region). A
+// forked process, where the pool is dead, makes threads for the call.
 void run_team(int threads, ParallelFor parallel_for,
               void (*body)(void* context, int rank, int size), void* context);
 

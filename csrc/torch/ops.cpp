@@ -30,14 +30,18 @@ Tensor recycled(const std::vector<int64_t>& sizes, ScalarType dtype, const Tenso
 template <class T>
 void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs) {
   const Rows rows(x);
+  LayerForward<T, T> problems[cpu::kMostDirections];
   for (int64_t d = 0; d < layer.directions; ++d)
-    cpu::forward<T>(forward_problem<T, T>(layer, d, rows, outputs), threads(), parallel_for);
+    problems[d] = forward_problem<T, T>(layer, d, rows, outputs);
+  cpu::forward(problems, int(layer.directions), threads(), parallel_for);
 }
 
 template <class T>
 void run(const Layer& layer, const BackwardInputs& inputs, const BackwardOutputs& outputs) {
+  LayerBackward<T, T> problems[cpu::kMostDirections];
   for (int64_t d = 0; d < layer.directions; ++d)
-    cpu::backward<T>(backward_problem<T, T>(layer, d, inputs, outputs), threads(), parallel_for);
+    problems[d] = backward_problem<T, T>(layer, d, inputs, outputs);
+  cpu::backward(problems, int(layer.directions), threads(), parallel_for);
 }
 
 FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
@@ -96,8 +100,9 @@ struct GradientOutputs {
 template <class T>
 void run(const Layer& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
          const GradientOutputs& outputs, bool need_x) {
+  LayerGradients<T> problems[cpu::kMostDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
-    LayerGradients<T> problem{};
+    LayerGradients<T>& problem = problems[d] = {};
     problem.shape = layer.shape(d);
     problem.w_ih = static_cast<const T*>(layer.direction[d].w_ih.data);
     problem.w_ih_stride = layer.direction[d].w_ih.stride;
@@ -115,8 +120,8 @@ void run(const Layer& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
       problem.d_b_ih = outputs.weight<T>(d, 2);
       problem.d_b_hh = outputs.weight<T>(d, 3);
     }
-    cpu::gradients<T>(problem, threads(), parallel_for);
   }
+  cpu::gradients(problems, int(layer.directions), threads(), parallel_for);
 }
 
 std::tuple<Tensor, std::vector<Tensor>> layer_gradients(Tensor d_pre, Tensor x, Tensor h0,

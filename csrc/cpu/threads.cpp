@@ -1,0 +1,84 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+namespace fastrnn::cpu {
+namespace {
+
+std::atomic<int> taken{0};  // threads in calls that are running
+std::atomic<bool> forked{false};
+
+// Nothing that ran in the parent runs here.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  taken.store(0);
+  forked.store(true);
+});
+
+// What a folder of the control group's files allows, 0: no limit.
+double quota_of(const std::string& folder) {
+  double quota = 0, period = 0;
+  std::string first;
+  if (std::ifstream file(folder + "/cpu.max"); file >> first >> period) {
+    if (first == "max") return 0;
+    std::istringstream(first) >> quota;
+  } else {
+    std::ifstream(folder + "/cpu.cfs_quota_us") >> quota;
+    std::ifstream(folder + "/cpu.cfs_period_us") >> period;
+  }
+  return quota > 0 && period > 0 ? quota / period : 0;
+}
+
+int affinity_cpus() {
+  cpu_set_t mask;
+  if (sched_getaffinity(0, sizeof(mask), &mask) == 0) return std::max(CPU_COUNT(&mask), 1);
+  return std::max(int(std::thread::hardware_concurrency()), 1);  // more CPUs than the mask holds
+}
+
+}  // namespace
+
+int quota_cpus(const std::string& membership, const std::string& root) {
+  std::ifstream lines(membership);
+  double least = 0;
+  for (std::string line; std::getline(lines, line);) {  // 0::/path or 4:cpu,cpuacct:/path
+    const std::size_t one = line.find(':'), two = line.find(':', one + 1);
+    if (one == std::string::npos || two == std::string::npos) continue;
+    const std::string controllers = line.substr(one + 1, two - one - 1);
+    const bool is_cpu = ("," + controllers + ",").find(",cpu,") != std::string::npos;
+    if (!controllers.empty() && !is_cpu) continue;
+    const std::string top = root + (controllers.empty() ? "" : "/" + controllers);
+    // Inside a container the path may be that of the host; its own limit is then at the top.
+    for (std::string path = line.substr(two + 1);; path.erase(path.rfind('/'))) {
+      const double quota = quota_of(top + path);
+      if (quota > 0 && (least == 0 || quota < least)) least = quota;
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  return int(std::ceil(least));
+}
+
+int usable_cpus() {
+  static const int quota = quota_cpus("/proc/self/cgroup", "/sys/fs/cgroup");
+  const int cpus = affinity_cpus();
+  return quota > 0 ? std::min(cpus, quota) : cpus;
+}
+
+Claim::Claim(int wanted, int all) {
+  int before = taken.load(std::memory_order_relaxed);
+  do {
+    threads_ = std::clamp(all - before, 1, wanted);
+  } while (!taken.compare_exchange_weak(before, before + threads_, std::memory_order_relaxed));
+}
+
+Claim::~Claim() { taken.fetch_sub(threads_, std::memory_order_relaxed); }
+
+bool is_forked() { return forked.load(std::memory_order_relaxed); }
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,36 @@
+// How many threads a call may use: what the caller's pool has, what the system gives this process,
+// and what other calls have not taken.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+
+namespace fastrnn::cpu {
+
+// CPUs that the calling thread may use: its affinity, and the quota of its control group.
+FASTRNN_EXPORT int usable_cpus();
+// CPUs a control group's quota amounts to, rounded up, or 0 if there is none: the least along the
+// path that `membership` (/proc/self/cgroup) names below `root` (/sys/fs/cgroup), version 1 or 2.
+FASTRNN_EXPORT int quota_cpus(const std::string& membership, const std::string& root);
+
+// Calls from several Python threads share the CPUs: a call gets what those before it left, at least
+// the thread it came on.
+class Claim {
+ public:
+  Claim(int wanted, int all);
+  ~Claim();
+  Claim(const Claim&) = delete;
+  Claim& operator=(const Claim&) = delete;
+
+  int threads() const { return threads_; }
+
+ private:
+  int threads_;
+};
+
+// Whether this process was forked from one that had loaded this library. The pool's threads did not
+// come along, and a parallel region would wait for them for ever.
+bool is_forked();
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,170 @@
+"""Who runs a call: the pool's threads, as many as there are CPUs to run them, at all times."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from support import run_python
+
+import fastrnn
+from fastrnn import _C
+
+# --- limits of the system ------------------------------------------------------------------------
+
+
+def control_group(tmp_path: Path, membership: str, files: dict[str, str]) -> int:
+    (tmp_path / "cgroup").write_text(membership)
+    for name, text in files.items():
+        path = tmp_path / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return _C.quota_cpus(str(tmp_path / "cgroup"), str(tmp_path / "root"))
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cpus"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 0),
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "1000 100000\n"}, 1),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),
+        ("0::/a/b\n", {"a/b/cpu.max": "100000 50000\n", "a/cpu.max": "400000 100000\n"}, 2),
+        ("0::/host/path\n", {"cpu.max": "400000 100000\n"}, 4),
+        (
+            "5:memory:/x\n4:cpu,cpuacct:/x\n",
+            {
+                "cpu,cpuacct/x/cpu.cfs_quota_us": "250000\n",
+                "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n",
+            },
+            3,
+        ),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0),
+        ("0::/\n", {}, 0),
+        ("nonsense\n", {"cpu.max": "100000 100000\n"}, 0),
+        ("", {}, 0),
+    ],
+)
+def test_quota_of_the_control_group(
+    tmp_path: Path, membership: str, files: dict[str, str], cpus: int
+) -> None:
+    assert control_group(tmp_path, membership, files) == cpus
+
+
+def test_affinity_is_honoured() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert _C.usable_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert 1 <= _C.usable_cpus() <= len(before)
+
+
+def test_a_call_on_one_cpu_wakes_nobody() -> None:
+    # a CPU that a rank of two would have to share, at each of many barriers
+    before = os.sched_getaffinity(0)
+    layer, x = fastrnn.GRU(64, 64), torch.randn(100, 1, 64)
+    with torch.no_grad():
+        expected, _ = layer(x)
+        try:
+            os.sched_setaffinity(0, {min(before)})
+            found, _ = layer(x)
+        finally:
+            os.sched_setaffinity(0, before)
+    torch.testing.assert_close(found, expected)
+
+
+# --- many callers --------------------------------------------------------------------------------
+
+
+def gradients(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    y, _ = layer(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
+
+
+@pytest.mark.parametrize("batch", [1, 12])
+def test_calls_from_many_threads_are_correct(batch: int) -> None:
+    layers = [fastrnn.LSTM(20, 40, 2, bidirectional=True) for _ in range(6)]
+    inputs = [torch.randn(50, batch, 20) for _ in layers]
+    expected = [gradients(layer, x) for layer, x in zip(layers, inputs, strict=True)]
+    found: list[list[torch.Tensor]] = [[] for _ in layers]
+    start = threading.Barrier(len(layers))
+
+    def work(index: int) -> None:
+        start.wait()
+        for _ in range(5):
+            found[index] = gradients(layers[index], inputs[index])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(layers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for own, other in zip(found, expected, strict=True):
+        for a, b in zip(own, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_inference_mode_from_a_thread() -> None:
+    layer, x = fastrnn.GRU(8, 16), torch.randn(30, 2, 8)
+    with torch.no_grad():
+        expected, _ = layer(x)
+    found = []
+
+    def work() -> None:
+        with torch.inference_mode():
+            found.append(layer(x)[0])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found[0].is_inference()
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_the_environment_sets_the_number_of_threads() -> None:
+    code = "import torch, fastrnn; print(torch.get_num_threads())"
+    for count in ("1", "2"):
+        assert run_python(code, OMP_NUM_THREADS=count) == count
+
+
+# --- fork ----------------------------------------------------------------------------------------
+
+# Large operations of torch itself would wait for ever in the child, so it compares with numpy.
+FORK = """
+import os, numpy, torch, fastrnn
+torch.set_num_threads(2)
+torch.manual_seed(0)
+layer = fastrnn.{cell}(96, 96, bidirectional={bidirectional})
+x = torch.randn(300, {batch}, 96)
+d_y = torch.randn_like(layer(x)[0])
+
+def work():
+    y, _ = layer(x)
+    return [y.detach(), *torch.autograd.grad(y, list(layer.parameters()), d_y)]
+
+expected = work()                  # the parent's pool has threads now
+children = []
+for _ in range(2):
+    pid = os.fork()
+    if pid == 0:
+        same = [numpy.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(work(), expected)]
+        os._exit(0 if all(same) else 3)
+    children.append(pid)
+for pid in children:
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert torch.allclose(work()[0], expected[0])  # and the parent goes on as before
+print("done")
+"""
+
+
+@pytest.mark.parametrize(("cell", "bidirectional"), [("LSTM", False), ("GRU", True)])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_forked_child_computes(cell: str, bidirectional: bool, batch: int) -> None:
+    code = FORK.format(cell=cell, bidirectional=bidirectional, batch=batch)
+    assert run_python(code) == "done"
