@@ -4,8 +4,8 @@
 
 One call is timed alone, then beside 1, 2, ... busy processes, and with more threads than CPUs. The
 fair share of n threads beside k busy processes on C CPUs is C n / (n + k) CPUs, so `fair` is the
-slowdown that nobody can avoid, and `cost` how much slower than that it was (mean time of a call, not
-median: a long wait counts).
+slowdown that nobody can avoid, and `cost` how much slower than that it was (mean time of a call: a
+long wait counts).
 """
 
 from __future__ import annotations
