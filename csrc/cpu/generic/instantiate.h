@@ -55,6 +55,8 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 #include "backward.h"
 
+#include "peak.h"
+
 #include "table.h"
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA
