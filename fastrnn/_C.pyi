@@ -30,6 +30,7 @@ class Plan(TypedDict, total=False):
     unit_groups: int
     unit_vectors: int
     back_vectors: int
+    packed: bool
     input: Literal["fused", "ahead"]
     chunk_rows: int
 
