@@ -255,6 +255,14 @@ def test_what_is_not_installed_is_said(run: Run, monkeypatch: pytest.MonkeyPatch
     assert "not installed: ONNX Runtime, OpenVINO; pip install 'fastrnn[bench]' brings" in out
 
 
+def test_a_terminal_gets_a_table_by_rich(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    code, out, _ = run(*SHAPE, "--cell", "rnn", "--mode", "training")
+    assert code == 0
+    assert re.search(r"fastrnn +\d+\.\d{3} +1\.00", re.sub(r"\x1b\[[0-9;]*m", "", out))
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

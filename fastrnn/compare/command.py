@@ -17,7 +17,6 @@ from fastrnn import info
 from .measure import Measurement, machine, measure, plan
 from .peers import FASTRNN, LIBRARIES, Library, installed_libraries
 from .shapes import CELLS, MODES, Point, Task
-from .timing import fma_peak
 
 MakeParser = Callable[..., argparse.ArgumentParser]
 
@@ -119,23 +118,21 @@ def compare(options: argparse.Namespace, stream: TextIO) -> int:
     if options.json:
         _write(options.json, "")
     threads, libraries = torch.get_num_threads(), installed_libraries()
-    document: dict[str, Any] = {
-        "machine": machine(threads, libraries),
-        "fma_peak": fma_peak(threads),
-        "results": [],
-    }
-    for line in _introduction(document, libraries):
+    about = machine(threads, libraries)
+    for line in _introduction(about, libraries):
         print(line, file=stream)
-    refused = []
+    peak, results, refused = 0.0, [], []
     for point in points:
         for cell in dict.fromkeys(options.cell):
             for mode in dict.fromkeys(options.mode):
                 task = Task(cell, mode, point, threads)
                 found = measure(task, libraries, options.seconds)
-                document["results"].append(_as_json(found))
-                _show(found, document["fma_peak"], stream)
+                peak = max(peak, found.fma_peak)
+                results.append(_as_json(found))
+                _show(found, peak, stream)
                 refused += [f"{task.label}: {text}" for text in found.refused.values()]
     if options.json:
+        document = {"machine": about, "fma_peak": peak, "results": results}
         _write(options.json, json.dumps(document, indent=1) + "\n")
     for text in refused:
         print(f"fastrnn compare: {text}", file=sys.stderr)
@@ -177,10 +174,12 @@ def _write(path: Path, text: str) -> None:
         raise CompareError(f"--json {path}: cannot be written ({error.strerror})") from error
 
 
-def _introduction(document: dict[str, Any], libraries: Sequence[Library]) -> Iterator[str]:
-    yield "  ".join(f"{key} {value}" for key, value in document["machine"].items())
-    yield f"peak {document['fma_peak']:.0f} GFLOP/s, measured now on multiply-adds alone"
-    yield "ratio: a library's time over fastrnn's; error: the largest against float64"
+def _introduction(about: dict[str, Any], libraries: Sequence[Library]) -> Iterator[str]:
+    yield "  ".join(f"{key} {value}" for key, value in about.items())
+    yield (
+        "ratio: a library's time over fastrnn's; peak: multiply-adds alone, measured in this run; "
+        "error: the largest against float64"
+    )
     missing = [library.title for library in LIBRARIES if library not in libraries]
     if missing:
         yield f"not installed: {', '.join(missing)}; pip install 'fastrnn[bench]' brings them"

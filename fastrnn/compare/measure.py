@@ -17,7 +17,7 @@ from fastrnn import _C
 from .agreement import Disagreement, Referee
 from .peers import FASTRNN, Library
 from .shapes import Task
-from .timing import interleaved
+from .timing import fma_peak, interleaved
 
 _PLAN_CELLS = {"rnn": "rnn_tanh"}
 
@@ -31,12 +31,15 @@ class Measurement:
         samples: seconds of every call; medians count.
         errors: the largest one against float64, of those that agree.
         refused: why a library was not timed.
+        fma_peak: what the machine reached just before, float32 GFLOP/s (`timing.fma_peak`); the
+            largest of a run is the one to compare with.
     """
 
     task: Task
     samples: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    fma_peak: float = 0.0
 
     @property
     def medians(self) -> dict[str, float]:
@@ -59,7 +62,7 @@ def measure(task: Task, libraries: Iterable[Library], seconds: float) -> Measure
         libraries: by whom; those that do no such tasks are left out.
         seconds: to spend on each.
     """
-    found = Measurement(task)
+    found = Measurement(task, fma_peak=fma_peak(task.threads))
     referee, calls = Referee(task), {}
     for library in libraries:
         if not library.does(task):
