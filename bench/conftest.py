@@ -30,18 +30,18 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in ("threads", "seconds"):
         if not config.getoption(name) > 0:
             raise pytest.UsageError(f"--{name} must be above 0, got {config.getoption(name)}")
+    try:
+        chosen_points(config.getoption("points"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     torch.set_num_threads(config.getoption("threads"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
-    try:
-        points = chosen_points(option("points"))
-    except ValueError as error:
-        raise pytest.UsageError(str(error)) from None
     tasks = [
         Task(cell, mode, point, option("threads"))
-        for point in points
+        for point in chosen_points(option("points"))
         for cell in option("cells")
         for mode in option("modes")
     ]

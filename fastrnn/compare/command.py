@@ -79,7 +79,14 @@ def _parser(make_parser: MakeParser) -> argparse.ArgumentParser:
         description="Times fastrnn, torch.nn and, if they are installed, ONNX Runtime and OpenVINO "
         "in turns on the CPU, after checking that they agree. Without a shape: on a few.",
     )
-    parser.add_argument("--cell", nargs="+", choices=CELLS, default=CELLS, metavar="NAME")
+    parser.add_argument(
+        "--cell",
+        nargs="+",
+        choices=CELLS,
+        default=CELLS,
+        metavar="NAME",
+        help=f"{', '.join(CELLS)} (default: all)",
+    )
     for name, meaning in _SIZES.items():
         default = f" (default: {_DEFAULTS[name]})" if name in _DEFAULTS else ""
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning + default)
@@ -93,9 +100,11 @@ def _parser(make_parser: MakeParser) -> argparse.ArgumentParser:
         choices=MODES,
         default=MODES,
         metavar="NAME",
-        help=f"{' or '.join(MODES)} (forward and backward); default: both",
+        help=f"{' or '.join(MODES)}, that is forward and backward (default: both)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="(default: as torch decides)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of the CPU (default: as torch decides)"
+    )
     parser.add_argument(
         "--seconds", type=float, default=0.3, metavar="X", help="for each library (default: 0.3)"
     )

@@ -27,7 +27,7 @@ def interleaved(
 
     Args:
         calls: what to time, by name.
-        seconds: to spend on each; a few slow calls may take up to some three times as long.
+        seconds: to spend on each; a slow call is made a dozen times nevertheless.
 
     Returns:
         For each name the seconds of every timed call.
