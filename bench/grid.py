@@ -1,56 +1,11 @@
-"""The shapes that are measured, as data. Sizes are T steps, B batch, I input, H hidden."""
+"""The shapes that are measured: `GRID`, block by block, and `SHORT`, for a first look."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
-CELLS = ("rnn", "gru", "lstm")
-MODES = ("forward", "training")  # training: forward and backward
-
-
-@dataclass(frozen=True)
-class Point:
-    """One shape of the grid."""
-
-    block: str
-    steps: int
-    batch: int
-    input_size: int
-    hidden_size: int
-    layers: int = 1
-    bidirectional: bool = False
-    packed: bool = False  # lengths 1 ... T evenly, one a sequence
-
-    @property
-    def label(self) -> str:
-        text = f"T{self.steps} B{self.batch} I{self.input_size} H{self.hidden_size}"
-        text += f" x{self.layers}" if self.layers > 1 else ""
-        return text + (" bi" if self.bidirectional else "") + (" packed" if self.packed else "")
-
-    @property
-    def rows(self) -> int:
-        return sum(self.lengths)
-
-    @property
-    def lengths(self) -> list[int]:
-        """How long each sequence is, longest first."""
-        if not self.packed:
-            return [self.steps] * self.batch
-        return [
-            max(1, round(self.steps * (self.batch - b) / self.batch)) for b in range(self.batch)
-        ]
-
-    def flops(self, cell: str, mode: str) -> float:
-        """Of the matrix products; training does them three times (forward, d_input, d_weight)."""
-        gates = {"rnn": 1, "gru": 3, "lstm": 4}[cell]
-        directions = 2 if self.bidirectional else 1
-        total = 0
-        for layer in range(self.layers):
-            inputs = self.input_size if layer == 0 else self.hidden_size * directions
-            total += gates * self.hidden_size * (inputs + self.hidden_size) * directions
-        return 2.0 * total * self.rows * (3 if mode == "training" else 1)
+from fastrnn.compare.shapes import Point
 
 
 def _points() -> Iterator[Point]:
@@ -71,6 +26,9 @@ def _points() -> Iterator[Point]:
         yield Point("deep", steps, 16, 1, 128, 3, True)
     for steps in (100, 500):
         yield Point("packed", steps, 16, 128, 128, 2, packed=True)
+    yield Point("overhead", 1, 1, 8, 8)  # next to nothing to compute: what a call costs
+    for batch, hidden in ((1, 8), (1, 256), (64, 256)):
+        yield Point("overhead", 1, batch, hidden, hidden, single=True)
 
 
 GRID = tuple(_points())
@@ -85,4 +43,26 @@ SHORT = (
     Point("deepbench", 25, 64, 512, 512),
     Point("deep", 87, 16, 1, 128, 3, True),
     Point("packed", 100, 16, 128, 128, 2, packed=True),
+    Point("overhead", 1, 1, 8, 8),
+    Point("overhead", 1, 1, 8, 8, single=True),
 )
+
+
+def chosen_points(name: str) -> tuple[Point, ...]:
+    """The points that ``--points`` means.
+
+    Args:
+        name: ``short``, ``all`` or a block.
+
+    Raises:
+        ValueError: there is no such block.
+    """
+    if name == "short":
+        return SHORT
+    points = tuple(point for point in GRID if name in ("all", point.block))
+    if not points:
+        blocks = ", ".join(dict.fromkeys(point.block for point in GRID))
+        raise ValueError(
+            f"--points: there is no block {name!r}; choose short, all or one of {blocks}"
+        )
+    return points

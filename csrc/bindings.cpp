@@ -74,6 +74,14 @@ void check_size(const char* name, std::int64_t value, std::int64_t least) {
                           ", got " + std::to_string(value));
 }
 
+double fma_peak(int threads, double seconds) {
+  check_size("threads", threads, 1);
+  if (!(seconds > 0.0 && seconds <= 60.0))
+    throw py::value_error("seconds must be above 0 and at most 60, got " + std::to_string(seconds));
+  const py::gil_scoped_release others_may_run;
+  return fastrnn::cpu::fma_peak(threads, seconds);
+}
+
 py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
               std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
               const std::string& dtype, const std::string& device, int threads, bool training,
@@ -159,5 +167,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("device") = "cpu", py::arg("threads") = 1, py::arg("training") = false,
         py::arg("directions") = 1,
         "How a layer of this shape would be walked through time (training: its backward pass).");
+  m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
+        "GFLOP/s of float32 multiply-adds on registers, all threads at once.");
   m.def("cells", &cells, "The registry of cells.");
 }

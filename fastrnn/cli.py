@@ -1,4 +1,4 @@
-"""The command ``fastrnn``: ``fastrnn charlm``, ``fastrnn charlm sample``, ``fastrnn info``."""
+"""The command ``fastrnn``: ``charlm``, ``charlm sample``, ``compare`` and ``info``."""
 
 from __future__ import annotations
 
@@ -57,10 +57,16 @@ def _run(given: list[str]) -> int:
 
         return command.main(given[1:], _Parser)
 
+    if given[:1] == ["compare"]:
+        from fastrnn.compare import command as compare_command
+
+        return compare_command.main(given[1:], _Parser)
+
     parser = _Parser(prog="fastrnn", description="Fast recurrent layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastrnn {fastrnn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("charlm", help="train, compare and sample a character-level language model")
+    commands.add_parser("compare", help="fastrnn beside torch.nn and others, on your shape")
     about = commands.add_parser("info", help="versions, CPU, CUDA, and what would run")
     about.add_argument("--json", action="store_true", help="as JSON")
     options = parser.parse_args(given)

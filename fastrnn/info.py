@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,10 +87,14 @@ def lines() -> Iterator[str]:
     for plan in facts["plans"]:
         yield f"  {plan['cell']} T={plan['T']} B={plan['B']} I={plan['I']} H={plan['H']}"
         for way in ("forward", "backward"):
-            chosen = plan[way]
-            yield (
-                f"    {way:<9} {chosen['isa']}, {chosen['threads']} threads: "
-                f"{chosen['row_groups']} groups of rows x {chosen['unit_groups']} of units, "
-                f"weights {'packed' if chosen['packed'] else 'as they lie'}"
-                + (f", input {chosen['input']}" if way == "forward" else "")
-            )
+            yield f"    {way:<9} {plan_text(plan[way], way == 'forward')}"
+
+
+def plan_text(plan: Mapping[str, Any], forward: bool) -> str:
+    """What ``fastrnn._C.plan`` chose on the CPU, in a few words; `forward`: for a forward pass."""
+    return (
+        f"{plan['isa']}, {plan['threads']} threads: "
+        f"{plan['row_groups']} groups of rows x {plan['unit_groups']} of units, "
+        f"weights {'packed' if plan['packed'] else 'as they lie'}"
+        + (f", input {plan['input']}" if forward else "")
+    )

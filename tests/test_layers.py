@@ -53,12 +53,15 @@ PYTHON_ORDER = [
     {"modules"},
     {"convert", "info"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
-    {"charlm"},
+    {"charlm", "compare"},
     {"cli"},
     {"__main__"},
 ]
-TOOLS = {"charlm", "cli", "__main__", "info"}
-TOOL_PACKAGES = {"matplotlib", "numpy", "rich", "safetensors"}
+TOOLS = {"charlm", "cli", "compare", "__main__", "info"}
+TOOL_PACKAGES = {
+    *("matplotlib", "numpy", "rich", "safetensors"),
+    *("onnx", "onnxruntime", "openvino"),
+}
 
 SOURCES = sorted(
     path.relative_to(CSRC).as_posix()

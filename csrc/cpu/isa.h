@@ -34,11 +34,18 @@ struct Walks {
   Walk<T> of[kCellCount];  // by CellKind
 };
 
+// Multiply-adds on registers alone (generic/peak.h).
+struct PeakLoop {
+  float (*run)(std::int64_t rounds, float factor, float term);
+  double flops_a_round;
+};
+
 struct Isa {
   const char* name;
   int vector_bytes;
   Walks<float> walks_float;
   Walks<double> walks_double;
+  PeakLoop peak;
 
   template <class T>
   const Walk<T>& walk(CellKind cell) const {

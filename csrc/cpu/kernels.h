@@ -45,6 +45,9 @@ FASTRNN_EXPORT std::vector<std::string> compiled_isas();
 FASTRNN_EXPORT int max_threads();
 FASTRNN_EXPORT void set_max_threads(int threads);
 
+// Float32 GFLOP/s that `threads` threads reach together on multiply-adds alone, over `seconds`.
+FASTRNN_EXPORT double fma_peak(int threads, double seconds);
+
 // Runs body over [0, n) in pieces, several at once where it can: piece 0 on the calling thread.
 // It is asked for n pieces of length 1 and may give fewer, longer ones (at::parallel_for does
 // this).

@@ -57,6 +57,8 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 #include "gradients.h"
 
+#include "peak.h"
+
 #include "table.h"
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

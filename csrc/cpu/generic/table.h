@@ -32,4 +32,7 @@ constexpr Walks<T> walks() {
 #define FASTRNN_TEXT_OF(name) #name
 #define FASTRNN_TEXT(name) FASTRNN_TEXT_OF(name)
 extern const Isa kIsa;
-const Isa kIsa = {FASTRNN_TEXT(FASTRNN_ISA), FASTRNN_VECTOR_BYTES, walks<float>(), walks<double>()};
+const Isa kIsa = {
+    FASTRNN_TEXT(FASTRNN_ISA),         FASTRNN_VECTOR_BYTES, walks<float>(), walks<double>(),
+    {multiply_add_chains, kPeakFlops},
+};

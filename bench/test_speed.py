@@ -1,0 +1,63 @@
+"""pytest-benchmark's tables of fastrnn and its peers, a group a task; it fails where they differ.
+
+The libraries of a group are measured in turns, which pytest-benchmark, who times one test after the
+other, cannot do. So the first test of a group measures them all, and each test has its own samples
+replayed by the clock that pytest-benchmark looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from fastrnn.compare.measure import Measurement, machine, plan
+from fastrnn.compare.peers import Library, installed_libraries
+from fastrnn.compare.shapes import Task
+
+
+class ReplayClock:
+    """A clock between whose readings, two by two, lie recorded times (seconds)."""
+
+    def __init__(self) -> None:
+        self._readings: Iterator[float] = iter(())
+
+    def load(self, samples: Sequence[float]) -> None:
+        self._readings = (reading for sample in samples for reading in (0.0, sample))
+
+    def __call__(self) -> float:
+        return next(self._readings)
+
+
+clock = ReplayClock()
+
+
+@pytest.mark.benchmark(timer=clock)
+def test_speed(
+    benchmark: BenchmarkFixture,
+    measured: Callable[[Task], Measurement],
+    task: Task,
+    library: Library,
+) -> None:
+    found = measured(task)
+    if library.name in found.refused:
+        pytest.fail(found.refused[library.name], pytrace=False)
+    benchmark.group = task.label
+    benchmark.extra_info |= {
+        "library": library.name,
+        "cell": task.cell,
+        "mode": task.mode,
+        "label": task.point.label,
+        "point": asdict(task.point),
+        "flops": task.flops,
+        "intensity": task.point.intensity(task.cell),
+        "error": found.errors[library.name],
+        "plan": plan(task),
+        "fma_peak": found.fma_peak,
+        "machine": machine(task.threads, installed_libraries()),
+    }
+    samples = found.samples[library.name]
+    clock.load(samples)
+    benchmark.pedantic(lambda: None, rounds=len(samples))

@@ -1,0 +1,1 @@
+"""``fastrnn compare`` and what ``bench/`` measures with: fastrnn beside other libraries."""

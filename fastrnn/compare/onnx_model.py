@@ -1,0 +1,92 @@
+"""A layer of ``torch.nn`` as an ONNX model of standard RNN, GRU and LSTM nodes.
+
+For layer after layer, with D directions and T steps::
+
+    x [T,B,I] -> RNN | GRU | LSTM -> Y [T,D,B,H] -> Transpose [T,B,D,H] -> Reshape x' [T,B,D*H]
+
+The last x' is the output. Rows beyond a sequence's length are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .shapes import GATES, Point
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+#: ONNX's gates (gru: z,r,n; lstm: i,o,f,g) by their places in torch (gru: r,z,n; lstm: i,f,g,o)
+GATE_ORDER = {"rnn": (0,), "gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}
+OPSET = 17
+IR_VERSION = 8  # the oldest for this opset, so that every runtime reads it
+
+
+def onnx_model(cell: str, point: Point, weights: Mapping[str, Tensor]) -> ModelProto:
+    """The model of a layer.
+
+    Args:
+        cell: one of `shapes.CELLS`.
+        point: its shape; a packed one has a second input, ``lengths`` [B] int32.
+        weights: ``state_dict`` of a ``torch.nn`` layer with biases.
+
+    Returns:
+        A model from ``x`` [T,B,I] to ``output`` [T,B,D*H], float32.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    directions, hidden = point.directions, point.hidden_size
+    nodes, constants = [], []
+
+    def constant(name: str, value: Tensor) -> str:
+        constants.append(numpy_helper.from_array(value.numpy(), name))
+        return name
+
+    def stacked(name: str, layer: int) -> Tensor:
+        """[D,G*H,...] with ONNX's order of gates."""
+        ways = [weights[f"{name}_l{layer}{suffix}"] for suffix in ("", "_reverse")[:directions]]
+        gates = torch.stack(ways).reshape(directions, GATES[cell], hidden, -1)
+        return gates[:, GATE_ORDER[cell]].reshape(directions, GATES[cell] * hidden, -1)
+
+    shape = constant("shape", torch.tensor([point.steps, point.batch, directions * hidden]))
+    x = "x"
+    for layer in range(point.layers):
+        biases = torch.cat([stacked("bias_ih", layer), stacked("bias_hh", layer)], dim=1)
+        inputs = [
+            x,
+            constant(f"w_ih{layer}", stacked("weight_ih", layer)),
+            constant(f"w_hh{layer}", stacked("weight_hh", layer)),
+            constant(f"bias{layer}", biases[..., 0]),
+            "lengths" if point.packed else "",
+        ]
+        settings: dict[str, Any] = {"linear_before_reset": 1} if cell == "gru" else {}
+        nodes.append(
+            helper.make_node(
+                cell.upper(),
+                inputs,
+                [f"y{layer}"],
+                hidden_size=hidden,
+                direction="bidirectional" if point.bidirectional else "forward",
+                **settings,
+            )
+        )
+        last = layer == point.layers - 1
+        x = "output" if last else f"x{layer + 1}"
+        nodes.append(helper.make_node("Transpose", [f"y{layer}"], [f"z{layer}"], perm=[0, 2, 1, 3]))
+        nodes.append(helper.make_node("Reshape", [f"z{layer}", shape], [x]))
+
+    def value(name: str, *sizes: int, kind: int = TensorProto.FLOAT) -> Any:
+        return helper.make_tensor_value_info(name, kind, sizes)
+
+    given = [value("x", point.steps, point.batch, point.input_size)]
+    if point.packed:
+        given.append(value("lengths", point.batch, kind=TensorProto.INT32))
+    returned = [value("output", point.steps, point.batch, directions * hidden)]
+    graph = helper.make_graph(nodes, "layer", given, returned, constants)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+    )

@@ -1,0 +1,266 @@
+"""The libraries that are compared, each made ready for a task in the way that suits it best.
+
+All get the same float32 weights and input. ONNX Runtime and OpenVINO only do inference; what a
+user would do once (build the model, choose buffers) is done before the call that is timed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastrnn
+
+from .onnx_model import onnx_model
+from .shapes import MODES, Task
+
+_CLASSES: Final = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+
+
+class Call(ABC):
+    """A library that is ready for a task."""
+
+    @abstractmethod
+    def __call__(self) -> object:
+        """Does the task once: this is what is timed."""
+
+    @abstractmethod
+    def results(self) -> dict[str, Tensor]:
+        """Does it and returns ``output`` (its valid rows) and, in training, gradients by name."""
+
+
+def torch_layer(task: Task) -> nn.Module:
+    """The layer of ``torch.nn`` whose weights everybody gets; always the same ones."""
+    return _layer(nn, task)
+
+
+def _layer(classes: Any, task: Task) -> nn.Module:
+    point, name = task.point, _CLASSES[task.cell]
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        if point.single:
+            cell: nn.Module = getattr(classes, f"{name}Cell")(point.input_size, point.hidden_size)
+            return cell
+        layer: nn.Module = getattr(classes, name)(
+            point.input_size, point.hidden_size, point.layers, bidirectional=point.bidirectional
+        )
+        return layer
+
+
+def padded_input(task: Task) -> Tensor:
+    """x [T,B,I], or [B,I] for a cell; always the same values."""
+    point = task.point
+    leading = (point.batch,) if point.single else (point.steps, point.batch)
+    values = torch.Generator().manual_seed(1)
+    return torch.randn(*leading, point.input_size, generator=values)
+
+
+def _valid_rows(output: Tensor, task: Task) -> Tensor:
+    """The rows of ``output`` [T,B,D*H] within the lengths, as packing orders them."""
+    packed = task.point.packed
+    return pack_padded_sequence(output, task.point.lengths).data if packed else output
+
+
+class ModuleCall(Call):
+    """A module with the interface of ``torch.nn``.
+
+    Args:
+        classes: where RNN, LSTM, GRU and their cells are: ``torch.nn`` or ``fastrnn``.
+        task: what to do.
+        dtype: of weights, input and arithmetic.
+    """
+
+    def __init__(self, classes: Any, task: Task, dtype: torch.dtype = torch.float32) -> None:
+        self._task = task
+        self._layer = _layer(classes, task).to(dtype)
+        self._layer.load_state_dict(torch_layer(task).state_dict())
+        x = padded_input(task).to(dtype)
+        self._x = pack_padded_sequence(x, task.point.lengths) if task.point.packed else x
+        self._leaf = self._x.data if isinstance(self._x, PackedSequence) else self._x
+        self._arguments: tuple[Any, ...] = (self._x,)
+        if task.point.single:  # as in a loop over steps, which always has a state to give
+            h = torch.tanh(x.new_ones(task.point.batch, task.point.hidden_size))
+            self._arguments += ((h, h) if task.cell == "lstm" else h,)
+        self._d_output: Tensor | None = None
+        if task.mode == "training":
+            self._leaf.requires_grad_()
+            values = torch.Generator().manual_seed(2)
+            shape = (*self._leaf.shape[:-1], task.point.output_size)
+            self._d_output = torch.randn(shape, generator=values).to(dtype)
+
+    def _output(self) -> Tensor:
+        output = self._layer(*self._arguments)
+        if isinstance(output, tuple):  # (output, h_n) of a layer, (h, c) of an LSTMCell
+            output = output[0]
+        rows: Tensor = output.data if isinstance(output, PackedSequence) else output
+        return rows
+
+    def __call__(self) -> object:
+        if self._d_output is None:
+            with torch.no_grad():
+                return self._layer(*self._arguments)
+        self._layer.zero_grad()
+        self._leaf.grad = None
+        output = self._output()
+        output.backward(self._d_output)
+        return output
+
+    def results(self) -> dict[str, Tensor]:
+        if self._d_output is None:
+            with torch.no_grad():
+                return {"output": self._output()}
+        self()
+        gradients = {f"d_{name}": weight.grad for name, weight in self._layer.named_parameters()}
+        gradients["d_x"] = self._leaf.grad
+        found = {name: value.clone() for name, value in gradients.items() if value is not None}
+        return {"output": self._output().detach(), **found}
+
+
+class OnnxRuntimeCall(Call):
+    """ONNX Runtime on buffers that are bound once, so that a call copies nothing.
+
+    Its threads spin between calls, which is its default: asleep (``allow_spinning`` 0) it needs up
+    to 40% longer for a call of less than a millisecond, and as long for larger ones.
+    """
+
+    def __init__(self, task: Task) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = task.threads
+        options.inter_op_num_threads = 1
+        model = onnx_model(task.cell, task.point, torch_layer(task).state_dict())
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self._task = task
+        self._binding = self._session.io_binding()
+        self._inputs = _onnx_inputs(task)  # kept: the binding does not own them
+        self._output = torch.empty(task.point.steps, task.point.batch, task.point.output_size)
+        wrap = onnxruntime.OrtValue.ortvalue_from_numpy
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, wrap(value.numpy()))
+        self._binding.bind_ortvalue_output("output", wrap(self._output.numpy()))
+
+    def __call__(self) -> object:
+        return self._session.run_with_iobinding(self._binding)
+
+    def results(self) -> dict[str, Tensor]:
+        self()
+        return {"output": _valid_rows(self._output.clone(), self._task)}
+
+
+class OpenVinoCall(Call):
+    """OpenVINO's CPU plugin in float32, on tensors that share their memory with ours.
+
+    Pinned threads and its throughput hint made no difference.
+    """
+
+    def __init__(self, task: Task) -> None:
+        import openvino
+
+        model = onnx_model(task.cell, task.point, torch_layer(task).state_dict())
+        core = openvino.Core()
+        compiled = core.compile_model(
+            core.read_model(model.SerializeToString()),
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": task.threads,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32",  # or it would use bfloat16 where there is any
+            },
+        )
+        self._task = task
+        self._request = compiled.create_infer_request()
+        self._inputs = _onnx_inputs(task)  # kept: the tensors do not own them
+        for name, value in self._inputs.items():
+            self._request.set_tensor(name, openvino.Tensor(value.numpy(), shared_memory=True))
+
+    def __call__(self) -> object:
+        return self._request.infer()
+
+    def results(self) -> dict[str, Tensor]:
+        self()
+        output = torch.from_numpy(self._request.get_output_tensor().data.copy())
+        return {"output": _valid_rows(output, self._task)}
+
+
+def _onnx_inputs(task: Task) -> dict[str, Tensor]:
+    inputs = {"x": padded_input(task)}
+    if task.point.packed:
+        inputs["lengths"] = torch.tensor(task.point.lengths, dtype=torch.int32)
+    return inputs
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library to measure.
+
+    Args:
+        name: on the command line and in files.
+        title: in tables.
+        prepare: makes it ready for a task.
+        packages: what it needs installed; the first one's version is its version.
+        modes: what it does.
+        single: whether it has cells.
+    """
+
+    name: str
+    title: str
+    prepare: Callable[[Task], Call]
+    packages: tuple[str, ...]
+    modes: tuple[str, ...] = MODES
+    single: bool = True
+
+    @property
+    def installed(self) -> bool:
+        """Whether all that it needs can be imported."""
+        return all(importlib.util.find_spec(package) for package in self.packages)
+
+    @property
+    def version(self) -> str:
+        """Of the library."""
+        if self.packages[0] == "fastrnn":
+            return fastrnn.__version__
+        return importlib.metadata.version(self.packages[0])
+
+    def does(self, task: Task) -> bool:
+        """Whether this task is one for it."""
+        return task.mode in self.modes and (self.single or not task.point.single)
+
+
+FASTRNN = Library("fastrnn", "fastrnn", lambda task: ModuleCall(fastrnn, task), ("fastrnn",))
+TORCH = Library("torch", "torch.nn", lambda task: ModuleCall(nn, task), ("torch",))
+LIBRARIES: Final = (
+    FASTRNN,
+    TORCH,
+    Library(
+        "onnxruntime",
+        "ONNX Runtime",
+        OnnxRuntimeCall,
+        ("onnxruntime", "onnx"),
+        modes=("forward",),
+        single=False,
+    ),
+    Library(
+        "openvino",
+        "OpenVINO",
+        OpenVinoCall,
+        ("openvino", "onnx"),
+        modes=("forward",),
+        single=False,
+    ),
+)
+
+
+def installed_libraries() -> tuple[Library, ...]:
+    """Those that can be measured here, fastrnn first."""
+    return tuple(library for library in LIBRARIES if library.installed)
