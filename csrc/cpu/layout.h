@@ -15,6 +15,12 @@ struct Share {
   std::int64_t begin, end;
   Share(std::int64_t count, int part, int parts)
       : begin(count * part / parts), end(count * (part + 1) / parts) {}
+  // The i-th of it; backwards, counted from the end. Who walks back and forth over the same weights
+  // meets first what the cache has kept from the last time.
+  std::int64_t zigzag(std::int64_t i, bool backwards) const {
+    return backwards ? end - 1 - i : begin + i;
+  }
+  std::int64_t size() const { return end - begin; }
   // A part of this share.
   Share cut(int part, int parts) const {
     Share result(end - begin, part, parts);

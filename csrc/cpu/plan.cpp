@@ -50,7 +50,8 @@ int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int elem
 int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups) {
   const std::int64_t vectors = std::max<std::int64_t>(divide_up(units, lanes), 1);
   auto heaviest = [&](int width) {  // vectors of the most loaded group
-    return divide_up(divide_up(vectors, width), groups) * width;
+    const std::int64_t most = divide_up(divide_up(vectors, width), groups) * width;
+    return gates > 1 ? most : std::min(most, vectors);  // with one gate a last block may be narrow
   };
   int best = 1;
   for (int width : {2, 4})

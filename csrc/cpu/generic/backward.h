@@ -198,7 +198,8 @@ class BackwardWalk {
   void hand_on(std::int64_t t, std::int64_t end) {
     const std::int64_t width = Cell::kPre * shape_.hidden_size;
     const T* d_pre = p_.d_pre + shape_.step_offset[t] * width;
-    for (std::int64_t block = out_blocks_.begin; block < out_blocks_.end; ++block) {
+    for (std::int64_t i = 0; i < out_blocks_.size(); ++i) {
+      const std::int64_t block = out_blocks_.zigzag(i, t % 2 != 0);
       for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
         T* c = carry(row) + block * at_.out_block;
         if (shape_.proj_size > 0)  // dh went through w_hr whole: nothing direct is left

@@ -152,7 +152,8 @@ class ForwardWalk {
       waited = true;
     };
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
-    for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+    for (std::int64_t i = 0; i < blocks_.size(); ++i) {
+      const std::int64_t block = blocks_.zigzag(i, parity != 0);
       for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
         T* c = scratch;
         std::int64_t c_stride = width_;

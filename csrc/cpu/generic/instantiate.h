@@ -21,6 +21,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define FASTRNN_PRAGMA_TEXT(...) _Pragma(#__VA_ARGS__)
 #define FASTRNN_PRAGMA(...) FASTRNN_PRAGMA_TEXT(__VA_ARGS__)
 #if !defined(FASTRNN_TARGET)

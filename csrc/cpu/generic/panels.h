@@ -102,15 +102,18 @@ class Weights {
       if (has_panel(block)) pack_panel(source_, block, block_units(), panel(block));
   }
 
-  // C [rows, *] += A [rows, K] (this block), vector i of the block at columns.at[i].
+  // C [rows, *] += A [rows, K] (this block), vector i of the block at columns.at[i]. Of a last
+  // block with one gate, vectors without a unit are left out.
   void multiply(std::int64_t block, int rows, const T* a, std::int64_t a_stride, T* c,
                 std::int64_t c_stride, const Columns& columns) const {
     if (has_panel(block) || !source_.unit_is_row) {
       const bool lies = !has_panel(block);
-      tile_function<T>(rows, source_.gates * vectors_)(
-          source_.k_count, a, a_stride,
-          lies ? source_.weights + block * block_units() : panel(block),
-          lies ? source_.stride : panel_width(), c, c_stride, columns.at);
+      const int vectors = source_.gates > 1 ? source_.gates * vectors_
+                                            : int(divide_up(units_of(block), Pack<T>::kLanes));
+      tile_function<T>(rows, vectors)(source_.k_count, a, a_stride,
+                                      lies ? source_.weights + block * block_units() : panel(block),
+                                      lies ? source_.stride : panel_width(), c, c_stride,
+                                      columns.at);
       return;
     }
     const std::int64_t first = block * block_units(), present = units_of(block);
