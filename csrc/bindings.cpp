@@ -121,6 +121,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["back_vectors"] = chosen.back_vectors;
   result["packed"] = chosen.packed;
   result["input"] = chosen.input_fused ? "fused" : "ahead";
+  result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;
   return result;
 }

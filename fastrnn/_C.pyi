@@ -31,6 +31,8 @@ class Plan(TypedDict, total=False):
     unit_vectors: int
     back_vectors: int
     packed: bool
+    together: int
+    shared: bool
     input: Literal["fused", "ahead"]
     chunk_rows: int
 

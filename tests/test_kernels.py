@@ -158,15 +158,24 @@ def test_half_types_add_in_float32(isa: str, cell: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_long_sequences_are_projected_in_chunks(isa: str, cell: str) -> None:
-    plan = _C.plan(cell, 700, 1, 3, 20)
+    plan = _C.plan(cell, 600, 1, 3, 20)
     assert plan["input"] == "ahead"
-    assert plan["chunk_rows"] < 700
-    Case(CELLS[cell], 700, 1, 3, 20, directions=2).check(torch.float32)
+    assert plan["chunk_rows"] < 600
+    Case(CELLS[cell], 600, 1, 3, 20, directions=2).check(torch.float32)
 
 
 def test_weights_beyond_the_shared_cache_are_projected_ahead() -> None:
     assert _C.plan("lstm", 2, 6, 1100, 1100, threads=2)["input"] == "ahead"
     Case(CELLS["lstm"], 2, 6, 1100, 1100).check(torch.float32)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_blocks_are_shared_out(isa: str, threads: int, cell: str) -> None:
+    gates = CELLS[cell].gates
+    hidden = {1: 520, 3: 300, 4: 260}[gates]
+    plan = _C.plan(cell, 9, 15, hidden, hidden, threads=threads)
+    assert plan["shared"] == (threads > 1)
+    Case(CELLS[cell], 9, 15, hidden, hidden).check(torch.float32)
 
 
 # --- the products after the walk back ------------------------------------------------------------

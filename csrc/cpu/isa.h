@@ -21,12 +21,12 @@ constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));
 
 template <class T>
 struct Walk {
-  void (*forward)(const LayerForward<T, T>&, const Plan&, const ForwardLayout&, T* workspace,
-                  Barrier&, int rank);
+  void (*forward)(const LayerForward<T, T>&, const Plan&, const ForwardLayout&, T* workspace, Team&,
+                  int rank);
   void (*backward)(const LayerBackward<T, T>&, const Plan&, const BackwardLayout&, T* workspace,
-                   Barrier&, int rank);
+                   Team&, int rank);
   void (*gradients)(const LayerGradients<T>&, const Plan&, const GradientLayout&, T* workspace,
-                    Barrier&, int rank);
+                    Team&, int rank);
 };
 
 template <class T>

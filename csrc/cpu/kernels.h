@@ -24,6 +24,7 @@ struct Plan {
   int back_vectors;  // the same for the products of backward and of projections
   bool packed;       // weights are copied into panels first, or multiplied with as they lie
   bool input_fused;  // x_t w_ih^T inside the step (true), or for many steps ahead (false)
+  bool shared;       // a rank that has finished its blocks of a step takes over others'
   std::int64_t chunk_rows;  // rows of x that are projected ahead at a time, if not fused
 };
 

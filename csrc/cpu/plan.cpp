@@ -86,6 +86,17 @@ bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups
          step_weights(shape, Pass::kForward) * element_bytes <= kSharedCacheBytes;
 }
 
+// Ranks that wait for each other at each step, while one of them may be slower for a moment: its
+// CPU is busy, or it has one block more. Not where each keeps its weights in its own cache, or its
+// share of what was projected ahead.
+bool pick_shared(const LayerShape& shape, const Plan& plan) {
+  if (plan.unit_groups == 1 || !plan.input_fused || !plan.packed) return false;
+  const std::int64_t units = std::int64_t(plan.unit_vectors) * plan.vector_lanes;
+  return shape.batch / plan.row_groups * step_weights(shape, Pass::kForward) / shape.hidden_size *
+             units >=
+         kMinSharedWork;
+}
+
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                    int max_threads, int directions) {
   Plan plan{};
@@ -102,6 +113,7 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
       pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
   plan.packed = pick_packed(shape, pass);
   plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups);
+  plan.shared = pass == Pass::kForward && pick_shared(shape, plan);
   // A hundred rows or so reuse each loaded weight well, and their gates stay in the cache.
   plan.chunk_rows = std::max<std::int64_t>(shape.batch, shape.batch > 16 ? 4 * shape.batch : 96);
   return plan;
@@ -109,6 +121,7 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
 
 Plan alone(Plan plan) {
   plan.threads = plan.row_groups = plan.unit_groups = 1;
+  plan.shared = false;
   return plan;
 }
 

@@ -8,6 +8,8 @@ namespace fastrnn::cpu {
 // A rank earns its keep if a step gives it at least this many multiply-adds: below, meeting the
 // others at the barrier costs more than the work they take over.
 constexpr std::int64_t kMinStepWork = 8192;
+// A block that takes this many multiply-adds (a microsecond or two) is worth asking who does it.
+constexpr std::int64_t kMinSharedWork = 100'000;
 // And the whole call must be worth waking the pool (about a microsecond).
 constexpr std::int64_t kMinCallWork = 100'000;
 // ... which costs more where its threads are made for the call (in a forked process).
@@ -36,6 +38,7 @@ int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups);
 bool pick_packed(const LayerShape& shape, Pass pass);
 int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                   int max_threads, int directions);
+bool pick_shared(const LayerShape& shape, const Plan& plan);
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,

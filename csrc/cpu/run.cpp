@@ -7,9 +7,9 @@ namespace fastrnn::cpu {
 namespace {
 
 template <class T, class Layout, class Problem>
-using WalkRank = void (*)(const Problem&, const Plan&, const Layout&, T*, Barrier&, int);
+using WalkRank = void (*)(const Problem&, const Plan&, const Layout&, T*, Team&, int);
 
-// Directions that walk at the same time, each with a team, a barrier and a workspace of its own:
+// Directions that walk at the same time, each with a team and a workspace of its own:
 // rank r of the call is rank r % plan.threads of direction r / plan.threads.
 template <class T, class Layout, class Problem>
 class Job {
@@ -21,7 +21,7 @@ class Job {
         walk_(walk),
         size_(Layout(problems[0].shape, plan).size),
         workspace_(count * size_ * sizeof(T)),
-        barriers_{Barrier(plan.threads), Barrier(count > 1 ? plan.threads : 0)} {}
+        teams_{Team(plan.threads), Team(count > 1 ? plan.threads : 0)} {}
 
   void run(ParallelFor parallel_for) {
     run_team(count_ * plan_.threads, parallel_for, run_rank, this);
@@ -42,7 +42,7 @@ class Job {
     const Problem& problem = problems_[direction];
     const Layout layout(problem.shape, plan);
     T* workspace = static_cast<T*>(workspace_.data()) + direction * size_;
-    walk_(problem, plan, layout, workspace, barriers_[direction], rank);
+    walk_(problem, plan, layout, workspace, teams_[direction], rank);
   }
 
   const Problem* const problems_;
@@ -51,7 +51,7 @@ class Job {
   const WalkRank<T, Layout, Problem> walk_;
   const std::int64_t size_;  // elements of one direction's workspace
   Workspace workspace_;
-  Barrier barriers_[kMostDirections];
+  Team teams_[kMostDirections];
 };
 
 template <class T, class Layout, class Problem>
@@ -60,10 +60,9 @@ void run(const Problem* problems, int count, Pass pass, int threads, ParallelFor
   const LayerShape& shape = problems[0].shape;
   if (is_forked() && call_work(shape, pass) < kMinForkedWork) threads = 1;
   Plan plan = make_plan(shape, pass, sizeof(T), threads, count);
-  const int all = plan.threads == 1 ? 1 : std::min(threads, usable_cpus());
-  const Claim claim(plan.threads * plan.together, all);
-  if (claim.threads() < plan.threads * plan.together)
-    plan = make_plan(shape, pass, sizeof(T), claim.threads(), count);
+  const int wanted = plan.threads * plan.together;
+  const Claim claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
+  if (claim.threads() < wanted) plan = make_plan(shape, pass, sizeof(T), claim.threads(), count);
   for (int done = 0; done < count; done += plan.together)
     Job<T, Layout, Problem>(problems + done, plan.together, plan, walk).run(parallel_for);
 }

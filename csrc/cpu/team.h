@@ -55,6 +55,51 @@ class Barrier {
   alignas(Flag) unsigned char storage_[kMaxTeam * sizeof(Flag)];
 };
 
+// Work of a step that whoever has time may do: items 0 ... size-1 of each rank, which takes its own
+// from the front, while others that have finished theirs take from the back. There is one count for
+// even steps and one for odd ones, so that one can be refilled while the other is in use.
+class Shares {
+ public:
+  explicit Shares(int threads) {
+    for (int rank = 0; rank < threads; ++rank) new (&queue(rank)) Queue;
+  }
+
+  // Everything is there again. By the rank itself, when nobody is in a step of this parity any
+  // more.
+  void refill(int rank, int parity) {
+    queue(rank).taken[parity].store({0, 0}, std::memory_order_relaxed);
+  }
+  // Takes an item of rank's; false if there is none left.
+  bool take(int rank, int parity, std::int64_t size, bool from_front, std::int64_t& item) {
+    auto& taken = queue(rank).taken[parity];
+    Taken before = taken.load(std::memory_order_relaxed), after;
+    do {
+      if (before.front + before.back >= size) return false;
+      after = before;
+      item = from_front ? after.front++ : size - ++after.back;
+    } while (!taken.compare_exchange_weak(before, after, std::memory_order_relaxed));
+    return true;
+  }
+
+ private:
+  struct Taken {
+    std::int32_t front, back;  // items that are gone, from either end
+  };
+  struct alignas(128) Queue {
+    std::atomic<Taken> taken[2] = {};
+  };
+  Queue& queue(int rank) { return reinterpret_cast<Queue*>(storage_)[rank]; }
+
+  alignas(Queue) unsigned char storage_[kMaxTeam * sizeof(Queue)];
+};
+
+// What the ranks that walk together share.
+struct Team {
+  Barrier barrier;
+  Shares shares;
+  explicit Team(int threads) : barrier(threads), shares(threads) {}
+};
+
 // Runs body(context, rank, size) for every rank at once: with size = threads where the pool grants
 // that many, else with size = 1 on the calling thread alone (a nested or a smaller region). A
 // forked process, where the pool is dead, makes threads for the call.

@@ -11,13 +11,13 @@ template <class Cell, class T>
 class BackwardWalk {
  public:
   BackwardWalk(const LayerBackward<T, T>& problem, const Plan& plan, const BackwardLayout& layout,
-               T* workspace, Barrier& barrier, int rank)
+               T* workspace, Team& team, int rank)
       : p_(problem),
         shape_(problem.shape),
         plan_(plan),
         at_(layout),
         work_(workspace),
-        barrier_(barrier),
+        barrier_(team.barrier),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
         rows_(shape_.batch, rank / plan.unit_groups, plan.row_groups),

@@ -11,13 +11,14 @@ template <class Cell, class T>
 class ForwardWalk {
  public:
   ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
-              T* workspace, Barrier& barrier, int rank)
+              T* workspace, Team& team, int rank)
       : p_(problem),
         shape_(problem.shape),
         plan_(plan),
         at_(layout),
         work_(workspace),
-        barrier_(barrier),
+        barrier_(team.barrier),
+        shares_(team.shares),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
         rows_(shape_.batch, rank / plan.unit_groups, plan.row_groups),
@@ -142,6 +143,26 @@ class ForwardWalk {
     for (std::int64_t i = 0; i < width_; i += kLanes) P::load(from + i).store(to + i);
   }
 
+  // This rank's blocks; where they are shared, then what the others of its group have not begun.
+  template <class Wait, class Body>
+  void for_each_block(int parity, Wait&& wait, Body&& body) {
+    if (!plan_.shared) {
+      for (std::int64_t i = 0; i < blocks_.size(); ++i) body(blocks_.zigzag(i, parity != 0));
+      return;
+    }
+    std::int64_t i;
+    while (shares_.take(rank_, parity, blocks_.size(), true, i))
+      body(blocks_.zigzag(i, parity != 0));
+    wait();  // all have left the step before: its counts are free, and these are filled
+    shares_.refill(rank_, 1 - parity);
+    for (int next = 1; next < plan_.unit_groups; ++next) {
+      const int group = (rank_ + next) % plan_.unit_groups;
+      const Share theirs(at_.unit_blocks, group, plan_.unit_groups);
+      while (shares_.take(group_first_ + group, parity, theirs.size(), false, i))
+        body(theirs.zigzag(i, parity != 0));
+    }
+  }
+
   void step(std::int64_t t, int parity, bool others_wrote) {
     const std::int64_t offset = shape_.step_offset[t];
     const std::int64_t end = std::min(rows_.end, shape_.step_rows[t]);
@@ -152,8 +173,7 @@ class ForwardWalk {
       waited = true;
     };
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
-    for (std::int64_t i = 0; i < blocks_.size(); ++i) {
-      const std::int64_t block = blocks_.zigzag(i, parity != 0);
+    for_each_block(parity, wait, [&](std::int64_t block) {
       for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
         T* c = scratch;
         std::int64_t c_stride = width_;
@@ -168,7 +188,7 @@ class ForwardWalk {
         w_hh_.multiply(block, count, h_before + row * out_, out_, c, c_stride, columns_h_);
         pointwise(t, block, row, count, parity, c, c_stride);
       });
-    }
+    });
     wait();
     if (shape_.proj_size > 0) project_state(t, end, parity);
   }
@@ -249,6 +269,7 @@ class ForwardWalk {
   const ForwardLayout& at_;
   T* const work_;
   Barrier& barrier_;
+  Shares& shares_;
   const int rank_, group_first_;
   const Share rows_, blocks_, proj_blocks_;
   const std::int64_t out_;    // R

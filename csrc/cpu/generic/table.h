@@ -3,19 +3,19 @@
 
 template <class Cell, class T>
 void forward_rank(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
-                  T* workspace, Barrier& barrier, int rank) {
-  ForwardWalk<Cell, T>(problem, plan, layout, workspace, barrier, rank).run();
+                  T* workspace, Team& team, int rank) {
+  ForwardWalk<Cell, T>(problem, plan, layout, workspace, team, rank).run();
 }
 
 template <class Cell, class T>
 void backward_rank(const LayerBackward<T, T>& problem, const Plan& plan,
-                   const BackwardLayout& layout, T* workspace, Barrier& barrier, int rank) {
-  BackwardWalk<Cell, T>(problem, plan, layout, workspace, barrier, rank).run();
+                   const BackwardLayout& layout, T* workspace, Team& team, int rank) {
+  BackwardWalk<Cell, T>(problem, plan, layout, workspace, team, rank).run();
 }
 
 template <class Cell, class T>
 void gradient_rank(const LayerGradients<T>& problem, const Plan& plan, const GradientLayout& layout,
-                   T* workspace, Barrier&, int rank) {
+                   T* workspace, Team&, int rank) {
   GradientWalk<Cell, T>(problem, plan, layout, workspace, rank).run();
 }
 

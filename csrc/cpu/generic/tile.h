@@ -7,7 +7,8 @@
 // Per k it loads n vectors of B (a packed panel, mostly) and broadcasts m values of A for m*n
 // multiply-adds. C is memory (a scratch tile in L1, or a buffer), so whoever comes next, the cell's
 // pointwise text or another product, finds all gates of its units side by side. column[] lets the
-// two products of a GRU add into different columns (r,z,xn and r,z,hn).
+// two products of a GRU add into different columns (r,z,xn and r,z,hn). The sum starts from zero
+// and goes into C at the end, so whoever cuts K into pieces keeps its error small.
 
 // Rows of a tile of n vectors: accumulators, one vector of B and a broadcast must fit the
 // registers. Vectors of 16 bytes need more: SSE2 has no FMA, so a product takes a register as well;
@@ -49,9 +50,8 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      sum[0][m][n] = P::load(c + m * c_stride + column[n]).v;
 #pragma GCC unroll 16
-      for (int chain = 1; chain < kChains; ++chain) sum[chain][m][n] = Vector{};
+      for (int chain = 0; chain < kChains; ++chain) sum[chain][m][n] = Vector{};
     }
   }
   const T* row[M];
@@ -106,7 +106,8 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
       Vector total = sum[0][m][n];
 #pragma GCC unroll 16
       for (int chain = 1; chain < kChains; ++chain) total += sum[chain][m][n];
-      P(total).store(c + m * c_stride + column[n]);
+      T* at = c + m * c_stride + column[n];
+      (P::load(at) + P(total)).store(at);
     }
   }
 }
