@@ -31,6 +31,7 @@ class Plan(TypedDict, total=False):
     unit_vectors: int
     back_vectors: int
     packed: bool
+    half_weights: bool
     input: Literal["fused", "ahead"]
     chunk_rows: int
 
@@ -54,6 +55,7 @@ def plan(
     threads: int = 1,
     training: bool = False,
     directions: int = 1,
+    half_weights: bool = False,
 ) -> Plan: ...
 def usable_cpus() -> int: ...
 def quota_cpus(membership: str = ..., root: str = ...) -> int: ...

@@ -15,11 +15,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define FASTRNN_PRAGMA_TEXT(...) _Pragma(#__VA_ARGS__)
 #define FASTRNN_PRAGMA(...) FASTRNN_PRAGMA_TEXT(__VA_ARGS__)
@@ -50,6 +54,8 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 #include "tile.h"
 
 #include "panels.h"
+
+#include "half.h"
 
 #include "forward.h"
 
