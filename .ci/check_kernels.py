@@ -38,6 +38,7 @@ class Microkernel:
 MICROKERNELS = {
     "tile": Microkernel(("float", "double"), rows="tile_rows", chains="tile_chains"),
     "dot": Microkernel(),
+    "half_tile": Microkernel(),
 }
 
 # Integers that a loop may fetch from the stack (or from a vector register) in a step along K: the
@@ -291,11 +292,12 @@ def check_object(path: str) -> list[str]:
             loop, faults = check(function, expected.get(function.shape, 1))
             wrong += [f"{function.name} {fault}." for fault in faults]
             if loop is not None:
-                rows.setdefault((name, function.shape, line(loop)), []).append(function.type)
+                of_type = function.type.rpartition("::")[2]
+                rows.setdefault((name, function.shape, line(loop)), []).append(of_type)
     print(f"{isa} on {machine}: {len(found)} microkernels, instructions in an iteration of K")
-    print(" " * 26 + "FMAs loads moves others spills integer  FMA share")
+    print(" " * 30 + "FMAs loads moves others spills integer  FMA share")
     for (name, (m, n), text), types in rows.items():
-        print(f"  {name:5}{m:3} x {n}  {' '.join(sorted(types)):13}{text}")
+        print(f"  {name:9}{m:3} x {n}  {' '.join(sorted(types)):13}{text}")
     return wrong
 
 

@@ -85,7 +85,7 @@ double fma_peak(int threads, double seconds) {
 py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
               std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
               const std::string& dtype, const std::string& device, int threads, bool training,
-              int directions) {
+              int directions, bool half_weights) {
   const CellInfo& info = find_cell(cell);
   const int bytes = element_bytes(dtype);
   check_size("steps", steps, 0);
@@ -109,7 +109,8 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
   const fastrnn::cpu::Plan chosen =
       // half types: in float32
-      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), threads, directions);
+      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), threads, directions,
+                              half_weights && dtype == "float32");
   result["schedule"] = "persistent";
   result["isa"] = chosen.isa;
   result["vector_lanes"] = chosen.vector_lanes;
@@ -120,6 +121,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["unit_vectors"] = chosen.unit_vectors;
   result["back_vectors"] = chosen.back_vectors;
   result["packed"] = chosen.packed;
+  result["half_weights"] = chosen.half_weights;
   result["input"] = chosen.input_fused ? "fused" : "ahead";
   result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;
@@ -166,7 +168,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
         py::arg("device") = "cpu", py::arg("threads") = 1, py::arg("training") = false,
-        py::arg("directions") = 1,
+        py::arg("directions") = 1, py::arg("half_weights") = false,
         "How a layer of this shape would be walked through time (training: its backward pass).");
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of float32 multiply-adds on registers, all threads at once.");

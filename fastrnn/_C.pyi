@@ -33,6 +33,7 @@ class Plan(TypedDict, total=False):
     packed: bool
     together: int
     shared: bool
+    half_weights: bool
     input: Literal["fused", "ahead"]
     chunk_rows: int
 
@@ -56,6 +57,7 @@ def plan(
     threads: int = 1,
     training: bool = False,
     directions: int = 1,
+    half_weights: bool = False,
 ) -> Plan: ...
 def usable_cpus() -> int: ...
 def quota_cpus(membership: str = ..., root: str = ...) -> int: ...

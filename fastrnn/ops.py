@@ -66,6 +66,7 @@ def _forward_fake(
     batch_sizes: Tensor | None,
     cell: str,
     save: bool,
+    half_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = CELLS[cell]
     directions, batch, size = h0.shape
@@ -199,10 +200,12 @@ def layer(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     spec: CellSpec,
+    half_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs one layer through the kernels, differentiable when a gradient is asked for.
 
     Arguments and results are those of `fastrnn.reference.layer`; the caller has checked them.
+    ``half_weights`` lets the CPU's kernels round w_hh to float16 where no gradient is asked for.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -219,9 +222,23 @@ def layer(
         else:
             apply = _apply
         y, h_n, c_n, _ = apply(x, h0, c0, batch_sizes, spec, *weights)
+    elif half_weights and x.device.type == "cpu":
+        y, h_n, c_n, _ = _forward(x, h0, c0, weights, batch_sizes, spec.name, False, True)
     else:
         y, h_n, c_n, _ = _forward(x, h0, c0, weights, batch_sizes, spec.name, False)
     return y, h_n, None if c0 is None else c_n
+
+
+def half_weights_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`layer` with ``half_weights``."""
+    return layer(x, h0, c0, weights, batch_sizes, spec, True)
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:

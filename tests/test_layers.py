@@ -32,7 +32,8 @@ MAY_INCLUDE = {
 STABLE_TORCH = r"torch/csrc/stable/.+|torch/headeronly/.+|torch/csrc/inductor/aoti_torch/.+"
 CUDA_TOOLKIT = r"cuda(_\w+)?\.h|cublas_v2\.h|cooperative_groups(/.+)?\.h|mma\.h"
 OUTSIDE = {
-    "cpu": r"immintrin\.h|pthread\.h|sched\.h|unistd\.h|sys/(mman|syscall)\.h|linux/futex\.h",
+    "cpu": r"pthread\.h|sched\.h|unistd\.h|sys/(mman|syscall)\.h|linux/futex\.h"
+    r"|cpuid\.h|immintrin\.h",
     "cuda": CUDA_TOOLKIT,
     "torch": STABLE_TORCH,
     "torch_cuda": f"{STABLE_TORCH}|{CUDA_TOOLKIT}",

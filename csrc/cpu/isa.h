@@ -46,6 +46,7 @@ struct Isa {
   Walks<float> walks_float;
   Walks<double> walks_double;
   PeakLoop peak;
+  bool half_weights;  // loads widen float16 (generic/half.h)
 
   template <class T>
   const Walk<T>& walk(CellKind cell) const {
@@ -59,5 +60,9 @@ struct Isa {
 
 // The one in use (dispatch.cpp).
 const Isa& isa();
+
+// Whether this machine with AVX-512 converts float16 faster into vectors of 32 bytes than into
+// those of 64.
+bool widens_by_halves();
 
 }  // namespace fastrnn::cpu

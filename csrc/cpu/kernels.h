@@ -26,12 +26,13 @@ struct Plan {
   bool input_fused;  // x_t w_ih^T inside the step (true), or for many steps ahead (false)
   bool shared;       // a rank that has finished its blocks of a step takes over others'
   std::int64_t chunk_rows;  // rows of x that are projected ahead at a time, if not fused
+  bool half_weights;        // w_hh in panels of float16
 };
 
 enum class Pass { kForward, kBackward, kGradients };
 
 FASTRNN_EXPORT Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads,
-                              int directions = 1);
+                              int directions = 1, bool half_weights = false);
 
 // Instruction sets compiled into this library that this machine runs, worst first.
 FASTRNN_EXPORT std::vector<std::string> available_isas();

@@ -78,6 +78,15 @@ bool pick_packed(const LayerShape& shape, Pass pass) {
   return shape.steps * shape.batch >= (shape.steps == 1 ? kPackedRowsOfOne : kPackedRows);
 }
 
+// w_hh as float16, for those who allow it: where a step does little but fetch it. Rows that share a
+// fetched weight would widen it again each.
+bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
+                       bool packed) {
+  const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
+  return pass == Pass::kForward && packed && shape.batch == 1 && element_bytes == 4 &&
+         values >= kMinHalfWeights && isa.half_weights;
+}
+
 // x_t w_ih^T goes into the step's own tile where rows enough share the weights and they stay
 // cached.
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups) {
@@ -98,7 +107,7 @@ bool pick_shared(const LayerShape& shape, const Plan& plan) {
 }
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                   int max_threads, int directions) {
+                   int max_threads, int directions, bool half_weights) {
   Plan plan{};
   plan.isa = isa.name;
   plan.vector_lanes = isa.vector_bytes / element_bytes;
@@ -112,6 +121,8 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
   plan.back_vectors =
       pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
   plan.packed = pick_packed(shape, pass);
+  plan.half_weights =
+      half_weights && pick_half_weights(shape, pass, isa, element_bytes, plan.packed);
   plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups);
   plan.shared = pass == Pass::kForward && pick_shared(shape, plan);
   // A hundred rows or so reuse each loaded weight well, and their gates stay in the cache.

@@ -25,6 +25,8 @@ constexpr std::int64_t kSharedCacheBytes = 24 * 1024 * 1024;
 // step, of several), and from this many steps of backward, whose weights lie nearly as a panel
 // anyway.
 constexpr std::int64_t kPackedRowsOfOne = 48, kPackedRows = 24, kPackedBackSteps = 6;
+// A step waits for w_hh rather than for its own instructions from this many values on.
+constexpr std::int64_t kMinHalfWeights = 16 * 1024;
 // From this batch on, rows enough share each weight that is loaded: the input product joins the
 // step.
 constexpr std::int64_t kFusedBatch = 4;
@@ -36,13 +38,15 @@ int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int elem
                     int threads);
 int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups);
 bool pick_packed(const LayerShape& shape, Pass pass);
+bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
+                       bool packed);
 int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                   int max_threads, int directions);
 bool pick_shared(const LayerShape& shape, const Plan& plan);
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                   int max_threads, int directions);
+                   int max_threads, int directions, bool half_weights);
 // The same for one thread: what a team does that was granted no others.
 Plan alone(Plan plan);
 

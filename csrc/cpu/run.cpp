@@ -54,25 +54,38 @@ class Job {
   Team teams_[kMostDirections];
 };
 
+template <class T>
+bool half_weights(const LayerForward<T, T>& problem) {
+  return problem.half_weights;
+}
+template <class Problem>
+bool half_weights(const Problem&) {
+  return false;
+}
+
 template <class T, class Layout, class Problem>
 void run(const Problem* problems, int count, Pass pass, int threads, ParallelFor parallel_for,
          WalkRank<T, Layout, Problem> walk) {
   const LayerShape& shape = problems[0].shape;
   if (is_forked() && call_work(shape, pass) < kMinForkedWork) threads = 1;
-  Plan plan = make_plan(shape, pass, sizeof(T), threads, count);
+  const bool half = half_weights(problems[0]);
+  Plan plan = make_plan(shape, pass, sizeof(T), threads, count, half);
   const int wanted = plan.threads * plan.together;
   const Claim claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
-  if (claim.threads() < wanted) plan = make_plan(shape, pass, sizeof(T), claim.threads(), count);
+  if (claim.threads() < wanted)
+    plan = make_plan(shape, pass, sizeof(T), claim.threads(), count, half);
   for (int done = 0; done < count; done += plan.together)
     Job<T, Layout, Problem>(problems + done, plan.together, plan, walk).run(parallel_for);
 }
 
 }  // namespace
 
-Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads, int directions) {
+Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads, int directions,
+               bool half_weights) {
   const int bound = max_threads();
   if (bound > 0) threads = std::min(threads, bound);
-  return make_plan_for(shape, pass, isa(), element_bytes, std::max(threads, 1), directions);
+  return make_plan_for(shape, pass, isa(), element_bytes, std::max(threads, 1), directions,
+                       half_weights);
 }
 
 template <class T>

@@ -30,9 +30,11 @@ using torch::stable::Tensor;
 
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// half_weights lets the CPU round w_hh of float32 to float16 where that is faster; CUDA refuses it.
 constexpr const char* kForwardSchema =
     "layer_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
-    "str cell, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)";
+    "str cell, bool save, bool half_weights=False) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor "
+    "saved)";
 constexpr const char* kBackwardSchema =
     "layer_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor h0, Tensor? c0, "
     "Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell) "

@@ -28,11 +28,13 @@ Tensor recycled(const std::vector<int64_t>& sizes, ScalarType dtype, const Tenso
 }
 
 template <class T>
-void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs) {
+void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs, bool half_weights) {
   const Rows rows(x);
   LayerForward<T, T> problems[cpu::kMostDirections];
-  for (int64_t d = 0; d < layer.directions; ++d)
+  for (int64_t d = 0; d < layer.directions; ++d) {
     problems[d] = forward_problem<T, T>(layer, d, rows, outputs);
+    problems[d].half_weights = half_weights && layer.dtype == ScalarType::Float;
+  }
   cpu::forward(problems, int(layer.directions), threads(), parallel_for);
 }
 
@@ -46,15 +48,15 @@ void run(const Layer& layer, const BackwardInputs& inputs, const BackwardOutputs
 
 FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                           std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
-                          StringHandle cell_handle, bool save) {
+                          StringHandle cell_handle, bool save, bool half_weights) {
   const std::string cell = take_text(cell_handle);
   const ScalarType compute = accumulate_type(x.scalar_type());
   const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
   check_input(layer, x);
   const ForwardOutputs outputs(layer, save, x, recycled);
   const Tensor input = cast(x, compute);
-  compute == ScalarType::Double ? run<double>(layer, input, outputs)
-                                : run<float>(layer, input, outputs);
+  compute == ScalarType::Double ? run<double>(layer, input, outputs, half_weights)
+                                : run<float>(layer, input, outputs, half_weights);
   return outputs.results(layer);
 }
 

@@ -69,9 +69,10 @@ void run_in(ScalarType dtype, const Arguments&... arguments) {
 
 FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                           std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
-                          StringHandle cell_handle, bool save) {
+                          StringHandle cell_handle, bool save, bool half_weights) {
   const std::string cell = take_text(cell_handle);
   const DeviceGuard guard = on_device_of("x", x);
+  FASTRNN_CHECK(!half_weights, "half_weights is for the CPU, got tensors on a CUDA device.");
   const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, x.scalar_type());
   check_input(layer, x);
   const ForwardOutputs outputs(layer, save, x);

@@ -25,6 +25,35 @@ class RecurrentBase(nn.RNNBase):
     """
 
     _wrong_input: ClassVar[str]
+    _weight_dtype: torch.dtype | None = None
+
+    def __init__(
+        self, mode: str, *args: Any, weight_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        self.weight_dtype = weight_dtype
+        super().__init__(mode, *args, **kwargs)
+
+    @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """How the CPU's kernels may hold w_hh: None or ``torch.float16``; may be set at any time.
+
+        See `fastrnn.functional.check_weight_dtype` for when it acts and what it costs.
+        """
+        return self._weight_dtype
+
+    @weight_dtype.setter
+    def weight_dtype(self, weight_dtype: torch.dtype | None) -> None:
+        if functional.check_weight_dtype(weight_dtype) is None:
+            self.__dict__.pop("_weight_dtype", None)
+        else:
+            self._weight_dtype = weight_dtype
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments as torch shows them, and ``weight_dtype`` if it is set."""
+        text = super().extra_repr()
+        if self._weight_dtype is not None:
+            text += f", weight_dtype={self._weight_dtype}"
+        return text
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the parameters where they are."""
@@ -71,6 +100,7 @@ class RecurrentBase(nn.RNNBase):
             self.num_layers,
             self.dropout if self.training else 0.0,
             self.batch_first and batch_sizes is None,
+            self._weight_dtype is not None,
         )
         return output, h_n
 

@@ -47,6 +47,8 @@ class RNN(RecurrentBase):
         dropout: probability of zeroing an output between two layers in training. Default: 0
         bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
         device, dtype: of the parameters.
+        weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
+            speed, by `fastrnn.functional.check_weight_dtype`'s rules. Default: ``None``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -81,6 +83,8 @@ class RNN(RecurrentBase):
         bidirectional: bool = False,
         device: _Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dtype: torch.dtype | None = None,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -137,6 +141,8 @@ class LSTM(RecurrentBase):
         bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
         proj_size: P, features of the projected hidden state; 0 for no projection. Default: 0
         device, dtype: of the parameters.
+        weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
+            speed, by `fastrnn.functional.check_weight_dtype`'s rules. Default: ``None``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -174,6 +180,8 @@ class LSTM(RecurrentBase):
         proj_size: int = 0,
         device: _Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dtype: torch.dtype | None = None,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -245,6 +253,7 @@ class LSTM(RecurrentBase):
             self.num_layers,
             self.dropout if self.training else 0.0,
             self.batch_first and batch_sizes is None,
+            self._weight_dtype is not None,
         )
         return output, (h_n, c_n)
 
@@ -281,6 +290,8 @@ class GRU(RecurrentBase):
         dropout: probability of zeroing an output between two layers in training. Default: 0
         bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
         device, dtype: of the parameters.
+        weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
+            speed, by `fastrnn.functional.check_weight_dtype`'s rules. Default: ``None``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -314,6 +325,8 @@ class GRU(RecurrentBase):
         bidirectional: bool = False,
         device: _Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dtype: torch.dtype | None = None,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

@@ -34,7 +34,7 @@ class ForwardWalk {
               workspace + layout.panels_x, plan.unit_vectors, plan.packed),
         w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, true, Cell::kGates,
                shape_.hidden_size, out_},
-              workspace + layout.panels_h, plan.unit_vectors, plan.packed),
+              workspace + layout.panels_h, plan.unit_vectors, plan.packed, plan.half_weights),
         w_hr_(
             {problem.weights.w_hr, problem.weights.w_hr_stride, true, 1, out_, shape_.hidden_size},
             workspace + layout.panels_p, plan.back_vectors, plan.packed) {}
@@ -275,6 +275,8 @@ class ForwardWalk {
   const std::int64_t out_;    // R
   const std::int64_t width_;  // Q*U: a row of a tile
   const Columns columns_x_, columns_h_, columns_p_;
-  const Weights<T> w_ih_, w_hh_, w_hr_;
+  const Weights<T> w_ih_;
+  const RecurrentWeights<T> w_hh_;
+  const Weights<T> w_hr_;
   std::int64_t chunk_first_row_ = 0;
 };

@@ -15,11 +15,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -54,6 +58,8 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 #include "tile.h"
 
 #include "panels.h"
+
+#include "half.h"
 
 #include "forward.h"
 

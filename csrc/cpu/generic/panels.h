@@ -113,9 +113,9 @@ class Weights {
       const T* b = lies ? source_.weights + block * block_units() : panel(block);
       const std::int64_t b_stride = lies ? source_.stride : panel_width();
       const auto tile = tile_function<T>(rows, vectors);
-      for (std::int64_t k = 0; k < source_.k_count; k += kPiece)
-        tile(std::min(kPiece, source_.k_count - k), a + k, a_stride, b + k * b_stride, b_stride, c,
-             c_stride, columns.at);
+      for (std::int64_t k = 0; k < source_.k_count; k += kTilePiece)
+        tile(std::min(kTilePiece, source_.k_count - k), a + k, a_stride, b + k * b_stride, b_stride,
+             c, c_stride, columns.at);
       return;
     }
     const std::int64_t first = block * block_units(), present = units_of(block);
@@ -130,8 +130,6 @@ class Weights {
   int tile_height() const { return tile_rows(source_.gates * vectors_); }
 
  private:
-  static constexpr std::int64_t kPiece = 256;
-
   std::int64_t block_units() const { return std::int64_t(vectors_) * Pack<T>::kLanes; }
   std::int64_t units_of(std::int64_t block) const {
     return std::min(block_units(), source_.units - block * block_units());

@@ -34,5 +34,5 @@ constexpr Walks<T> walks() {
 extern const Isa kIsa;
 const Isa kIsa = {
     FASTRNN_TEXT(FASTRNN_ISA),         FASTRNN_VECTOR_BYTES, walks<float>(), walks<double>(),
-    {multiply_add_chains, kPeakFlops},
+    {multiply_add_chains, kPeakFlops}, kHalfWeights,
 };

@@ -26,6 +26,8 @@ constexpr int tile_rows(int n) {
 }
 constexpr int kTileVectors = 4;
 constexpr int kTileRows = 12;
+// Steps along K that go into one sum.
+constexpr std::int64_t kTilePiece = 256;
 
 // Independent accumulator chains along K, so that small tiles do not wait for the adder.
 constexpr int tile_chains(int m, int n) { return m * n >= 8 ? 1 : m * n >= 4 ? 2 : 4; }
@@ -124,16 +126,9 @@ FASTRNN_INLINE TileFunction<T> tile_function(int m, int n) {
   static constexpr auto kTwo = tile_table<T, 2>(std::make_index_sequence<tile_rows(2)>{});
   static constexpr auto kThree = tile_table<T, 3>(std::make_index_sequence<tile_rows(3)>{});
   static constexpr auto kFour = tile_table<T, 4>(std::make_index_sequence<tile_rows(4)>{});
-  switch (n) {
-    case 1:
-      return kOne[m - 1];
-    case 2:
-      return kTwo[m - 1];
-    case 3:
-      return kThree[m - 1];
-    default:
-      return kFour[m - 1];
-  }
+  static constexpr const TileFunction<T>* kTables[] = {kOne.data(), kTwo.data(), kThree.data(),
+                                                       kFour.data()};
+  return kTables[n - 1][m - 1];
 }
 
 // The other microkernel, for weights that lie as the caller has them, a unit a row: K runs along
