@@ -1,8 +1,8 @@
 """The kernels as torch operators: shapes for tracing, and their place in autograd.
 
 `layer` runs one layer. The kernels walk through time; everything that is parallel over time (the
-gradients of the weights and of the input) are a few large matrix products, on the CPU in a third
-operator, elsewhere torch's own, here:
+gradients of the weights and of the input) are a few large matrix products, on the CPU in the same
+operator as the walk back, elsewhere torch's own, here:
 
     d_x    = d_pre[x side] @ w_ih            d_pre[h side] / d_pre[x side]: the columns of the
     d_w_ih = d_pre[x side]^T @ x             gradient of the pre-activations that belong to the
@@ -108,18 +108,24 @@ def _backward_fake(
 
 
 def _gradients_fake(
-    d_pre: Tensor,
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
     weights: list[Tensor],
     batch_sizes: Tensor | None,
     y: Tensor,
+    saved: Tensor,
     cell: str,
     needs: int,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    _, d_h_all, d_h0, d_c0 = _backward_fake(
+        d_y, d_h_n, d_c_n, h0, c0, weights, batch_sizes, y, saved, cell
+    )
     d_weights = [w.new_empty(w.shape if needs >> (1 + i) & 1 else 0) for i, w in enumerate(weights)]
-    return x.new_empty(x.shape if needs & 1 else 0), d_weights
+    return x.new_empty(x.shape if needs & 1 else 0), d_h0, d_c0, d_h_all, d_weights
 
 
 torch.library.register_fake("fastrnn::layer_forward", _forward_fake)
@@ -174,15 +180,14 @@ class Layer(torch.autograd.Function):
             gradients = _differentiable_gradients(
                 needs, (d_y, d_h_n, d_c_n), (x, h0, c0, *weights), batch_sizes, spec, transformed
             )
-        elif is_autocast(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                gradients = _gradients(
-                    needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec
-                )
         else:
-            gradients = _gradients(
-                needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec
-            )
+            way = _gradients_on_cpu if x.is_cpu else _gradients_by_torch
+            given = (needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec)
+            if is_autocast(x.device.type):
+                with torch.autocast(x.device.type, enabled=False):
+                    gradients = way(*given)
+            else:
+                gradients = way(*given)
         d_x, d_h0, d_c0, *d_weights = gradients
         return d_x, d_h0, d_c0, None, None, *d_weights
 
@@ -233,7 +238,7 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
     )
 
 
-def _gradients(
+def _gradients_on_cpu(
     needs: Sequence[bool],
     d_outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
     x: Tensor,
@@ -246,26 +251,33 @@ def _gradients(
     spec: CellSpec,
 ) -> Gradients:
     """The gradients of x, h0, c0 and each weight, None where ``needs`` says so."""
-    d_pre, d_h_all, d_h0, d_c0 = _backward(
-        *d_outputs, h0, c0, weights, batch_sizes, y, saved, spec.name
-    )
     need_x, need_h0, need_c0, *need_weights = needs
-    if d_pre.device.type == "cpu":
-        d_x, d_weights = _gradients_on_cpu(
-            need_x, need_weights, d_pre, d_h_all, x, h0, c0, weights, batch_sizes, y, saved, spec
-        )
-    else:
-        d_x, d_weights = _gradients_by_torch(
-            need_x, need_weights, d_pre, d_h_all, x, h0, weights, batch_sizes, y, saved, spec
-        )
-    return d_x, d_h0 if need_h0 else None, d_c0 if need_c0 else None, *d_weights
+    asked = int(need_x)
+    for i, need in enumerate(need_weights):
+        asked |= need << (1 + i)
+    d_x, d_h0, d_c0, d_h_all, made = _cpu_gradients(
+        *d_outputs, x, h0, c0, weights, batch_sizes, y, saved, spec.name, asked
+    )
+    d_weights = [d_w if need else None for d_w, need in zip(made, need_weights, strict=True)]
+    directions = saved.shape[0]
+    count = len(weights) // directions if spec.has_cell_state else 0
+    if count in (3, 5):
+        for direction in range(directions):
+            last = (direction + 1) * count - 1
+            if need_weights[last]:
+                d_w_hr = _projection_gradient(d_h_all[direction], saved[direction])
+                d_weights[last] = _cast(d_w_hr, weights[last])
+    return (
+        d_x if need_x else None,
+        d_h0 if need_h0 else None,
+        d_c0 if need_c0 else None,
+        *d_weights,
+    )
 
 
-def _gradients_on_cpu(
-    need_x: bool,
-    need_weights: Sequence[bool],
-    d_pre: Tensor,
-    d_h_all: Tensor,
+def _gradients_by_torch(
+    needs: Sequence[bool],
+    d_outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -274,36 +286,12 @@ def _gradients_on_cpu(
     y: Tensor,
     saved: Tensor,
     spec: CellSpec,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    directions = h0.shape[0]
-    count = len(weights) // directions
-    mask = int(need_x)
-    for i, need in enumerate(need_weights):
-        mask |= need << (1 + i)
-    d_x, results = _cpu_gradients(d_pre, x, h0, c0, weights, batch_sizes, y, spec.name, mask)
-    d_weights = [d_w if need else None for d_w, need in zip(results, need_weights, strict=True)]
-    if count in (3, 5):
-        for direction in range(directions):
-            last = (direction + 1) * count - 1
-            if need_weights[last]:
-                d_w_hr = _projection_gradient(d_h_all[direction], saved[direction])
-                d_weights[last] = _cast(d_w_hr, weights[last])
-    return d_x if need_x else None, d_weights
-
-
-def _gradients_by_torch(
-    need_x: bool,
-    need_weights: Sequence[bool],
-    d_pre: Tensor,
-    d_h_all: Tensor,
-    x: Tensor,
-    h0: Tensor,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    y: Tensor,
-    saved: Tensor,
-    spec: CellSpec,
-) -> tuple[Tensor | None, list[Tensor | None]]:
+) -> Gradients:
+    """As `_gradients_on_cpu`, with the products by torch."""
+    need_x, need_h0, need_c0, *need_weights = needs
+    d_pre, d_h_all, d_h0, d_c0 = _backward(
+        *d_outputs, h0, c0, weights, batch_sizes, y, saved, spec.name
+    )
     directions, rows, width = d_pre.shape
     hidden = width // spec.pre
     size = h0.shape[2]
@@ -350,7 +338,12 @@ def _gradients_by_torch(
         if w.w_hr is not None and need[-1]:
             d_weight[-1] = _cast(_projection_gradient(d_h_all[direction], saved[direction]), w.w_hr)
         d_weights += d_weight
-    return None if d_x is None else _cast(d_x, x).view(x.shape), d_weights
+    return (
+        None if d_x is None else _cast(d_x, x).view(x.shape),
+        d_h0 if need_h0 else None,
+        d_c0 if need_c0 else None,
+        *d_weights,
+    )
 
 
 def _cast(t: Tensor, like: Tensor) -> Tensor:
@@ -454,7 +447,7 @@ def _differentiable_gradients(
     spec: CellSpec,
     transformed: bool,
 ) -> Gradients:
-    """`_gradients` as a composite of ordinary operations that can be differentiated again."""
+    """`_gradients_on_cpu` as a composite of ordinary operations that can be differentiated again."""
 
     def forward(*wanted: Tensor) -> tuple[Tensor, ...]:
         variables = iter(wanted)

@@ -173,17 +173,12 @@ def test_weights_beyond_the_shared_cache_are_projected_ahead() -> None:
 
 
 def gradients_of(case: Case, layer: Any, needs: list[bool]) -> list[Tensor | None]:
-    """d_x and d_weights by one of the ways in `ops`, from what the kernels make."""
-    given = (case.h0, case.c0, case.weights, case.batch_sizes)
-    forward, backward = torch.ops.fastrnn.layer_forward, torch.ops.fastrnn.layer_backward
-    y, h_n, c_n, saved = forward(case.x, *given, case.spec.name, True)
-    d_c_n = c_n if case.spec.has_cell_state else None
-    d_pre, d_h_all, _, _ = backward(y.cos(), h_n, d_c_n, *given, y, saved, case.spec.name)
-    made = (d_pre, d_h_all, case.x, case.h0)
-    rest = (case.weights, case.batch_sizes, y, saved, case.spec)
-    if layer is ops._gradients_on_cpu:
-        made = (*made, case.c0)
-    d_x, d_weights = layer(needs[0], needs[1:], *made, *rest)
+    """d_x and d_weights by one of the ways in `ops`, for some gradients of the outputs."""
+    given = (case.x, case.h0, case.c0, case.weights, case.batch_sizes)
+    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*given, case.spec.name, True)
+    d_outputs = (y.cos(), h_n, c_n if case.spec.has_cell_state else None)
+    needs = [needs[0], True, case.spec.has_cell_state, *needs[1:]]
+    d_x, _, _, *d_weights = layer(needs, d_outputs, *given, y, saved, case.spec)
     return [d_x, *d_weights]
 
 
@@ -228,20 +223,22 @@ def test_gradients_do_not_share_memory() -> None:
     assert len({g.untyped_storage().data_ptr() for g in gradients if g is not None}) == 5
 
 
-def test_gradients_refuse_what_backward_did_not_return() -> None:
+def test_gradients_refuse_what_forward_did_not_return() -> None:
     case = Case(CELLS["gru"], 3, 2, 4, 5)
     given = (case.h0, None, case.weights, None)
     y, h_n, _, saved = torch.ops.fastrnn.layer_forward(case.x, *given, "gru", True)
-    d_pre, *_ = torch.ops.fastrnn.layer_backward(y, h_n, None, *given, y, saved, "gru")
 
-    def call(d_pre: Tensor = d_pre, x: Tensor = case.x, y: Tensor = y) -> Any:
-        return torch.ops.fastrnn.layer_gradients(d_pre, x, *given, y, "gru", 31)
+    def call(saved: Tensor = saved, x: Tensor = case.x, y: Tensor = y, d_y: Tensor = y) -> Any:
+        gradients = torch.ops.fastrnn.layer_gradients
+        return gradients(d_y, h_n, None, x, *given, y, saved, "gru", 31)
 
     call()
     for changed in (
-        {"d_pre": d_pre[:, :2]},
-        {"d_pre": d_pre.double()},
-        {"d_pre": torch.empty(0)},
+        {"d_y": y[:2]},
+        {"d_y": y.double()},
+        {"saved": saved[:, :2]},
+        {"saved": saved.double()},
+        {"saved": torch.empty(0)},
         {"x": case.x[:, :, :3]},
         {"x": case.x.double()},
         {"y": y[:2]},
@@ -519,9 +516,8 @@ def test_opcheck(cell: str) -> None:
     d_outputs = (y, h_n, c_n if case.spec.has_cell_state else None)
     backward = (*d_outputs, *given, y, saved, cell)
     torch.library.opcheck(torch.ops.fastrnn.layer_backward.default, backward, test_utils=checks)
-    d_pre, *_ = torch.ops.fastrnn.layer_backward(*backward)
     torch.library.opcheck(
         torch.ops.fastrnn.layer_gradients.default,
-        (d_pre, case.x, *given, y, cell, 0b10101),
+        (*d_outputs, case.x, *given, y, saved, cell, 0b10101),
         test_utils=checks,
     )

@@ -37,11 +37,12 @@ constexpr const char* kBackwardSchema =
     "layer_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor h0, Tensor? c0, "
     "Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell) "
     "-> (Tensor d_pre, Tensor d_h_all, Tensor d_h0, Tensor d_c0)";
-// CPU only. needs: bit 0 asks for d_x, bit 1 + i for d_weights[i] (never for w_hr); what is not
-// asked for comes back empty.
+// CPU only: layer_backward and the products after it in one call. needs: bit 0 asks for d_x, bit
+// 1 + i for d_weights[i] (never for w_hr); what is not asked for comes back empty.
 constexpr const char* kGradientsSchema =
-    "layer_gradients(Tensor d_pre, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, "
-    "Tensor? batch_sizes, Tensor y, str cell, int needs) -> (Tensor d_x, Tensor[] d_weights)";
+    "layer_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor h0, Tensor? c0, "
+    "Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell, int needs) "
+    "-> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, Tensor[] d_weights)";
 
 // Refuses an argument with one sentence. (STD_TORCH_CHECK would put the function, file and line of
 // the machine that compiled this before it.)
@@ -346,6 +347,7 @@ inline void check_input(const Layer& layer, const Tensor& x) {
 inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& saved,
                            const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
                            const std::optional<Tensor>& d_c_n) {
+  layer.check_like("y", y);
   check_sizes("y", y, layer.output_sizes());
   if (layer.cell->saved > 0) {
     check_sizes("saved", saved,
@@ -368,16 +370,6 @@ inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& sa
     layer.check_like("d_c_n", *d_c_n);
     check_sizes("d_c_n", *d_c_n, {layer.directions, layer.batch, layer.hidden_size});
   }
-}
-
-// What the gradients' products read beyond the layer itself.
-inline void check_gradients(const Layer& layer, const Tensor& y, const Tensor& d_pre) {
-  layer.check_like("y", y);
-  check_sizes("y", y, layer.output_sizes());
-  check_sizes("d_pre", d_pre, {layer.directions, layer.rows, layer.cell->pre * layer.hidden_size});
-  FASTRNN_CHECK(
-      d_pre.scalar_type() == layer.compute && d_pre.is_contiguous() && Place(d_pre) == layer.place,
-      "d_pre must be what layer_backward returned, got another tensor.");
 }
 
 // What a direction reads or writes of states and their gradients [D, B, *], of values saved
