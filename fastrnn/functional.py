@@ -425,16 +425,10 @@ def run_cell(
     if ops.is_autocast(x.device.type):
         x, h, c, params = _autocast(x, h, c, params)
     _check_alike(x, h, c, params)
-    layer = _route(x) if hidden_size > 0 else reference.layer
-    _, h_n, c_n = (layer or reference.layer)(
-        x.unsqueeze(0),
-        h.unsqueeze(0),
-        None if c is None else c.unsqueeze(0),
-        params,
-        None,
-        spec,
-    )
-    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+    if hidden_size == 0 or _route(x) is not ops.layer:
+        return reference.cell(x, h, c, params, spec)
+    _, h_n, c_n = ops.layer(x, h, c, params, None, spec)
+    return h_n, c_n
 
 
 def _autocast(

@@ -58,6 +58,12 @@ def is_autocast(device_type: str) -> bool:
     )
 
 
+def _state_sizes(h0: Tensor, c0: Tensor | None) -> tuple[int, int, int]:
+    """D, R and H."""
+    size = h0.shape[-1]
+    return h0.shape[0] if h0.dim() == 3 else 1, size, size if c0 is None else c0.shape[-1]
+
+
 def _forward_fake(
     x: Tensor,
     h0: Tensor,
@@ -68,12 +74,11 @@ def _forward_fake(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = CELLS[cell]
-    directions, batch, size = h0.shape
-    hidden = size if c0 is None else c0.shape[2]
+    directions, size, hidden = _state_sizes(h0, c0)
     rows = x.shape[:-1]
     y = x.new_empty(*rows, directions * size)
-    h_n = x.new_empty(directions, batch, size)
-    c_n = x.new_empty(0) if c0 is None else x.new_empty(directions, batch, hidden)
+    h_n = x.new_empty(h0.shape)
+    c_n = x.new_empty(0 if c0 is None else c0.shape)
     accumulate = _accumulate_dtype(x.dtype)
     if save and spec.saved > 0:
         saved = x.new_empty(directions, math.prod(rows), spec.saved * hidden, dtype=accumulate)
@@ -95,15 +100,14 @@ def _backward_fake(
     cell: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = CELLS[cell]
-    directions, batch, size = h0.shape
-    hidden = size if c0 is None else c0.shape[2]
+    directions, size, hidden = _state_sizes(h0, c0)
     rows = math.prod(y.shape[:-1])
     dtype = y.dtype if y.device.type == "cuda" else _accumulate_dtype(y.dtype)
     d_pre = y.new_empty(directions, rows, spec.pre * hidden, dtype=dtype)
     has_projection = len(weights) // directions in (3, 5)
     d_h_all = y.new_empty((directions, rows, size) if has_projection else (0,), dtype=dtype)
-    d_h0 = y.new_empty(directions, batch, size)
-    d_c0 = y.new_empty(0) if c0 is None else y.new_empty(directions, batch, hidden)
+    d_h0 = y.new_empty(h0.shape)
+    d_c0 = y.new_empty(0 if c0 is None else c0.shape)
     return d_pre, d_h_all, d_h0, d_c0
 
 
@@ -207,7 +211,9 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs one layer through the kernels, differentiable when a gradient is asked for.
 
-    Arguments and results are those of `fastrnn.reference.layer`; the caller has checked them.
+    Arguments and results are those of `fastrnn.reference.layer`, or without batch_sizes and with
+    h0 and c0 [B,*] those of one step: x, y and the states have neither T nor D then. The caller
+    has checked them.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -294,7 +300,9 @@ def _gradients_by_torch(
     )
     directions, rows, width = d_pre.shape
     hidden = width // spec.pre
-    size = h0.shape[2]
+    size = h0.shape[-1]
+    if h0.dim() == 2:
+        h0 = h0.unsqueeze(0)
     count = len(weights) // directions
     has_bias = count >= 4
     d_x = x_rows = y_rows = None
@@ -454,7 +462,11 @@ def _differentiable_gradients(
         x, h0, c0, *weights = [
             next(variables) if need else t for t, need in zip(inputs, needs, strict=True)
         ]
-        outputs = reference.layer(x, h0, c0, weights, batch_sizes, spec)
+        if h0.dim() == 2:
+            h_n, c_n = reference.cell(x, h0, c0, weights, spec)
+            outputs: tuple[Tensor | None, ...] = (h_n, h_n, c_n)
+        else:
+            outputs = reference.layer(x, h0, c0, weights, batch_sizes, spec)
         return tuple(
             output
             for output, d_output in zip(outputs, d_outputs, strict=True)

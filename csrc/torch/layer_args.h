@@ -196,13 +196,16 @@ struct Direction {
   }
 };
 
-// The arguments that both operators share, checked and laid out for kernels of the type `compute`.
+// The arguments that the operators share, checked and laid out for kernels of the type `compute`.
+// They speak of sequences, or of one step of one direction: then x is [B, I] without batch_sizes,
+// and y, the states and their gradients are [B, *] as well. (A cell that made views of [1, B, *]
+// would pay for each in torch's graph more than for the step.)
 struct Layer {
   const CellInfo* cell;
   ScalarType dtype, compute;
   Place place;
   int64_t steps, batch, input_size, hidden_size, proj_size, rows, directions;
-  bool packed;
+  bool packed, single;  // single: one step
   std::vector<int64_t> step_offset, step_rows;
   std::vector<Direction> direction;
   Tensor h0;
@@ -218,17 +221,21 @@ struct Layer {
         compute(compute_type),
         place(sequence),
         packed(batch_sizes.has_value()),
+        single(!packed && h0_.dim() == 2),
         h0(h0_),
         c0(c0_) {
     FASTRNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || is_half(dtype),
                   sequence_name, " must be float16, bfloat16, float32 or float64, got ",
                   torch::headeronly::toString(dtype), ".");
-    FASTRNN_CHECK(sequence.dim() == (packed ? 2 : 3), sequence_name, " must have ", packed ? 2 : 3,
-                  " dimensions ", packed ? "with" : "without", " batch_sizes, got ", sequence.dim(),
-                  ".");
-    FASTRNN_CHECK(h0.dim() == 3, "h0 must be [D, B, R], got ", h0.dim(), " dimensions.");
-    directions = h0.size(0);
-    batch = h0.size(1);
+    FASTRNN_CHECK(single || h0.dim() == 3, "h0 must be [D, B, R], got ", h0.dim(), " dimensions.");
+    const int64_t dims = packed || single ? 2 : 3;
+    FASTRNN_CHECK(sequence.dim() == dims, sequence_name, " must have ", dims, " dimensions ",
+                  packed   ? "with batch_sizes"
+                  : single ? "with a 2-D h0"
+                           : "without batch_sizes",
+                  ", got ", sequence.dim(), ".");
+    directions = single ? 1 : h0.size(0);
+    batch = h0.size(single ? 0 : 1);
     FASTRNN_CHECK(directions == 1 || directions == 2, "h0 must have 1 or 2 directions, got ",
                   directions, ".");
     const int64_t count = int64_t(weights.size()) / directions;
@@ -243,15 +250,15 @@ struct Layer {
                   " dimension(s).");
     input_size = weights[0].size(1);
     hidden_size = weights[0].size(0) / cell->gates;
-    const int64_t out = h0.size(2);
+    const int64_t out = h0.size(single ? 1 : 2);
     proj_size = projected ? out : 0;
     check_like("h0", h0);
-    check_sizes("h0", h0, {directions, batch, projected ? proj_size : hidden_size});
+    check_sizes("h0", h0, state_sizes(projected ? proj_size : hidden_size));
     FASTRNN_CHECK(c0.has_value() == (cell->states == 2), "c0 must ",
                   cell->states == 2 ? "be given for " : "not be given for ", cell->name, ".");
     if (c0) {
       check_like("c0", *c0);
-      check_sizes("c0", *c0, {directions, batch, hidden_size});
+      check_sizes("c0", *c0, state_sizes(hidden_size));
     }
     h0 = ready(h0, compute);
     c0 = ready(c0, compute);
@@ -280,10 +287,15 @@ struct Layer {
             step_offset.data(), step_rows.data()};
   }
 
-  // The shape of y: [T, B, D*R] or [N, D*R].
+  // The shape of y: [T, B, D*R], packed [N, D*R], of one step [B, R].
   std::vector<int64_t> output_sizes() const {
-    if (packed) return {rows, directions * out()};
+    if (packed || single) return {rows, directions * out()};
     return {steps, batch, directions * out()};
+  }
+  // The shape of a state of so many units: [D, B, units], of one step [B, units].
+  std::vector<int64_t> state_sizes(int64_t units) const {
+    if (single) return {batch, units};
+    return {directions, batch, units};
   }
 
   void check_like(const char* name, const Tensor& t) const {
@@ -306,9 +318,10 @@ struct Layer {
   void read_steps(const char* name, const Tensor& sequence,
                   const std::optional<Tensor>& batch_sizes) {
     if (!packed) {
-      steps = sequence.size(0);
-      FASTRNN_CHECK(sequence.size(1) == batch, name, " must have the batch ", batch, " of h0, got ",
-                    sequence.size(1), ".");
+      steps = single ? 1 : sequence.size(0);
+      const int64_t own_batch = sequence.size(single ? 0 : 1);
+      FASTRNN_CHECK(own_batch == batch, name, " must have the batch ", batch, " of h0, got ",
+                    own_batch, ".");
       rows = steps * batch;
       step_rows.assign(steps, batch);
     } else {
@@ -362,13 +375,13 @@ inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& sa
   }
   if (d_h_n) {
     layer.check_like("d_h_n", *d_h_n);
-    check_sizes("d_h_n", *d_h_n, {layer.directions, layer.batch, layer.out()});
+    check_sizes("d_h_n", *d_h_n, layer.state_sizes(layer.out()));
   }
   FASTRNN_CHECK(!d_c_n || layer.c0, "d_c_n must not be given for ", layer.cell->name,
                 ", got a tensor.");
   if (d_c_n) {
     layer.check_like("d_c_n", *d_c_n);
-    check_sizes("d_c_n", *d_c_n, {layer.directions, layer.batch, layer.hidden_size});
+    check_sizes("d_c_n", *d_c_n, layer.state_sizes(layer.hidden_size));
   }
 }
 
@@ -376,7 +389,7 @@ inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& sa
 // [D, N, *], or null.
 template <class S>
 S* direction_of(const Tensor& t, int64_t d) {
-  return static_cast<S*>(t.data_ptr()) + d * t.size(1) * t.size(2);
+  return static_cast<S*>(t.data_ptr()) + (d == 0 ? 0 : d * t.size(1) * t.size(2));
 }
 template <class S>
 S* direction_of(const std::optional<Tensor>& t, int64_t d) {
@@ -394,9 +407,8 @@ struct ForwardOutputs {
   // All in the layer's compute type, saved in what that accumulates in.
   ForwardOutputs(const Layer& layer, bool save, const Tensor& like, Allocate allocate = empty)
       : y(empty(layer.output_sizes(), layer.compute, like)),
-        h_n(empty({layer.directions, layer.batch, layer.out()}, layer.compute, like)) {
-    if (layer.c0)
-      c_n = empty({layer.directions, layer.batch, layer.hidden_size}, layer.compute, like);
+        h_n(empty(layer.state_sizes(layer.out()), layer.compute, like)) {
+    if (layer.c0) c_n = empty(layer.state_sizes(layer.hidden_size), layer.compute, like);
     if (save && layer.cell->saved > 0)
       saved = allocate({layer.directions, layer.rows, layer.cell->saved * layer.hidden_size},
                        accumulate_type(layer.compute), like);
@@ -455,11 +467,10 @@ struct BackwardOutputs {
   BackwardOutputs(const Layer& layer, const Tensor& like, Allocate allocate = empty)
       : d_pre(allocate({layer.directions, layer.rows, layer.cell->pre * layer.hidden_size},
                        layer.compute, like)),
-        d_h0(empty({layer.directions, layer.batch, layer.out()}, layer.compute, like)) {
+        d_h0(empty(layer.state_sizes(layer.out()), layer.compute, like)) {
     if (layer.proj_size > 0)
       d_h_all = allocate({layer.directions, layer.rows, layer.proj_size}, layer.compute, like);
-    if (layer.c0)
-      d_c0 = empty({layer.directions, layer.batch, layer.hidden_size}, layer.compute, like);
+    if (layer.c0) d_c0 = empty(layer.state_sizes(layer.hidden_size), layer.compute, like);
   }
 
   // As the schema returns them.
