@@ -373,7 +373,7 @@ def run(
     Arguments and results are those of `fastrnn.reference.forward`, save that x and y are [B,T,*]
     with ``batch_first``. Raises RuntimeError if dtypes or devices do not fit.
     """
-    if ops.is_autocast(x.device.type):
+    if ops.is_autocast(x):
         x, h0, c0, params = _autocast(x, h0, c0, params)
     _check_alike(x, h0, c0, params)
     if batch_sizes is None and x.shape[1 if batch_first else 0] == 0:
@@ -422,7 +422,7 @@ def run_cell(
                 f"hidden{index} has inconsistent hidden_size: "
                 f"got {state.shape[1]}, expected {hidden_size}"
             )
-    if ops.is_autocast(x.device.type):
+    if ops.is_autocast(x):
         x, h, c, params = _autocast(x, h, c, params)
     _check_alike(x, h, c, params)
     if hidden_size == 0 or _route(x) is not ops.layer:

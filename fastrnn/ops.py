@@ -49,13 +49,12 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
-def is_autocast(device_type: str) -> bool:
-    """Whether autocast acts on this kind of device."""
-    return (
-        torch._C._is_any_autocast_enabled()
-        and torch.amp.is_autocast_available(device_type)
-        and torch.is_autocast_enabled(device_type)
-    )
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast acts on the device of this tensor."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _state_sizes(h0: Tensor, c0: Tensor | None) -> tuple[int, int, int]:
@@ -187,7 +186,7 @@ class Layer(torch.autograd.Function):
         else:
             way = _gradients_on_cpu if x.is_cpu else _gradients_by_torch
             given = (needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec)
-            if is_autocast(x.device.type):
+            if is_autocast(x):
                 with torch.autocast(x.device.type, enabled=False):
                     gradients = way(*given)
             else:
@@ -455,7 +454,7 @@ def _differentiable_gradients(
     spec: CellSpec,
     transformed: bool,
 ) -> Gradients:
-    """`_gradients_on_cpu` as a composite of ordinary operations that can be differentiated again."""
+    """`_gradients_on_cpu` as ordinary operations that can be differentiated again."""
 
     def forward(*wanted: Tensor) -> tuple[Tensor, ...]:
         variables = iter(wanted)

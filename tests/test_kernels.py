@@ -480,6 +480,41 @@ def test_operators_refuse_what_would_break_them() -> None:
             call(**changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_step_without_time_and_direction(cell: str, dtype: torch.dtype) -> None:
+    case = Case(CELLS[cell], 1, 3, 4, 5)
+    weights = [w.to(dtype) for w in case.weights]
+    x, h0 = case.x.to(dtype), case.h0.to(dtype)
+    c0 = None if case.c0 is None else case.c0.to(dtype)
+    states = (h0, c0)
+    step = (h0[0], None if c0 is None else c0[0])
+    whole = torch.ops.fastrnn.layer_forward(x, *states, weights, None, cell, True)
+    own = torch.ops.fastrnn.layer_forward(x[0], *step, weights, None, cell, True)
+    assert own[0].shape == own[1].shape == step[0].shape
+    for a, b in zip(own, whole, strict=True):
+        assert torch.equal(a, b.view(a.shape))
+
+    def backward(x: Tensor, states: Any, y: Tensor, h_n: Tensor, c_n: Tensor, saved: Tensor) -> Any:
+        d_outputs = (y, h_n, None if c0 is None else c_n)
+        return torch.ops.fastrnn.layer_gradients(
+            *d_outputs, x, *states, weights, None, y, saved, cell, 31
+        )
+
+    *whole_states, _, whole_weights = backward(x, states, *whole)
+    *own_states, _, own_weights = backward(x[0], step, *own)
+    for a, b in zip([*own_states, *own_weights], [*whole_states, *whole_weights], strict=True):
+        assert torch.equal(a, b.view(a.shape))
+    for wrong in (x[0, :2], x[0, 0], x):
+        with pytest.raises(RuntimeError):
+            torch.ops.fastrnn.layer_forward(wrong, *step, weights, None, cell, False)
+    torch.library.opcheck(
+        torch.ops.fastrnn.layer_forward.default,
+        (x[0], *step, weights, None, cell, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
 def test_backward_refuses_what_forward_did_not_return() -> None:
     case = Case(CELLS["gru"], 3, 2, 4, 5)
     y, h_n, _, saved = torch.ops.fastrnn.layer_forward(

@@ -102,15 +102,14 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
   return Tensor(handle);
 }
 
-inline Tensor cast(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+// torch's number of a dtype; scalar_type() asks torch up to 22 times to translate it.
+inline int32_t dtype_code(const Tensor& t) {
+  int32_t code = 0;
+  torch_call(aoti_torch_get_dtype(t.get(), &code));
+  return code;
 }
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-inline Tensor ready(const Tensor& t, ScalarType dtype) { return dense(cast(t, dtype)); }
-inline std::optional<Tensor> ready(const std::optional<Tensor>& t, ScalarType dtype) {
-  return t ? std::optional(ready(*t, dtype)) : std::nullopt;
 }
 
 inline std::string text(const std::vector<int64_t>& sizes) {
@@ -203,6 +202,7 @@ struct Direction {
 struct Layer {
   const CellInfo* cell;
   ScalarType dtype, compute;
+  int32_t code;  // dtype, as torch numbers it
   Place place;
   int64_t steps, batch, input_size, hidden_size, proj_size, rows, directions;
   bool packed, single;  // single: one step
@@ -219,6 +219,7 @@ struct Layer {
       : cell(find_cell(cell_name)),
         dtype(sequence.scalar_type()),
         compute(compute_type),
+        code(dtype_code(sequence)),
         place(sequence),
         packed(batch_sizes.has_value()),
         single(!packed && h0_.dim() == 2),
@@ -260,8 +261,8 @@ struct Layer {
       check_like("c0", *c0);
       check_sizes("c0", *c0, state_sizes(hidden_size));
     }
-    h0 = ready(h0, compute);
-    c0 = ready(c0, compute);
+    h0 = ready(h0);
+    if (c0) c0 = ready(*c0);
     const int64_t gate_rows = cell->gates * hidden_size;
     direction.reserve(directions);
     for (int64_t d = 0; d < directions; ++d) {
@@ -272,10 +273,10 @@ struct Layer {
       if (bias) check_sizes("b_hh", w[3], {gate_rows});
       if (projected) check_sizes("w_hr", w[count - 1], {proj_size, hidden_size});
       direction.push_back(
-          Direction{Rows(cast(w[0], compute)), Rows(cast(w[1], compute)),
-                    bias ? std::optional(ready(w[2], compute)) : std::nullopt,
-                    bias ? std::optional(ready(w[3], compute)) : std::nullopt,
-                    projected ? std::optional(Rows(cast(w[count - 1], compute))) : std::nullopt});
+          Direction{Rows(widened(w[0])), Rows(widened(w[1])),
+                    bias ? std::optional(ready(w[2])) : std::nullopt,
+                    bias ? std::optional(ready(w[3])) : std::nullopt,
+                    projected ? std::optional(Rows(widened(w[count - 1]))) : std::nullopt});
     }
     read_steps(sequence_name, sequence, batch_sizes);
   }
@@ -300,9 +301,22 @@ struct Layer {
 
   void check_like(const char* name, const Tensor& t) const {
     FASTRNN_CHECK(Place(t) == place, name, " must be on the device of the input, got another.");
-    const ScalarType own = t.scalar_type();
-    FASTRNN_CHECK(own == dtype, name, " must have the dtype ", torch::headeronly::toString(dtype),
-                  " of the input, got ", torch::headeronly::toString(own), ".");
+    FASTRNN_CHECK(dtype_code(t) == code, name, " must have the dtype ",
+                  torch::headeronly::toString(dtype), " of the input, got ",
+                  torch::headeronly::toString(t.scalar_type()), ".");
+  }
+
+  // What check_like has passed, in the type to compute in; what was computed, in the caller's.
+  Tensor widened(const Tensor& t) const {
+    return compute == dtype ? t : torch::stable::to(t, compute);
+  }
+  Tensor narrowed(const Tensor& t) const {
+    return compute == dtype ? t : torch::stable::to(t, dtype);
+  }
+  // Widened, and contiguous.
+  Tensor ready(const Tensor& t) const { return dense(widened(t)); }
+  std::optional<Tensor> ready(const std::optional<Tensor>& t) const {
+    return t ? std::optional(ready(*t)) : std::nullopt;
   }
 
  private:
@@ -416,8 +430,8 @@ struct ForwardOutputs {
 
   // As the schema returns them.
   FourTensors results(const Layer& layer) const {
-    return {cast(y, layer.dtype), cast(h_n, layer.dtype),
-            c_n ? cast(*c_n, layer.dtype) : empty({0}, layer.dtype, y),
+    return {layer.narrowed(y), layer.narrowed(h_n),
+            c_n ? layer.narrowed(*c_n) : empty({0}, layer.dtype, y),
             saved ? *saved : empty({0}, accumulate_type(layer.dtype), y)};
   }
 };
@@ -449,11 +463,11 @@ struct BackwardInputs {
   BackwardInputs(const Layer& layer, const Tensor& y_, const Tensor& saved_,
                  const std::optional<Tensor>& d_y_, const std::optional<Tensor>& d_h_n_,
                  const std::optional<Tensor>& d_c_n_)
-      : y(cast(y_, layer.compute)),
+      : y(layer.widened(y_)),
         saved(saved_),
-        d_h_n(ready(d_h_n_, layer.compute)),
-        d_c_n(ready(d_c_n_, layer.compute)) {
-    if (d_y_) d_y.emplace(cast(*d_y_, layer.compute));
+        d_h_n(layer.ready(d_h_n_)),
+        d_c_n(layer.ready(d_c_n_)) {
+    if (d_y_) d_y.emplace(layer.widened(*d_y_));
   }
 };
 
@@ -475,8 +489,8 @@ struct BackwardOutputs {
 
   // As the schema returns them.
   FourTensors results(const Layer& layer) const {
-    return {d_pre, d_h_all ? *d_h_all : empty({0}, layer.compute, d_pre), cast(d_h0, layer.dtype),
-            d_c0 ? cast(*d_c0, layer.dtype) : empty({0}, layer.dtype, d_pre)};
+    return {d_pre, d_h_all ? *d_h_all : empty({0}, layer.compute, d_pre), layer.narrowed(d_h0),
+            d_c0 ? layer.narrowed(*d_c0) : empty({0}, layer.dtype, d_pre)};
   }
 };
 

@@ -52,7 +52,7 @@ FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
   const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
   check_input(layer, x);
   const ForwardOutputs outputs(layer, save, x, recycled);
-  const Tensor input = cast(x, compute);
+  const Tensor input = layer.widened(x);
   compute == ScalarType::Double ? run<double>(layer, input, outputs)
                                 : run<float>(layer, input, outputs);
   return outputs.results(layer);
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_gradients(
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardOutputs walked(layer, x, recycled);
   GradientOutputs products(layer, x, weights, needs);
-  const Rows x_rows(cast(x, compute));
+  const Rows x_rows(layer.widened(x));
   if (compute == ScalarType::Double) {
     run<double>(layer, inputs, walked);
     run<double>(layer, x_rows, inputs.y, walked.d_pre, products, needs & 1);
@@ -145,9 +145,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_gradients(
     run<float>(layer, inputs, walked);
     run<float>(layer, x_rows, inputs.y, walked.d_pre, products, needs & 1);
   }
-  for (Tensor& d_weight : products.d_weights) d_weight = cast(d_weight, layer.dtype);
+  for (Tensor& d_weight : products.d_weights) d_weight = layer.narrowed(d_weight);
   auto [d_pre, d_h_all, d_h0, d_c0] = walked.results(layer);
-  return {cast(products.d_x, layer.dtype), d_h0, d_c0, d_h_all, products.d_weights};
+  return {layer.narrowed(products.d_x), d_h0, d_c0, d_h_all, products.d_weights};
 }
 
 }  // namespace
