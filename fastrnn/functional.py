@@ -442,7 +442,7 @@ def run(
     with ``batch_first``. ``half_weights``: as `fastrnn.ops.layer` has it. Raises RuntimeError if
     dtypes or devices do not fit.
     """
-    if ops.is_autocast(x.device.type):
+    if ops.is_autocast(x):
         x, h0, c0, params = _autocast(x, h0, c0, params)
     _check_alike(x, h0, c0, params)
     if batch_sizes is None and x.shape[1 if batch_first else 0] == 0:
@@ -493,19 +493,13 @@ def run_cell(
                 f"hidden{index} has inconsistent hidden_size: "
                 f"got {state.shape[1]}, expected {hidden_size}"
             )
-    if ops.is_autocast(x.device.type):
+    if ops.is_autocast(x):
         x, h, c, params = _autocast(x, h, c, params)
     _check_alike(x, h, c, params)
-    layer = _route(x) if hidden_size > 0 else reference.layer
-    _, h_n, c_n = (layer or reference.layer)(
-        x.unsqueeze(0),
-        h.unsqueeze(0),
-        None if c is None else c.unsqueeze(0),
-        params,
-        None,
-        spec,
-    )
-    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+    if hidden_size == 0 or _route(x) is not ops.layer:
+        return reference.cell(x, h, c, params, spec)
+    _, h_n, c_n = ops.layer(x, h, c, params, None, spec)
+    return h_n, c_n
 
 
 def _autocast(

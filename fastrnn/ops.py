@@ -1,8 +1,8 @@
 """The kernels as torch operators: shapes for tracing, and their place in autograd.
 
 `layer` runs one layer. The kernels walk through time; everything that is parallel over time (the
-gradients of the weights and of the input) are a few large matrix products, on the CPU in a third
-operator, elsewhere torch's own, here:
+gradients of the weights and of the input) are a few large matrix products, on the CPU in the same
+operator as the walk back, elsewhere torch's own, here:
 
     d_x    = d_pre[x side] @ w_ih            d_pre[h side] / d_pre[x side]: the columns of the
     d_w_ih = d_pre[x side]^T @ x             gradient of the pre-activations that belong to the
@@ -49,13 +49,18 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
-def is_autocast(device_type: str) -> bool:
-    """Whether autocast acts on this kind of device."""
-    return (
-        torch._C._is_any_autocast_enabled()
-        and torch.amp.is_autocast_available(device_type)
-        and torch.is_autocast_enabled(device_type)
-    )
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast acts on the device of this tensor."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _state_sizes(h0: Tensor, c0: Tensor | None) -> tuple[int, int, int]:
+    """D, R and H."""
+    size = h0.shape[-1]
+    return h0.shape[0] if h0.dim() == 3 else 1, size, size if c0 is None else c0.shape[-1]
 
 
 def _forward_fake(
@@ -69,12 +74,11 @@ def _forward_fake(
     half_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = CELLS[cell]
-    directions, batch, size = h0.shape
-    hidden = size if c0 is None else c0.shape[2]
+    directions, size, hidden = _state_sizes(h0, c0)
     rows = x.shape[:-1]
     y = x.new_empty(*rows, directions * size)
-    h_n = x.new_empty(directions, batch, size)
-    c_n = x.new_empty(0) if c0 is None else x.new_empty(directions, batch, hidden)
+    h_n = x.new_empty(h0.shape)
+    c_n = x.new_empty(0 if c0 is None else c0.shape)
     accumulate = _accumulate_dtype(x.dtype)
     if save and spec.saved > 0:
         saved = x.new_empty(directions, math.prod(rows), spec.saved * hidden, dtype=accumulate)
@@ -96,31 +100,36 @@ def _backward_fake(
     cell: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = CELLS[cell]
-    directions, batch, size = h0.shape
-    hidden = size if c0 is None else c0.shape[2]
+    directions, size, hidden = _state_sizes(h0, c0)
     rows = math.prod(y.shape[:-1])
     dtype = y.dtype if y.device.type == "cuda" else _accumulate_dtype(y.dtype)
     d_pre = y.new_empty(directions, rows, spec.pre * hidden, dtype=dtype)
     has_projection = len(weights) // directions in (3, 5)
     d_h_all = y.new_empty((directions, rows, size) if has_projection else (0,), dtype=dtype)
-    d_h0 = y.new_empty(directions, batch, size)
-    d_c0 = y.new_empty(0) if c0 is None else y.new_empty(directions, batch, hidden)
+    d_h0 = y.new_empty(h0.shape)
+    d_c0 = y.new_empty(0 if c0 is None else c0.shape)
     return d_pre, d_h_all, d_h0, d_c0
 
 
 def _gradients_fake(
-    d_pre: Tensor,
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
     weights: list[Tensor],
     batch_sizes: Tensor | None,
     y: Tensor,
+    saved: Tensor,
     cell: str,
     needs: int,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    _, d_h_all, d_h0, d_c0 = _backward_fake(
+        d_y, d_h_n, d_c_n, h0, c0, weights, batch_sizes, y, saved, cell
+    )
     d_weights = [w.new_empty(w.shape if needs >> (1 + i) & 1 else 0) for i, w in enumerate(weights)]
-    return x.new_empty(x.shape if needs & 1 else 0), d_weights
+    return x.new_empty(x.shape if needs & 1 else 0), d_h0, d_c0, d_h_all, d_weights
 
 
 torch.library.register_fake("fastrnn::layer_forward", _forward_fake)
@@ -175,15 +184,14 @@ class Layer(torch.autograd.Function):
             gradients = _differentiable_gradients(
                 needs, (d_y, d_h_n, d_c_n), (x, h0, c0, *weights), batch_sizes, spec, transformed
             )
-        elif is_autocast(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                gradients = _gradients(
-                    needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec
-                )
         else:
-            gradients = _gradients(
-                needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec
-            )
+            way = _gradients_on_cpu if x.is_cpu else _gradients_by_torch
+            given = (needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec)
+            if is_autocast(x):
+                with torch.autocast(x.device.type, enabled=False):
+                    gradients = way(*given)
+            else:
+                gradients = way(*given)
         d_x, d_h0, d_c0, *d_weights = gradients
         return d_x, d_h0, d_c0, None, None, *d_weights
 
@@ -204,7 +212,9 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs one layer through the kernels, differentiable when a gradient is asked for.
 
-    Arguments and results are those of `fastrnn.reference.layer`; the caller has checked them.
+    Arguments and results are those of `fastrnn.reference.layer`, or without batch_sizes and with
+    h0 and c0 [B,*] those of one step: x, y and the states have neither T nor D then. The caller
+    has checked them.
     ``half_weights`` lets the CPU's kernels round w_hh to float16 where no gradient is asked for.
     """
     if torch.is_grad_enabled() and (
@@ -250,7 +260,7 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
     )
 
 
-def _gradients(
+def _gradients_on_cpu(
     needs: Sequence[bool],
     d_outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
     x: Tensor,
@@ -263,26 +273,33 @@ def _gradients(
     spec: CellSpec,
 ) -> Gradients:
     """The gradients of x, h0, c0 and each weight, None where ``needs`` says so."""
-    d_pre, d_h_all, d_h0, d_c0 = _backward(
-        *d_outputs, h0, c0, weights, batch_sizes, y, saved, spec.name
-    )
     need_x, need_h0, need_c0, *need_weights = needs
-    if d_pre.device.type == "cpu":
-        d_x, d_weights = _gradients_on_cpu(
-            need_x, need_weights, d_pre, d_h_all, x, h0, c0, weights, batch_sizes, y, saved, spec
-        )
-    else:
-        d_x, d_weights = _gradients_by_torch(
-            need_x, need_weights, d_pre, d_h_all, x, h0, weights, batch_sizes, y, saved, spec
-        )
-    return d_x, d_h0 if need_h0 else None, d_c0 if need_c0 else None, *d_weights
+    asked = int(need_x)
+    for i, need in enumerate(need_weights):
+        asked |= need << (1 + i)
+    d_x, d_h0, d_c0, d_h_all, made = _cpu_gradients(
+        *d_outputs, x, h0, c0, weights, batch_sizes, y, saved, spec.name, asked
+    )
+    d_weights = [d_w if need else None for d_w, need in zip(made, need_weights, strict=True)]
+    directions = saved.shape[0]
+    count = len(weights) // directions if spec.has_cell_state else 0
+    if count in (3, 5):
+        for direction in range(directions):
+            last = (direction + 1) * count - 1
+            if need_weights[last]:
+                d_w_hr = _projection_gradient(d_h_all[direction], saved[direction])
+                d_weights[last] = _cast(d_w_hr, weights[last])
+    return (
+        d_x if need_x else None,
+        d_h0 if need_h0 else None,
+        d_c0 if need_c0 else None,
+        *d_weights,
+    )
 
 
-def _gradients_on_cpu(
-    need_x: bool,
-    need_weights: Sequence[bool],
-    d_pre: Tensor,
-    d_h_all: Tensor,
+def _gradients_by_torch(
+    needs: Sequence[bool],
+    d_outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -291,39 +308,17 @@ def _gradients_on_cpu(
     y: Tensor,
     saved: Tensor,
     spec: CellSpec,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    directions = h0.shape[0]
-    count = len(weights) // directions
-    mask = int(need_x)
-    for i, need in enumerate(need_weights):
-        mask |= need << (1 + i)
-    d_x, results = _cpu_gradients(d_pre, x, h0, c0, weights, batch_sizes, y, spec.name, mask)
-    d_weights = [d_w if need else None for d_w, need in zip(results, need_weights, strict=True)]
-    if count in (3, 5):
-        for direction in range(directions):
-            last = (direction + 1) * count - 1
-            if need_weights[last]:
-                d_w_hr = _projection_gradient(d_h_all[direction], saved[direction])
-                d_weights[last] = _cast(d_w_hr, weights[last])
-    return d_x if need_x else None, d_weights
-
-
-def _gradients_by_torch(
-    need_x: bool,
-    need_weights: Sequence[bool],
-    d_pre: Tensor,
-    d_h_all: Tensor,
-    x: Tensor,
-    h0: Tensor,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    y: Tensor,
-    saved: Tensor,
-    spec: CellSpec,
-) -> tuple[Tensor | None, list[Tensor | None]]:
+) -> Gradients:
+    """As `_gradients_on_cpu`, with the products by torch."""
+    need_x, need_h0, need_c0, *need_weights = needs
+    d_pre, d_h_all, d_h0, d_c0 = _backward(
+        *d_outputs, h0, c0, weights, batch_sizes, y, saved, spec.name
+    )
     directions, rows, width = d_pre.shape
     hidden = width // spec.pre
-    size = h0.shape[2]
+    size = h0.shape[-1]
+    if h0.dim() == 2:
+        h0 = h0.unsqueeze(0)
     count = len(weights) // directions
     has_bias = count >= 4
     d_x = x_rows = y_rows = None
@@ -367,7 +362,12 @@ def _gradients_by_torch(
         if w.w_hr is not None and need[-1]:
             d_weight[-1] = _cast(_projection_gradient(d_h_all[direction], saved[direction]), w.w_hr)
         d_weights += d_weight
-    return None if d_x is None else _cast(d_x, x).view(x.shape), d_weights
+    return (
+        None if d_x is None else _cast(d_x, x).view(x.shape),
+        d_h0 if need_h0 else None,
+        d_c0 if need_c0 else None,
+        *d_weights,
+    )
 
 
 def _cast(t: Tensor, like: Tensor) -> Tensor:
@@ -471,14 +471,18 @@ def _differentiable_gradients(
     spec: CellSpec,
     transformed: bool,
 ) -> Gradients:
-    """`_gradients` as a composite of ordinary operations that can be differentiated again."""
+    """`_gradients_on_cpu` as ordinary operations that can be differentiated again."""
 
     def forward(*wanted: Tensor) -> tuple[Tensor, ...]:
         variables = iter(wanted)
         x, h0, c0, *weights = [
             next(variables) if need else t for t, need in zip(inputs, needs, strict=True)
         ]
-        outputs = reference.layer(x, h0, c0, weights, batch_sizes, spec)
+        if h0.dim() == 2:
+            h_n, c_n = reference.cell(x, h0, c0, weights, spec)
+            outputs: tuple[Tensor | None, ...] = (h_n, h_n, c_n)
+        else:
+            outputs = reference.layer(x, h0, c0, weights, batch_sizes, spec)
         return tuple(
             output
             for output, d_output in zip(outputs, d_outputs, strict=True)

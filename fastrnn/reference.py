@@ -123,6 +123,15 @@ def layer(
     return y, torch.stack(h_n), torch.stack(c_n) if c_n else None
 
 
+def cell(
+    x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], spec: CellSpec
+) -> tuple[Tensor, Tensor | None]:
+    """One step of one direction: x [B,I], h [B,R] and c [B,H] or None give the next h and c."""
+    c0 = None if c is None else c.unsqueeze(0)
+    _, h_n, c_n = layer(x.unsqueeze(0), h.unsqueeze(0), c0, weights, None, spec)
+    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+
+
 def forward(
     x: Tensor,
     h0: Tensor,

@@ -182,17 +182,12 @@ def test_blocks_are_shared_out(isa: str, threads: int, cell: str) -> None:
 
 
 def gradients_of(case: Case, layer: Any, needs: list[bool]) -> list[Tensor | None]:
-    """d_x and d_weights by one of the ways in `ops`, from what the kernels make."""
-    given = (case.h0, case.c0, case.weights, case.batch_sizes)
-    forward, backward = torch.ops.fastrnn.layer_forward, torch.ops.fastrnn.layer_backward
-    y, h_n, c_n, saved = forward(case.x, *given, case.spec.name, True)
-    d_c_n = c_n if case.spec.has_cell_state else None
-    d_pre, d_h_all, _, _ = backward(y.cos(), h_n, d_c_n, *given, y, saved, case.spec.name)
-    made = (d_pre, d_h_all, case.x, case.h0)
-    rest = (case.weights, case.batch_sizes, y, saved, case.spec)
-    if layer is ops._gradients_on_cpu:
-        made = (*made, case.c0)
-    d_x, d_weights = layer(needs[0], needs[1:], *made, *rest)
+    """d_x and d_weights by one of the ways in `ops`, for some gradients of the outputs."""
+    given = (case.x, case.h0, case.c0, case.weights, case.batch_sizes)
+    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*given, case.spec.name, True)
+    d_outputs = (y.cos(), h_n, c_n if case.spec.has_cell_state else None)
+    needs = [needs[0], True, case.spec.has_cell_state, *needs[1:]]
+    d_x, _, _, *d_weights = layer(needs, d_outputs, *given, y, saved, case.spec)
     return [d_x, *d_weights]
 
 
@@ -237,20 +232,22 @@ def test_gradients_do_not_share_memory() -> None:
     assert len({g.untyped_storage().data_ptr() for g in gradients if g is not None}) == 5
 
 
-def test_gradients_refuse_what_backward_did_not_return() -> None:
+def test_gradients_refuse_what_forward_did_not_return() -> None:
     case = Case(CELLS["gru"], 3, 2, 4, 5)
     given = (case.h0, None, case.weights, None)
     y, h_n, _, saved = torch.ops.fastrnn.layer_forward(case.x, *given, "gru", True)
-    d_pre, *_ = torch.ops.fastrnn.layer_backward(y, h_n, None, *given, y, saved, "gru")
 
-    def call(d_pre: Tensor = d_pre, x: Tensor = case.x, y: Tensor = y) -> Any:
-        return torch.ops.fastrnn.layer_gradients(d_pre, x, *given, y, "gru", 31)
+    def call(saved: Tensor = saved, x: Tensor = case.x, y: Tensor = y, d_y: Tensor = y) -> Any:
+        gradients = torch.ops.fastrnn.layer_gradients
+        return gradients(d_y, h_n, None, x, *given, y, saved, "gru", 31)
 
     call()
     for changed in (
-        {"d_pre": d_pre[:, :2]},
-        {"d_pre": d_pre.double()},
-        {"d_pre": torch.empty(0)},
+        {"d_y": y[:2]},
+        {"d_y": y.double()},
+        {"saved": saved[:, :2]},
+        {"saved": saved.double()},
+        {"saved": torch.empty(0)},
         {"x": case.x[:, :, :3]},
         {"x": case.x.double()},
         {"y": y[:2]},
@@ -492,6 +489,41 @@ def test_operators_refuse_what_would_break_them() -> None:
             call(**changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_step_without_time_and_direction(cell: str, dtype: torch.dtype) -> None:
+    case = Case(CELLS[cell], 1, 3, 4, 5)
+    weights = [w.to(dtype) for w in case.weights]
+    x, h0 = case.x.to(dtype), case.h0.to(dtype)
+    c0 = None if case.c0 is None else case.c0.to(dtype)
+    states = (h0, c0)
+    step = (h0[0], None if c0 is None else c0[0])
+    whole = torch.ops.fastrnn.layer_forward(x, *states, weights, None, cell, True)
+    own = torch.ops.fastrnn.layer_forward(x[0], *step, weights, None, cell, True)
+    assert own[0].shape == own[1].shape == step[0].shape
+    for a, b in zip(own, whole, strict=True):
+        assert torch.equal(a, b.view(a.shape))
+
+    def backward(x: Tensor, states: Any, y: Tensor, h_n: Tensor, c_n: Tensor, saved: Tensor) -> Any:
+        d_outputs = (y, h_n, None if c0 is None else c_n)
+        return torch.ops.fastrnn.layer_gradients(
+            *d_outputs, x, *states, weights, None, y, saved, cell, 31
+        )
+
+    *whole_states, _, whole_weights = backward(x, states, *whole)
+    *own_states, _, own_weights = backward(x[0], step, *own)
+    for a, b in zip([*own_states, *own_weights], [*whole_states, *whole_weights], strict=True):
+        assert torch.equal(a, b.view(a.shape))
+    for wrong in (x[0, :2], x[0, 0], x):
+        with pytest.raises(RuntimeError):
+            torch.ops.fastrnn.layer_forward(wrong, *step, weights, None, cell, False)
+    torch.library.opcheck(
+        torch.ops.fastrnn.layer_forward.default,
+        (x[0], *step, weights, None, cell, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
 def test_backward_refuses_what_forward_did_not_return() -> None:
     case = Case(CELLS["gru"], 3, 2, 4, 5)
     y, h_n, _, saved = torch.ops.fastrnn.layer_forward(
@@ -528,9 +560,8 @@ def test_opcheck(cell: str) -> None:
     d_outputs = (y, h_n, c_n if case.spec.has_cell_state else None)
     backward = (*d_outputs, *given, y, saved, cell)
     torch.library.opcheck(torch.ops.fastrnn.layer_backward.default, backward, test_utils=checks)
-    d_pre, *_ = torch.ops.fastrnn.layer_backward(*backward)
     torch.library.opcheck(
         torch.ops.fastrnn.layer_gradients.default,
-        (d_pre, case.x, *given, y, cell, 0b10101),
+        (*d_outputs, case.x, *given, y, saved, cell, 0b10101),
         test_utils=checks,
     )

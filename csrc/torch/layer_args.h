@@ -39,11 +39,12 @@ constexpr const char* kBackwardSchema =
     "layer_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor h0, Tensor? c0, "
     "Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell) "
     "-> (Tensor d_pre, Tensor d_h_all, Tensor d_h0, Tensor d_c0)";
-// CPU only. needs: bit 0 asks for d_x, bit 1 + i for d_weights[i] (never for w_hr); what is not
-// asked for comes back empty.
+// CPU only: layer_backward and the products after it in one call. needs: bit 0 asks for d_x, bit
+// 1 + i for d_weights[i] (never for w_hr); what is not asked for comes back empty.
 constexpr const char* kGradientsSchema =
-    "layer_gradients(Tensor d_pre, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, "
-    "Tensor? batch_sizes, Tensor y, str cell, int needs) -> (Tensor d_x, Tensor[] d_weights)";
+    "layer_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor h0, Tensor? c0, "
+    "Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell, int needs) "
+    "-> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, Tensor[] d_weights)";
 
 // Refuses an argument with one sentence. (STD_TORCH_CHECK would put the function, file and line of
 // the machine that compiled this before it.)
@@ -103,15 +104,14 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
   return Tensor(handle);
 }
 
-inline Tensor cast(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+// torch's number of a dtype; scalar_type() asks torch up to 22 times to translate it.
+inline int32_t dtype_code(const Tensor& t) {
+  int32_t code = 0;
+  torch_call(aoti_torch_get_dtype(t.get(), &code));
+  return code;
 }
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-inline Tensor ready(const Tensor& t, ScalarType dtype) { return dense(cast(t, dtype)); }
-inline std::optional<Tensor> ready(const std::optional<Tensor>& t, ScalarType dtype) {
-  return t ? std::optional(ready(*t, dtype)) : std::nullopt;
 }
 
 inline std::string text(const std::vector<int64_t>& sizes) {
@@ -197,13 +197,17 @@ struct Direction {
   }
 };
 
-// The arguments that both operators share, checked and laid out for kernels of the type `compute`.
+// The arguments that the operators share, checked and laid out for kernels of the type `compute`.
+// They speak of sequences, or of one step of one direction: then x is [B, I] without batch_sizes,
+// and y, the states and their gradients are [B, *] as well. (A cell that made views of [1, B, *]
+// would pay for each in torch's graph more than for the step.)
 struct Layer {
   const CellInfo* cell;
   ScalarType dtype, compute;
+  int32_t code;  // dtype, as torch numbers it
   Place place;
   int64_t steps, batch, input_size, hidden_size, proj_size, rows, directions;
-  bool packed;
+  bool packed, single;  // single: one step
   std::vector<int64_t> step_offset, step_rows;
   std::vector<Direction> direction;
   Tensor h0;
@@ -217,19 +221,24 @@ struct Layer {
       : cell(find_cell(cell_name)),
         dtype(sequence.scalar_type()),
         compute(compute_type),
+        code(dtype_code(sequence)),
         place(sequence),
         packed(batch_sizes.has_value()),
+        single(!packed && h0_.dim() == 2),
         h0(h0_),
         c0(c0_) {
     FASTRNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || is_half(dtype),
                   sequence_name, " must be float16, bfloat16, float32 or float64, got ",
                   torch::headeronly::toString(dtype), ".");
-    FASTRNN_CHECK(sequence.dim() == (packed ? 2 : 3), sequence_name, " must have ", packed ? 2 : 3,
-                  " dimensions ", packed ? "with" : "without", " batch_sizes, got ", sequence.dim(),
-                  ".");
-    FASTRNN_CHECK(h0.dim() == 3, "h0 must be [D, B, R], got ", h0.dim(), " dimensions.");
-    directions = h0.size(0);
-    batch = h0.size(1);
+    FASTRNN_CHECK(single || h0.dim() == 3, "h0 must be [D, B, R], got ", h0.dim(), " dimensions.");
+    const int64_t dims = packed || single ? 2 : 3;
+    FASTRNN_CHECK(sequence.dim() == dims, sequence_name, " must have ", dims, " dimensions ",
+                  packed   ? "with batch_sizes"
+                  : single ? "with a 2-D h0"
+                           : "without batch_sizes",
+                  ", got ", sequence.dim(), ".");
+    directions = single ? 1 : h0.size(0);
+    batch = h0.size(single ? 0 : 1);
     FASTRNN_CHECK(directions == 1 || directions == 2, "h0 must have 1 or 2 directions, got ",
                   directions, ".");
     const int64_t count = int64_t(weights.size()) / directions;
@@ -244,18 +253,18 @@ struct Layer {
                   " dimension(s).");
     input_size = weights[0].size(1);
     hidden_size = weights[0].size(0) / cell->gates;
-    const int64_t out = h0.size(2);
+    const int64_t out = h0.size(single ? 1 : 2);
     proj_size = projected ? out : 0;
     check_like("h0", h0);
-    check_sizes("h0", h0, {directions, batch, projected ? proj_size : hidden_size});
+    check_sizes("h0", h0, state_sizes(projected ? proj_size : hidden_size));
     FASTRNN_CHECK(c0.has_value() == (cell->states == 2), "c0 must ",
                   cell->states == 2 ? "be given for " : "not be given for ", cell->name, ".");
     if (c0) {
       check_like("c0", *c0);
-      check_sizes("c0", *c0, {directions, batch, hidden_size});
+      check_sizes("c0", *c0, state_sizes(hidden_size));
     }
-    h0 = ready(h0, compute);
-    c0 = ready(c0, compute);
+    h0 = ready(h0);
+    if (c0) c0 = ready(*c0);
     const int64_t gate_rows = cell->gates * hidden_size;
     direction.reserve(directions);
     for (int64_t d = 0; d < directions; ++d) {
@@ -266,10 +275,10 @@ struct Layer {
       if (bias) check_sizes("b_hh", w[3], {gate_rows});
       if (projected) check_sizes("w_hr", w[count - 1], {proj_size, hidden_size});
       direction.push_back(
-          Direction{Rows(cast(w[0], compute)), Rows(cast(w[1], compute)),
-                    bias ? std::optional(ready(w[2], compute)) : std::nullopt,
-                    bias ? std::optional(ready(w[3], compute)) : std::nullopt,
-                    projected ? std::optional(Rows(cast(w[count - 1], compute))) : std::nullopt});
+          Direction{Rows(widened(w[0])), Rows(widened(w[1])),
+                    bias ? std::optional(ready(w[2])) : std::nullopt,
+                    bias ? std::optional(ready(w[3])) : std::nullopt,
+                    projected ? std::optional(Rows(widened(w[count - 1]))) : std::nullopt});
     }
     read_steps(sequence_name, sequence, batch_sizes);
   }
@@ -281,17 +290,35 @@ struct Layer {
             step_offset.data(), step_rows.data()};
   }
 
-  // The shape of y: [T, B, D*R] or [N, D*R].
+  // The shape of y: [T, B, D*R], packed [N, D*R], of one step [B, R].
   std::vector<int64_t> output_sizes() const {
-    if (packed) return {rows, directions * out()};
+    if (packed || single) return {rows, directions * out()};
     return {steps, batch, directions * out()};
+  }
+  // The shape of a state of so many units: [D, B, units], of one step [B, units].
+  std::vector<int64_t> state_sizes(int64_t units) const {
+    if (single) return {batch, units};
+    return {directions, batch, units};
   }
 
   void check_like(const char* name, const Tensor& t) const {
     FASTRNN_CHECK(Place(t) == place, name, " must be on the device of the input, got another.");
-    const ScalarType own = t.scalar_type();
-    FASTRNN_CHECK(own == dtype, name, " must have the dtype ", torch::headeronly::toString(dtype),
-                  " of the input, got ", torch::headeronly::toString(own), ".");
+    FASTRNN_CHECK(dtype_code(t) == code, name, " must have the dtype ",
+                  torch::headeronly::toString(dtype), " of the input, got ",
+                  torch::headeronly::toString(t.scalar_type()), ".");
+  }
+
+  // What check_like has passed, in the type to compute in; what was computed, in the caller's.
+  Tensor widened(const Tensor& t) const {
+    return compute == dtype ? t : torch::stable::to(t, compute);
+  }
+  Tensor narrowed(const Tensor& t) const {
+    return compute == dtype ? t : torch::stable::to(t, dtype);
+  }
+  // Widened, and contiguous.
+  Tensor ready(const Tensor& t) const { return dense(widened(t)); }
+  std::optional<Tensor> ready(const std::optional<Tensor>& t) const {
+    return t ? std::optional(ready(*t)) : std::nullopt;
   }
 
  private:
@@ -307,9 +334,10 @@ struct Layer {
   void read_steps(const char* name, const Tensor& sequence,
                   const std::optional<Tensor>& batch_sizes) {
     if (!packed) {
-      steps = sequence.size(0);
-      FASTRNN_CHECK(sequence.size(1) == batch, name, " must have the batch ", batch, " of h0, got ",
-                    sequence.size(1), ".");
+      steps = single ? 1 : sequence.size(0);
+      const int64_t own_batch = sequence.size(single ? 0 : 1);
+      FASTRNN_CHECK(own_batch == batch, name, " must have the batch ", batch, " of h0, got ",
+                    own_batch, ".");
       rows = steps * batch;
       step_rows.assign(steps, batch);
     } else {
@@ -348,6 +376,7 @@ inline void check_input(const Layer& layer, const Tensor& x) {
 inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& saved,
                            const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
                            const std::optional<Tensor>& d_c_n) {
+  layer.check_like("y", y);
   check_sizes("y", y, layer.output_sizes());
   if (layer.cell->saved > 0) {
     check_sizes("saved", saved,
@@ -362,31 +391,21 @@ inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& sa
   }
   if (d_h_n) {
     layer.check_like("d_h_n", *d_h_n);
-    check_sizes("d_h_n", *d_h_n, {layer.directions, layer.batch, layer.out()});
+    check_sizes("d_h_n", *d_h_n, layer.state_sizes(layer.out()));
   }
   FASTRNN_CHECK(!d_c_n || layer.c0, "d_c_n must not be given for ", layer.cell->name,
                 ", got a tensor.");
   if (d_c_n) {
     layer.check_like("d_c_n", *d_c_n);
-    check_sizes("d_c_n", *d_c_n, {layer.directions, layer.batch, layer.hidden_size});
+    check_sizes("d_c_n", *d_c_n, layer.state_sizes(layer.hidden_size));
   }
-}
-
-// What the gradients' products read beyond the layer itself.
-inline void check_gradients(const Layer& layer, const Tensor& y, const Tensor& d_pre) {
-  layer.check_like("y", y);
-  check_sizes("y", y, layer.output_sizes());
-  check_sizes("d_pre", d_pre, {layer.directions, layer.rows, layer.cell->pre * layer.hidden_size});
-  FASTRNN_CHECK(
-      d_pre.scalar_type() == layer.compute && d_pre.is_contiguous() && Place(d_pre) == layer.place,
-      "d_pre must be what layer_backward returned, got another tensor.");
 }
 
 // What a direction reads or writes of states and their gradients [D, B, *], of values saved
 // [D, N, *], or null.
 template <class S>
 S* direction_of(const Tensor& t, int64_t d) {
-  return static_cast<S*>(t.data_ptr()) + d * t.size(1) * t.size(2);
+  return static_cast<S*>(t.data_ptr()) + (d == 0 ? 0 : d * t.size(1) * t.size(2));
 }
 template <class S>
 S* direction_of(const std::optional<Tensor>& t, int64_t d) {
@@ -404,9 +423,8 @@ struct ForwardOutputs {
   // All in the layer's compute type, saved in what that accumulates in.
   ForwardOutputs(const Layer& layer, bool save, const Tensor& like, Allocate allocate = empty)
       : y(empty(layer.output_sizes(), layer.compute, like)),
-        h_n(empty({layer.directions, layer.batch, layer.out()}, layer.compute, like)) {
-    if (layer.c0)
-      c_n = empty({layer.directions, layer.batch, layer.hidden_size}, layer.compute, like);
+        h_n(empty(layer.state_sizes(layer.out()), layer.compute, like)) {
+    if (layer.c0) c_n = empty(layer.state_sizes(layer.hidden_size), layer.compute, like);
     if (save && layer.cell->saved > 0)
       saved = allocate({layer.directions, layer.rows, layer.cell->saved * layer.hidden_size},
                        accumulate_type(layer.compute), like);
@@ -414,8 +432,8 @@ struct ForwardOutputs {
 
   // As the schema returns them.
   FourTensors results(const Layer& layer) const {
-    return {cast(y, layer.dtype), cast(h_n, layer.dtype),
-            c_n ? cast(*c_n, layer.dtype) : empty({0}, layer.dtype, y),
+    return {layer.narrowed(y), layer.narrowed(h_n),
+            c_n ? layer.narrowed(*c_n) : empty({0}, layer.dtype, y),
             saved ? *saved : empty({0}, accumulate_type(layer.dtype), y)};
   }
 };
@@ -447,11 +465,11 @@ struct BackwardInputs {
   BackwardInputs(const Layer& layer, const Tensor& y_, const Tensor& saved_,
                  const std::optional<Tensor>& d_y_, const std::optional<Tensor>& d_h_n_,
                  const std::optional<Tensor>& d_c_n_)
-      : y(cast(y_, layer.compute)),
+      : y(layer.widened(y_)),
         saved(saved_),
-        d_h_n(ready(d_h_n_, layer.compute)),
-        d_c_n(ready(d_c_n_, layer.compute)) {
-    if (d_y_) d_y.emplace(cast(*d_y_, layer.compute));
+        d_h_n(layer.ready(d_h_n_)),
+        d_c_n(layer.ready(d_c_n_)) {
+    if (d_y_) d_y.emplace(layer.widened(*d_y_));
   }
 };
 
@@ -465,17 +483,16 @@ struct BackwardOutputs {
   BackwardOutputs(const Layer& layer, const Tensor& like, Allocate allocate = empty)
       : d_pre(allocate({layer.directions, layer.rows, layer.cell->pre * layer.hidden_size},
                        layer.compute, like)),
-        d_h0(empty({layer.directions, layer.batch, layer.out()}, layer.compute, like)) {
+        d_h0(empty(layer.state_sizes(layer.out()), layer.compute, like)) {
     if (layer.proj_size > 0)
       d_h_all = allocate({layer.directions, layer.rows, layer.proj_size}, layer.compute, like);
-    if (layer.c0)
-      d_c0 = empty({layer.directions, layer.batch, layer.hidden_size}, layer.compute, like);
+    if (layer.c0) d_c0 = empty(layer.state_sizes(layer.hidden_size), layer.compute, like);
   }
 
   // As the schema returns them.
   FourTensors results(const Layer& layer) const {
-    return {d_pre, d_h_all ? *d_h_all : empty({0}, layer.compute, d_pre), cast(d_h0, layer.dtype),
-            d_c0 ? cast(*d_c0, layer.dtype) : empty({0}, layer.dtype, d_pre)};
+    return {d_pre, d_h_all ? *d_h_all : empty({0}, layer.compute, d_pre), layer.narrowed(d_h0),
+            d_c0 ? layer.narrowed(*d_c0) : empty({0}, layer.dtype, d_pre)};
   }
 };
 

@@ -54,7 +54,7 @@ FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
   const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
   check_input(layer, x);
   const ForwardOutputs outputs(layer, save, x, recycled);
-  const Tensor input = cast(x, compute);
+  const Tensor input = layer.widened(x);
   compute == ScalarType::Double ? run<double>(layer, input, outputs, half_weights)
                                 : run<float>(layer, input, outputs, half_weights);
   return outputs.results(layer);
@@ -126,23 +126,30 @@ void run(const Layer& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
   cpu::gradients(problems, int(layer.directions), threads(), parallel_for);
 }
 
-std::tuple<Tensor, std::vector<Tensor>> layer_gradients(Tensor d_pre, Tensor x, Tensor h0,
-                                                        std::optional<Tensor> c0,
-                                                        std::vector<Tensor> weights,
-                                                        std::optional<Tensor> batch_sizes, Tensor y,
-                                                        StringHandle cell_handle, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_gradients(
+    std::optional<Tensor> d_y, std::optional<Tensor> d_h_n, std::optional<Tensor> d_c_n, Tensor x,
+    Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights,
+    std::optional<Tensor> batch_sizes, Tensor y, Tensor saved, StringHandle cell_handle,
+    int64_t needs) {
   const std::string cell = take_text(cell_handle);
   const ScalarType compute = accumulate_type(x.scalar_type());
   const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
   check_input(layer, x);
-  check_gradients(layer, y, d_pre);
-  GradientOutputs outputs(layer, x, weights, needs);
-  const Rows x_rows(cast(x, compute)), y_rows(cast(y, compute));
-  const bool need_x = needs & 1;
-  compute == ScalarType::Double ? run<double>(layer, x_rows, y_rows, d_pre, outputs, need_x)
-                                : run<float>(layer, x_rows, y_rows, d_pre, outputs, need_x);
-  for (Tensor& d_weight : outputs.d_weights) d_weight = cast(d_weight, layer.dtype);
-  return {cast(outputs.d_x, layer.dtype), outputs.d_weights};
+  check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
+  const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
+  const BackwardOutputs walked(layer, x, recycled);
+  GradientOutputs products(layer, x, weights, needs);
+  const Rows x_rows(layer.widened(x));
+  if (compute == ScalarType::Double) {
+    run<double>(layer, inputs, walked);
+    run<double>(layer, x_rows, inputs.y, walked.d_pre, products, needs & 1);
+  } else {
+    run<float>(layer, inputs, walked);
+    run<float>(layer, x_rows, inputs.y, walked.d_pre, products, needs & 1);
+  }
+  for (Tensor& d_weight : products.d_weights) d_weight = layer.narrowed(d_weight);
+  auto [d_pre, d_h_all, d_h0, d_c0] = walked.results(layer);
+  return {layer.narrowed(products.d_x), d_h0, d_c0, d_h_all, products.d_weights};
 }
 
 }  // namespace

@@ -71,7 +71,7 @@ class RecurrentBase(nn.RNNBase):
 
     def _zero_states(self, input: Tensor, batch: int) -> Hidden:
         states = self.num_layers * (2 if self.bidirectional else 1)
-        return torch.zeros(states, batch, self.hidden_size, dtype=input.dtype, device=input.device)
+        return input.new_zeros(states, batch, self.hidden_size)
 
     def _add_batch(self, hx: Hidden, is_batched: bool) -> Hidden:
         """Checks that the states have as many dimensions as the input asks for; makes them 3-D."""

@@ -31,14 +31,13 @@ class CellBase(nn.RNNCellBase):
 
     def _check_dims(self, input: Tensor) -> bool:
         """Whether the input is batched; raises unless it is 1-D or 2-D."""
-        if input.dim() not in (1, 2):
-            raise ValueError(
-                f"{self._label}: Expected input to be 1D or 2D, got {input.dim()}D instead"
-            )
-        return input.dim() == 2
+        dim = input.dim()
+        if dim not in (1, 2):
+            raise ValueError(f"{self._label}: Expected input to be 1D or 2D, got {dim}D instead")
+        return dim == 2
 
     def _zeros(self, input: Tensor) -> Tensor:
-        return torch.zeros(input.shape[0], self.hidden_size, dtype=input.dtype, device=input.device)
+        return input.new_zeros(input.shape[0], self.hidden_size)
 
     def _one_state(self, spec: CellSpec, input: Tensor, hx: Tensor | None) -> Tensor:
         is_batched = self._check_dims(input)

@@ -217,7 +217,7 @@ class LSTM(RecurrentBase):
 
     def _zero_states(self, input: Tensor, batch: int) -> Hidden:
         states = self.num_layers * (2 if self.bidirectional else 1)
-        c = torch.zeros(states, batch, self.hidden_size, dtype=input.dtype, device=input.device)
+        c = input.new_zeros(states, batch, self.hidden_size)
         if self.proj_size == 0:
             return c, c
         return c.new_zeros(states, batch, self.proj_size), c
