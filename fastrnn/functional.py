@@ -452,6 +452,16 @@ def run(
         return _native(spec, x, batch_sizes, h0, c0, params, num_layers, dropout, batch_first)
     if half_weights and layer is ops.layer:
         layer = ops.half_weights_layer
+    elif (
+        layer is ops.layer
+        and num_layers == h0.shape[0] > 1
+        and dropout == 0
+        and ops.can_stack(x, h0, c0, params)
+    ):
+        y, h_n, c_n = ops.stack(
+            x.transpose(0, 1) if batch_first else x, h0, c0, params, batch_sizes, spec
+        )
+        return y.transpose(0, 1) if batch_first else y, h_n, c_n
     y, h_n, c_n = reference.forward(
         x.transpose(0, 1) if batch_first else x,
         h0,

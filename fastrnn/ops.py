@@ -27,6 +27,7 @@ _library.load()
 
 _forward = torch.ops.fastrnn.layer_forward.default
 _backward = torch.ops.fastrnn.layer_backward.default
+_stack = torch.ops.fastrnn.stack_forward.default
 _cpu_gradients = torch.ops.fastrnn.layer_gradients.default
 
 #: what the kernels compute with; "meta" stands for tensors that have shapes only
@@ -132,7 +133,20 @@ def _gradients_fake(
     return x.new_empty(x.shape if needs & 1 else 0), d_h0, d_c0, d_h_all, d_weights
 
 
+def _stack_fake(
+    x: Tensor,
+    h0: list[Tensor],
+    c0: list[Tensor],
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    cell: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    y = x.new_empty(*x.shape[:-1], h0[-1].shape[-1])
+    return y, [x.new_empty(h.shape) for h in h0], [x.new_empty(c.shape) for c in c0]
+
+
 torch.library.register_fake("fastrnn::layer_forward", _forward_fake)
+torch.library.register_fake("fastrnn::stack_forward", _stack_fake)
 torch.library.register_fake("fastrnn::layer_backward", _backward_fake)
 torch.library.register_fake("fastrnn::layer_gradients", _gradients_fake)
 
@@ -237,6 +251,50 @@ def layer(
     else:
         y, h_n, c_n, _ = _forward(x, h0, c0, weights, batch_sizes, spec.name, False)
     return y, h_n, None if c0 is None else c_n
+
+
+def can_stack(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Whether `stack` takes these: values without gradients, on the CPU, of a type of its own."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype not in _HALF
+        and not torch.compiler.is_compiling()
+        and not (
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad
+                or h0.requires_grad
+                or (c0 is not None and c0.requires_grad)
+                or True in [w.requires_grad for w in weights]
+            )
+        )
+    )
+
+
+def stack(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs layers of one direction upon one another, two at a time side by side where that pays.
+
+    Args:
+        x: [T,B,I], or [N,I] packed.
+        h0: [L,B,R], one state a layer.
+        c0: [L,B,H] or None.
+        weights: those of layer 0, then of layer 1, ...
+        batch_sizes: [T] of packed rows, or None.
+        spec: the cell.
+
+    Returns:
+        y [T,B,R] or [N,R] of the last layer, h_n [L,B,R] and c_n [L,B,H] or None.
+    """
+    c0s = [] if c0 is None else list(c0.split(1))
+    y, h_n, c_n = _stack(x, list(h0.split(1)), c0s, weights, batch_sizes, spec.name)
+    return y, torch.cat(h_n), None if c0 is None else torch.cat(c_n)
 
 
 def half_weights_layer(

@@ -63,6 +63,11 @@ constexpr int kMostDirections = 2;
 template <class T>
 FASTRNN_EXPORT void forward(const LayerForward<T, T>* directions, int count, int threads,
                             ParallelFor parallel_for);
+// Layers of one direction, each with y of the one before it as its x. Two at a time walk together
+// where that pays, the upper one a few steps behind the lower one.
+template <class T>
+FASTRNN_EXPORT void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
+                                  ParallelFor parallel_for);
 template <class T>
 FASTRNN_EXPORT void backward(const LayerBackward<T, T>* directions, int count, int threads,
                              ParallelFor parallel_for);

@@ -9,47 +9,55 @@ namespace {
 template <class T, class Layout, class Problem>
 using WalkRank = void (*)(const Problem&, const Plan&, const Layout&, T*, Team&, int);
 
-// Directions that walk at the same time, each with a team and a workspace of its own:
-// rank r of the call is rank r % plan.threads of direction r / plan.threads.
+// Two directions of a layer, or two layers of a stack, that walk at the same time, or one alone.
+// Each has a plan (of as many threads as the other's), a team and a workspace of its own: rank r of
+// the call is rank r % threads of problem r / threads.
 template <class T, class Layout, class Problem>
 class Job {
  public:
-  Job(const Problem* problems, int count, const Plan& plan, WalkRank<T, Layout, Problem> walk)
+  Job(const Problem* problems, int count, const Plan* plans, WalkRank<T, Layout, Problem> walk)
       : problems_(problems),
         count_(count),
-        plan_(plan),
+        plans_(plans),
         walk_(walk),
-        size_(Layout(problems[0].shape, plan).size),
-        workspace_(count * size_ * sizeof(T)),
-        teams_{Team(plan.threads), Team(count > 1 ? plan.threads : 0)} {}
+        second_(Layout(problems[0].shape, plans[0]).size),
+        workspace_((second_ + (count > 1 ? Layout(problems[1].shape, plans[1]).size : 0)) *
+                   sizeof(T)),
+        teams_{Team(plans[0].threads), Team(count > 1 ? plans[1].threads : 0)} {}
+
+  // The second one's input is what the first one makes.
+  void stack() { teams_[1].below = &teams_[0]; }
 
   void run(ParallelFor parallel_for) {
-    run_team(count_ * plan_.threads, parallel_for, run_rank, this);
+    run_team(count_ * plans_[0].threads, parallel_for, run_rank, this);
   }
 
  private:
   static void run_rank(void* pointer, int rank, int size) {
     Job& job = *static_cast<Job*>(pointer);
-    if (size == job.count_ * job.plan_.threads) {
-      job.walk(rank / job.plan_.threads, job.plan_, rank % job.plan_.threads);
+    const int threads = job.plans_[0].threads;
+    if (size == job.count_ * threads) {
+      job.walk(rank / threads, job.plans_[rank / threads], rank % threads);
     } else {
-      for (int direction = 0; direction < job.count_; ++direction)
-        job.walk(direction, alone(job.plan_), 0);
+      for (int which = 0; which < job.count_; ++which) {
+        job.teams_[which].below = nullptr;  // done by then
+        job.walk(which, alone(job.plans_[which]), 0);
+      }
     }
   }
 
-  void walk(int direction, const Plan& plan, int rank) {
-    const Problem& problem = problems_[direction];
+  void walk(int which, const Plan& plan, int rank) {
+    const Problem& problem = problems_[which];
     const Layout layout(problem.shape, plan);
-    T* workspace = static_cast<T*>(workspace_.data()) + direction * size_;
-    walk_(problem, plan, layout, workspace, teams_[direction], rank);
+    T* workspace = static_cast<T*>(workspace_.data()) + which * second_;
+    walk_(problem, plan, layout, workspace, teams_[which], rank);
   }
 
   const Problem* const problems_;
   const int count_;
-  const Plan plan_;
+  const Plan* const plans_;
   const WalkRank<T, Layout, Problem> walk_;
-  const std::int64_t size_;  // elements of one direction's workspace
+  const std::int64_t second_;  // where the second one's workspace begins, in elements
   Workspace workspace_;
   Team teams_[kMostDirections];
 };
@@ -74,8 +82,27 @@ void run(const Problem* problems, int count, Pass pass, int threads, ParallelFor
   const Claim claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
   if (claim.threads() < wanted)
     plan = make_plan(shape, pass, sizeof(T), claim.threads(), count, half);
+  const Plan plans[kMostDirections] = {plan, plan};
   for (int done = 0; done < count; done += plan.together)
-    Job<T, Layout, Problem>(problems + done, plan.together, plan, walk).run(parallel_for);
+    Job<T, Layout, Problem>(problems + done, plan.together, plans, walk).run(parallel_for);
+}
+
+// Two layers of a stack at the same time, if that pays and there are threads for both.
+template <class T>
+bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor parallel_for) {
+  Plan plans[2];
+  for (int i = 0; i < 2; ++i)
+    plans[i] = make_plan(layers[i].shape, Pass::kForward, sizeof(T), threads, 2);
+  if (!pick_stacked(layers[1].shape, plans[0], plans[1])) return false;
+  plans[1].chunk_rows = pick_follow_rows(layers[1].shape, plans[1]);
+  const int wanted = 2 * plans[0].threads;
+  const Claim claim(wanted, std::min(threads, usable_cpus()));
+  if (claim.threads() < wanted) return false;
+  Job<T, ForwardLayout, LayerForward<T, T>> job(layers, 2, plans,
+                                                isa().walk<T>(layers[0].shape.cell).forward);
+  job.stack();
+  job.run(parallel_for);
+  return true;
 }
 
 }  // namespace
@@ -96,6 +123,17 @@ void forward(const LayerForward<T, T>* directions, int count, int threads,
 }
 
 template <class T>
+void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
+                   ParallelFor parallel_for) {
+  for (int done = 0; done < count;) {
+    const bool pair =
+        !is_forked() && done + 1 < count && run_pair(layers + done, threads, parallel_for);
+    if (!pair) forward(layers + done, 1, threads, parallel_for);
+    done += pair ? 2 : 1;
+  }
+}
+
+template <class T>
 void backward(const LayerBackward<T, T>* directions, int count, int threads,
               ParallelFor parallel_for) {
   run<T, BackwardLayout>(directions, count, Pass::kBackward, threads, parallel_for,
@@ -111,7 +149,9 @@ void gradients(const LayerGradients<T>* directions, int count, int threads,
 
 template void forward<float>(const LayerForward<float, float>*, int, int, ParallelFor);
 template void forward<double>(const LayerForward<double, double>*, int, int, ParallelFor);
+template void forward_stack<float>(const LayerForward<float, float>*, int, int, ParallelFor);
 template void backward<float>(const LayerBackward<float, float>*, int, int, ParallelFor);
+template void forward_stack<double>(const LayerForward<double, double>*, int, int, ParallelFor);
 template void backward<double>(const LayerBackward<double, double>*, int, int, ParallelFor);
 template void gradients<float>(const LayerGradients<float>*, int, int, ParallelFor);
 template void gradients<double>(const LayerGradients<double>*, int, int, ParallelFor);

@@ -32,8 +32,11 @@ class Barrier {
   void wait(int rank, int first, int size) {
     if (size == 1) return;
     const std::uint32_t goal = flag(rank).count.load(std::memory_order_relaxed);
-    for (int other = first; other < first + size; ++other)
-      if (!has_come(other, goal)) wait_for(other, goal);
+    for (int other = first; other < first + size; ++other) await(other, goal);
+  }
+  // Until rank has arrived `goal` times.
+  void await(int rank, std::uint32_t goal) {
+    if (!has_come(rank, goal)) wait_for(rank, goal);
   }
 
  private:
@@ -97,7 +100,10 @@ class Shares {
 struct Team {
   Barrier barrier;
   Shares shares;
-  explicit Team(int threads) : barrier(threads), shares(threads) {}
+  const int threads;
+  Team* below = nullptr;  // who makes this team's input, while it walks
+
+  explicit Team(int size) : barrier(size), shares(size), threads(size) {}
 };
 
 // Runs body(context, rank, size) for every rank at once: with size = threads where the pool grants

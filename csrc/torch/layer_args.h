@@ -35,6 +35,12 @@ constexpr const char* kForwardSchema =
     "layer_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
     "str cell, bool save, bool half_weights=False) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor "
     "saved)";
+// CPU only: inference of layers of one direction upon one another. Of h0, c0 (none for a cell
+// without), h_n and c_n there is one tensor [1, B, *] a layer; weights are those of layer 0, then
+// of layer 1, ...
+constexpr const char* kStackSchema =
+    "stack_forward(Tensor x, Tensor[] h0, Tensor[] c0, Tensor[] weights, Tensor? batch_sizes, "
+    "str cell) -> (Tensor y, Tensor[] h_n, Tensor[] c_n)";
 constexpr const char* kBackwardSchema =
     "layer_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor h0, Tensor? c0, "
     "Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell) "

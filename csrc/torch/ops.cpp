@@ -60,6 +60,56 @@ FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
   return outputs.results(layer);
 }
 
+template <class T>
+void run(const std::vector<Layer>& layers, const Tensor& x,
+         const std::vector<ForwardOutputs>& outputs) {
+  std::vector<LayerForward<T, T>> problems;
+  Rows rows(x);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    problems.push_back(forward_problem<T, T>(layers[i], 0, rows, outputs[i]));
+    rows = Rows(outputs[i].y);
+  }
+  cpu::forward_stack(problems.data(), int(problems.size()), threads(), parallel_for);
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> stack_forward(
+    Tensor x, std::vector<Tensor> h0, std::vector<Tensor> c0, std::vector<Tensor> weights,
+    std::optional<Tensor> batch_sizes, StringHandle cell_handle) {
+  const std::string cell = take_text(cell_handle);
+  const ScalarType dtype = x.scalar_type();
+  const size_t count = h0.size();
+  FASTRNN_CHECK(!is_half(dtype), "x must be float32 or float64, got ",
+                torch::headeronly::toString(dtype), ".");
+  FASTRNN_CHECK(count > 0, "h0 must hold a tensor for each layer, got none.");
+  FASTRNN_CHECK(c0.empty() || c0.size() == count, "c0 must hold as many tensors as h0, ", count,
+                ", or none, got ", c0.size(), ".");
+  FASTRNN_CHECK(weights.size() % count == 0, "weights must hold as many tensors for each of the ",
+                count, " layers, got ", weights.size(), ".");
+  const size_t each = weights.size() / count;
+  std::vector<Layer> layers;
+  std::vector<ForwardOutputs> outputs;
+  layers.reserve(count);
+  outputs.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& input = i == 0 ? x : outputs[i - 1].y;
+    layers.emplace_back(
+        "x", input, h0[i], c0.empty() ? std::nullopt : std::optional(c0[i]),
+        std::vector<Tensor>(weights.begin() + i * each, weights.begin() + (i + 1) * each),
+        batch_sizes, cell, dtype);
+    FASTRNN_CHECK(layers[i].directions == 1, "h0 must hold states of one direction, got ",
+                  layers[i].directions, ".");
+    check_input(layers[i], input);
+    outputs.emplace_back(layers[i], false, x);
+  }
+  dtype == ScalarType::Double ? run<double>(layers, x, outputs) : run<float>(layers, x, outputs);
+  std::vector<Tensor> h_n, c_n;
+  for (const ForwardOutputs& output : outputs) {
+    h_n.push_back(output.h_n);
+    if (output.c_n) c_n.push_back(*output.c_n);
+  }
+  return {outputs[count - 1].y, h_n, c_n};
+}
+
 FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
                            std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
                            std::vector<Tensor> weights, std::optional<Tensor> batch_sizes, Tensor y,
@@ -159,10 +209,12 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kForwardSchema);
   m.def(fastrnn::kBackwardSchema);
   m.def(fastrnn::kGradientsSchema);
+  m.def(fastrnn::kStackSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
+  m.impl("stack_forward", TORCH_BOX(&fastrnn::stack_forward));
   m.impl("layer_gradients", TORCH_BOX(&fastrnn::layer_gradients));
 }

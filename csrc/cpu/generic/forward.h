@@ -19,6 +19,7 @@ class ForwardWalk {
         work_(workspace),
         barrier_(team.barrier),
         shares_(team.shares),
+        below_(team.below),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
         rows_(shape_.batch, rank / plan.unit_groups, plan.row_groups),
@@ -46,7 +47,10 @@ class ForwardWalk {
     barrier_.wait(rank_, 0, plan_.threads);  // panels are packed in shares by all row groups
     std::int64_t chunk_end = 0;              // steps before this one have their gates_x
     for (std::int64_t k = 0; k < shape_.steps; ++k) {
-      if (!plan_.input_fused && k == chunk_end) chunk_end = project_ahead(k);
+      if (plan_.input_fused)
+        await_input(k + 1);
+      else if (k == chunk_end)
+        chunk_end = project_ahead(k);
       step(shape_.step(k), k % 2, k > 0);
       barrier_.arrive(rank_);
     }
@@ -57,6 +61,14 @@ class ForwardWalk {
   using P = Pack<T>;
   static constexpr int kLanes = P::kLanes;
   static constexpr int kZero[] = {0};
+
+  // Until the layer below, if it walks at the same time, has made the input of so many steps: its
+  // ranks arrive once after packing and once a step.
+  void await_input(std::int64_t steps) {
+    if (below_ == nullptr) return;
+    for (int rank = 0; rank < below_->threads; ++rank)
+      below_->barrier.await(rank, std::uint32_t(1 + steps));
+  }
 
   // Row groups share the panels of their blocks, and the work of packing them.
   void pack() {
@@ -122,6 +134,7 @@ class ForwardWalk {
     std::int64_t end = k, rows = 0;
     do rows += shape_.step_rows[shape_.step(end++)];
     while (end < shape_.steps && rows + shape_.step_rows[shape_.step(end)] <= plan_.chunk_rows);
+    await_input(end);
     const std::int64_t first =
         shape_.step_offset[shape_.reverse ? shape_.step(end - 1) : shape_.step(k)];
     chunk_first_row_ = first;
@@ -270,6 +283,7 @@ class ForwardWalk {
   T* const work_;
   Barrier& barrier_;
   Shares& shares_;
+  Team* const below_;
   const int rank_, group_first_;
   const Share rows_, blocks_, proj_blocks_;
   const std::int64_t out_;    // R

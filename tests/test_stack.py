@@ -1,0 +1,158 @@
+"""Layers upon one another that walk at the same time: inference of a stack on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import CELLS, build
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+from fastrnn import _C, functional, ops, reference
+from fastrnn.spec import CELLS as SPECS
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def without_stack(module: torch.nn.Module, *inputs: Any) -> Any:
+    """The same through one operator a layer, which is what a call with gradients takes."""
+    y, state = module(*inputs)
+    assert y.requires_grad if isinstance(y, Tensor) else y.data.requires_grad
+    return y, state
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    (y, state), (y_other, state_other) = ours, theirs
+    torch.testing.assert_close(getattr(y, "data", y), getattr(y_other, "data", y_other))
+    states = state if isinstance(state, tuple) else (state,)
+    others = state_other if isinstance(state_other, tuple) else (state_other,)
+    for own, other in zip(states, others, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("sizes", [(1, 1), (40, 1), (203, 1), (50, 2), (30, 9)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_stack(threads: int, cell: str, sizes: tuple[int, int], layers: int) -> None:
+    steps, batch = sizes
+    module = build(cell, 24, 72, layers, dropout=0.5).eval()
+    x = torch.randn(steps, batch, 24)
+    expected = without_stack(module, x)
+    with torch.no_grad():
+        for _ in range(3):  # threads meet differently each time
+            assert_same(module(x), expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_stack_of_packed_sequences(threads: int, cell: str) -> None:
+    module = build(cell, 24, 72, 2)
+    x = pack_padded_sequence(torch.randn(60, 3, 24), [60, 33, 2])
+    expected = without_stack(module, x)
+    with torch.no_grad():
+        assert_same(module(x), expected)
+
+
+def test_stack_takes_states_and_batch_first(threads: int) -> None:
+    module = build("lstm", 24, 72, 2, batch_first=True)
+    x, hx = torch.randn(1, 60, 24), (torch.randn(2, 1, 72), torch.randn(2, 1, 72))
+    expected = without_stack(module, x, hx)
+    with torch.no_grad():
+        assert_same(module(x, hx), expected)
+
+
+def test_which_calls_are_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    stack = ops.stack
+    monkeypatch.setattr(ops, "stack", lambda *args: calls.append("stack") or stack(*args))
+    x = torch.randn(40, 1, 8)
+
+    def is_stack(module: torch.nn.Module, x: Tensor = x) -> bool:
+        calls.clear()
+        module(x)
+        return bool(calls)
+
+    assert not is_stack(fastrnn.GRU(8, 16, 2))
+    with torch.no_grad():
+        assert is_stack(fastrnn.GRU(8, 16, 2))
+        assert is_stack(fastrnn.LSTM(8, 16, 3).double(), x.double())
+        assert is_stack(fastrnn.LSTM(8, 16, 2, proj_size=4))
+        assert not is_stack(fastrnn.GRU(8, 16))
+        assert not is_stack(fastrnn.GRU(8, 16, 2, bidirectional=True))
+        assert not is_stack(fastrnn.GRU(8, 16, 2, dropout=0.5))
+        assert is_stack(fastrnn.GRU(8, 16, 2, dropout=0.5).eval())
+        assert not is_stack(fastrnn.GRU(8, 16, 2).bfloat16(), x.bfloat16())
+    frozen = fastrnn.GRU(8, 16, 2).requires_grad_(False)
+    assert is_stack(frozen)
+    assert not is_stack(frozen, x.clone().requires_grad_())
+
+
+def test_projected_stack(threads: int) -> None:
+    module = build("lstm", 24, 72, 3, proj_size=40)
+    x = torch.randn(60, 1, 24)
+    expected = without_stack(module, x)
+    with torch.no_grad():
+        assert_same(module(x), expected)
+
+
+def test_operator_refuses_what_would_break_it() -> None:
+    x, h = torch.randn(5, 2, 3), [torch.randn(1, 2, 4) for _ in range(2)]
+    w = [torch.randn(12, 3), torch.randn(12, 4), torch.randn(12, 4), torch.randn(12, 4)]
+    stack = torch.ops.fastrnn.stack_forward
+
+    def call(**changed: Any) -> Any:
+        given = {"x": x, "h0": h, "c0": [], "weights": w, "batch_sizes": None, "cell": "gru"}
+        return stack(**{**given, **changed})
+
+    y, h_n, c_n = call()
+    assert y.shape == (5, 2, 4)
+    assert len(h_n) == 2
+    assert not c_n
+    for changed in (
+        {"h0": []},
+        {"h0": h[:1]},
+        {"h0": [torch.randn(2, 2, 4)] * 2},
+        {"h0": [h[0], torch.randn(1, 3, 4)]},
+        {"c0": h},
+        {"c0": h[:1]},
+        {"weights": w[:3]},
+        {"weights": [w[1], w[0], w[2], w[3]]},
+        {"weights": [*w[:2], torch.randn(12, 5), w[3]]},
+        {"x": x.half(), "h0": [s.half() for s in h], "weights": [v.half() for v in w]},
+        {"x": x[:, :, :2]},
+        {"cell": "lstm"},
+        {"batch_sizes": torch.tensor([2, 2])},
+    ):
+        with pytest.raises(RuntimeError):
+            call(**changed)
+    torch.library.opcheck(
+        torch.ops.fastrnn.stack_forward.default,
+        (x, h, [], w, None, "gru"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_stack_against_the_reference() -> None:
+    spec = SPECS["lstm"]
+    module = build("lstm", 5, 70, 2).double()
+    x, h0, c0 = torch.randn(40, 1, 5).double(), *torch.randn(2, 2, 1, 70).double().unbind()
+    weights = [w.detach() for w in module.parameters()]
+    ours = ops.stack(x, h0, c0, weights, None, spec)
+    theirs = reference.forward(x, h0, c0, weights, None, spec, 2, 0.0, reference.layer)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other)
+    assert functional.run(spec, x, None, h0, c0, weights, 2, 0.0)[0].equal(ours[0])
+
+
+def test_plans_of_stacks() -> None:
+    plan = _C.plan("gru", 100, 1, 64, 64, threads=2, directions=2)
+    assert plan["together"] == 2  # which is what a pair of layers asks, too
