@@ -228,9 +228,10 @@ class Library:
     @property
     def version(self) -> str:
         """Of the library."""
-        if self.packages[0] == "fastrnn":
-            return fastrnn.__version__
-        return importlib.metadata.version(self.packages[0])
+        # torch's own word says more than its package's: 2.13.0+cpu
+        own = {"fastrnn": fastrnn.__version__, "torch": torch.__version__}
+        name = self.packages[0]
+        return own[name] if name in own else importlib.metadata.version(name)
 
     def does(self, task: Task) -> bool:
         """Whether this task is one for it."""
