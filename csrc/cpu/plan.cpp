@@ -97,12 +97,14 @@ bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups
 
 // A layer and the one above it at the same time, each on half of the threads, for the same reason
 // as two directions: both plans, made for two at once, say so. Each must take as many threads.
-bool pick_stacked(const LayerShape& upper, const Plan& lower_plan, const Plan& upper_plan) {
-  return lower_plan.together == 2 && upper_plan.together == 2 && upper.proj_size == 0 &&
+bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_plan,
+                  const Plan& upper_plan) {
+  return step_weights(upper, Pass::kForward) * element_bytes <= kStackedBytes &&
+         lower_plan.together == 2 && upper_plan.together == 2 && upper.proj_size == 0 &&
          lower_plan.threads == upper_plan.threads && upper.steps >= 2 * kFollowParts;
 }
 
-// Few rows ahead of time, so that the upper layer starts soon.
+// Few rows ahead of time in both, so that the upper layer starts soon.
 std::int64_t pick_follow_rows(const LayerShape& upper, const Plan& plan) {
   const std::int64_t part = divide_up(upper.steps, kFollowParts) * upper.batch;
   return std::min(plan.chunk_rows, part);

@@ -27,6 +27,9 @@ constexpr std::int64_t kSharedCacheBytes = 24 * 1024 * 1024;
 constexpr std::int64_t kPackedRowsOfOne = 48, kPackedRows = 24, kPackedBackSteps = 6;
 // A step waits for w_hh rather than for its own instructions from this many values on.
 constexpr std::int64_t kMinHalfWeights = 16 * 1024;
+// Two layers at the same time pay while all weights of one stay close to its core: half of them
+// would be closer.
+constexpr std::int64_t kStackedBytes = 256 * 1024;
 // A layer follows the one below in so many parts of the sequence, each projected ahead at once.
 constexpr std::int64_t kFollowParts = 8;
 // From this batch on, rows enough share each weight that is loaded: the input product joins the
@@ -44,7 +47,8 @@ bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int e
                        bool packed);
 int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                   int max_threads, int directions);
-bool pick_stacked(const LayerShape& upper, const Plan& lower_plan, const Plan& upper_plan);
+bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_plan,
+                  const Plan& upper_plan);
 std::int64_t pick_follow_rows(const LayerShape& upper, const Plan& plan);
 bool pick_shared(const LayerShape& shape, const Plan& plan);
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups);

@@ -29,7 +29,16 @@ class Job {
   void stack() { teams_[1].below = &teams_[0]; }
 
   void run(ParallelFor parallel_for) {
-    run_team(count_ * plans_[0].threads, parallel_for, run_rank, this);
+    const Plan& plan = plans_[0];
+    // ... for one another; and would compute the same, bit for bit, if one walked alone
+    const bool may_wait =
+        plan.row_groups == 1 && (plan.unit_groups > 1 || teams_[1].below != nullptr);
+    if (may_wait && BusyMachine::noted()) return run_team(1, parallel_for, run_rank, this);
+    const auto begin = BusyMachine::Clock::now();
+    run_team(count_ * plan.threads, parallel_for, run_rank, this);
+    if (may_wait)
+      for (int which = 0; which < count_; ++which)
+        BusyMachine::look(begin, teams_[which].barrier.longest_sleep(plan.threads));
   }
 
  private:
@@ -93,8 +102,8 @@ bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor paralle
   Plan plans[2];
   for (int i = 0; i < 2; ++i)
     plans[i] = make_plan(layers[i].shape, Pass::kForward, sizeof(T), threads, 2);
-  if (!pick_stacked(layers[1].shape, plans[0], plans[1])) return false;
-  plans[1].chunk_rows = pick_follow_rows(layers[1].shape, plans[1]);
+  if (!pick_stacked(layers[1].shape, sizeof(T), plans[0], plans[1])) return false;
+  for (Plan& plan : plans) plan.chunk_rows = pick_follow_rows(layers[1].shape, plan);
   const int wanted = 2 * plans[0].threads;
   const Claim claim(wanted, std::min(threads, usable_cpus()));
   if (claim.threads() < wanted) return false;

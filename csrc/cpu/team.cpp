@@ -92,8 +92,9 @@ void run_on_new_threads(Call& call) {
 
 }  // namespace
 
-void Barrier::wait_for(int other, std::uint32_t goal) {
-  if (spin_until([&] { return has_come(other, goal); })) return;
+std::chrono::nanoseconds Barrier::wait_for(int other, std::uint32_t goal) {
+  if (spin_until([&] { return has_come(other, goal); })) return {};
+  const auto begin = std::chrono::steady_clock::now();
   Flag& awaited = flag(other);
   awaited.sleepers.fetch_add(1);
   for (;;) {
@@ -102,6 +103,7 @@ void Barrier::wait_for(int other, std::uint32_t goal) {
     sleep_while(awaited.count, seen);
   }
   awaited.sleepers.fetch_sub(1);
+  return std::chrono::steady_clock::now() - begin;
 }
 
 void Barrier::wake(int rank) { wake_all(flag(rank).count); }

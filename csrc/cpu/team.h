@@ -3,7 +3,9 @@
 // Who waits long goes to sleep, so that a busy machine's CPUs go to those who have something to do.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <new>
 
@@ -32,25 +34,33 @@ class Barrier {
   void wait(int rank, int first, int size) {
     if (size == 1) return;
     const std::uint32_t goal = flag(rank).count.load(std::memory_order_relaxed);
-    for (int other = first; other < first + size; ++other) await(other, goal);
+    for (int other = first; other < first + size; ++other) add_sleep(rank, await(other, goal));
   }
-  // Until rank has arrived `goal` times.
-  void await(int rank, std::uint32_t goal) {
-    if (!has_come(rank, goal)) wait_for(rank, goal);
+  // The longest time that a rank has slept in here, all in all.
+  std::chrono::nanoseconds longest_sleep(int threads) const {
+    std::chrono::nanoseconds longest{0};
+    for (int rank = 0; rank < threads; ++rank) longest = std::max(longest, flag(rank).slept);
+    return longest;
   }
+  // Until rank has arrived `goal` times; returns for how long the caller slept.
+  std::chrono::nanoseconds await(int rank, std::uint32_t goal) {
+    return has_come(rank, goal) ? std::chrono::nanoseconds(0) : wait_for(rank, goal);
+  }
+  void add_sleep(int rank, std::chrono::nanoseconds time) { flag(rank).slept += time; }
 
  private:
   // Counts may wrap around; ranks are never half the range apart.
   bool has_come(int rank, std::uint32_t goal) const {
     return std::int32_t(flag(rank).count.load(std::memory_order_acquire) - goal) >= 0;
   }
-  // Spins a moment, then sleeps.
-  void wait_for(int other, std::uint32_t goal);
+  // Spins a moment, then sleeps; returns for how long.
+  std::chrono::nanoseconds wait_for(int other, std::uint32_t goal);
   void wake(int rank);
 
   struct alignas(128) Flag {
     std::atomic<std::uint32_t> count{0};
     std::atomic<std::uint32_t> sleepers{0};  // who sleeps until this count changes
+    std::chrono::nanoseconds slept{0};       // this rank, waiting for others
   };
   Flag& flag(int rank) { return reinterpret_cast<Flag*>(storage_)[rank]; }
   const Flag& flag(int rank) const { return reinterpret_cast<const Flag*>(storage_)[rank]; }

@@ -16,6 +16,10 @@ namespace {
 std::atomic<int> taken{0};  // threads in calls that are running
 std::atomic<bool> forked{false};
 
+constexpr auto kLeastSleep = std::chrono::milliseconds(1),
+               kBusyMoment = std::chrono::milliseconds(50);
+std::atomic<BusyMachine::Clock::rep> busy_until{0};
+
 // Nothing that ran in the parent runs here.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
   taken.store(0);
@@ -78,6 +82,17 @@ Claim::Claim(int wanted, int all) {
 }
 
 Claim::~Claim() { taken.fetch_sub(threads_, std::memory_order_relaxed); }
+
+bool BusyMachine::noted() {
+  const Clock::rep until = busy_until.load(std::memory_order_relaxed);
+  return until != 0 && Clock::now().time_since_epoch().count() < until;
+}
+
+void BusyMachine::look(Clock::time_point begin, Clock::duration slept) {
+  const Clock::time_point now = Clock::now();
+  if (slept < kLeastSleep || slept * 3 < now - begin) return;
+  busy_until.store((now + kBusyMoment).time_since_epoch().count(), std::memory_order_relaxed);
+}
 
 bool is_forked() { return forked.load(std::memory_order_relaxed); }
 

@@ -2,6 +2,7 @@
 // and what other calls have not taken.
 #pragma once
 
+#include <chrono>
 #include <string>
 
 #include "kernels.h"
@@ -27,6 +28,18 @@ class Claim {
 
  private:
   int threads_;
+};
+
+// CPUs that others use make a team wait whole time slices for a rank that has none. So a team whose
+// rank slept for a third of the call, and a millisecond at least, is noted here, and until
+// kBusyMoment later calls whose ranks would wait for each other go alone; then one tries again.
+class BusyMachine {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  static bool noted();
+  // `slept`: the longest that any rank of a call did, which began at `begin`.
+  static void look(Clock::time_point begin, Clock::duration slept);
 };
 
 // Whether this process was forked from one that had loaded this library. The pool's threads did not

@@ -67,7 +67,7 @@ class ForwardWalk {
   void await_input(std::int64_t steps) {
     if (below_ == nullptr) return;
     for (int rank = 0; rank < below_->threads; ++rank)
-      below_->barrier.await(rank, std::uint32_t(1 + steps));
+      barrier_.add_sleep(rank_, below_->barrier.await(rank, std::uint32_t(1 + steps)));
   }
 
   // Row groups share the panels of their blocks, and the work of packing them.
