@@ -95,7 +95,7 @@ class Shares {
   }
 
  private:
-  struct Taken {
+  struct alignas(8) Taken {    // one word, for all compilers
     std::int32_t front, back;  // items that are gone, from either end
   };
   struct alignas(128) Queue {
