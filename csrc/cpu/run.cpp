@@ -36,9 +36,11 @@ class Job {
     if (may_wait && BusyMachine::noted()) return run_team(1, parallel_for, run_rank, this);
     const auto begin = BusyMachine::Clock::now();
     run_team(count_ * plan.threads, parallel_for, run_rank, this);
-    if (may_wait)
-      for (int which = 0; which < count_; ++which)
-        BusyMachine::look(begin, teams_[which].barrier.longest_sleep(plan.threads));
+    if (!may_wait) return;
+    std::chrono::nanoseconds slept(0);
+    for (int which = 0; which < count_; ++which)
+      slept = std::max(slept, teams_[which].barrier.longest_sleep(plan.threads));
+    BusyMachine::look(begin, slept);
   }
 
  private:

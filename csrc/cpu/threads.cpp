@@ -16,9 +16,9 @@ namespace {
 std::atomic<int> taken{0};  // threads in calls that are running
 std::atomic<bool> forked{false};
 
-constexpr auto kLeastSleep = std::chrono::milliseconds(1),
-               kBusyMoment = std::chrono::milliseconds(50);
+constexpr std::chrono::milliseconds kLeastSleep(1), kLeastAlone(4), kMostAlone(50);
 std::atomic<BusyMachine::Clock::rep> busy_until{0};
+std::atomic<int> busy_calls{0};  // in a row
 
 // Nothing that ran in the parent runs here.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
@@ -90,8 +90,13 @@ bool BusyMachine::noted() {
 
 void BusyMachine::look(Clock::time_point begin, Clock::duration slept) {
   const Clock::time_point now = Clock::now();
-  if (slept < kLeastSleep || slept * 3 < now - begin) return;
-  busy_until.store((now + kBusyMoment).time_since_epoch().count(), std::memory_order_relaxed);
+  if (slept < kLeastSleep || slept * 3 < now - begin)
+    return busy_calls.store(0, std::memory_order_relaxed);
+  const int calls = busy_calls.load(std::memory_order_relaxed) + 1;
+  busy_calls.store(calls, std::memory_order_relaxed);
+  if (calls < 2) return;
+  const auto alone = std::min(kMostAlone, kLeastAlone * (1 << std::min(calls - 2, 4)));
+  busy_until.store((now + alone).time_since_epoch().count(), std::memory_order_relaxed);
 }
 
 bool is_forked() { return forked.load(std::memory_order_relaxed); }

@@ -30,9 +30,11 @@ class Claim {
   int threads_;
 };
 
-// CPUs that others use make a team wait whole time slices for a rank that has none. So a team whose
-// rank slept for a third of the call, and a millisecond at least, is noted here, and until
-// kBusyMoment later calls whose ranks would wait for each other go alone; then one tries again.
+// CPUs that others use make a team wait whole time slices for a rank that has none: a rank sleeps
+// for a third of the call, and a millisecond at least. If that happens twice in a row (once, it may
+// have been an idle thread that took long to wake), calls whose ranks would wait for each other go
+// alone for some milliseconds; then one tries again, and each failure doubles the time, up to
+// kMostAlone.
 class BusyMachine {
  public:
   using Clock = std::chrono::steady_clock;

@@ -134,8 +134,9 @@ class GradientWalk {
     if (sums == nullptr) return;
     for (std::int64_t m = 0; m < count; m += kLanes) {
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, count - m);
-      P sum = first ? P(T(0)) : P::load(sums + m, lanes);
+      P sum = P(T(0));  // in pieces, as all sums
       for (std::int64_t i = 0; i < depth; ++i) sum = sum + P::load(from + i * width_ + m, lanes);
+      if (!first) sum = P::load(sums + m, lanes) + sum;
       sum.store(sums + m, lanes);
     }
   }
