@@ -13,6 +13,7 @@ operator as the walk back, elsewhere torch's own, here:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -215,6 +216,16 @@ class Layer(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, Layer).apply
 
 
+def _records(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Whether autograd is to record what is made of these."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or h0.requires_grad
+        or (c0 is not None and c0.requires_grad)
+        or True in [w.requires_grad for w in weights]
+    )
+
+
 def layer(
     x: Tensor,
     h0: Tensor,
@@ -231,12 +242,7 @@ def layer(
     has checked them.
     ``half_weights`` lets the CPU's kernels round w_hh to float16 where no gradient is asked for.
     """
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or h0.requires_grad
-        or (c0 is not None and c0.requires_grad)
-        or True in [w.requires_grad for w in weights]
-    ):
+    if _records(x, h0, c0, weights):
         if torch.compiler.is_compiling():
             apply: Any = Layer.apply
             if c0 is h0 and c0 is not None:
@@ -259,15 +265,7 @@ def can_stack(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor
         x.device.type == "cpu"
         and x.dtype not in _HALF
         and not torch.compiler.is_compiling()
-        and not (
-            torch.is_grad_enabled()
-            and (
-                x.requires_grad
-                or h0.requires_grad
-                or (c0 is not None and c0.requires_grad)
-                or True in [w.requires_grad for w in weights]
-            )
-        )
+        and not _records(x, h0, c0, weights)
     )
 
 
@@ -297,16 +295,8 @@ def stack(
     return y, torch.cat(h_n), None if c0 is None else torch.cat(c_n)
 
 
-def half_weights_layer(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    spec: CellSpec,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`layer` with ``half_weights``."""
-    return layer(x, h0, c0, weights, batch_sizes, spec, True)
+#: `layer` with ``half_weights``
+half_weights_layer = functools.partial(layer, half_weights=True)
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:

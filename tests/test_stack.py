@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import _C, functional, ops, reference
+from fastrnn import functional, ops, reference
 from fastrnn.spec import CELLS as SPECS
 
 
@@ -151,8 +151,3 @@ def test_stack_against_the_reference() -> None:
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other)
     assert functional.run(spec, x, None, h0, c0, weights, 2, 0.0)[0].equal(ours[0])
-
-
-def test_plans_of_stacks() -> None:
-    plan = _C.plan("gru", 100, 1, 64, 64, threads=2, directions=2)
-    assert plan["together"] == 2  # which is what a pair of layers asks, too
