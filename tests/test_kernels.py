@@ -164,6 +164,17 @@ def test_long_sequences_are_projected_in_chunks(isa: str, cell: str) -> None:
     Case(CELLS[cell], 600, 1, 3, 20, directions=2).check(torch.float32)
 
 
+@pytest.mark.parametrize("batch", range(1, 9))
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_weights_as_they_lie(isa: str, threads: int, cell: str, batch: int) -> None:
+    """Every height of a tile; units and sums that do and do not fill vectors and tiles."""
+    sizes = (3, batch, 64 + batch, 107 + batch)
+    assert not _C.plan(cell, *sizes)["packed"]
+    case = Case(CELLS[cell], *sizes)
+    case.check(torch.float32)
+    case.check(torch.float64)
+
+
 def test_weights_beyond_the_shared_cache_are_projected_ahead() -> None:
     assert _C.plan("lstm", 2, 6, 1100, 1100, threads=2)["input"] == "ahead"
     Case(CELLS["lstm"], 2, 6, 1100, 1100).check(torch.float32)
@@ -173,9 +184,9 @@ def test_weights_beyond_the_shared_cache_are_projected_ahead() -> None:
 def test_blocks_are_shared_out(isa: str, threads: int, cell: str) -> None:
     gates = CELLS[cell].gates
     hidden = {1: 520, 3: 300, 4: 260}[gates]
-    plan = _C.plan(cell, 9, 15, hidden, hidden, threads=threads)
+    plan = _C.plan(cell, 18, 15, hidden, hidden, threads=threads)
     assert plan["shared"] == (threads > 1)
-    Case(CELLS[cell], 9, 15, hidden, hidden).check(torch.float32)
+    Case(CELLS[cell], 18, 15, hidden, hidden).check(torch.float32)
 
 
 # --- the products after the walk back ------------------------------------------------------------
@@ -288,12 +299,18 @@ def test_blocks_of_units_stay_balanced() -> None:
 
 
 def test_few_rows_are_multiplied_with_weights_as_they_lie() -> None:
-    assert not _C.plan("gru", 1, 1, 64, 64)["packed"]
-    assert not _C.plan("gru", 15, 1, 64, 64)["packed"]
-    assert _C.plan("gru", 100, 1, 64, 64)["packed"]
-    assert _C.plan("gru", 1, 64, 64, 64)["packed"]
-    assert not _C.plan("gru", 1, 64, 64, 64, training=True)["packed"]
-    assert _C.plan("gru", 15, 1, 64, 64, training=True)["packed"]
+    def packed(steps: int, batch: int, hidden: int, proj: int = 0, training: bool = False) -> bool:
+        plan = _C.plan("lstm", steps, batch, 64, hidden, proj_size=proj, training=training)
+        return bool(plan["packed"])
+
+    # a row for 5 units, of 8 sequences and more a row for 2, of one step a row a unit
+    assert (packed(12, 1, 64), packed(13, 1, 64)) == (False, True)
+    assert (packed(3, 8, 64), packed(4, 8, 64)) == (False, True)
+    assert (packed(1, 63, 64), packed(1, 64, 64)) == (False, True)
+    assert (packed(12, 1, 640, proj=64), packed(13, 1, 640, proj=64)) == (False, True)
+    assert (packed(102, 1, 2000), packed(103, 1, 2000)) == (False, True)
+    assert not packed(1, 64, 64, training=True)
+    assert packed(15, 1, 64, training=True)
 
 
 def test_directions_go_together_where_that_saves_barriers() -> None:

@@ -75,16 +75,18 @@ int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int elemen
 // A panel is read faster than rows of weights, but must be made first.
 bool pick_packed(const LayerShape& shape, Pass pass) {
   if (pass == Pass::kBackward) return shape.steps >= kPackedBackSteps;
-  return shape.steps * shape.batch >= (shape.steps == 1 ? kPackedRowsOfOne : kPackedRows);
+  const std::int64_t units_per_row = shape.steps == 1                ? kUnitsPerRowOfOneStep
+                                     : shape.batch >= kManySequences ? kUnitsPerRowOfMany
+                                                                     : kUnitsPerRow;
+  return shape.steps * shape.batch * units_per_row >= std::min(shape.output_size(), kMostUnits);
 }
 
 // w_hh as float16, for those who allow it: where a step does little but fetch it. Rows that share a
 // fetched weight would widen it again each.
-bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                       bool packed) {
+bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes) {
   const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
-  return pass == Pass::kForward && packed && shape.batch == 1 && element_bytes == 4 &&
-         values >= kMinHalfWeights && isa.half_weights;
+  return pass == Pass::kForward && shape.batch == 1 && shape.steps >= kMinHalfSteps &&
+         element_bytes == 4 && values >= kMinHalfWeights && isa.half_weights;
 }
 
 // x_t w_ih^T goes into the step's own tile where rows enough share the weights and they stay
@@ -135,9 +137,8 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
       pick_unit_vectors(shape.hidden_size, plan.vector_lanes, gates, plan.unit_groups);
   plan.back_vectors =
       pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
-  plan.packed = pick_packed(shape, pass);
-  plan.half_weights =
-      half_weights && pick_half_weights(shape, pass, isa, element_bytes, plan.packed);
+  plan.half_weights = half_weights && pick_half_weights(shape, pass, isa, element_bytes);
+  plan.packed = plan.half_weights || pick_packed(shape, pass);
   plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups);
   plan.shared = pass == Pass::kForward && pick_shared(shape, plan);
   // A hundred rows or so reuse each loaded weight well, and their gates stay in the cache.

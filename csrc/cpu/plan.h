@@ -21,12 +21,17 @@ constexpr std::int64_t kPrivateCacheBytes = 512 * 1024;
 constexpr std::int64_t kFewRows = 4, kManyRows = 16;
 // Beyond this, streaming w_ih anew each step is dearer than keeping pre-activations.
 constexpr std::int64_t kSharedCacheBytes = 24 * 1024 * 1024;
-// Packing the weights costs less than it gains from this many rows of a forward call on (of one
-// step, of several), and from this many steps of backward, whose weights lie nearly as a panel
-// anyway.
-constexpr std::int64_t kPackedRowsOfOne = 48, kPackedRows = 24, kPackedBackSteps = 6;
-// A step waits for w_hh rather than for its own instructions from this many values on.
-constexpr std::int64_t kMinHalfWeights = 16 * 1024;
+// Packing the weights costs less than it gains from so many steps of backward on, whose weights lie
+// nearly as a panel anyway. Forward's are transposed for it, and as they lie, what a row costs
+// beyond the products falls with the length of a dot: packing pays from a number of rows on that
+// grows with the state (up to a size), by one for so many units: of a call of few sequences, of
+// more, of a single step.
+constexpr std::int64_t kPackedBackSteps = 6;
+constexpr std::int64_t kUnitsPerRow = 5, kUnitsPerRowOfMany = 2, kUnitsPerRowOfOneStep = 1;
+constexpr std::int64_t kManySequences = 8, kMostUnits = 512;
+// A step waits for w_hh rather than for its own instructions from this many values on; rounding and
+// packing them takes some steps to pay.
+constexpr std::int64_t kMinHalfWeights = 16 * 1024, kMinHalfSteps = 24;
 // Two layers at the same time pay while all weights of one stay close to its core: half of them
 // would be closer.
 constexpr std::int64_t kStackedBytes = 256 * 1024;
@@ -43,8 +48,7 @@ int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int elem
                     int threads);
 int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups);
 bool pick_packed(const LayerShape& shape, Pass pass);
-bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                       bool packed);
+bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes);
 int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                   int max_threads, int directions);
 bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_plan,

@@ -25,10 +25,6 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #define FASTRNN_PRAGMA_TEXT(...) _Pragma(#__VA_ARGS__)
 #define FASTRNN_PRAGMA(...) FASTRNN_PRAGMA_TEXT(__VA_ARGS__)
 #if !defined(FASTRNN_TARGET)
@@ -55,7 +51,11 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 #include "pack.h"
 
+#include "lanes.h"
+
 #include "tile.h"
+
+#include "dot.h"
 
 #include "panels.h"
 

@@ -11,30 +11,6 @@ struct PanelSource {
   std::int64_t units, k_count;
 };
 
-// One of the log2(lanes) rounds of a transposition: where the bit kDistance is set in a's lanes and
-// not in b's, the two change places.
-template <class Vector, int kDistance, int... I>
-FASTRNN_INLINE void exchange(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
-  constexpr int kLanes = sizeof...(I);
-  const Vector low =
-      __builtin_shufflevector(a, b, ((I & kDistance) != 0 ? kLanes + I - kDistance : I)...);
-  b = __builtin_shufflevector(a, b, ((I & kDistance) != 0 ? kLanes + I : I + kDistance)...);
-  a = low;
-}
-
-template <class T, int kDistance = 1>
-FASTRNN_INLINE void transpose(typename Pack<T>::Vector* rows) {
-  constexpr int kLanes = Pack<T>::kLanes;
-  if constexpr (kDistance < kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if ((i & kDistance) == 0)
-        exchange<typename Pack<T>::Vector, kDistance>(rows[i], rows[i + kDistance],
-                                                      std::make_integer_sequence<int, kLanes>{});
-    transpose<T, 2 * kDistance>(rows);
-  }
-}
-
 // to [count, kLanes] = from^T, from [kLanes, count] of which only `present` rows are there, else 0.
 template <class T>
 void transpose_rows(const T* from, std::int64_t from_stride, std::int64_t present,
@@ -119,15 +95,15 @@ class Weights {
       return;
     }
     const std::int64_t first = block * block_units(), present = units_of(block);
-    for (int gate = 0; gate < source_.gates; ++gate) {
-      const T* w = source_.weights + (gate * source_.units + first) * source_.stride;
-      for (int m = 0; m < rows; ++m)
-        dots(present, source_.k_count, a + m * a_stride, w, source_.stride,
-             c + m * c_stride + columns.at[gate * vectors_]);
-    }
+    for (int gate = 0; gate < source_.gates; ++gate)
+      dots(rows, present, source_.k_count, a, a_stride,
+           source_.weights + (gate * source_.units + first) * source_.stride, source_.stride,
+           c + columns.at[gate * vectors_], c_stride);
   }
 
-  int tile_height() const { return tile_rows(source_.gates * vectors_); }
+  int tile_height() const {
+    return packed_ || !source_.unit_is_row ? tile_rows(source_.gates * vectors_) : kDotRows;
+  }
 
  private:
   std::int64_t block_units() const { return std::int64_t(vectors_) * Pack<T>::kLanes; }

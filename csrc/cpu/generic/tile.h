@@ -131,40 +131,6 @@ FASTRNN_INLINE TileFunction<T> tile_function(int m, int n) {
   return kTables[n - 1][m - 1];
 }
 
-// The other microkernel, for weights that lie as the caller has them, a unit a row: K runs along
-// the vectors' lanes, and R units share each load of a.
-//
-//   c[r] += sum_k a[k] w[r][k]
-template <class T, int R>
-void dot(std::int64_t k_count, const T* a, const T* w, std::int64_t w_stride, T* c) {
-  using P = Pack<T>;
-  P sum[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) sum[r] = P(T(0));
-  std::int64_t k = 0;
-  for (; k + P::kLanes <= k_count; k += P::kLanes) {
-    const P value = P::load(a + k);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sum[r] = sum[r] + value * P::load(w + r * w_stride + k);
-  }
-  if (k < k_count) {
-    const P value = P::load(a + k, k_count - k);
-    for (int r = 0; r < R; ++r)
-      sum[r] = sum[r] + value * P::load(w + r * w_stride + k, k_count - k);
-  }
-  for (int r = 0; r < R; ++r) c[r] += sum[r].total();
-}
-
-template <class T>
-void dots(std::int64_t rows, std::int64_t k_count, const T* a, const T* w, std::int64_t w_stride,
-          T* c) {
-  constexpr int kRows = 8;
-  std::int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    dot<T, kRows>(k_count, a, w + r * w_stride, w_stride, c + r);
-  for (; r < rows; ++r) dot<T, 1>(k_count, a, w + r * w_stride, w_stride, c + r);
-}
-
 // Calls each(first, count) for the tiles of rows [begin, end): as few as fit, of even heights.
 template <class Each>
 FASTRNN_INLINE void for_each_tile(std::int64_t begin, std::int64_t end, int most, Each&& each) {
