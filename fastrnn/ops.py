@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastrnn import _library, reference
 from fastrnn.spec import CELLS, CellSpec, Run, split_weights
 
 _library.load()
 
-_forward = torch.ops.fastrnn.layer_forward.default
+forward = torch.ops.fastrnn.layer_forward.default
 _backward = torch.ops.fastrnn.layer_backward.default
 _stack = torch.ops.fastrnn.stack_forward.default
 _cpu_gradients = torch.ops.fastrnn.layer_gradients.default
@@ -57,6 +58,17 @@ def is_autocast(x: Tensor) -> bool:
         return False
     device_type = x.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def is_plain() -> bool:
+    """Whether a call is values in, values out: no gradient, transform, autocast or compiler."""
+    return not (
+        torch.is_grad_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
 
 
 def _state_sizes(h0: Tensor, c0: Tensor | None) -> tuple[int, int, int]:
@@ -164,7 +176,7 @@ class Layer(torch.autograd.Function):
         spec: CellSpec,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _forward(
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = forward(
             x, h0, c0, weights, batch_sizes, spec.name, True
         )
         return result
@@ -253,9 +265,9 @@ def layer(
             apply = _apply
         y, h_n, c_n, _ = apply(x, h0, c0, batch_sizes, spec, *weights)
     elif half_weights and x.device.type == "cpu":
-        y, h_n, c_n, _ = _forward(x, h0, c0, weights, batch_sizes, spec.name, False, True)
+        y, h_n, c_n, _ = forward(x, h0, c0, weights, batch_sizes, spec.name, False, True)
     else:
-        y, h_n, c_n, _ = _forward(x, h0, c0, weights, batch_sizes, spec.name, False)
+        y, h_n, c_n, _ = forward(x, h0, c0, weights, batch_sizes, spec.name, False)
     return y, h_n, None if c0 is None else c_n
 
 

@@ -246,7 +246,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     """The harness in place of the operators, for CPU tensors; it must have been used."""
     kernels = Kernels(library)
-    monkeypatch.setattr(ops, "_forward", kernels.forward)
+    monkeypatch.setattr(ops, "forward", kernels.forward)
     monkeypatch.setattr(ops, "_backward", kernels.backward)
     yield kernels
     assert kernels.calls > 0

@@ -33,11 +33,16 @@ def raised(call: Callable[[], Any]) -> Exception:
 
 
 def assert_same_error(call: Callable[[Any], Any], message: str | None = None) -> None:
-    """``call(namespace)`` raises the same in fastrnn as in torch.nn; ``message`` is part of it."""
-    ours, theirs = raised(lambda: call(fastrnn)), raised(lambda: call(nn))
-    assert type(ours) is type(theirs)
-    assert str(ours) == str(theirs)
-    assert message is None or message in str(ours)
+    """``call(namespace)`` raises the same in fastrnn as in torch.nn; ``message`` is part of it.
+
+    With and without gradients, since calls without go a shorter way.
+    """
+    for is_recorded in (True, False):
+        with torch.set_grad_enabled(is_recorded):
+            ours, theirs = raised(lambda: call(fastrnn)), raised(lambda: call(nn))
+        assert type(ours) is type(theirs)
+        assert str(ours) == str(theirs)
+        assert message is None or message in str(ours)
 
 
 def states(name: str, *shape: int, **options: Any) -> Any:

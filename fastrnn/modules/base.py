@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional
+from fastrnn import functional, ops
 from fastrnn.spec import BY_MODE
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
@@ -104,9 +105,49 @@ class RecurrentBase(nn.RNNBase):
         )
         return output, h_n
 
+    def _states(self, hx: Hidden) -> tuple[Tensor, Tensor | None]:
+        """h and c, or h and None."""
+        return hx, None
+
+    def _run_quickly(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden] | None:
+        """One layer without a gradient, in as few steps as can be, or None if it is not as simple.
+
+        The way to the kernel costs more than a small layer itself. The operator checks all that
+        must be right, but in words of its own: what it refuses, `_run` refuses in torch's.
+        """
+        weights = self._flat_weights
+        if not (
+            type(input) is Tensor
+            and self.num_layers == 1
+            and self._weight_dtype is None
+            and input.dim() == 3
+            and (input.is_cpu or input.is_cuda)  # shapes alone are not checked by the operator
+            and all(map(is_, map(self._parameters.get, self._flat_weights_names), weights))
+            and ops.is_plain()
+        ):
+            return None
+        if self.batch_first:
+            input = input.transpose(0, 1)
+        steps, batch, _ = input.shape
+        if steps == 0:
+            return None
+        if hx is None:
+            hx = self._zero_states(input, batch)
+        try:
+            h0, c0 = self._states(hx)
+            y, h_n, c_n, _ = ops.forward(
+                input, h0, c0, weights, None, BY_MODE[self.mode].name, False
+            )
+        except Exception:  # whatever it is, the long way meets it as well
+            return None
+        return y.transpose(0, 1) if self.batch_first else y, h_n if c0 is None else (h_n, c_n)
+
     def _run(
         self, input: Tensor | PackedSequence, hx: Hidden
     ) -> tuple[Tensor | PackedSequence, Hidden]:
+        quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
+        if quick is not None:
+            return quick
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx)

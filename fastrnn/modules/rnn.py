@@ -222,6 +222,11 @@ class LSTM(RecurrentBase):
             return c, c
         return c.new_zeros(states, batch, self.proj_size), c
 
+    def _states(self, hx: Hidden) -> tuple[Tensor, Tensor | None]:
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        return hx[0], hx[1]
+
     def _add_batch(self, hx: Hidden, is_batched: bool) -> Hidden:
         h, c = hx[0], hx[1]
         if is_batched:
@@ -241,14 +246,13 @@ class LSTM(RecurrentBase):
     def _compute(
         self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Hidden]:
-        if len(hx) != 2:
-            raise RuntimeError("lstm expects two hidden states")
+        h0, c0 = self._states(hx)
         output, h_n, c_n = functional.run(
             CELLS["lstm"],
             input,
             batch_sizes,
-            hx[0],
-            hx[1],
+            h0,
+            c0,
             self._flat_weights,  # type: ignore[arg-type]
             self.num_layers,
             self.dropout if self.training else 0.0,
