@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -85,7 +87,7 @@ double fma_peak(int threads, double seconds) {
 py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
               std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
               const std::string& dtype, const std::string& device, int threads, bool training,
-              int directions, bool half_weights) {
+              int directions, bool half_weights, int layers) {
   const CellInfo& info = find_cell(cell);
   const int bytes = element_bytes(dtype);
   check_size("steps", steps, 0);
@@ -95,6 +97,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   check_size("proj_size", proj_size, 0);
   check_size("threads", threads, 1);
   check_size("directions", directions, 1);
+  check_size("layers", layers, 1);
   py::dict result;
   if (device != "cpu" && device != "cuda")
     throw py::value_error("device must be one of cpu, cuda, got '" + device + "'");
@@ -125,6 +128,33 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["input"] = chosen.input_fused ? "fused" : "ahead";
   result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;
+  result["stacked"] = false;
+  if (layers > 1 && directions == 1 && !training && !half_weights && bytes >= 4) {
+    fastrnn::LayerShape upper = shape;
+    upper.input_size = shape.output_size();
+    fastrnn::cpu::Plan pair[2];
+    result["stacked"] = fastrnn::cpu::make_stacked_plans(shape, upper, bytes, threads, pair);
+  }
+  return result;
+}
+
+std::vector<double> alone_after(const std::vector<std::pair<double, double>>& calls) {
+  using Clock = fastrnn::cpu::BusyMachine::Clock;
+  const auto ms = [](double count) {
+    return std::chrono::duration_cast<Clock::duration>(
+        std::chrono::duration<double, std::milli>(count));
+  };
+  fastrnn::cpu::BusyMachine machine;
+  Clock::time_point begin(ms(1));
+  std::vector<double> result;
+  for (const auto& [lasted, slept] : calls) {
+    const Clock::time_point end = begin + ms(lasted);
+    machine.look(begin, end, ms(slept));
+    double alone = 0;
+    while (machine.noted(end + ms(alone))) alone += 1;
+    result.push_back(alone);
+    begin = end + ms(alone);
+  }
   return result;
 }
 
@@ -168,8 +198,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
         py::arg("device") = "cpu", py::arg("threads") = 1, py::arg("training") = false,
-        py::arg("directions") = 1, py::arg("half_weights") = false,
+        py::arg("directions") = 1, py::arg("half_weights") = false, py::arg("layers") = 1,
         "How a layer of this shape would be walked through time (training: its backward pass).");
+  m.def("alone_after", &alone_after, py::arg("calls"),
+        "For how many ms a call sends those after it down one thread, if a team's calls took so "
+        "many ms and a rank of it slept so many of them, one call after the other.");
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of float32 multiply-adds on registers, all threads at once.");
   m.def("cells", &cells, "The registry of cells.");

@@ -97,4 +97,6 @@ def plan_text(plan: Mapping[str, Any], forward: bool) -> str:
         f"{plan['row_groups']} groups of rows x {plan['unit_groups']} of units, "
         f"weights {'packed' if plan['packed'] else 'as they lie'}"
         + (f", input {plan['input']}" if forward else "")
+        + (", directions together" if plan["together"] > 1 else "")
+        + (", layers in pairs" if plan["stacked"] else "")
     )

@@ -87,6 +87,12 @@ def _forward_fake(
     save: bool,
     half_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for t in (h0, c0, *weights):
+        if t is not None and (t.device != x.device or t.dtype != x.dtype):
+            raise RuntimeError(
+                f"fastrnn: all tensors must be {x.dtype} on {x.device} like x, "
+                f"got {t.dtype} on {t.device}."
+            )
     spec = CELLS[cell]
     directions, size, hidden = _state_sizes(h0, c0)
     rows = x.shape[:-1]

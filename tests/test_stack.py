@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import functional, ops, reference
+from fastrnn import _C, functional, ops, reference
 from fastrnn.spec import CELLS as SPECS
 
 
@@ -151,3 +151,20 @@ def test_stack_against_the_reference() -> None:
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other)
     assert functional.run(spec, x, None, h0, c0, weights, 2, 0.0)[0].equal(ours[0])
+
+
+def test_two_layers_walk_together_where_their_weights_are_small() -> None:
+    def stacked(hidden: int, steps: int = 100, **options: Any) -> bool:
+        options = {"threads": 2, "layers": 2, **options}
+        return bool(_C.plan("gru", steps, 1, hidden, hidden, **options)["stacked"])
+
+    assert stacked(64)
+    assert stacked(64, layers=3)
+    assert not stacked(256)  # of more than kStackedBytes
+    assert not stacked(64, steps=15)  # too few for the upper layer to follow
+    assert not stacked(64, threads=1)
+    assert not stacked(64, layers=1)
+    assert not stacked(64, directions=2)
+    assert not stacked(64, training=True)
+    assert not stacked(64, half_weights=True)
+    assert not stacked(64, dtype="bfloat16")

@@ -168,3 +168,13 @@ print("done")
 def test_a_forked_child_computes(cell: str, bidirectional: bool, batch: int) -> None:
     code = FORK.format(cell=cell, bidirectional=bidirectional, batch=batch)
     assert run_python(code) == "done"
+
+
+def test_two_calls_in_a_row_that_waited_make_a_busy_machine() -> None:
+    # (ms that a call took, ms that a rank slept in it) -> ms for which calls then go alone
+    assert _C.alone_after([(10, 0), (10, 5)]) == [0, 0]
+    assert _C.alone_after([(10, 5), (10, 5)]) == [0, 4]
+    assert _C.alone_after([(10, 5), (10, 0), (10, 5)]) == [0, 0, 0]
+    assert _C.alone_after([(10, 3), (10, 3)]) == [0, 0]  # less than a third of the call
+    assert _C.alone_after([(1, 0.9), (1, 0.9)]) == [0, 0]  # less than a millisecond
+    assert _C.alone_after([(10, 5)] * 8) == [0, 4, 8, 16, 32, 50, 50, 50]

@@ -33,6 +33,9 @@ enum class Pass { kForward, kBackward, kGradients };
 
 FASTRNN_EXPORT Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads,
                               int directions = 1, bool half_weights = false);
+// Of two layers of a stack that walk at the same time; false: they do so one after the other.
+FASTRNN_EXPORT bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper,
+                                       int element_bytes, int threads, Plan* plans);
 
 // Instruction sets compiled into this library that this machine runs, worst first.
 FASTRNN_EXPORT std::vector<std::string> available_isas();

@@ -6,6 +6,8 @@
 namespace fastrnn::cpu {
 namespace {
 
+BusyMachine busy_machine;
+
 template <class T, class Layout, class Problem>
 using WalkRank = void (*)(const Problem&, const Plan&, const Layout&, T*, Team&, int);
 
@@ -33,14 +35,14 @@ class Job {
     // ... for one another; and would compute the same, bit for bit, if one walked alone
     const bool may_wait =
         plan.row_groups == 1 && (plan.unit_groups > 1 || teams_[1].below != nullptr);
-    if (may_wait && BusyMachine::noted()) return run_team(1, parallel_for, run_rank, this);
     const auto begin = BusyMachine::Clock::now();
+    if (may_wait && busy_machine.noted(begin)) return run_team(1, parallel_for, run_rank, this);
     run_team(count_ * plan.threads, parallel_for, run_rank, this);
     if (!may_wait) return;
     std::chrono::nanoseconds slept(0);
     for (int which = 0; which < count_; ++which)
       slept = std::max(slept, teams_[which].barrier.longest_sleep(plan.threads));
-    BusyMachine::look(begin, slept);
+    busy_machine.look(begin, BusyMachine::Clock::now(), slept);
   }
 
  private:
@@ -102,10 +104,8 @@ void run(const Problem* problems, int count, Pass pass, int threads, ParallelFor
 template <class T>
 bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor parallel_for) {
   Plan plans[2];
-  for (int i = 0; i < 2; ++i)
-    plans[i] = make_plan(layers[i].shape, Pass::kForward, sizeof(T), threads, 2);
-  if (!pick_stacked(layers[1].shape, sizeof(T), plans[0], plans[1])) return false;
-  for (Plan& plan : plans) plan.chunk_rows = pick_follow_rows(layers[1].shape, plan);
+  if (!make_stacked_plans(layers[0].shape, layers[1].shape, sizeof(T), threads, plans))
+    return false;
   const int wanted = 2 * plans[0].threads;
   const Claim claim(wanted, std::min(threads, usable_cpus()));
   if (claim.threads() < wanted) return false;
@@ -124,6 +124,16 @@ Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int thread
   if (bound > 0) threads = std::min(threads, bound);
   return make_plan_for(shape, pass, isa(), element_bytes, std::max(threads, 1), directions,
                        half_weights);
+}
+
+bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int element_bytes,
+                        int threads, Plan* plans) {
+  plans[0] = make_plan(lower, Pass::kForward, element_bytes, threads, 2);
+  plans[1] = make_plan(upper, Pass::kForward, element_bytes, threads, 2);
+  if (!pick_stacked(upper, element_bytes, plans[0], plans[1])) return false;
+  plans[0].chunk_rows = pick_follow_rows(upper, plans[0]);
+  plans[1].chunk_rows = pick_follow_rows(upper, plans[1]);
+  return true;
 }
 
 template <class T>

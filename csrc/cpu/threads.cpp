@@ -17,8 +17,6 @@ std::atomic<int> taken{0};  // threads in calls that are running
 std::atomic<bool> forked{false};
 
 constexpr std::chrono::milliseconds kLeastSleep(1), kLeastAlone(4), kMostAlone(50);
-std::atomic<BusyMachine::Clock::rep> busy_until{0};
-std::atomic<int> busy_calls{0};  // in a row
 
 // Nothing that ran in the parent runs here.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
@@ -83,20 +81,18 @@ Claim::Claim(int wanted, int all) {
 
 Claim::~Claim() { taken.fetch_sub(threads_, std::memory_order_relaxed); }
 
-bool BusyMachine::noted() {
-  const Clock::rep until = busy_until.load(std::memory_order_relaxed);
-  return until != 0 && Clock::now().time_since_epoch().count() < until;
+bool BusyMachine::noted(Clock::time_point now) const {
+  return now.time_since_epoch().count() < until_.load(std::memory_order_relaxed);
 }
 
-void BusyMachine::look(Clock::time_point begin, Clock::duration slept) {
-  const Clock::time_point now = Clock::now();
+void BusyMachine::look(Clock::time_point begin, Clock::time_point now, Clock::duration slept) {
   if (slept < kLeastSleep || slept * 3 < now - begin)
-    return busy_calls.store(0, std::memory_order_relaxed);
-  const int calls = busy_calls.load(std::memory_order_relaxed) + 1;
-  busy_calls.store(calls, std::memory_order_relaxed);
+    return calls_.store(0, std::memory_order_relaxed);
+  const int calls = calls_.load(std::memory_order_relaxed) + 1;
+  calls_.store(calls, std::memory_order_relaxed);
   if (calls < 2) return;
   const auto alone = std::min(kMostAlone, kLeastAlone * (1 << std::min(calls - 2, 4)));
-  busy_until.store((now + alone).time_since_epoch().count(), std::memory_order_relaxed);
+  until_.store((now + alone).time_since_epoch().count(), std::memory_order_relaxed);
 }
 
 bool is_forked() { return forked.load(std::memory_order_relaxed); }

@@ -2,6 +2,7 @@
 // and what other calls have not taken.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <string>
 
@@ -35,13 +36,18 @@ class Claim {
 // have been an idle thread that took long to wake), calls whose ranks would wait for each other go
 // alone for some milliseconds; then one tries again, and each failure doubles the time, up to
 // kMostAlone.
-class BusyMachine {
+class FASTRNN_EXPORT BusyMachine {
  public:
   using Clock = std::chrono::steady_clock;
 
-  static bool noted();
-  // `slept`: the longest that any rank of a call did, which began at `begin`.
-  static void look(Clock::time_point begin, Clock::duration slept);
+  // Whether calls go alone at this time.
+  bool noted(Clock::time_point now) const;
+  // `slept`: the longest that any rank of a call did, which took from `begin` to `now`.
+  void look(Clock::time_point begin, Clock::time_point now, Clock::duration slept);
+
+ private:
+  std::atomic<Clock::rep> until_{0};
+  std::atomic<int> calls_{0};  // in a row
 };
 
 // Whether this process was forked from one that had loaded this library. The pool's threads did not

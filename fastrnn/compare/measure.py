@@ -91,6 +91,8 @@ def plan(task: Task) -> dict[str, Any]:
             point.hidden_size,
             threads=task.threads,
             training=task.mode == "training",
+            directions=2 if point.bidirectional else 1,
+            layers=point.layers,
         )
     )
 

@@ -121,7 +121,6 @@ class RecurrentBase(nn.RNNBase):
             and self.num_layers == 1
             and self._weight_dtype is None
             and input.dim() == 3
-            and (input.is_cpu or input.is_cuda)  # shapes alone are not checked by the operator
             and all(map(is_, map(self._parameters.get, self._flat_weights_names), weights))
             and ops.is_plain()
         ):
@@ -139,6 +138,8 @@ class RecurrentBase(nn.RNNBase):
                 input, h0, c0, weights, None, BY_MODE[self.mode].name, False
             )
         except Exception:  # whatever it is, the long way meets it as well
+            return None
+        if y.is_meta:  # no sizes have been checked
             return None
         return y.transpose(0, 1) if self.batch_first else y, h_n if c0 is None else (h_n, c_n)
 
