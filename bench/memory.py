@@ -1,0 +1,89 @@
+"""Peak memory of a training step, fastrnn beside torch.nn, each in a process of its own.
+
+    python bench/memory.py [--json FILE]        Linux only
+
+The peak is what the process has come to hold in the second of two steps (forward and backward,
+gradients kept) beyond what it held before the first one with the model and its input made: the
+first step also fills what libraries keep for later calls, which thus counts. A step on a small
+shape comes before, so that code which is loaded on first use does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import fastrnn
+from fastrnn.compare.peers import Library, installed_libraries
+from fastrnn.compare.shapes import CELLS, Point, Task
+
+POINTS = (
+    Point("training", 100, 16, 128, 128),
+    Point("training", 100, 32, 256, 256),
+    Point("language", 35, 20, 650, 650, 2),
+    Point("deepbench", 25, 64, 512, 512),
+    Point("deep", 87, 16, 1, 128, 3, True),
+    Point("packed", 500, 16, 128, 128, 2, packed=True),
+    Point("long", 1000, 1, 128, 128),
+)
+SMALL = Point("training", 4, 2, 64, 64)
+
+
+def resident(field: str) -> int:
+    """Bytes that the process holds (VmRSS), or at most has held (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak(library: Library, task: Task) -> int:
+    """Bytes; to be called once in a process."""
+    library.prepare(Task(task.cell, task.mode, SMALL, task.threads))()  # code and threads are there
+    call = library.prepare(task)
+    before = resident("VmRSS")
+    call()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    call()
+    return resident("VmHWM") - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the measurements there as well")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # library, cell, index of point
+    options = parser.parse_args()
+    threads = torch.get_num_threads()
+    libraries = {library.name: library for library in installed_libraries()}
+    if options.one is not None:
+        name, cell, index = options.one
+        print(peak(libraries[name], Task(cell, "training", POINTS[int(index)], threads)))
+        return
+    print(f"torch {torch.__version__}, fastrnn {fastrnn.__version__}, {threads} threads, float32")
+    print(f"{'':34}{'fastrnn':>12}{'torch':>12}   fastrnn / torch")
+    lines = []
+    for index, point in enumerate(POINTS):
+        for cell in CELLS:
+            megabytes = {}
+            for name in ("fastrnn", "torch"):
+                command = [sys.executable, __file__, "--one", name, cell, str(index)]
+                said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                megabytes[name] = int(said.split()[-1]) / 2**20
+            ratio = megabytes["fastrnn"] / megabytes["torch"]
+            lines.append({"cell": cell, "shape": point.label, "MB": megabytes, "ratio": ratio})
+            print(
+                f"{cell:5}{point.label:29}{megabytes['fastrnn']:9.1f} MB"
+                f"{megabytes['torch']:9.1f} MB   {ratio:.2f}",
+                flush=True,
+            )
+    if options.json is not None:
+        options.json.write_text(json.dumps(lines, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
