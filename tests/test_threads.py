@@ -170,7 +170,7 @@ def test_a_forked_child_computes(cell: str, bidirectional: bool, batch: int) -> 
     assert run_python(code) == "done"
 
 
-def test_two_calls_in_a_row_that_waited_make_a_busy_machine() -> None:
+def test_calls_that_wait_for_some_time_make_a_busy_machine() -> None:
     # (ms that a call took, ms that a rank slept in it) -> ms for which calls then go alone
     assert _C.alone_after([(10, 0), (10, 5)]) == [0, 0]
     assert _C.alone_after([(10, 5), (10, 5)]) == [0, 4]
@@ -178,3 +178,6 @@ def test_two_calls_in_a_row_that_waited_make_a_busy_machine() -> None:
     assert _C.alone_after([(10, 3), (10, 3)]) == [0, 0]  # less than a third of the call
     assert _C.alone_after([(1, 0.9), (1, 0.9)]) == [0, 0]  # less than a millisecond
     assert _C.alone_after([(10, 5)] * 8) == [0, 4, 8, 16, 32, 50, 50, 50]
+    assert _C.alone_after([(4, 3)] * 7) == [0, 0, 0, 0, 4, 8, 16]  # not before 20 ms are over
+    assert _C.alone_after([(40, 30)] * 3) == [0, 4, 8]
+    assert _C.alone_after([(10, 5), (10, 5), (10, 0), (10, 5), (10, 5)]) == [0, 4, 0, 0, 4]

@@ -16,7 +16,7 @@ namespace {
 std::atomic<int> taken{0};  // threads in calls that are running
 std::atomic<bool> forked{false};
 
-constexpr std::chrono::milliseconds kLeastSleep(1), kLeastAlone(4), kMostAlone(50);
+constexpr std::chrono::milliseconds kLeastSleep(1), kPatience(20), kLeastAlone(4), kMostAlone(50);
 
 // Nothing that ran in the parent runs here.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
@@ -86,12 +86,20 @@ bool BusyMachine::noted(Clock::time_point now) const {
 }
 
 void BusyMachine::look(Clock::time_point begin, Clock::time_point now, Clock::duration slept) {
-  if (slept < kLeastSleep || slept * 3 < now - begin)
-    return calls_.store(0, std::memory_order_relaxed);
-  const int calls = calls_.load(std::memory_order_relaxed) + 1;
-  calls_.store(calls, std::memory_order_relaxed);
-  if (calls < 2) return;
-  const auto alone = std::min(kMostAlone, kLeastAlone * (1 << std::min(calls - 2, 4)));
+  constexpr auto kOrder = std::memory_order_relaxed;  // races only blur the rule
+  if (slept < kLeastSleep || slept * 3 < now - begin) {
+    calls_.store(0, kOrder);
+    failures_.store(0, kOrder);
+    return;
+  }
+  const int calls = calls_.load(kOrder) + 1;
+  calls_.store(calls, kOrder);
+  if (calls == 1) since_.store(begin.time_since_epoch().count(), kOrder);
+  if (calls < 2 || now.time_since_epoch() - Clock::duration(since_.load(kOrder)) < kPatience)
+    return;
+  const int failures = failures_.load(kOrder);
+  failures_.store(failures + 1, kOrder);
+  const auto alone = std::min(kMostAlone, kLeastAlone * (1 << std::min(failures, 4)));
   until_.store((now + alone).time_since_epoch().count(), std::memory_order_relaxed);
 }
 

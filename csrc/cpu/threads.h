@@ -32,10 +32,10 @@ class Claim {
 };
 
 // CPUs that others use make a team wait whole time slices for a rank that has none: a rank sleeps
-// for a third of the call, and a millisecond at least. If that happens twice in a row (once, it may
-// have been an idle thread that took long to wake), calls whose ranks would wait for each other go
-// alone for some milliseconds; then one tries again, and each failure doubles the time, up to
-// kMostAlone.
+// for a third of the call, and a millisecond at least. If that happens in call after call for some
+// time (for a moment it does on an idle machine, until threads that woke on one CPU have been moved
+// apart), calls whose ranks would wait for each other go alone for some milliseconds; then one
+// tries again, and each failure doubles the time, up to kMostAlone.
 class FASTRNN_EXPORT BusyMachine {
  public:
   using Clock = std::chrono::steady_clock;
@@ -47,7 +47,9 @@ class FASTRNN_EXPORT BusyMachine {
 
  private:
   std::atomic<Clock::rep> until_{0};
-  std::atomic<int> calls_{0};  // in a row
+  std::atomic<Clock::rep> since_{0};  // when the first of them began
+  std::atomic<int> calls_{0};         // that waited, in a row
+  std::atomic<int> failures_{0};      // of those that would send others alone
 };
 
 // Whether this process was forked from one that had loaded this library. The pool's threads did not
