@@ -13,8 +13,6 @@
 #include "layout.h"
 #include "team.h"
 
-#define FASTRNN_INLINE inline __attribute__((always_inline))
-
 namespace fastrnn::cpu {
 
 constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));

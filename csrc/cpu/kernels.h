@@ -9,6 +9,7 @@
 #include "../problem.h"
 
 #define FASTRNN_EXPORT __attribute__((visibility("default")))
+#define FASTRNN_INLINE inline __attribute__((always_inline))
 
 namespace fastrnn::cpu {
 

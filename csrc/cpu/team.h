@@ -24,14 +24,14 @@ class Barrier {
   }
 
   // What rank did before is visible to whoever waits for it.
-  void arrive(int rank) {
+  FASTRNN_INLINE void arrive(int rank) {
     Flag& own = flag(rank);
     const std::uint32_t count = own.count.load(std::memory_order_relaxed) + 1;
     own.count.store(count);  // in one order with `sleepers` for all: either side sees the other
     if (own.sleepers.load() != 0) wake(rank);
   }
   // Until every rank of [first, first + size) has arrived as often as this one.
-  void wait(int rank, int first, int size) {
+  FASTRNN_INLINE void wait(int rank, int first, int size) {
     if (size == 1) return;
     const std::uint32_t goal = flag(rank).count.load(std::memory_order_relaxed);
     for (int other = first; other < first + size; ++other) add_sleep(rank, await(other, goal));
@@ -43,14 +43,16 @@ class Barrier {
     return longest;
   }
   // Until rank has arrived `goal` times; returns for how long the caller slept.
-  std::chrono::nanoseconds await(int rank, std::uint32_t goal) {
+  FASTRNN_INLINE std::chrono::nanoseconds await(int rank, std::uint32_t goal) {
     return has_come(rank, goal) ? std::chrono::nanoseconds(0) : wait_for(rank, goal);
   }
-  void add_sleep(int rank, std::chrono::nanoseconds time) { flag(rank).slept += time; }
+  FASTRNN_INLINE void add_sleep(int rank, std::chrono::nanoseconds time) {
+    flag(rank).slept += time;
+  }
 
  private:
   // Counts may wrap around; ranks are never half the range apart.
-  bool has_come(int rank, std::uint32_t goal) const {
+  FASTRNN_INLINE bool has_come(int rank, std::uint32_t goal) const {
     return std::int32_t(flag(rank).count.load(std::memory_order_acquire) - goal) >= 0;
   }
   // Spins a moment, then sleeps; returns for how long.
@@ -62,8 +64,10 @@ class Barrier {
     std::atomic<std::uint32_t> sleepers{0};  // who sleeps until this count changes
     std::chrono::nanoseconds slept{0};       // this rank, waiting for others
   };
-  Flag& flag(int rank) { return reinterpret_cast<Flag*>(storage_)[rank]; }
-  const Flag& flag(int rank) const { return reinterpret_cast<const Flag*>(storage_)[rank]; }
+  FASTRNN_INLINE Flag& flag(int rank) { return reinterpret_cast<Flag*>(storage_)[rank]; }
+  FASTRNN_INLINE const Flag& flag(int rank) const {
+    return reinterpret_cast<const Flag*>(storage_)[rank];
+  }
 
   alignas(Flag) unsigned char storage_[kMaxTeam * sizeof(Flag)];
 };
@@ -79,11 +83,12 @@ class Shares {
 
   // Everything is there again. By the rank itself, when nobody is in a step of this parity any
   // more.
-  void refill(int rank, int parity) {
+  FASTRNN_INLINE void refill(int rank, int parity) {
     queue(rank).taken[parity].store({0, 0}, std::memory_order_relaxed);
   }
   // Takes an item of rank's; false if there is none left.
-  bool take(int rank, int parity, std::int64_t size, bool from_front, std::int64_t& item) {
+  FASTRNN_INLINE bool take(int rank, int parity, std::int64_t size, bool from_front,
+                           std::int64_t& item) {
     auto& taken = queue(rank).taken[parity];
     Taken before = taken.load(std::memory_order_relaxed), after;
     do {
@@ -101,7 +106,7 @@ class Shares {
   struct alignas(128) Queue {
     std::atomic<Taken> taken[2] = {};
   };
-  Queue& queue(int rank) { return reinterpret_cast<Queue*>(storage_)[rank]; }
+  FASTRNN_INLINE Queue& queue(int rank) { return reinterpret_cast<Queue*>(storage_)[rank]; }
 
   alignas(Queue) unsigned char storage_[kMaxTeam * sizeof(Queue)];
 };
