@@ -89,15 +89,15 @@ void BusyMachine::look(Clock::time_point begin, Clock::time_point now, Clock::du
   constexpr auto kOrder = std::memory_order_relaxed;  // races only blur the rule
   if (slept < kLeastSleep || slept * 3 < now - begin) {
     calls_.store(0, kOrder);
-    failures_.store(0, kOrder);
+    failures_.store(failures_.load(kOrder) / 2, kOrder);
     return;
   }
   const int calls = calls_.load(kOrder) + 1;
   calls_.store(calls, kOrder);
   if (calls == 1) since_.store(begin.time_since_epoch().count(), kOrder);
-  if (calls < 2 || now.time_since_epoch() - Clock::duration(since_.load(kOrder)) < kPatience)
-    return;
   const int failures = failures_.load(kOrder);
+  const bool lasts = now.time_since_epoch() - Clock::duration(since_.load(kOrder)) >= kPatience;
+  if (failures == 0 && (calls < 2 || !lasts)) return;
   failures_.store(failures + 1, kOrder);
   const auto alone = std::min(kMostAlone, kLeastAlone * (1 << std::min(failures, 4)));
   until_.store((now + alone).time_since_epoch().count(), std::memory_order_relaxed);

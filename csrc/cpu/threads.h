@@ -35,7 +35,8 @@ class Claim {
 // for a third of the call, and a millisecond at least. If that happens in call after call for some
 // time (for a moment it does on an idle machine, until threads that woke on one CPU have been moved
 // apart), calls whose ranks would wait for each other go alone for some milliseconds; then one
-// tries again, and each failure doubles the time, up to kMostAlone.
+// tries again. Each failure doubles the time, up to kMostAlone, each success halves it, and until
+// it is down to nothing a single call that waits is enough.
 class FASTRNN_EXPORT BusyMachine {
  public:
   using Clock = std::chrono::steady_clock;
