@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional, ops
+from fastrnn.modules.left_out import warn_if_left_out
 from fastrnn.spec import BY_MODE
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
@@ -48,6 +49,11 @@ class RecurrentBase(nn.RNNBase):
             self.__dict__.pop("_weight_dtype", None)
         else:
             self._weight_dtype = weight_dtype
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            warn_if_left_out(self, value)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """The constructor's arguments as torch shows them, and ``weight_dtype`` if it is set."""
