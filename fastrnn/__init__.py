@@ -10,6 +10,7 @@ torch.Size([5, 3, 20])
 from fastrnn import _C, functional
 from fastrnn.convert import ConversionReport, convert, patch, unpatch
 from fastrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastrnn.quantization import quantization_mapping
 
 __version__: str = _C.build_info()["version"]
 
@@ -25,5 +26,6 @@ __all__ = [
     "convert",
     "functional",
     "patch",
+    "quantization_mapping",
     "unpatch",
 ]

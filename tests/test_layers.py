@@ -52,7 +52,7 @@ PYTHON_ORDER = [
     {"ops"},
     {"functional"},
     {"modules"},
-    {"convert", "info"},
+    {"convert", "info", "quantization"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"charlm", "compare"},
     {"cli"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from operator import is_
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional, ops
+from fastrnn.modules.left_out import warn_if_left_out
 from fastrnn.spec import BY_MODE
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
@@ -49,6 +51,11 @@ class RecurrentBase(nn.RNNBase):
         else:
             self._weight_dtype = weight_dtype
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            warn_if_left_out(self, value)
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         """The constructor's arguments as torch shows them, and ``weight_dtype`` if it is set."""
         text = super().extra_repr()
@@ -59,16 +66,46 @@ class RecurrentBase(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the parameters where they are."""
 
-    def _weights_have_changed(self) -> bool:
-        # as nn.RNNBase has it, without a detour through nn.Module.__getattr__ for each weight
+    def _weights_now(self) -> list[Tensor | None]:
+        """The weights as `_flat_weights` should hold them, each looked up once.
+
+        A parametrization computes its weight at every look, and some draw random numbers or make
+        a step of their own (spectral norm) each time.
+        """
+        # without a detour through nn.Module.__getattr__ for what is there
         parameters = self._parameters
-        for ref, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
-            weight = parameters.get(name)
+        weights: list[Any] = [parameters.get(name) for name in self._flat_weights_names]
+        for index, weight in enumerate(weights):
             if weight is None:
-                weight = getattr(self, name, None)
+                weights[index] = getattr(self, self._flat_weights_names[index], None)
+        return weights
+
+    def _differ_from_last(self, weights: list[Tensor | None]) -> bool:
+        for ref, weight in zip(self._flat_weight_refs, weights, strict=True):
             if weight is not None and ref is not None and ref() is not weight:
                 return True
         return False
+
+    def _weights_have_changed(self) -> bool:
+        return self._differ_from_last(self._weights_now())
+
+    def _update_flat_weights(self) -> None:
+        weights = self._weights_now()
+        if self._differ_from_last(weights):
+            self._flat_weights = weights
+            self._refer_to_flat_weights()
+
+    def _refer_to_flat_weights(self) -> None:
+        weights: list[Any] = self._flat_weights
+        self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # torch.__future__.set_swap_module_params_on_conversion cannot swap what has weak references
+        self._flat_weight_refs = []
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            self._refer_to_flat_weights()
 
     def _zero_states(self, input: Tensor, batch: int) -> Hidden:
         states = self.num_layers * (2 if self.bidirectional else 1)

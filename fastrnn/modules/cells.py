@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastrnn import functional
+from fastrnn.modules.left_out import warn_if_left_out
 from fastrnn.spec import CELLS, CellSpec
 
 _Device = torch.device | str | int | None
@@ -17,6 +18,11 @@ class CellBase(nn.RNNCellBase):
     """A single step. Derives from ``nn.RNNCellBase``, which brings parameters and their names."""
 
     _label: ClassVar[str]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            warn_if_left_out(self, value)
+        super().__setattr__(name, value)
 
     def _weights(self) -> list[Tensor]:
         parameters = self._parameters

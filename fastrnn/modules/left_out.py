@@ -1,0 +1,73 @@
+"""A word where ``torch.ao.quantization.quantize_dynamic`` would pass over a module in silence.
+
+It looks for exact classes in a dictionary and leaves the rest in floating point. The one thing
+that a module sees of it is that its attribute ``qconfig`` is set; what was asked for stands in
+the arguments of the call.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def warn_if_left_out(module: nn.Module, qconfig: object) -> None:
+    """Warns if the ``quantize_dynamic`` that sets ``qconfig`` is asked for ``module`` in vain.
+
+    Args:
+        module: a fastrnn module whose attribute ``qconfig`` is being set.
+        qconfig: what it is set to; None where nobody named its class or its place in the model.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and not _is_quantize_dynamic(frame):
+        frame = frame.f_back
+        level += 1
+    if frame is None:
+        return
+    arguments = frame.f_locals
+    cls = parametrize.type_before_parametrizations(module)
+    own = next((c for c in cls.__mro__ if c.__module__.startswith("fastrnn.")), cls)
+    asked_for = qconfig is not None or any(
+        isinstance(key, type)
+        and key.__module__.startswith("torch.nn.")
+        and key.__name__ == own.__name__
+        for key in arguments["qconfig_spec"]
+    )
+    is_known = qconfig is not None and cls in arguments["mapping"]
+    if not asked_for or (is_known and module is not arguments["model"]):
+        return
+    if is_known:
+        reason = "it replaces modules inside the model only, not the model itself"
+    elif own.__name__ == "RNN":
+        reason = "torch has no quantized RNN"
+    elif cls is own:
+        reason = (
+            f"torch looks for its own classes. Name fastrnn.{own.__name__} in qconfig_spec and "
+            "pass mapping=fastrnn.quantization_mapping()"
+        )
+    else:
+        reason = "torch does not look for subclasses"
+    while frame is not None and _is_between(frame):
+        frame = frame.f_back
+        level += 1
+    name = f"fastrnn.{cls.__name__}" if cls is own else cls.__name__
+    warnings.warn(f"quantize_dynamic leaves a {name} in floating point: {reason}", stacklevel=level)
+
+
+def _is_quantize_dynamic(frame: FrameType) -> bool:
+    return (
+        frame.f_code.co_name == "quantize_dynamic"
+        and frame.f_globals.get("__name__") == "torch.ao.quantization.quantize"
+        and {"model", "mapping", "qconfig_spec"} <= frame.f_locals.keys()
+    )
+
+
+def _is_between(frame: FrameType) -> bool:
+    """Whether this is torch's own frame, or that of the decorator which says it is deprecated."""
+    name = str(frame.f_globals.get("__name__"))
+    return name in ("typing_extensions", "warnings") or name.startswith("torch.ao.")
