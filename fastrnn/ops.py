@@ -598,8 +598,10 @@ def _differentiable_gradients(
         gradients = iter(torch.func.vjp(forward, *wanted)[1](given))
     else:
         with torch.enable_grad():
-            # aliases: inputs that depend on one another must not be followed beyond this layer
+            # aliases: inputs that depend on one another must not be followed beyond this layer;
+            # those of a transform that is over (as in vjp) have lost their place in any graph
             aliases = [t.view_as(t) for t in wanted]
+            aliases = [t if t.requires_grad else t.requires_grad_() for t in aliases]
             gradients = iter(
                 torch.autograd.grad(
                     forward(*aliases), aliases, given, create_graph=True, allow_unused=True
