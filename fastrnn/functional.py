@@ -471,7 +471,7 @@ def run(
         spec,
         num_layers,
         dropout,
-        layer or reference.layer,
+        layer or ops.composite,
     )
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
@@ -506,9 +506,8 @@ def run_cell(
     if ops.is_autocast(x):
         x, h, c, params = _autocast(x, h, c, params)
     _check_alike(x, h, c, params)
-    if hidden_size == 0 or _route(x) is not ops.layer:
-        return reference.cell(x, h, c, params, spec)
-    _, h_n, c_n = ops.layer(x, h, c, params, None, spec)
+    layer = ops.layer if hidden_size > 0 and _route(x) is ops.layer else ops.composite
+    _, h_n, c_n = layer(x, h, c, params, None, spec)
     return h_n, c_n
 
 
@@ -560,9 +559,9 @@ def _route(x: Tensor) -> reference.Layer | None:
     """
     if torch._C._are_functorch_transforms_active():
         if not _only_reverse_mode():
-            return reference.layer
+            return ops.composite
     elif forward_ad._current_level >= 0:
-        return reference.layer
+        return ops.composite
     if x.device.type in ops.DEVICES and x.dtype in ops.DTYPES:
         return ops.layer
     return None

@@ -212,8 +212,9 @@ class Layer(torch.autograd.Function):
         if d_y is None and d_h_n is None and d_c_n is None:
             return (None,) * len(ctx.needs_input_grad)
         transformed = _is_transformed(d_y, d_h_n, d_c_n)
-        if transformed or torch.is_grad_enabled():
-            # vmap over the backward pass, or create_graph=True: the kernels cannot serve these
+        if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            # vmap over the backward pass, create_graph=True, gradients with tangents: the kernels
+            # cannot serve these
             gradients = _differentiable_gradients(
                 needs, (d_y, d_h_n, d_c_n), (x, h0, c0, *weights), batch_sizes, spec, transformed
             )
@@ -315,6 +316,41 @@ def stack(
 
 #: `layer` with ``half_weights``
 half_weights_layer = functools.partial(layer, half_weights=True)
+
+
+def composite(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs one layer as torch operations, for all that the kernels cannot be asked for.
+
+    Arguments and results are those of `layer`. As in the kernels half types are rounded at the end
+    only, and autocast, which has chosen the types of the arguments, changes nothing in between.
+    """
+    if is_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return composite(x, h0, c0, weights, batch_sizes, spec)
+    if x.dtype in _HALF:
+        results = composite(
+            x.float(),
+            h0.float(),
+            None if c0 is None else c0.float(),
+            [w.float() for w in weights],
+            batch_sizes,
+            spec,
+        )
+        y, h_n, c_n = (None if t is None else t.to(x.dtype) for t in results)
+        assert y is not None
+        assert h_n is not None
+        return y, h_n, c_n
+    if h0.dim() == 2:
+        h_n, c_n = reference.cell(x, h0, c0, weights, spec)
+        return h_n, h_n, c_n
+    return reference.layer(x, h0, c0, weights, batch_sizes, spec)
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:
@@ -538,17 +574,18 @@ def _differentiable_gradients(
     transformed: bool,
 ) -> Gradients:
     """`_gradients_on_cpu` as ordinary operations that can be differentiated again."""
+    if is_autocast(inputs[0]):
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return _differentiable_gradients(
+                needs, d_outputs, inputs, batch_sizes, spec, transformed
+            )
 
     def forward(*wanted: Tensor) -> tuple[Tensor, ...]:
         variables = iter(wanted)
         x, h0, c0, *weights = [
             next(variables) if need else t for t, need in zip(inputs, needs, strict=True)
         ]
-        if h0.dim() == 2:
-            h_n, c_n = reference.cell(x, h0, c0, weights, spec)
-            outputs: tuple[Tensor | None, ...] = (h_n, h_n, c_n)
-        else:
-            outputs = reference.layer(x, h0, c0, weights, batch_sizes, spec)
+        outputs = composite(x, h0, c0, weights, batch_sizes, spec)
         return tuple(
             output
             for output, d_output in zip(outputs, d_outputs, strict=True)
@@ -561,8 +598,10 @@ def _differentiable_gradients(
         gradients = iter(torch.func.vjp(forward, *wanted)[1](given))
     else:
         with torch.enable_grad():
-            # aliases: inputs that depend on one another must not be followed beyond this layer
+            # aliases: inputs that depend on one another must not be followed beyond this layer;
+            # those of a transform that is over (as in vjp) have lost their place in any graph
             aliases = [t.view_as(t) for t in wanted]
+            aliases = [t if t.requires_grad else t.requires_grad_() for t in aliases]
             gradients = iter(
                 torch.autograd.grad(
                     forward(*aliases), aliases, given, create_graph=True, allow_unused=True

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from tolerance import assert_all_close
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import functional, reference
@@ -37,6 +40,13 @@ def build(cell: str, *args: Any, **options: Any) -> nn.Module:
     name, own = CELLS[cell]
     torch.manual_seed(17)
     module: nn.Module = getattr(fastrnn, name)(*args, **own, **options)
+    return module
+
+
+def make_step(cell: str, *args: Any, **options: Any) -> nn.Module:
+    """The fastrnn module of one step of this cell."""
+    name, own = CELLS[cell]
+    module: nn.Module = getattr(fastrnn, name + "Cell")(*args, **own, **options)
     return module
 
 
@@ -98,6 +108,92 @@ def run(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str, T
         if gradient is not None:
             result[f"d_{name}"] = gradient
     return result
+
+
+class Case:
+    """A module as a function of all that it can be differentiated by: a few rows and steps.
+
+    Args:
+        cell: a key of `CELLS`.
+        options: for the constructor of a layer.
+        packed: whether a layer gets packed sequences of different lengths, unsorted.
+        step: whether this is the module of a single step.
+        dtype, device: of all tensors.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        options: dict[str, Any] | None = None,
+        packed: bool = False,
+        step: bool = False,
+        dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+    ) -> None:
+        new = {"dtype": dtype, "device": device}
+        if step:
+            torch.manual_seed(17)
+            self.module, rows, states = make_step(cell, 2, 3, **new), (3,), ()
+            projected = 3
+        else:
+            self.module, rows = build(cell, 2, 3, **(options or {}), **new), (3, 3)
+            states = (self.module.num_layers * (2 if self.module.bidirectional else 1),)
+            projected = self.module.proj_size or 3
+        self.names = [name for name, _ in self.module.named_parameters()]
+        x = torch.randn(*rows, 2, **new)
+        self.packed = pack(torch.randn(6, 2, **new), [1, 3, 2], False) if packed else None
+        hx = [torch.randn(*states, 3, projected, **new)]
+        if cell == "lstm":
+            hx.append(torch.randn(*states, 3, 3, **new))
+        self.states = len(hx)
+        weights = [parameter.detach().clone() for parameter in self.module.parameters()]
+        x = x if self.packed is None else self.packed.data
+        self.inputs = [t.requires_grad_() for t in (x, *hx, *weights)]
+
+    def __call__(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """x, states and weights give the output and the states, the packed ones' data."""
+        hx: Any = rest[0] if self.states == 1 else rest[:2]
+        weights = dict(zip(self.names, rest[self.states :], strict=True))
+        argument = x if self.packed is None else self.packed._replace(data=x)
+        outputs: dict[str, Tensor] = {}
+        _flatten(functional_call(self.module, weights, (argument, hx)), "out", outputs)
+        return tuple(outputs.values())
+
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """A number whose second derivatives by the inputs do not vanish."""
+        return sum((output.square().sum() for output in self(*inputs)), torch.zeros(()))
+
+    def plain(self) -> tuple[Tensor, ...]:
+        """The inputs without a graph."""
+        return tuple(t.detach() for t in self.inputs)
+
+
+class CountOps(TorchDispatchMode):
+    """Inside, counts what torch is asked to compute: ``counts`` of the operators' names.
+
+    Views and allocations are no computation and left out.
+    """
+
+    _FREE = frozenset(
+        "aten." + name
+        for name in (
+            "alias _unsafe_view as_strided chunk detach empty expand lift_fresh new_empty "
+            "new_zeros permute select slice split split_with_sizes squeeze t transpose unbind "
+            "unsqueeze view zeros"
+        ).split()
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(func.overloadpacket)
+        if name not in self._FREE:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _flatten(value: Any, name: str, into: dict[str, Tensor]) -> None:

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build, check, pack, reference_math, run
+from support import CELLS, Case, build, check, reference_math, run
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
-
-import fastrnn
 
 F64 = torch.float64
 
@@ -27,31 +25,6 @@ CASES = [(cell, options) for cell in CELLS for options in OPTIONS] + [
     ("lstm", {"proj_size": 2}),
     ("lstm", {"proj_size": 1, "num_layers": 2, "bidirectional": True}),
 ]
-
-
-class Case:
-    """A module as a function of everything that it can be differentiated by."""
-
-    def __init__(self, cell: str, options: dict[str, Any], packed: bool) -> None:
-        self.module = build(cell, 2, 3, dtype=F64, **options)
-        self.names = [name for name, _ in self.module.named_parameters()]
-        self.packed = pack(torch.randn(6, 2, dtype=F64), [1, 3, 2], False) if packed else None
-        x = self.packed.data if self.packed is not None else torch.randn(3, 3, 2, dtype=F64)
-        layers = self.module.num_layers * (2 if self.module.bidirectional else 1)
-        states = [torch.randn(layers, 3, self.module.proj_size or 3, dtype=F64)]
-        if cell == "lstm":
-            states.append(torch.randn(layers, 3, 3, dtype=F64))
-        self.states = len(states)
-        weights = [parameter.detach().clone() for parameter in self.module.parameters()]
-        self.inputs = [t.requires_grad_() for t in (x, *states, *weights)]
-
-    def __call__(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        hx: Any = rest[0] if self.states == 1 else rest[:2]
-        weights = dict(zip(self.names, rest[self.states :], strict=True))
-        argument = x if self.packed is None else self.packed._replace(data=x)
-        output, hidden = functional_call(self.module, weights, (argument, hx))
-        data = output if isinstance(output, Tensor) else output.data
-        return data, *(hidden if isinstance(hidden, tuple) else (hidden,))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -75,19 +48,9 @@ def test_gradgradcheck_projection() -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_cell_gradcheck(cell: str) -> None:
-    name, own = CELLS[cell]
-    module = getattr(fastrnn, name + "Cell")(2, 3, **own, dtype=F64)
-    names = [key for key, _ in module.named_parameters()]
-    weights = [parameter.detach().clone() for parameter in module.parameters()]
-
-    def step(x: Tensor, h: Tensor, c: Tensor, *values: Tensor) -> Any:
-        hx = (h, c) if cell == "lstm" else h
-        return functional_call(module, dict(zip(names, values, strict=True)), (x, hx))
-
-    inputs = [torch.randn(2, 2, dtype=F64), *torch.randn(2, 2, 3, dtype=F64), *weights]
-    inputs = [t.requires_grad_() for t in inputs]
-    assert gradcheck(step, inputs)
-    assert gradgradcheck(step, inputs)
+    case = Case(cell, step=True)
+    assert gradcheck(case, case.inputs)
+    assert gradgradcheck(case, case.inputs)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -70,6 +70,19 @@ def test_stack_takes_states_and_batch_first(threads: int) -> None:
         assert_same(module(x, hx), expected)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_stack_of_strided_input(cell: str, batch_first: bool) -> None:
+    """The kernels read a copy then, which must live as long as they run."""
+    module = build(cell, 5, 7, 3, batch_first=batch_first)
+    x = torch.randn(6, 4, 5)
+    strided = torch.stack([x, x + 1], dim=-1)[..., 0]
+    expected = without_stack(module, x)
+    with torch.no_grad():
+        assert_same(module(strided), expected)
+        assert_same(module(x), expected)
+
+
 def test_which_calls_are_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     stack = ops.stack

@@ -64,10 +64,11 @@ template <class T>
 void run(const std::vector<Layer>& layers, const Tensor& x,
          const std::vector<ForwardOutputs>& outputs) {
   std::vector<LayerForward<T, T>> problems;
-  Rows rows(x);
+  std::vector<Rows> inputs;  // may be copies: they stay until the walk is over
+  inputs.reserve(layers.size());
   for (size_t i = 0; i < layers.size(); ++i) {
-    problems.push_back(forward_problem<T, T>(layers[i], 0, rows, outputs[i]));
-    rows = Rows(outputs[i].y);
+    inputs.emplace_back(i == 0 ? x : outputs[i - 1].y);
+    problems.push_back(forward_problem<T, T>(layers[i], 0, inputs[i], outputs[i]));
   }
   cpu::forward_stack(problems.data(), int(problems.size()), threads(), parallel_for);
 }
