@@ -180,5 +180,5 @@ def test_calls_that_wait_for_some_time_make_a_busy_machine() -> None:
     assert _C.alone_after([(10, 5)] * 8) == [0, 4, 8, 16, 32, 50, 50, 50]
     assert _C.alone_after([(4, 3)] * 7) == [0, 0, 0, 0, 4, 8, 16]  # not before 20 ms are over
     assert _C.alone_after([(40, 30)] * 3) == [0, 4, 8]
-    assert _C.alone_after([*[(10, 5)] * 4, (10, 0), (10, 5)]) == [0, 4, 8, 16, 0, 8]  # not forgotten
+    assert _C.alone_after([(10, 5)] * 4 + [(10, 0), (10, 5)]) == [0, 4, 8, 16, 0, 8]
     assert _C.alone_after([(10, 5), (10, 5), (10, 0), (10, 5), (10, 5)]) == [0, 4, 0, 0, 4]
