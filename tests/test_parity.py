@@ -1,6 +1,9 @@
 """The contract of torch.nn's recurrent modules, row by row: every caller sees what torch shows.
 
-Errors are compared with torch's own by calling both.
+One class a row, in this order: order of the constructor's arguments, ValueError, TypeError,
+warning, state_dict, attributes, methods, extra_repr, inputs, errors of the input, of the hidden
+states, of the cells, of devices, dtypes, autocast, torch.nn.utils, subclassing. Where torch falls
+short is in test_beyond_torch. Errors are compared with torch's own by calling both.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import check, run, run_python, torch_twin
+from support import DTYPES, check, raised, run, run_python, states, torch_twin
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -24,12 +27,6 @@ import fastrnn
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 STEPS = ["RNNCell", "LSTMCell", "GRUCell"]
-
-
-def raised(call: Callable[[], Any]) -> Exception:
-    with pytest.raises(Exception) as info:  # noqa: PT011 - the caller compares type and message
-        call()
-    return info.value
 
 
 def assert_same_error(call: Callable[[Any], Any], message: str | None = None) -> None:
@@ -45,10 +42,10 @@ def assert_same_error(call: Callable[[Any], Any], message: str | None = None) ->
         assert message is None or message in str(ours)
 
 
-def states(name: str, *shape: int, **options: Any) -> Any:
-    """One state of this shape, or a pair of them for an LSTM."""
-    state = torch.zeros(shape, **options)
-    return (state, state) if name.startswith("LSTM") else state
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """A layer of fastrnn and its twin of torch.nn."""
+    ours = getattr(fastrnn, name)(3, 4, num_layers=2, bidirectional=True)
+    return ours, torch_twin(ours)
 
 
 class TestConstructor:
@@ -89,9 +86,16 @@ class TestConstructor:
             (p.name, p.kind, p.default) for p in theirs.values()
         ]
 
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_additions_are_keyword_only(self, name: str) -> None:
+        nonlinearity = ["tanh"] if name == "RNN" else []
+        arguments = [3, 4, 1, *nonlinearity, True, False, 0.0, False, 0, "cpu", torch.float32]
+        assert getattr(fastrnn, name)(*arguments, weight_dtype=torch.float16)
+        assert_same_error(lambda lib: getattr(lib, name)(*arguments, torch.float16))
 
-class TestConstructorErrors:
-    VALUE_ERRORS = (
+
+class TestValueErrors:
+    ERRORS = (
         ({"hidden_size": 0}, "hidden_size must be greater than zero"),
         ({"input_size": 0}, "input_size must be greater than zero"),
         ({"num_layers": 0}, "num_layers must be greater than zero"),
@@ -99,14 +103,8 @@ class TestConstructorErrors:
         ({"dropout": -0.1}, "dropout should be a number in range [0, 1]"),
         ({"dropout": True}, "dropout should be a number in range [0, 1]"),
     )
-    TYPE_ERRORS = (
-        ({"bias": 1}, "bias should be of type bool, got: int"),
-        ({"batch_first": 1}, "batch_first should be of type bool, got: int"),
-        ({"input_size": 3.0}, "input_size should be of type int, got: float"),
-        ({"hidden_size": "4"}, "hidden_size should be of type int, got: str"),
-    )
 
-    @pytest.mark.parametrize(("options", "message"), VALUE_ERRORS + TYPE_ERRORS, ids=str)
+    @pytest.mark.parametrize(("options", "message"), ERRORS, ids=str)
     @pytest.mark.parametrize("name", LAYERS)
     def test_every_module(self, name: str, options: dict[str, Any], message: str) -> None:
         full = {"input_size": 3, "hidden_size": 4, **options}
@@ -126,9 +124,6 @@ class TestConstructorErrors:
     def test_projection_is_for_lstm(self, name: str) -> None:
         message = "proj_size argument is only supported for LSTM, not RNN or GRU"
         assert_same_error(lambda lib: getattr(lib, name)(3, 4, proj_size=2), message)
-        start = [3, 4, 1, *(["tanh"] if name == "RNN" else []), True, False, 0.0, False]
-        with pytest.raises(ValueError, match=message):
-            getattr(fastrnn, name)(*start, 2)
 
     def test_unknown_nonlinearity(self) -> None:
         ours = raised(lambda: fastrnn.RNN(3, 4, nonlinearity="x"))
@@ -138,6 +133,23 @@ class TestConstructorErrors:
         assert str(ours) == "Unknown nonlinearity 'x'. Select from 'tanh', 'relu' or 'sigmoid'."
         assert_same_error(lambda lib: lib.RNNCell(3, 4, nonlinearity="x")(torch.zeros(1, 3)))
 
+
+class TestTypeErrors:
+    ERRORS = (
+        ({"bias": 1}, "bias should be of type bool, got: int"),
+        ({"batch_first": 1}, "batch_first should be of type bool, got: int"),
+        ({"input_size": 3.0}, "input_size should be of type int, got: float"),
+        ({"hidden_size": "4"}, "hidden_size should be of type int, got: str"),
+    )
+
+    @pytest.mark.parametrize(("options", "message"), ERRORS, ids=str)
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_every_module(self, name: str, options: dict[str, Any], message: str) -> None:
+        full = {"input_size": 3, "hidden_size": 4, **options}
+        assert_same_error(lambda lib: getattr(lib, name)(**full), message)
+
+
+class TestWarning:
     @pytest.mark.parametrize("name", LAYERS)
     def test_dropout_warning(self, name: str) -> None:
         texts = []
@@ -195,15 +207,10 @@ class TestStateDict:
         return ours, theirs
 
 
-class TestAttributesAndMethods:
-    def pair(self, name: str) -> tuple[nn.Module, nn.Module]:
-        options = {"num_layers": 2, "bidirectional": True}
-        ours = getattr(fastrnn, name)(3, 4, **options)
-        return ours, torch_twin(ours)
-
+class TestAttributes:
     @pytest.mark.parametrize("name", LAYERS)
     def test_attributes(self, name: str) -> None:
-        ours, theirs = self.pair(name)
+        ours, theirs = pair(name)
         assert vars(ours).keys() == vars(theirs).keys()
         assert ours.mode == theirs.mode
         assert ours._flat_weights_names == theirs._flat_weights_names
@@ -231,9 +238,29 @@ class TestAttributesAndMethods:
         assert [n for n in dir(theirs) if not hasattr(ours, n)] == []
         assert "forward" in vars(ours)
 
+    def test_sigmoid_mode(self) -> None:
+        assert fastrnn.RNN(3, 4, nonlinearity="sigmoid").mode == "RNN_SIGMOID"
+        assert "nonlinearity=sigmoid" in repr(fastrnn.RNNCell(3, 4, nonlinearity="sigmoid"))
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_dropout_is_read_on_each_call(self, name: str) -> None:
+        ours, theirs = pair(name)
+        x = torch.randn(5, 2, 3)
+        outputs = []
+        for module in (ours, theirs):
+            for dropout in (0.5, 0.0):
+                module.dropout = dropout
+                torch.manual_seed(1)
+                outputs.append(module(x)[0])
+        torch.testing.assert_close(outputs[0], outputs[2])
+        torch.testing.assert_close(outputs[1], outputs[3])
+        assert not torch.equal(outputs[0], outputs[1])
+
+
+class TestMethods:
     @pytest.mark.parametrize("name", LAYERS)
     def test_flatten_parameters_does_nothing_and_tolerates_anything(self, name: str) -> None:
-        module, _ = self.pair(name)
+        module, _ = pair(name)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             module.flatten_parameters()
@@ -244,7 +271,7 @@ class TestAttributesAndMethods:
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_setattr_keeps_flat_weights(self, name: str) -> None:
-        module, _ = self.pair(name)
+        module, _ = pair(name)
         new = nn.Parameter(torch.zeros_like(module.weight_hh_l1))
         module.weight_hh_l1 = new
         assert module._flat_weights[module._flat_weights_names.index("weight_hh_l1")] is new
@@ -252,7 +279,7 @@ class TestAttributesAndMethods:
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_weights_have_changed(self, name: str) -> None:
-        module, _ = self.pair(name)
+        module, _ = pair(name)
         assert not module._weights_have_changed()
         module._parameters["weight_ih_l0"] = nn.Parameter(torch.zeros_like(module.weight_ih_l0))
         assert module._weights_have_changed()
@@ -262,7 +289,7 @@ class TestAttributesAndMethods:
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_apply_replaces_flat_weights(self, name: str) -> None:
-        module, _ = self.pair(name)
+        module, _ = pair(name)
         module.double()
         assert all(w.dtype == torch.float64 for w in module._flat_weights)
         assert [ref() for ref in module._flat_weight_refs] == module._flat_weights
@@ -296,38 +323,8 @@ class TestAttributesAndMethods:
         )
 
     @pytest.mark.parametrize("name", LAYERS)
-    def test_extra_repr(self, name: str) -> None:
-        options: dict[str, Any] = {
-            "num_layers": 2,
-            "bias": False,
-            "batch_first": True,
-            "dropout": 0.5,
-            "bidirectional": True,
-        }
-        if name == "LSTM":
-            options["proj_size"] = 2
-        if name == "RNN":
-            options["nonlinearity"] = "relu"
-        ours = getattr(fastrnn, name)(3, 4, **options)
-        assert repr(ours) == repr(getattr(nn, name)(3, 4, **options))
-        if name == "LSTM":
-            assert ours.extra_repr() == (
-                "3, 4, proj_size=2, num_layers=2, bias=False, batch_first=True, dropout=0.5, "
-                "bidirectional=True"
-            )
-
-    def test_cell_extra_repr(self) -> None:
-        for lib in (fastrnn, nn):
-            cell = lib.RNNCell(3, 4, bias=False, nonlinearity="relu")
-            assert repr(cell) == "RNNCell(3, 4, bias=False, nonlinearity=relu)"
-
-    def test_sigmoid_mode(self) -> None:
-        assert fastrnn.RNN(3, 4, nonlinearity="sigmoid").mode == "RNN_SIGMOID"
-        assert "nonlinearity=sigmoid" in repr(fastrnn.RNNCell(3, 4, nonlinearity="sigmoid"))
-
-    @pytest.mark.parametrize("name", LAYERS)
     def test_copy_and_pickle(self, name: str) -> None:
-        module, _ = self.pair(name)
+        module, _ = pair(name)
         x = torch.randn(5, 2, 3)
         expected = module(x)[0]
         assert "_flat_weight_refs" not in module.__getstate__()
@@ -353,7 +350,7 @@ class TestAttributesAndMethods:
     @pytest.mark.parametrize("name", LAYERS)
     def test_setstate_reads_old_pickles(self, name: str) -> None:
         """From before proj_size, before _flat_weights, with tensors in all_weights."""
-        module, _ = self.pair(name)
+        module, _ = pair(name)
         expected = module(torch.ones(5, 2, 3))[0]
         state = module.__getstate__()
         for key in ("proj_size", "_flat_weights", "_flat_weights_names", "_all_weights"):
@@ -367,7 +364,7 @@ class TestAttributesAndMethods:
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_replica_has_its_own_lists(self, name: str) -> None:
-        module, _ = self.pair(name)
+        module, _ = pair(name)
         replica = module._replicate_for_data_parallel()
         assert replica._flat_weights is not module._flat_weights
         assert replica._flat_weights_names is not module._flat_weights_names
@@ -378,6 +375,34 @@ class TestAttributesAndMethods:
         for parameter in module.parameters():
             assert parameter.abs().max() <= 0.25
         assert module.weight_ih_l0.std().item() == pytest.approx(0.5 / 12**0.5, rel=0.1)
+
+
+class TestExtraRepr:
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_extra_repr(self, name: str) -> None:
+        options: dict[str, Any] = {
+            "num_layers": 2,
+            "bias": False,
+            "batch_first": True,
+            "dropout": 0.5,
+            "bidirectional": True,
+        }
+        if name == "LSTM":
+            options["proj_size"] = 2
+        if name == "RNN":
+            options["nonlinearity"] = "relu"
+        ours = getattr(fastrnn, name)(3, 4, **options)
+        assert repr(ours) == repr(getattr(nn, name)(3, 4, **options))
+        if name == "LSTM":
+            assert ours.extra_repr() == (
+                "3, 4, proj_size=2, num_layers=2, bias=False, batch_first=True, dropout=0.5, "
+                "bidirectional=True"
+            )
+
+    def test_cell_extra_repr(self) -> None:
+        for lib in (fastrnn, nn):
+            cell = lib.RNNCell(3, 4, bias=False, nonlinearity="relu")
+            assert repr(cell) == "RNNCell(3, 4, bias=False, nonlinearity=relu)"
 
 
 class TestInputs:
@@ -428,6 +453,26 @@ class TestInputs:
             _, alone = module(x[:length, index : index + 1], h0[:, index : index + 1].contiguous())
             torch.testing.assert_close(h_n[:, index : index + 1], alone)
 
+    @pytest.mark.parametrize("is_recorded", [True, False])
+    @pytest.mark.parametrize("layers", [1, 2])
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_views(self, name: str, layers: int, is_recorded: bool) -> None:
+        """Transposed, expanded, strided input and states, with and without gradients."""
+        module = getattr(fastrnn, name)(3, 4, layers)
+        x, h = torch.randn(5, 2, 3), torch.randn(layers, 2, 4)
+        views = (
+            (x.transpose(0, 1).contiguous().transpose(0, 1), h.mT.contiguous().mT),
+            (x[:, :1].expand(5, 2, 3), h[:, :1].expand(layers, 2, 4)),
+            (x.repeat(1, 1, 2)[..., ::2], h.repeat(1, 1, 2)[..., ::2]),
+            (x[::2], h.repeat(2, 1, 1)[::2]),
+        )
+        with torch.set_grad_enabled(is_recorded):
+            for x_view, h_view in views:
+                hx = (h_view, h_view) if name == "LSTM" else h_view
+                dense = x_view.contiguous(), h_view.contiguous()
+                expected = module(dense[0], (dense[1], dense[1]) if name == "LSTM" else dense[1])
+                assert torch.equal(module(x_view, hx)[0], expected[0])
+
 
 class TestInputErrors:
     @pytest.mark.parametrize("shape", [(3,), (2, 2, 2, 3)], ids=str)
@@ -457,13 +502,6 @@ class TestInputErrors:
                 ),
                 "input.size(-1) must be equal to input_size. Expected 3, got 7",
             )
-
-    @pytest.mark.parametrize("name", LAYERS)
-    def test_packed_input_size(self, name: str) -> None:
-        """torch checks this for all but an LSTM."""
-        packed = pack_padded_sequence(torch.zeros(5, 2, 7), [5, 3])
-        error = raised(lambda: getattr(fastrnn, name)(3, 4)(packed))
-        assert str(error) == str(raised(lambda: nn.GRU(3, 4)(packed)))
 
 
 class TestHiddenErrors:
@@ -518,26 +556,6 @@ class TestHiddenErrors:
     def test_number_of_states(self) -> None:
         hx = torch.zeros(1, 2, 4)
         assert_same_error(lambda lib: lib.LSTM(3, 4)(torch.zeros(5, 2, 3), (hx, hx, hx)))
-
-    @pytest.mark.parametrize("name", LAYERS)
-    def test_packed_states(self, name: str) -> None:
-        """torch checks these for all but an LSTM."""
-        packed = pack_padded_sequence(torch.zeros(5, 2, 3), [5, 3])
-        error = raised(lambda: getattr(fastrnn, name)(3, 4)(packed, states(name, 1, 3, 4)))
-        which = "[0]" if name == "LSTM" else ""
-        assert str(error) == f"Expected hidden{which} size (1, 2, 4), got [1, 3, 4]"
-        assert type(error) is RuntimeError
-
-    @pytest.mark.parametrize("name", LAYERS)
-    def test_dtype_of_states(self, name: str) -> None:
-        """torch's own messages speak of mat1 and mat2."""
-        hx = states(name, 1, 2, 4, dtype=torch.float64)
-        with pytest.raises(
-            RuntimeError,
-            match="Input and hidden tensors are not the same dtype, found input tensor with "
-            r"torch\.float32 and hidden tensor with torch\.float64",
-        ):
-            getattr(fastrnn, name)(3, 4)(torch.zeros(5, 2, 3), hx)
 
 
 class TestCellErrors:
@@ -609,6 +627,31 @@ class TestDeviceErrors:
             getattr(fastrnn, name)(3, 4)(torch.zeros(2, 3, device="meta"))
         with pytest.raises(RuntimeError, match="not the same dtype"):
             getattr(fastrnn, name)(3, 4)(torch.zeros(2, 3, dtype=torch.float64))
+
+
+class TestDtypes:
+    """Values and gradients in every dtype are compared in test_modules and test_properties."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
+    def test_is_torch(self, name: str, dtype: torch.dtype, device: str) -> None:
+        module = getattr(fastrnn, name)(3, 4, dtype=dtype, device=device)
+        shape = (2, 3) if name in STEPS else (5, 2, 3)
+        check(module, torch.randn(shape, dtype=dtype, device=device, requires_grad=True))
+
+    @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
+    def test_complex(self, name: str) -> None:
+        module = getattr(fastrnn, name)(3, 4, dtype=torch.complex64)
+        shape = (2, 3) if name in STEPS else (5, 2, 3)
+        x = torch.randn(shape, dtype=torch.complex64)
+        gradients, outputs = [], []
+        for m in (module, torch_twin(module)):
+            result = m(x)
+            outputs.append(result if isinstance(result, Tensor) else result[0])
+            loss = outputs[-1].abs().square().sum()
+            gradients.append(torch.autograd.grad(loss, list(m.parameters())))
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*gradients)
 
 
 class TestAutocast:
@@ -817,6 +860,18 @@ class TestSubclassing:
 
         Mine(3, 4)(torch.randn(5, 2, 3))
         assert len(calls) == 1
+
+    @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
+    def test_attributes_copied_from_the_class(self, name: str) -> None:
+        """As wrappers do that build a class from another one's dictionary."""
+        cls = getattr(fastrnn, name)
+        copied = type(name, cls.__bases__, {**vars(cls)})
+        assert "forward" in vars(copied)
+        module = cls(3, 4)
+        x = torch.ones(2, 3) if name in STEPS else torch.ones(5, 2, 3)
+        expected = module(x)
+        module.__class__ = copied
+        torch.testing.assert_close(module(x), expected)
 
 
 def check_subclass(module: nn.Module) -> None:

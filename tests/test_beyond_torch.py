@@ -1,0 +1,217 @@
+"""Where torch.nn's recurrent modules fall short and fastrnn must not: one class a shortcoming.
+
+In this order: loops of small operations, limits of cuDNN, forward mode and vmap, dropout that does
+not repeat, calls that are not checked. The first contract, what torch does, is in test_parity.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    CELLS,
+    Case,
+    CountOps,
+    build,
+    check,
+    raised,
+    reference_math,
+    states,
+)
+from torch import nn
+from torch.autograd.gradcheck import gradgradcheck
+from torch.func import functional_call, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+
+LAYERS = ["RNN", "LSTM", "GRU"]
+every_cell = pytest.mark.parametrize("cell", CELLS)
+
+
+class TestLoopsOfSmallOperations:
+    """torch runs an RNN or GRU on the CPU, and any packed input, as operations for each step."""
+
+    def counts(self, cell: str, steps: int, is_packed: bool, is_training: bool) -> Counter[str]:
+        module = build(cell, 3, 4)
+        x: Any = torch.randn(steps, 3, 3)
+        if is_packed:
+            x = pack_padded_sequence(x, [steps, steps - 1, 1])
+        with torch.set_grad_enabled(is_training), CountOps() as counter:
+            output, _ = module(x)
+            if is_training:
+                data = output.data if is_packed else output
+                torch.autograd.grad(data, list(module.parameters()), torch.ones_like(data))
+        return counter.counts
+
+    @pytest.mark.parametrize("is_training", [False, True], ids=["inference", "training"])
+    @pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
+    @every_cell
+    def test_one_operator_walks_through_time(
+        self, cell: str, is_packed: bool, is_training: bool
+    ) -> None:
+        few, many = (self.counts(cell, steps, is_packed, is_training) for steps in (4, 40))
+        assert few == many
+        assert many["fastrnn.layer_forward"] == 1
+        assert many["fastrnn.layer_gradients"] == int(is_training)
+        with reference_math():  # what the counter shows of a loop
+            assert self.counts(cell, 40, is_packed, is_training).total() > 40
+
+    @every_cell
+    def test_packed_rows_are_the_only_ones(self, cell: str) -> None:
+        """No row of padding is computed: so many rows in, so many out."""
+        module = build(cell, 3, 4)
+        packed = pack_padded_sequence(torch.randn(9, 3, 3), [9, 2, 1])
+        assert packed.data.shape[0] == 12
+        output = check(module, packed)["out0"]
+        assert output.shape[0] == 12
+
+
+class TestLimitsOfCudnn:
+    """No double backward, none in eval mode, T up to 65,535, contiguous states."""
+
+    @every_cell
+    def test_double_backward(self, cell: str, device: str) -> None:
+        case = Case(cell, {"num_layers": 2}, device=device)
+        assert gradgradcheck(case, case.inputs, fast_mode=True)
+
+    @every_cell
+    def test_backward_in_eval_mode(self, cell: str, device: str) -> None:
+        module = build(cell, 3, 4, device=device).eval()
+        check(module, torch.randn(5, 2, 3, device=device, requires_grad=True))
+
+    @every_cell
+    def test_many_steps(self, cell: str, device: str) -> None:
+        """More than 16 bits count; the end of one long walk is that of two halves."""
+        module = build(cell, 1, 2, dtype=torch.float64, device=device)
+        x = torch.randn(70_000, 1, 1, dtype=torch.float64, device=device)
+        with torch.no_grad():
+            _, half = module(x[:35_000])
+            second, expected = module(x[35_000:], half)
+        output, end = module(x)
+        torch.testing.assert_close(output[35_000:], second)
+        torch.testing.assert_close(end, expected)
+        output.sum().backward()
+        assert all(p.grad.isfinite().all() for p in module.parameters())
+
+    @every_cell
+    def test_states_that_are_not_contiguous(self, cell: str, device: str) -> None:
+        module = build(cell, 3, 4, num_layers=2, device=device)
+        h = torch.randn(4, 3, 2, device=device).permute(2, 1, 0)
+        assert not h.is_contiguous()
+        x = torch.randn(5, 3, 3, device=device)
+        hx, dense = ((h, h), (h.clone(), h.clone())) if cell == "lstm" else (h, h.contiguous())
+        assert torch.equal(module(x, hx)[0], module(x, dense)[0])
+
+
+class TestForwardModeAndVmap:
+    """torch's LSTM has no forward mode on the CPU in float32, and no layer can be mapped over."""
+
+    @every_cell
+    def test_jvp(self, cell: str) -> None:
+        """Along the input itself, beside a difference quotient in float64."""
+        module = build(cell, 3, 4)
+        x = torch.randn(5, 2, 3)
+        _, got = jvp(lambda x: module(x)[0], (x,), (x,))
+        module.double()
+        ends = [module(x.double() * (1 + step))[0] for step in (1e-6, -1e-6)]
+        torch.testing.assert_close(got, ((ends[0] - ends[1]) / 2e-6).float())
+
+    @pytest.mark.parametrize("over", ["input", "weights", "both"])
+    @every_cell
+    def test_vmap(self, cell: str, over: str) -> None:
+        module = build(cell, 3, 4)
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        many = {name: torch.stack([p, 2 * p, -p]) for name, p in parameters.items()}
+        x, xs = torch.randn(5, 2, 3), torch.randn(3, 5, 2, 3)
+
+        def call(parameters: Any, x: torch.Tensor) -> torch.Tensor:
+            return functional_call(module, parameters, (x,))[0]
+
+        p_dim, x_dim = {"input": (None, 0), "weights": (0, None), "both": (0, 0)}[over]
+        got = vmap(call, (p_dim, x_dim))(
+            many if p_dim == 0 else parameters, xs if x_dim == 0 else x
+        )
+        for index in range(3):
+            own = {name: value[index] for name, value in many.items()} if p_dim == 0 else parameters
+            expected = call(own, xs[index] if x_dim == 0 else x)
+            torch.testing.assert_close(got[index], expected)
+
+
+class TestDropoutRepeats:
+    """cuDNN's does not follow torch's generator."""
+
+    @every_cell
+    def test_same_seed_same_result(self, cell: str, device: str) -> None:
+        module = build(cell, 3, 4, num_layers=3, dropout=0.5, device=device)
+        x = torch.randn(5, 2, 3, device=device)
+        results = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            output, _ = module(x)
+            gradients = torch.autograd.grad(output.square().sum(), list(module.parameters()))
+            results.append([output, *gradients])
+        first, again, other = results
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not torch.equal(first[0], other[0])
+
+    @every_cell
+    def test_without_dropout_all_is_deterministic(self, cell: str, device: str) -> None:
+        module = build(cell, 9, 33, bidirectional=True, device=device)
+        x = torch.randn(20, 7, 9, device=device, requires_grad=True)
+        results = []
+        for _ in range(3):
+            output, _ = module(x)
+            gradients = torch.autograd.grad(output.square().sum(), [x, *module.parameters()])
+            results.append([output, *gradients])
+        for again in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+class TestCallsThatAreNotChecked:
+    """One sentence that names what is wrong, before anything is computed."""
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_packed_input_size(self, name: str) -> None:
+        """torch checks this for all but an LSTM."""
+        packed = pack_padded_sequence(torch.zeros(5, 2, 7), [5, 3])
+        error = raised(lambda: getattr(fastrnn, name)(3, 4)(packed))
+        assert str(error) == str(raised(lambda: nn.GRU(3, 4)(packed)))
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_packed_states(self, name: str) -> None:
+        """torch checks these for all but an LSTM."""
+        packed = pack_padded_sequence(torch.zeros(5, 2, 3), [5, 3])
+        error = raised(lambda: getattr(fastrnn, name)(3, 4)(packed, states(name, 1, 3, 4)))
+        which = "[0]" if name == "LSTM" else ""
+        assert str(error) == f"Expected hidden{which} size (1, 2, 4), got [1, 3, 4]"
+        assert type(error) is RuntimeError
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_dtype_of_states(self, name: str) -> None:
+        """torch's own messages speak of mat1 and mat2."""
+        hx = states(name, 1, 2, 4, dtype=torch.float64)
+        with pytest.raises(
+            RuntimeError,
+            match="Input and hidden tensors are not the same dtype, found input tensor with "
+            r"torch\.float32 and hidden tensor with torch\.float64",
+        ):
+            getattr(fastrnn, name)(3, 4)(torch.zeros(5, 2, 3), hx)
+
+    @pytest.mark.parametrize("name", ["RNN", "GRU"])
+    def test_positional_projection(self, name: str) -> None:
+        """torch constructs such a module, which fails when it is called."""
+        start = [3, 4, 1, *(["tanh"] if name == "RNN" else []), True, False, 0.0, False]
+        with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
+            getattr(fastrnn, name)(*start, 2)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_packed_states_of_a_dtype(self, name: str) -> None:
+        packed = pack_padded_sequence(torch.zeros(5, 2, 3), [5, 3])
+        error = raised(
+            lambda: getattr(fastrnn, name)(3, 4)(packed, states(name, 1, 2, 4, dtype=torch.half))
+        )
+        assert "Input and hidden tensors are not the same dtype" in str(error)
