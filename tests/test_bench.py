@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import differentiation
 import report
 import sweep
 from grid import GRID, SHORT, chosen_points
@@ -166,3 +167,10 @@ def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [result["size"] for result in document["results"]] == [1, 2, 3, 4]
     assert all(result["ms"] > 0 for result in document["results"])
     assert (tmp_path / "sweep-I-rnn-forward.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("cell", differentiation.CELLS)
+def test_every_derivative_is_measured(cell: str) -> None:
+    measured = differentiation.ratios(cell, 2, 3, 2, seconds=0.0)
+    assert measured.keys() == differentiation.RATIOS.keys()
+    assert all(ratio > 0 for ratio in measured.values())

@@ -222,6 +222,28 @@ class TestFunc:
         )
 
     @every_cell
+    def test_what_kernels_compute(self, cell: str) -> None:
+        """The forward pass; the gradient only where nobody may differentiate it again."""
+        case = Case(cell)
+
+        def kernels(call: Callable[[], Any]) -> tuple[int, int]:
+            with CountOps() as counter:
+                call()
+            counts = counter.counts
+            return counts["fastrnn.layer_forward"], counts["fastrnn.layer_gradients"]
+
+        def pull_back() -> None:
+            outputs, pull = vjp(case, *case.plain())
+            pull(outputs)
+
+        assert kernels(lambda: torch.autograd.grad(case.loss(*case.inputs), case.inputs)) == (1, 1)
+        assert kernels(torch.no_grad()(pull_back)) == (1, 1)
+        assert kernels(pull_back) == (1, 0)
+        assert kernels(lambda: grad(case.loss)(*case.plain())) == (1, 0)
+        assert kernels(lambda: jvp(case, case.plain(), case.plain())) == (0, 0)
+        assert kernels(lambda: vmap(case)(*(t.expand(2, *t.shape) for t in case.plain()))) == (0, 0)
+
+    @every_cell
     def test_hessians(self, cell: str) -> None:
         case = Case(cell)
         (x, *rest) = case.plain()
