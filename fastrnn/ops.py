@@ -211,21 +211,12 @@ class Layer(torch.autograd.Function):
             d_c_n = None  # compiled code passes zeros for outputs without a gradient
         if d_y is None and d_h_n is None and d_c_n is None:
             return (None,) * len(ctx.needs_input_grad)
-        transformed = _is_transformed(d_y, d_h_n, d_c_n)
-        if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            # vmap over the backward pass, create_graph=True, gradients with tangents: the kernels
-            # cannot serve these
-            gradients = _differentiable_gradients(
-                needs, (d_y, d_h_n, d_c_n), (x, h0, c0, *weights), batch_sizes, spec, transformed
-            )
+        given = (needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec)
+        if is_autocast(x):  # it has chosen the types in forward
+            with torch.autocast(x.device.type, enabled=False):
+                gradients = _gradients(*given)
         else:
-            way = _gradients_on_cpu if x.is_cpu else _gradients_by_torch
-            given = (needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec)
-            if is_autocast(x):
-                with torch.autocast(x.device.type, enabled=False):
-                    gradients = way(*given)
-            else:
-                gradients = way(*given)
+            gradients = _gradients(*given)
         d_x, d_h0, d_c0, *d_weights = gradients
         return d_x, d_h0, d_c0, None, None, *d_weights
 
@@ -360,6 +351,28 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and any(
         t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors
     )
+
+
+def _gradients(
+    needs: Sequence[bool],
+    d_outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    spec: CellSpec,
+) -> Gradients:
+    """As `_gradients_on_cpu`, by the way that can serve what is asked for."""
+    transformed = _is_transformed(*d_outputs)
+    if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        # vmap over the backward pass, create_graph=True, gradients with tangents
+        inputs = (x, h0, c0, *weights)
+        return _differentiable_gradients(needs, d_outputs, inputs, batch_sizes, spec, transformed)
+    way = _gradients_on_cpu if x.is_cpu else _gradients_by_torch
+    return way(needs, d_outputs, x, h0, c0, weights, batch_sizes, y, saved, spec)
 
 
 def _gradients_on_cpu(
@@ -574,11 +587,6 @@ def _differentiable_gradients(
     transformed: bool,
 ) -> Gradients:
     """`_gradients_on_cpu` as ordinary operations that can be differentiated again."""
-    if is_autocast(inputs[0]):
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            return _differentiable_gradients(
-                needs, d_outputs, inputs, batch_sizes, spec, transformed
-            )
 
     def forward(*wanted: Tensor) -> tuple[Tensor, ...]:
         variables = iter(wanted)

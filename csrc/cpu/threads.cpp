@@ -100,7 +100,7 @@ void BusyMachine::look(Clock::time_point begin, Clock::time_point now, Clock::du
   if (failures == 0 && (calls < 2 || !lasts)) return;
   failures_.store(failures + 1, kOrder);
   const auto alone = std::min(kMostAlone, kLeastAlone * (1 << std::min(failures, 4)));
-  until_.store((now + alone).time_since_epoch().count(), std::memory_order_relaxed);
+  until_.store((now + alone).time_since_epoch().count(), kOrder);
 }
 
 bool is_forked() { return forked.load(std::memory_order_relaxed); }
