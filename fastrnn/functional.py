@@ -45,8 +45,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import ops, reference
+from fastrnn import onnx_nodes, ops, reference
 from fastrnn.spec import CELLS, CellSpec
+from fastrnn.tracing import is_tracing, is_written_down, size, unrecorded
 
 __all__ = ["gru", "lstm", "rnn_relu", "rnn_sigmoid", "rnn_tanh"]
 
@@ -445,12 +446,16 @@ def run(
     if ops.is_autocast(x):
         x, h0, c0, params = _autocast(x, h0, c0, params)
     _check_alike(x, h0, c0, params)
-    if batch_sizes is None and x.shape[1 if batch_first else 0] == 0:
+    if batch_sizes is None and size(x, 1 if batch_first else 0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     layer = _route(x)
     if layer is None and spec.name != "rnn_sigmoid":
         return _native(spec, x, batch_sizes, h0, c0, params, num_layers, dropout, batch_first)
-    if half_weights and layer is ops.layer:
+    if is_written_down():
+        layer = _written(spec)
+        if layer is None:
+            return _native(spec, x, batch_sizes, h0, c0, params, num_layers, dropout, batch_first)
+    elif half_weights and layer is ops.layer:
         layer = ops.half_weights_layer
     elif (
         layer is ops.layer
@@ -483,6 +488,19 @@ def run_cell(
 
     Raises RuntimeError with torch's own words if sizes, dtypes or devices do not fit.
     """
+    unrecorded(_check_cell, x, h, c, params)
+    if ops.is_autocast(x):
+        x, h, c, params = _autocast(x, h, c, params)
+    _check_alike(x, h, c, params)
+    layer = ops.layer if size(h, 1) > 0 and _route(x) is ops.layer else ops.composite
+    if layer is ops.layer and is_written_down():
+        # ONNX has no cells, but all that a step is made of
+        layer = ops.composite if torch.onnx.is_in_onnx_export() else ops.written_layer
+    _, h_n, c_n = layer(x, h, c, params, None, spec)
+    return h_n, c_n
+
+
+def _check_cell(x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]) -> None:
     batch = x.shape[0]
     input_size, hidden_size = params[0].shape[1], params[1].shape[1]
     if x.shape[1] != input_size:
@@ -503,12 +521,6 @@ def run_cell(
                 f"hidden{index} has inconsistent hidden_size: "
                 f"got {state.shape[1]}, expected {hidden_size}"
             )
-    if ops.is_autocast(x):
-        x, h, c, params = _autocast(x, h, c, params)
-    _check_alike(x, h, c, params)
-    layer = ops.layer if hidden_size > 0 and _route(x) is ops.layer else ops.composite
-    _, h_n, c_n = layer(x, h, c, params, None, spec)
-    return h_n, c_n
 
 
 def _autocast(
@@ -567,6 +579,20 @@ def _route(x: Tensor) -> reference.Layer | None:
     return None
 
 
+def _written(spec: CellSpec) -> reference.Layer | None:
+    """As `_route`, where the call is written down (`tracing.is_written_down`).
+
+    For ONNX a layer is a node of its own; the older exporter makes that of torch's operators only.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return ops.written_layer
+    if not is_tracing():
+        return onnx_nodes.layer
+    if spec.name == "rnn_sigmoid":
+        raise RuntimeError("torch.onnx.export: an RNN with 'sigmoid' needs dynamo=True")
+    return None
+
+
 def _only_reverse_mode() -> bool:
     functorch = torch._C._functorch
     stack = functorch.get_interpreter_stack() or []
@@ -585,8 +611,8 @@ def _native(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """torch's own implementation, for dtypes and devices without kernels."""
-    directions = h0.shape[0] // num_layers
-    has_biases = len(params) // h0.shape[0] >= 4
+    directions = size(h0, 0) // num_layers
+    has_biases = len(params) // (directions * num_layers) >= 4
     hx = h0 if c0 is None else (h0, c0)
     options = (has_biases, num_layers, dropout, dropout > 0, directions == 2)
     function = getattr(torch._VF, spec.name)

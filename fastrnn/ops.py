@@ -24,10 +24,12 @@ from torch.autograd import forward_ad
 
 from fastrnn import _library, reference
 from fastrnn.spec import CELLS, CellSpec, Run, split_weights
+from fastrnn.tracing import is_tracing
 
 _library.load()
 
 forward = torch.ops.fastrnn.layer_forward.default
+_written = torch.ops.fastrnn.layer.default
 _backward = torch.ops.fastrnn.layer_backward.default
 _stack = torch.ops.fastrnn.stack_forward.default
 _cpu_gradients = torch.ops.fastrnn.layer_gradients.default
@@ -61,13 +63,14 @@ def is_autocast(x: Tensor) -> bool:
 
 
 def is_plain() -> bool:
-    """Whether a call is values in, values out: no gradient, transform, autocast or compiler."""
+    """Whether a call is values in, values out: without gradients, transforms, autocast, graphs."""
     return not (
         torch.is_grad_enabled()
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
+        or is_tracing()
     )
 
 
@@ -164,7 +167,20 @@ def _stack_fake(
     return y, [x.new_empty(h.shape) for h in h0], [x.new_empty(c.shape) for c in c0]
 
 
+def _layer_fake(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, h_n, c_n, _ = _forward_fake(x, h0, c0, weights, batch_sizes, cell, False)
+    return y, h_n, c_n
+
+
 torch.library.register_fake("fastrnn::layer_forward", _forward_fake)
+torch.library.register_fake("fastrnn::layer", _layer_fake)
 torch.library.register_fake("fastrnn::stack_forward", _stack_fake)
 torch.library.register_fake("fastrnn::layer_backward", _backward_fake)
 torch.library.register_fake("fastrnn::layer_gradients", _gradients_fake)
@@ -267,6 +283,42 @@ def layer(
     else:
         y, h_n, c_n, _ = forward(x, h0, c0, weights, batch_sizes, spec.name, False)
     return y, h_n, None if c0 is None else c_n
+
+
+def written_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `layer`, one operator in the graph, which decides when it runs whether to save."""
+    y, h_n, c_n = _written(x, h0, c0, weights, batch_sizes, spec.name)
+    return y, h_n, None if c0 is None else c_n
+
+
+def _written_autograd(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What autograd does when the operator in a graph is run."""
+    spec = CELLS.get(cell)  # the kernel refuses an unknown one
+    if spec is not None and _records(x, h0, c0, weights):
+        apply: Any = Layer.apply
+        y, h_n, c_n, _ = apply(x, h0, c0, batch_sizes, spec, *weights)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h_n, c_n = _written(x, h0, c0, weights, batch_sizes, cell)
+    return y, h_n, c_n
+
+
+_implementations = torch.library.Library("fastrnn", "IMPL")
+_implementations.impl("layer", _written_autograd, "Autograd")
 
 
 def can_stack(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:

@@ -15,6 +15,7 @@ from torch.nn.functional import dropout as dropout_function
 from torch.nn.functional import linear
 
 from fastrnn.spec import CellSpec, split_weights
+from fastrnn.tracing import size
 
 # (gates_x [B,G*H], gates_h [B,G*H], h [B,R], c [B,H] or None) -> (h' before projection, c' or None)
 Step = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
@@ -162,7 +163,7 @@ def forward(
     if num_layers == 1:
         return run(x, h0, c0, weights, batch_sizes, spec)
     count = len(weights) // num_layers
-    directions = h0.shape[0] // num_layers
+    directions = size(h0, 0) // num_layers
     h_n, c_n = [], []
     for index in range(num_layers):
         if index > 0 and dropout > 0:

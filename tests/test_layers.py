@@ -47,9 +47,10 @@ CELLS_STANDARD = {"cmath", "cstdint", "cstring", "type_traits", "utility"}
 # on an earlier line. Those on one line do not see each other.
 PYTHON_ORDER = [
     {"_C"},
-    {"_library", "spec"},
+    {"_library", "spec", "tracing"},
     {"reference"},
     {"ops"},
+    {"onnx_nodes"},
     {"functional"},
     {"modules"},
     {"convert", "info", "quantization"},

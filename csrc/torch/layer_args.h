@@ -28,6 +28,7 @@ namespace fastrnn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // half_weights lets the CPU round w_hh of float32 to float16 where that is faster; CUDA refuses it.
@@ -35,6 +36,11 @@ constexpr const char* kForwardSchema =
     "layer_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
     "str cell, bool save, bool half_weights=False) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor "
     "saved)";
+// The same without `saved`, and with an autograd of its own (fastrnn/ops.py) that decides whether to
+// save: for graphs that are written down, by TorchScript and torch.export, and run by others.
+constexpr const char* kLayerSchema =
+    "layer(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, str cell) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n)";
 // CPU only: inference of layers of one direction upon one another. Of h0, c0 (none for a cell
 // without), h_n and c_n there is one tensor [1, B, *] a layer; weights are those of layer 0, then
 // of layer 1, ...

@@ -60,6 +60,12 @@ FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
   return outputs.results(layer);
 }
 
+ThreeTensors layer(Tensor x, Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights,
+                   std::optional<Tensor> batch_sizes, StringHandle cell) {
+  auto [y, h_n, c_n, saved] = layer_forward(x, h0, c0, weights, batch_sizes, cell, false, false);
+  return {y, h_n, c_n};
+}
+
 template <class T>
 void run(const std::vector<Layer>& layers, const Tensor& x,
          const std::vector<ForwardOutputs>& outputs) {
@@ -208,6 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_gradients(
 
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kForwardSchema);
+  m.def(fastrnn::kLayerSchema);
   m.def(fastrnn::kBackwardSchema);
   m.def(fastrnn::kGradientsSchema);
   m.def(fastrnn::kStackSchema);
@@ -215,6 +222,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
+  m.impl("layer", TORCH_BOX(&fastrnn::layer));
   m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
   m.impl("stack_forward", TORCH_BOX(&fastrnn::stack_forward));
   m.impl("layer_gradients", TORCH_BOX(&fastrnn::layer_gradients));

@@ -80,6 +80,12 @@ FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
   return outputs.results(layer);
 }
 
+ThreeTensors layer(Tensor x, Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights,
+                   std::optional<Tensor> batch_sizes, StringHandle cell) {
+  auto [y, h_n, c_n, saved] = layer_forward(x, h0, c0, weights, batch_sizes, cell, false, false);
+  return {y, h_n, c_n};
+}
+
 FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
                            std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
                            std::vector<Tensor> weights, std::optional<Tensor> batch_sizes, Tensor y,
@@ -99,5 +105,6 @@ FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
   m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
+  m.impl("layer", TORCH_BOX(&fastrnn::layer));
   m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
 }

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import functional, ops
 from fastrnn.modules.left_out import warn_if_left_out
 from fastrnn.spec import BY_MODE
+from fastrnn.tracing import is_tracing, unrecorded
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
 Hidden = Any
@@ -37,6 +38,7 @@ class RecurrentBase(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
 
     @property
+    @torch.jit.unused
     def weight_dtype(self) -> torch.dtype | None:
         """How the CPU's kernels may hold w_hh: None or ``torch.float16``; may be set at any time.
 
@@ -50,6 +52,27 @@ class RecurrentBase(nn.RNNBase):
             self.__dict__.pop("_weight_dtype", None)
         else:
             self._weight_dtype = weight_dtype
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The module for ``torch.jit.script``: itself, or a view of a subclass without ``forward``.
+
+        The compiler finds the two types that ``forward`` takes by the name of the class and the
+        lines of its source only. The view shares all its attributes with the module, whose place
+        in the Python model it takes, and is pickled and copied as what it stands for.
+        """
+        cls = type(self)
+        own = next(c for c in cls.__mro__ if "forward" in c.__dict__)
+        if own is cls or not own.__module__.startswith("fastrnn."):
+            return self
+
+        def reduce(view: RecurrentBase, protocol: int) -> tuple[Any, ...]:
+            return object.__new__, (cls,), view.__getstate__()  # type: ignore[no-untyped-call]
+
+        names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+        view_class = type(own.__name__, (cls,), {**names, "__reduce_ex__": reduce})
+        view: RecurrentBase = object.__new__(view_class)
+        object.__setattr__(view, "__dict__", self.__dict__)
+        return view
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":
@@ -95,6 +118,13 @@ class RecurrentBase(nn.RNNBase):
             self._flat_weights = weights
             self._refer_to_flat_weights()
 
+    def _weights_for_call(self) -> list[Tensor | None]:
+        if torch.compiler.is_exporting():  # whose placeholders must not stay behind
+            return self._weights_now()
+        self._update_flat_weights()
+        weights: list[Tensor | None] = self._flat_weights
+        return weights
+
     def _refer_to_flat_weights(self) -> None:
         weights: list[Any] = self._flat_weights
         self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
@@ -126,7 +156,7 @@ class RecurrentBase(nn.RNNBase):
         return hx.unsqueeze(1)
 
     def _compute(
-        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None
+        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: Any
     ) -> tuple[Tensor, Hidden]:
         output, h_n, _ = functional.run(
             BY_MODE[self.mode],
@@ -134,7 +164,7 @@ class RecurrentBase(nn.RNNBase):
             batch_sizes,
             hx,
             None,
-            self._flat_weights,  # type: ignore[arg-type]
+            weights,
             self.num_layers,
             self.dropout if self.training else 0.0,
             self.batch_first and batch_sizes is None,
@@ -186,9 +216,9 @@ class RecurrentBase(nn.RNNBase):
         quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
         if quick is not None:
             return quick
-        self._update_flat_weights()
+        weights = self._weights_for_call()
         if isinstance(input, PackedSequence):
-            return self._run_packed(input, hx)
+            return self._run_packed(input, hx, weights)
         dim = input.dim()
         if dim not in (2, 3):
             raise ValueError(self._wrong_input.format(dim))
@@ -200,8 +230,8 @@ class RecurrentBase(nn.RNNBase):
             hx = self._zero_states(input, input.shape[batch_dim])
         else:
             hx = self._add_batch(hx, is_batched)
-        self.check_forward_args(input, hx, None)
-        output, hidden = self._compute(input, hx, None)
+        unrecorded(self.check_forward_args, input, hx, None)
+        output, hidden = self._compute(input, hx, None, weights)
         if is_batched:
             return output, hidden
         output = output.squeeze(batch_dim)
@@ -209,14 +239,17 @@ class RecurrentBase(nn.RNNBase):
             return output, hidden.squeeze(1)
         return output, tuple([state.squeeze(1) for state in hidden])
 
-    def _run_packed(self, packed: PackedSequence, hx: Hidden) -> tuple[PackedSequence, Hidden]:
+    def _run_packed(
+        self, packed: PackedSequence, hx: Hidden, weights: Any
+    ) -> tuple[PackedSequence, Hidden]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is None:
-            hx = self._zero_states(data, int(batch_sizes[0]))
+            batch: Any = batch_sizes[0]  # a size in the graph of jit.trace
+            hx = self._zero_states(data, batch if is_tracing() else int(batch))
         else:
             # the caller's rows stand in the order of the sequences before they were sorted
             hx = self.permute_hidden(hx, sorted_indices)
-        self.check_forward_args(data, hx, batch_sizes)
-        output, hidden = self._compute(data, hx, batch_sizes)
+        unrecorded(self.check_forward_args, data, hx, batch_sizes)
+        output, hidden = self._compute(data, hx, batch_sizes, weights)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden(hidden, unsorted_indices)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 
 from fastrnn import functional
 from fastrnn.modules.left_out import warn_if_left_out
@@ -44,6 +45,27 @@ class CellBase(nn.RNNCellBase):
 
     def _zeros(self, input: Tensor) -> Tensor:
         return input.new_zeros(input.shape[0], self.hidden_size)
+
+    def _script_step(
+        self, cell: str, input: Tensor, h: Tensor, c: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What ``torch.jit.script`` compiles: x [B,I], h and c [B,H]; an empty c' for None."""
+        weights = [self.weight_ih, self.weight_hh]
+        if self.bias:
+            weights.extend([self.bias_ih, self.bias_hh])
+        _, h_n, c_n = torch.ops.fastrnn.layer(input, h, c, weights, None, cell)
+        return h_n, c_n
+
+    def _script_one_state(self, cell: str, input: Tensor, hx: Tensor | None) -> Tensor:
+        if input.dim() != 1 and input.dim() != 2:
+            raise ValueError(f"Expected input to be 1D or 2D, got {input.dim()}D instead")
+        x = input if input.dim() == 2 else input.unsqueeze(0)
+        if hx is None:
+            h = torch.zeros([x.size(0), self.hidden_size], dtype=input.dtype, device=input.device)
+        else:
+            h = hx if input.dim() == 2 else hx.unsqueeze(0)
+        h_n, _ = self._script_step(cell, x, h, None)
+        return h_n if input.dim() == 2 else h_n.squeeze(0)
 
     def _one_state(self, spec: CellSpec, input: Tensor, hx: Tensor | None) -> Tensor:
         is_batched = self._check_dims(input)
@@ -106,10 +128,13 @@ class RNNCell(CellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The state after ``input``; see the class for the shapes."""
-        spec = CELLS.get(f"rnn_{self.nonlinearity}")
-        if spec is None:
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._one_state(spec, input, hx)
+        if is_scripting():
+            return self._script_one_state(f"rnn_{self.nonlinearity}", input, hx)
+        else:  # noqa: RET505 - what follows an `if` would be compiled
+            spec = CELLS.get(f"rnn_{self.nonlinearity}")
+            if spec is None:
+                raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+            return self._one_state(spec, input, hx)
 
 
 class LSTMCell(CellBase):
@@ -161,6 +186,29 @@ class LSTMCell(CellBase):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The states after ``input``; see the class for the shapes."""
+        if is_scripting():
+            return self._script_two_states(input, hx)
+        else:  # noqa: RET505 - what follows an `if` would be compiled
+            return self._two_states(input, hx)
+
+    def _script_two_states(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        if input.dim() != 1 and input.dim() != 2:
+            raise ValueError(f"Expected input to be 1D or 2D, got {input.dim()}D instead")
+        x = input if input.dim() == 2 else input.unsqueeze(0)
+        if hx is None:
+            h = torch.zeros([x.size(0), self.hidden_size], dtype=input.dtype, device=input.device)
+            c = h
+        else:
+            h = hx[0] if input.dim() == 2 else hx[0].unsqueeze(0)
+            c = hx[1] if input.dim() == 2 else hx[1].unsqueeze(0)
+        h_n, c_n = self._script_step("lstm", x, h, c)
+        if input.dim() == 2:
+            return h_n, c_n
+        return h_n.squeeze(0), c_n.squeeze(0)
+
+    def _two_states(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         is_batched = self._check_dims(input)
         if hx is not None:
             for index, state in enumerate(hx):
@@ -227,4 +275,7 @@ class GRUCell(CellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The state after ``input``; see the class for the shapes."""
-        return self._one_state(CELLS["gru"], input, hx)
+        if is_scripting():
+            return self._script_one_state("gru", input, hx)
+        else:  # noqa: RET505 - what follows an `if` would be compiled
+            return self._one_state(CELLS["gru"], input, hx)

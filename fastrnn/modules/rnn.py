@@ -1,15 +1,15 @@
 """RNN, LSTM and GRU over whole sequences, drop-in for the modules of ``torch.nn``."""
 
-from __future__ import annotations
-
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._jit_internal import _overload_method, is_scripting
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional
-from fastrnn.modules.base import Hidden, RecurrentBase
+from fastrnn.modules.base import Hidden
+from fastrnn.modules.scripted import OneState, TwoStates
 from fastrnn.spec import CELLS
 
 _Device = torch.device | str | int | None
@@ -32,7 +32,7 @@ def _without_projection(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return args
 
 
-class RNN(RecurrentBase):
+class RNN(OneState):
     r"""Elman's recurrent network with tanh, ReLU or the logistic sigmoid.
 
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
@@ -108,17 +108,26 @@ class RNN(RecurrentBase):
             self.mode = "RNN_SIGMOID"
 
     @overload
+    @_overload_method
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
     @overload
+    @_overload_method
     def forward(
         self, input: PackedSequence, hx: Tensor | None = None
     ) -> tuple[PackedSequence, Tensor]: ...
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
-        return self._run(input, hx)
+        if is_scripting():
+            # a branch of its own for each type, or the compiler would compile both
+            if isinstance(input, PackedSequence):
+                return self._script_packed(input, hx)
+            else:  # noqa: RET505
+                return self._script_padded(input, hx)
+        else:
+            return self._run(input, hx)
 
 
-class LSTM(RecurrentBase):
+class LSTM(TwoStates):
     r"""Long short-term memory, optionally with a projection of the hidden state.
 
     .. math::
@@ -195,7 +204,9 @@ class LSTM(RecurrentBase):
         states, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
         return states, batch, self.hidden_size
 
-    def check_forward_args(self, input: Tensor, hidden: Hidden, batch_sizes: Tensor | None) -> None:
+    def check_forward_args(  # type: ignore[override]
+        self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
+    ) -> None:
         """Raises unless input and both states have the sizes that the module was made for."""
         self.check_input(input, batch_sizes)
         self.check_hidden_size(
@@ -209,7 +220,9 @@ class LSTM(RecurrentBase):
             "Expected hidden[1] size {}, got {}",
         )
 
-    def permute_hidden(self, hx: Hidden, permutation: Tensor | None) -> Hidden:
+    def permute_hidden(  # type: ignore[override]
+        self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Both states with their batch in the order of ``permutation``, or as they are for None."""
         if permutation is None:
             return hx
@@ -244,7 +257,7 @@ class LSTM(RecurrentBase):
         return h.unsqueeze(1), c.unsqueeze(1)
 
     def _compute(
-        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None
+        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: Any
     ) -> tuple[Tensor, Hidden]:
         h0, c0 = self._states(hx)
         output, h_n, c_n = functional.run(
@@ -253,7 +266,7 @@ class LSTM(RecurrentBase):
             batch_sizes,
             h0,
             c0,
-            self._flat_weights,  # type: ignore[arg-type]
+            weights,
             self.num_layers,
             self.dropout if self.training else 0.0,
             self.batch_first and batch_sizes is None,
@@ -262,19 +275,28 @@ class LSTM(RecurrentBase):
         return output, (h_n, c_n)
 
     @overload
+    @_overload_method
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
     @overload
+    @_overload_method
     def forward(
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Runs the network over ``input`` from the states ``hx``; see the class for the shapes."""
-        return self._run(input, hx)
+        if is_scripting():
+            # a branch of its own for each type, or the compiler would compile both
+            if isinstance(input, PackedSequence):
+                return self._script_packed(input, hx)
+            else:  # noqa: RET505
+                return self._script_padded(input, hx)
+        else:
+            return self._run(input, hx)
 
 
-class GRU(RecurrentBase):
+class GRU(OneState):
     r"""Gated recurrent unit, with the reset gate after the recurrent product as in torch and cuDNN.
 
     .. math::
@@ -338,11 +360,20 @@ class GRU(RecurrentBase):
         super().__init__("GRU", *_without_projection(args, kwargs), **kwargs)
 
     @overload
+    @_overload_method
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
     @overload
+    @_overload_method
     def forward(
         self, input: PackedSequence, hx: Tensor | None = None
     ) -> tuple[PackedSequence, Tensor]: ...
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
-        return self._run(input, hx)
+        if is_scripting():
+            # a branch of its own for each type, or the compiler would compile both
+            if isinstance(input, PackedSequence):
+                return self._script_packed(input, hx)
+            else:  # noqa: RET505
+                return self._script_padded(input, hx)
+        else:
+            return self._run(input, hx)

@@ -1,0 +1,159 @@
+"""What ``torch.jit.script`` compiles of the recurrent modules, in the part of Python that it knows.
+
+`forward` of a module is two things: called from Python it is `RecurrentBase._run`; compiled it is
+``_script_padded`` or ``_script_packed`` below, in which every value has one type. Both compute with
+the same kernels; compiled it is the operator ``fastrnn::layer``, which finds out for itself whether
+a gradient is wanted. ``weight_dtype`` does not act there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.modules.base import RecurrentBase
+
+
+def run_layers(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    num_layers: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stack of layers: as `fastrnn.reference.forward`, with an empty c_n for "None"."""
+    count = len(weights) // num_layers
+    directions = h0.size(0) // num_layers
+    h_n: list[Tensor] = []
+    c_n: list[Tensor] = []
+    for index in range(num_layers):
+        if index > 0 and dropout > 0.0:
+            x = torch.dropout(x, dropout, True)
+        first = index * directions
+        x, h, c = torch.ops.fastrnn.layer(
+            x,
+            h0[first : first + directions],
+            None if c0 is None else c0[first : first + directions],
+            weights[index * count : (index + 1) * count],
+            batch_sizes,
+            cell,
+        )
+        h_n.append(h)
+        c_n.append(c)
+    return x, torch.cat(h_n), torch.cat(c_n)
+
+
+class Scriptable(RecurrentBase):
+    """A recurrent module that ``torch.jit.script`` can compile."""
+
+    def _script_run(
+        self, x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        swapped = self.batch_first and batch_sizes is None
+        y, h_n, c_n = run_layers(
+            x.transpose(0, 1) if swapped else x,
+            batch_sizes,
+            h0,
+            c0,
+            self._flat_weights,  # type: ignore[arg-type]
+            self.mode.lower(),
+            self.num_layers,
+            self.dropout if self.training else 0.0,
+        )
+        return y.transpose(0, 1) if swapped else y, h_n, c_n
+
+    def _script_batch(self, input: Tensor) -> Tensor:
+        """The input with a batch dimension."""
+        if input.dim() != 2 and input.dim() != 3:
+            raise ValueError(
+                f"{self.mode}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+            )
+        if input.dim() == 3:
+            return input
+        return input.unsqueeze(0 if self.batch_first else 1)
+
+    def _script_zeros(self, input: Tensor, batch: int, size: int) -> Tensor:
+        states = self.num_layers * (2 if self.bidirectional else 1)
+        return torch.zeros([states, batch, size], dtype=input.dtype, device=input.device)
+
+
+class OneState(Scriptable):
+    """RNN and GRU."""
+
+    def _script_padded(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self._script_batch(input)
+        is_batched = input.dim() == 3
+        if hx is None:
+            h0 = self._script_zeros(x, x.size(0 if self.batch_first else 1), self.hidden_size)
+        elif hx.dim() == input.dim():
+            h0 = hx if is_batched else hx.unsqueeze(1)
+        else:
+            raise RuntimeError(
+                f"For {input.dim()}-D input, hx should also be {input.dim()}-D but got "
+                f"{hx.dim()}-D tensor"
+            )
+        self.check_forward_args(x, h0, None)
+        y, h_n, _ = self._script_run(x, None, h0, None)
+        if is_batched:
+            return y, h_n
+        return y.squeeze(0 if self.batch_first else 1), h_n.squeeze(1)
+
+    def _script_packed(
+        self, packed: PackedSequence, hx: Tensor | None
+    ) -> tuple[PackedSequence, Tensor]:
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        if hx is None:
+            h0 = self._script_zeros(data, int(batch_sizes[0]), self.hidden_size)
+        else:
+            h0 = self.permute_hidden(hx, sorted_indices)
+        self.check_forward_args(data, h0, batch_sizes)
+        y, h_n, _ = self._script_run(data, batch_sizes, h0, None)
+        result = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        return result, self.permute_hidden(h_n, unsorted_indices)
+
+
+class TwoStates(Scriptable):
+    """LSTM."""
+
+    def _script_padded(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x = self._script_batch(input)
+        is_batched = input.dim() == 3
+        if hx is None:
+            h0, c0 = self._script_zero_states(x, x.size(0 if self.batch_first else 1))
+        elif hx[0].dim() == input.dim() and hx[1].dim() == input.dim():
+            h0 = hx[0] if is_batched else hx[0].unsqueeze(1)
+            c0 = hx[1] if is_batched else hx[1].unsqueeze(1)
+        else:
+            raise RuntimeError(
+                f"For {input.dim()}-D input, hx and cx should also be {input.dim()}-D but got "
+                f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+        self.check_forward_args(x, (h0, c0), None)  # type: ignore[arg-type]
+        y, h_n, c_n = self._script_run(x, None, h0, c0)
+        if is_batched:
+            return y, (h_n, c_n)
+        return y.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
+
+    def _script_packed(
+        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        if hx is None:
+            states = self._script_zero_states(data, int(batch_sizes[0]))
+        else:
+            states = self.permute_hidden(hx, sorted_indices)  # type: ignore[arg-type]
+        self.check_forward_args(data, states, batch_sizes)  # type: ignore[arg-type]
+        y, h_n, c_n = self._script_run(data, batch_sizes, states[0], states[1])
+        result = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        return result, self.permute_hidden((h_n, c_n), unsorted_indices)  # type: ignore[arg-type]
+
+    def _script_zero_states(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        size = self.proj_size if self.proj_size > 0 else self.hidden_size
+        h0 = self._script_zeros(input, batch, size)
+        return h0, self._script_zeros(input, batch, self.hidden_size)
