@@ -481,6 +481,34 @@ def run(
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
 
+#: torch's own single steps of an RNN, and up to which B*I*H they are used for inference
+_TORCH_STEPS = {"rnn_tanh": torch._VF.rnn_tanh_cell, "rnn_relu": torch._VF.rnn_relu_cell}
+_SMALL_STEP = 1 << 15
+
+
+def _torch_step(spec: CellSpec, x: Tensor, h: Tensor, params: Sequence[Tensor]) -> Tensor | None:
+    """One step of an RNN on the CPU by torch, or None where the kernels are to do it.
+
+    Torch differentiates this step in C++, at any size in less time than it takes to enter Python
+    twice for a kernel's gradient. Inference of a small one is such a matter as well, and has the
+    same bits. What torch refuses is left to `run_cell`, which says why.
+    """
+    if (
+        spec.name not in _TORCH_STEPS
+        or x.device.type != "cpu"
+        or x.dtype in ops.HALF  # torch adds in half precision
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or not (ops.records(x, h, None, params) or x.numel() * params[0].shape[0] <= _SMALL_STEP)
+    ):
+        return None
+    try:
+        h_next: Tensor = _TORCH_STEPS[spec.name](x, h, *params)
+    except RuntimeError:
+        return None
+    return h_next
+
+
 def run_cell(
     spec: CellSpec, x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
@@ -488,6 +516,9 @@ def run_cell(
 
     Raises RuntimeError with torch's own words if sizes, dtypes or devices do not fit.
     """
+    by_torch = _torch_step(spec, x, h, params)
+    if by_torch is not None:
+        return by_torch, None
     unrecorded(_check_cell, x, h, c, params)
     if ops.is_autocast(x):
         x, h, c, params = _autocast(x, h, c, params)

@@ -45,13 +45,13 @@ DEVICES = frozenset(
     }
 )
 
-_HALF = frozenset({torch.float16, torch.bfloat16})
+HALF = frozenset({torch.float16, torch.bfloat16})
 
 Gradients = tuple["Tensor | None", ...]
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _HALF else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def is_autocast(x: Tensor) -> bool:
@@ -242,7 +242,7 @@ class Layer(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, Layer).apply
 
 
-def _records(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+def records(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
     """Whether autograd is to record what is made of these."""
     return torch.is_grad_enabled() and (
         x.requires_grad
@@ -268,7 +268,7 @@ def layer(
     has checked them.
     ``half_weights`` lets the CPU's kernels round w_hh to float16 where no gradient is asked for.
     """
-    if _records(x, h0, c0, weights):
+    if records(x, h0, c0, weights):
         if torch.compiler.is_compiling():
             apply: Any = Layer.apply
             if c0 is h0 and c0 is not None:
@@ -308,7 +308,7 @@ def _written_autograd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What autograd does when the operator in a graph is run."""
     spec = CELLS.get(cell)  # the kernel refuses an unknown one
-    if spec is not None and _records(x, h0, c0, weights):
+    if spec is not None and records(x, h0, c0, weights):
         apply: Any = Layer.apply
         y, h_n, c_n, _ = apply(x, h0, c0, batch_sizes, spec, *weights)
     else:
@@ -325,9 +325,9 @@ def can_stack(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor
     """Whether `stack` takes these: values without gradients, on the CPU, of a type of its own."""
     return (
         x.device.type == "cpu"
-        and x.dtype not in _HALF
+        and x.dtype not in HALF
         and not torch.compiler.is_compiling()
-        and not _records(x, h0, c0, weights)
+        and not records(x, h0, c0, weights)
     )
 
 
@@ -377,7 +377,7 @@ def composite(
     if is_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return composite(x, h0, c0, weights, batch_sizes, spec)
-    if x.dtype in _HALF:
+    if x.dtype in HALF:
         results = composite(
             x.float(),
             h0.float(),

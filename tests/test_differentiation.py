@@ -68,6 +68,11 @@ def assert_all_close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert any(truth.abs().max() > 0 for truth in expected)
 
 
+def is_torchs_step(cell: str, form: dict[str, Any]) -> bool:
+    """Whether torch itself computes and differentiates this, as it does in float32 and float64."""
+    return "step" in form and cell in ("rnn_tanh", "rnn_relu")
+
+
 def directions_like(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.randn_like(t) for t in tensors)
 
@@ -527,7 +532,8 @@ class TestEngine:
             with torch.no_grad():
                 case.inputs[0].view(-1)[0] = math.nan
             outputs = case(*case.inputs)
-            with pytest.raises(RuntimeError, match="'LayerBackward' returned nan values"):
+            name = "" if is_torchs_step(cell, form) else "'LayerBackward' "
+            with pytest.raises(RuntimeError, match=f"{name}returned nan values"):
                 torch.autograd.grad(outputs, case.inputs, directions_like(outputs))
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -703,7 +709,10 @@ class TestMixedPrecision:
         loss = case.loss(*case.inputs)
         with torch.autocast("cpu", dtype=dtype):
             got = torch.autograd.grad(loss, case.inputs, create_graph=True)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        if is_torchs_step(cell, form):  # whose products autocast rounds
+            torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
     @every_cell
     def test_double_backward_of_half_types(self, cell: str) -> None:
