@@ -499,6 +499,7 @@ def _torch_step(spec: CellSpec, x: Tensor, h: Tensor, params: Sequence[Tensor]) 
         or x.dtype in ops.HALF  # torch adds in half precision
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
+        or is_written_down()
         or not (ops.records(x, h, None, params) or x.numel() * params[0].shape[0] <= _SMALL_STEP)
     ):
         return None

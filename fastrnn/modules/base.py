@@ -69,7 +69,8 @@ class RecurrentBase(nn.RNNBase):
             return object.__new__, (cls,), view.__getstate__()  # type: ignore[no-untyped-call]
 
         names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
-        view_class = type(own.__name__, (cls,), {**names, "__reduce_ex__": reduce})
+        own_ways = {"__reduce_ex__": reduce, "_get_name": lambda view: cls.__name__}
+        view_class = type(own.__name__, (cls,), {**names, **own_ways})
         view: RecurrentBase = object.__new__(view_class)
         object.__setattr__(view, "__dict__", self.__dict__)
         return view
