@@ -95,6 +95,17 @@ class RecurrentBase(nn.RNNBase):
             self._flat_weights = weights
             self._refer_to_flat_weights()
 
+    def _weights(self) -> list[Tensor]:
+        """The weights to compute with.
+
+        Compiled code looks them up each time: `_flat_weights` is for eager code, and keeping it
+        there would guard on weak references and store traced tensors in the module.
+        """
+        if torch.compiler.is_compiling():
+            return self._weights_now()  # type: ignore[return-value]
+        self._update_flat_weights()
+        return self._flat_weights  # type: ignore[return-value]
+
     def _refer_to_flat_weights(self) -> None:
         weights: list[Any] = self._flat_weights
         self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
@@ -126,7 +137,7 @@ class RecurrentBase(nn.RNNBase):
         return hx.unsqueeze(1)
 
     def _compute(
-        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None
+        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: list[Tensor]
     ) -> tuple[Tensor, Hidden]:
         output, h_n, _ = functional.run(
             BY_MODE[self.mode],
@@ -134,9 +145,10 @@ class RecurrentBase(nn.RNNBase):
             batch_sizes,
             hx,
             None,
-            self._flat_weights,  # type: ignore[arg-type]
+            weights,
             self.num_layers,
-            self.dropout if self.training else 0.0,
+            # not even looked at in vain: a float is an input of compiled code
+            self.dropout if self.num_layers > 1 and self.training else 0.0,
             self.batch_first and batch_sizes is None,
             self._weight_dtype is not None,
         )
@@ -154,12 +166,12 @@ class RecurrentBase(nn.RNNBase):
         """
         weights = self._flat_weights
         if not (
-            type(input) is Tensor
+            ops.is_plain()  # first: compiled code should not depend on the rest
+            and type(input) is Tensor
             and self.num_layers == 1
             and self._weight_dtype is None
             and input.dim() == 3
             and all(map(is_, map(self._parameters.get, self._flat_weights_names), weights))
-            and ops.is_plain()
         ):
             return None
         if self.batch_first:
@@ -186,9 +198,9 @@ class RecurrentBase(nn.RNNBase):
         quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
         if quick is not None:
             return quick
-        self._update_flat_weights()
+        weights = self._weights()
         if isinstance(input, PackedSequence):
-            return self._run_packed(input, hx)
+            return self._run_packed(input, hx, weights)
         dim = input.dim()
         if dim not in (2, 3):
             raise ValueError(self._wrong_input.format(dim))
@@ -201,7 +213,7 @@ class RecurrentBase(nn.RNNBase):
         else:
             hx = self._add_batch(hx, is_batched)
         self.check_forward_args(input, hx, None)
-        output, hidden = self._compute(input, hx, None)
+        output, hidden = self._compute(input, hx, None, weights)
         if is_batched:
             return output, hidden
         output = output.squeeze(batch_dim)
@@ -209,14 +221,35 @@ class RecurrentBase(nn.RNNBase):
             return output, hidden.squeeze(1)
         return output, tuple([state.squeeze(1) for state in hidden])
 
-    def _run_packed(self, packed: PackedSequence, hx: Hidden) -> tuple[PackedSequence, Hidden]:
+    def _run_packed(
+        self, packed: PackedSequence, hx: Hidden, weights: list[Tensor]
+    ) -> tuple[PackedSequence, Hidden]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
+        is_compiling = torch.compiler.is_compiling()
         if hx is None:
-            hx = self._zero_states(data, int(batch_sizes[0]))
+            if is_compiling and sorted_indices is not None:
+                batch = sorted_indices.shape[0]  # known as a shape, no value that is read
+            else:
+                batch = int(batch_sizes[0])
+            hx = self._zero_states(data, batch)
         else:
             # the caller's rows stand in the order of the sequences before they were sorted
             hx = self.permute_hidden(hx, sorted_indices)
-        self.check_forward_args(data, hx, batch_sizes)
-        output, hidden = self._compute(data, hx, batch_sizes)
+        if is_compiling:
+            self._check_packed_by_shapes(data, hx, batch_sizes)
+        else:
+            self.check_forward_args(data, hx, batch_sizes)
+        output, hidden = self._compute(data, hx, batch_sizes, weights)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden(hidden, unsorted_indices)
+
+    def _check_packed_by_shapes(self, data: Tensor, hx: Hidden, batch_sizes: Tensor) -> None:
+        """`check_forward_args` without the values in batch_sizes, which no compiler can know.
+
+        The states are held against a padded input of their own batch size; that it is batch_sizes'
+        as well the operator checks on each call.
+        """
+        self.check_input(data, batch_sizes)
+        h = hx if isinstance(hx, Tensor) else hx[0]
+        padded = data.unsqueeze(1).expand(-1, h.shape[1] if h.dim() > 1 else 1, -1)
+        self.check_forward_args(padded.transpose(0, 1) if self.batch_first else padded, hx, None)
