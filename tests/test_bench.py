@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import compile_time
 import differentiation
 import report
 import sweep
@@ -174,3 +175,17 @@ def test_every_derivative_is_measured(cell: str) -> None:
     measured = differentiation.ratios(cell, 2, 3, 2, seconds=0.0)
     assert measured.keys() == differentiation.RATIOS.keys()
     assert all(ratio > 0 for ratio in measured.values())
+
+
+def test_compile_time_gives_up() -> None:
+    assert compile_time.fastest("fastrnn", 3, False, limit=0.01, repeat=1) is None
+
+
+@pytest.mark.slow
+def test_compile_time() -> None:
+    static, dynamic = (
+        compile_time.measure_apart("fastrnn", 3, dynamic, limit=300) for dynamic in (False, True)
+    )
+    assert static.keys() == dynamic.keys() == set(compile_time.COLUMNS)
+    assert static["seconds"] == pytest.approx(static["forward"] + static["backward"])
+    assert static["nodes"] > 0

@@ -389,25 +389,3 @@ def test_complex_runs_through_a_composite() -> None:
         assert module.weight_hh_l0.grad.dtype == torch.complex64
         if cell != "rnn_sigmoid":
             assert torch.equal(output, torch_twin(module)(x)[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", CELLS)
-def test_compile_fullgraph(cell: str) -> None:
-    """One graph forward and backward, through the kernels, for one-layer and stacked modules."""
-    for options in ({}, {"num_layers": 2, "bidirectional": True, "batch_first": True}):
-        torch._dynamo.reset()
-        module = build(cell, 3, 4, **options)
-        x = make_input((5, 2, 3), torch.float32)
-        expected = run(module, x)
-        compiled = torch.compile(module, fullgraph=True)
-        got = run(compiled, x)
-        for name, value in expected.items():
-            key = (
-                name.replace("d_", "d__orig_mod.", 1)
-                if "weight" in name or "bias" in name
-                else name
-            )
-            torch.testing.assert_close(got[key], value)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x)[0], expected["out0"])

@@ -119,12 +119,16 @@ class RecurrentBase(nn.RNNBase):
             self._flat_weights = weights
             self._refer_to_flat_weights()
 
-    def _weights_for_call(self) -> list[Tensor | None]:
-        if torch.compiler.is_exporting():  # whose placeholders must not stay behind
-            return self._weights_now()
+    def _weights(self) -> list[Tensor]:
+        """The weights to compute with.
+
+        Compiled code looks them up each time: `_flat_weights` is for eager code, and keeping it
+        there would guard on weak references and store traced tensors in the module.
+        """
+        if torch.compiler.is_compiling():
+            return self._weights_now()  # type: ignore[return-value]
         self._update_flat_weights()
-        weights: list[Tensor | None] = self._flat_weights
-        return weights
+        return self._flat_weights  # type: ignore[return-value]
 
     def _refer_to_flat_weights(self) -> None:
         weights: list[Any] = self._flat_weights
@@ -157,7 +161,7 @@ class RecurrentBase(nn.RNNBase):
         return hx.unsqueeze(1)
 
     def _compute(
-        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: Any
+        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: list[Tensor]
     ) -> tuple[Tensor, Hidden]:
         output, h_n, _ = functional.run(
             BY_MODE[self.mode],
@@ -167,7 +171,8 @@ class RecurrentBase(nn.RNNBase):
             None,
             weights,
             self.num_layers,
-            self.dropout if self.training else 0.0,
+            # not even looked at in vain: a float is an input of compiled code
+            self.dropout if self.num_layers > 1 and self.training else 0.0,
             self.batch_first and batch_sizes is None,
             self._weight_dtype is not None,
         )
@@ -185,12 +190,12 @@ class RecurrentBase(nn.RNNBase):
         """
         weights = self._flat_weights
         if not (
-            type(input) is Tensor
+            ops.is_plain()  # first: compiled code should not depend on the rest
+            and type(input) is Tensor
             and self.num_layers == 1
             and self._weight_dtype is None
             and input.dim() == 3
             and all(map(is_, map(self._parameters.get, self._flat_weights_names), weights))
-            and ops.is_plain()
         ):
             return None
         if self.batch_first:
@@ -217,7 +222,7 @@ class RecurrentBase(nn.RNNBase):
         quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
         if quick is not None:
             return quick
-        weights = self._weights_for_call()
+        weights = self._weights()
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, weights)
         dim = input.dim()
@@ -241,16 +246,36 @@ class RecurrentBase(nn.RNNBase):
         return output, tuple([state.squeeze(1) for state in hidden])
 
     def _run_packed(
-        self, packed: PackedSequence, hx: Hidden, weights: Any
+        self, packed: PackedSequence, hx: Hidden, weights: list[Tensor]
     ) -> tuple[PackedSequence, Hidden]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
+        is_compiling = torch.compiler.is_compiling()
         if hx is None:
-            batch: Any = batch_sizes[0]  # a size in the graph of jit.trace
-            hx = self._zero_states(data, batch if is_tracing() else int(batch))
+            if is_compiling and sorted_indices is not None:
+                batch: Any = sorted_indices.shape[0]  # known as a shape, no value that is read
+            else:
+                batch = batch_sizes[0]
+                if not is_tracing():  # for which this is a size in the graph
+                    batch = int(batch)
+            hx = self._zero_states(data, batch)
         else:
             # the caller's rows stand in the order of the sequences before they were sorted
             hx = self.permute_hidden(hx, sorted_indices)
-        unrecorded(self.check_forward_args, data, hx, batch_sizes)
+        if is_compiling:
+            self._check_packed_by_shapes(data, hx, batch_sizes)
+        else:
+            unrecorded(self.check_forward_args, data, hx, batch_sizes)
         output, hidden = self._compute(data, hx, batch_sizes, weights)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden(hidden, unsorted_indices)
+
+    def _check_packed_by_shapes(self, data: Tensor, hx: Hidden, batch_sizes: Tensor) -> None:
+        """`check_forward_args` without the values in batch_sizes, which no compiler can know.
+
+        The states are held against a padded input of their own batch size; that it is batch_sizes'
+        as well the operator checks on each call.
+        """
+        self.check_input(data, batch_sizes)
+        h = hx if isinstance(hx, Tensor) else hx[0]
+        padded = data.unsqueeze(1).expand(-1, h.shape[1] if h.dim() > 1 else 1, -1)
+        self.check_forward_args(padded.transpose(0, 1) if self.batch_first else padded, hx, None)

@@ -257,7 +257,7 @@ class LSTM(TwoStates):
         return h.unsqueeze(1), c.unsqueeze(1)
 
     def _compute(
-        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: Any
+        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: list[Tensor]
     ) -> tuple[Tensor, Hidden]:
         h0, c0 = self._states(hx)
         output, h_n, c_n = functional.run(
@@ -268,7 +268,7 @@ class LSTM(TwoStates):
             c0,
             weights,
             self.num_layers,
-            self.dropout if self.training else 0.0,
+            self.dropout if self.num_layers > 1 and self.training else 0.0,
             self.batch_first and batch_sizes is None,
             self._weight_dtype is not None,
         )

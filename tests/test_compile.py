@@ -1,0 +1,516 @@
+"""``torch.compile``: whole graphs, equal to eager code, compiled once for every T and B."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from support import CELLS, build, make_step, pack, run
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import lookup_backend
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fastrnn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STACKED = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{cell: (cell, {}) for cell in CELLS},
+    "gru, stacked": ("gru", STACKED),
+    "lstm, stacked": ("lstm", STACKED),
+    "lstm, projected": ("lstm", {"proj_size": 2, "num_layers": 2}),
+    "rnn_tanh, no bias": ("rnn_tanh", {"bias": False}),
+    "lstm, dropout": ("lstm", {"dropout": 0.5, "num_layers": 3}),
+}
+SIZES = ((5, 3), (6, 4), (9, 2), (2, 7), (30, 5))  # T and B
+# none of these: sizes that are equal when code is compiled torch takes for the same one
+SIZE = 8
+
+
+def layers(*names: str) -> pytest.MarkDecorator:
+    """Parametrises a test by some of `LAYERS`."""
+    return pytest.mark.parametrize(("cell", "options"), [LAYERS[n] for n in names], ids=names)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Count:
+    """The backend ``aot_eager``, which counts the graphs that it has compiled.
+
+    With ``dynamic=True`` Dynamo starts again, inside the backend, where Python looks at a float
+    (dropout, as in nn.Dropout): such an attempt is no compilation.
+    """
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = lookup_backend("aot_eager")(graph, inputs)
+        self.graphs += 1
+        return compiled
+
+
+def compiled(module: nn.Module, backend: Any = "aot_eager", **options: Any) -> nn.Module:
+    """A copy, with the same names of parameters, that runs compiled."""
+    twin = copy.deepcopy(module)
+    twin.compile(backend=backend, **{"fullgraph": True, **options})
+    return twin
+
+
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def sequence(*sizes: int) -> Tensor:
+    return torch.randn(*sizes, requires_grad=True)
+
+
+def states(module: nn.Module, batch: int) -> Any:
+    """States for the module's every layer and direction."""
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    h = sequence(count, batch, module.proj_size or module.hidden_size)
+    return (h, sequence(count, batch, module.hidden_size)) if module.mode == "LSTM" else h
+
+
+# --- one graph, the same results
+
+
+@layers(*LAYERS)
+def test_training(cell: str, options: dict[str, Any]) -> None:
+    module = build(cell, 3, 4, **options)
+    x = sequence(5, 2, 3)
+    hx = states(module, 5 if module.batch_first else 2)
+    assert_equal(run(compiled(module), x, hx), run(module, x, hx))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@layers("gru", "lstm", "gru, stacked", "lstm, dropout")
+def test_inference(cell: str, options: dict[str, Any], mode: Callable[[], Any]) -> None:
+    module = build(cell, 3, 4, **options).eval()
+    x = torch.randn(5, 2, 3)
+    with mode():
+        output, hidden = compiled(module)(x)
+        expected_output, expected_hidden = module(x)
+    assert torch.equal(output, expected_output)
+    assert not output.requires_grad
+    torch.testing.assert_close(hidden, expected_hidden, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_no_batch_and_no_states(cell: str) -> None:
+    module = build(cell, 3, 4, batch_first=True)
+    x = sequence(5, 3)
+    assert_equal(run(compiled(module), x), run(module, x))
+
+
+def test_dropout_is_read_each_time() -> None:
+    module = build("gru", 3, 4, num_layers=2, dropout=0.5)
+    twin = compiled(module)
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        assert not torch.equal(twin(x)[0], twin(x)[0])
+        for dropout in (0.0, 1.0):
+            module.dropout = twin.dropout = dropout
+            assert torch.equal(twin(x)[0], module(x)[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_cells(cell: str) -> None:
+    module = make_step(cell, 3, 4)
+    x, h = sequence(2, 3), sequence(2, 4)
+    hx = (h, sequence(2, 4)) if cell == "lstm" else h
+    twin = compiled(module)
+    assert_equal(run(twin, x, hx), run(module, x, hx))
+    with torch.inference_mode():
+        torch.testing.assert_close(twin(x, hx), module(x, hx), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_cells_without_batch_and_states(cell: str) -> None:
+    module = make_step(cell, 3, 4)
+    x = sequence(3)
+    assert_equal(run(compiled(module), x), run(module, x))
+
+
+class Unrolled(nn.Module):
+    """A Python loop over time around a cell."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, hx: Any) -> Any:
+        outputs = []
+        for step in x:
+            hx = self.cell(step, hx)
+            outputs.append(hx if isinstance(hx, Tensor) else hx[0])
+        return torch.stack(outputs), hx
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_cell_in_a_loop(cell: str) -> None:
+    module = Unrolled(make_step(cell, 3, 4))
+    count = Count()
+    x = sequence(4, 2, 3)
+    assert_equal(run(compiled(module, count), x), run(module, x))
+    assert count.graphs == 1
+
+
+class Translator(nn.Module):
+    """Several recurrent layers, some of one class, one used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = fastrnn.GRU(3, 4, bidirectional=True)
+        self.middle = fastrnn.GRU(8, 4)
+        self.writer = fastrnn.LSTM(4, 4)
+
+    def forward(self, x: Tensor, hx: None = None) -> Tensor:
+        y, _ = self.reader(x)
+        y, h = self.middle(y)
+        y, hidden = self.writer(y, (h, h))
+        output: Tensor = self.writer(y, hidden)[0]
+        return output
+
+
+def test_several_layers_in_one_graph() -> None:
+    module = Translator()
+    count = Count()
+    x = sequence(5, 2, 3)
+    assert_equal(run(compiled(module, count), x), run(module, x))
+    assert count.graphs == 1
+
+
+def test_layers_of_one_shape_share_the_code() -> None:
+    count = Count()
+    call = torch.compile(lambda module, x: module(x)[0], backend=count, fullgraph=True)
+    x = torch.randn(5, 2, 3)
+    for _ in range(3):
+        module = fastrnn.GRU(3, 4)
+        assert torch.equal(call(module, x), module(x)[0])
+    assert count.graphs == 1
+
+
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_autocast(cell: str, outside: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = build(cell, 3, 4, num_layers=2)
+
+        def forward(self, x: Tensor, hx: None = None) -> tuple[Tensor, Any]:
+            if outside:
+                return self.recurrent(x)  # type: ignore[no-any-return]
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.recurrent(x)  # type: ignore[no-any-return]
+
+    module = Model()
+    x = sequence(5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        got = run(compiled(module), x)
+        expected = run(module, x)
+    assert got["out0"].dtype == torch.bfloat16
+    assert_equal(got, expected)
+
+
+# --- packed sequences
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+@layers("gru, stacked", "rnn_tanh, no bias", "lstm, projected")
+def test_packed(cell: str, options: dict[str, Any], is_sorted: bool) -> None:
+    """A PackedSequence goes into one graph and comes out of it, which torch.nn's cannot."""
+    module = build(cell, 3, 4, **options)
+    lengths = [4, 2, 1] if is_sorted else [2, 4, 1]
+    x = pack(sequence(7, 3), lengths, is_sorted)
+    x = x._replace(data=x.data.detach().requires_grad_())
+    twin = compiled(module)
+    assert_equal(run(twin, x), run(module, x))
+    hx = states(module, 3)
+    assert_equal(run(twin, x, hx), run(module, x, hx))
+    with torch.inference_mode():
+        got, expected = twin.eval()(x), module.eval()(x)
+    assert isinstance(got[0], PackedSequence)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_packed_compiles_once() -> None:
+    module = build("lstm", SIZE, 4)
+    count = Count()
+    twin = compiled(module, count, dynamic=True)
+    for lengths in ([2, 4, 5], [3, 5], [9, 2, 3, 4, 7], [2, 30]):
+        x = pack(torch.randn(sum(lengths), SIZE), lengths, enforce_sorted=False)
+        assert_equal(run(twin, x), run(module, x))
+    assert count.graphs == 1
+
+
+def test_wrong_states_of_packed_input() -> None:
+    """What shapes tell is said while compiling, what only batch_sizes tell on the call."""
+    module = compiled(build("gru", 3, 4), fullgraph=False)
+    x = pack(torch.randn(6, 3), [3, 2, 1], enforce_sorted=True)
+    with pytest.raises(RuntimeError, match="batch_sizes must start with the batch size 2"):
+        module(x, torch.zeros(1, 2, 4))
+    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 3, 4\), got \[1, 3, 5\]"):
+        module(x, torch.zeros(1, 3, 5))
+
+
+class Packs(nn.Module):
+    """Packs padded input itself."""
+
+    def __init__(self, recurrent: nn.Module, is_sorted: bool) -> None:
+        super().__init__()
+        self.recurrent = recurrent
+        self.is_sorted = is_sorted
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=self.is_sorted)
+        output: Tensor = pad_packed_sequence(self.recurrent(packed)[0])[0]
+        return output
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_a_model_that_packs(is_sorted: bool) -> None:
+    """The layer is one graph; packing cannot be in it.
+
+    Dynamo does not trace ``pack_padded_sequence`` and ``pad_packed_sequence`` (torch has them on
+    its list of what to skip, because their sizes depend on values), so ``fullgraph=True`` refuses
+    such a model whatever layer is in it: pack outside, and hand the PackedSequence in. Of a sorted
+    one only batch_sizes tell the batch size: where there is no initial state, Dynamo has to be
+    allowed to read a number from it (``fullgraph`` or ``capture_scalar_outputs``), or the graph
+    breaks there.
+    """
+    module = Packs(build("lstm", 3, 4, num_layers=2), is_sorted)
+    count = Count()
+    twin = compiled(module, count, fullgraph=False)
+    x = sequence(4, 3, 3)
+    lengths = torch.tensor([4, 2, 1] if is_sorted else [2, 4, 1])
+    with torch._dynamo.config.patch(capture_scalar_outputs=is_sorted):
+        assert_equal(run(twin, x, lengths), run(module, x, lengths))
+    assert count.graphs == 1
+    torch._dynamo.reset()
+    assert_equal(run(twin, x, lengths), run(module, x, lengths))
+
+
+# --- compiled once
+
+
+@pytest.mark.parametrize("way", ["dynamic", "marked", "automatic"])
+@pytest.mark.parametrize(
+    ("cell", "options", "is_training"),
+    [("gru", {}, True), ("lstm", {}, False), ("lstm", {"num_layers": 2, "proj_size": 2}, True)],
+)
+def test_any_length_and_batch(
+    cell: str, options: dict[str, Any], is_training: bool, way: str
+) -> None:
+    module = build(cell, SIZE, 4, **options)
+    count = Count()
+    twin = compiled(module, count, dynamic=True if way == "dynamic" else None)
+    for steps, batch in SIZES:
+        x = torch.randn(steps, batch, SIZE)
+        if way == "marked":
+            torch._dynamo.mark_dynamic(x, (0, 1))
+        if is_training:
+            assert_equal(run(twin, x), run(module, x))
+        else:
+            with torch.no_grad():
+                assert torch.equal(twin(x)[0], module(x)[0])
+    # by itself torch takes the first sizes for constants
+    assert count.graphs == (2 if way == "automatic" else 1)
+
+
+def test_ones_are_special_to_torch() -> None:
+    """torch compiles a size of 1 apart, once, whatever the model."""
+    module = build("lstm", SIZE, 4)
+    count = Count()
+    twin = compiled(module, count, dynamic=True)
+    for graphs, sizes in enumerate(
+        [[(5, 3), (4, 2)], [(5, 1), (7, 1)], [(1, 4), (1, 3)], [(1, 1)]]
+    ):
+        for steps, batch in sizes:
+            x = sequence(steps, batch, SIZE)
+            assert_equal(run(twin, x), run(module, x))
+        assert count.graphs == graphs + 1
+
+
+def test_any_batch_of_a_cell() -> None:
+    module = make_step("gru", SIZE, 4)
+    count = Count()
+    twin = compiled(module, count, dynamic=True)
+    for batch in (3, 2, 9):
+        x = sequence(batch, SIZE)
+        assert_equal(run(twin, x), run(module, x))
+    assert count.graphs == 1
+
+
+def nodes(module: nn.Module, x: Tensor) -> list[int]:
+    """Of the graph of the forward and of the backward pass."""
+    counts = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        counts.append(len(graph.graph.nodes))
+        return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    run(compiled(module, aot_autograd(fw_compiler=count, bw_compiler=count)), x)
+    return counts
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_graphs_do_not_grow_with_time(cell: str) -> None:
+    """A layer is one node, which is why compiling takes no longer for more steps."""
+    module = build(cell, 3, 4, num_layers=2)
+    few = nodes(module, sequence(3, 2, 3))
+    assert len(few) == 2
+    assert few == nodes(module, sequence(100, 2, 3))
+    assert sum(few) < 80
+
+
+# --- a life: training, checkpoints, other types
+
+
+def test_training_steps_do_not_recompile() -> None:
+    module = build("lstm", 3, 4, num_layers=2)
+    count = Count()
+    twin = compiled(module, count)
+    x = torch.randn(5, 2, 3)
+    for model in (module, twin):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x)[0].square().sum().backward()
+            optimizer.step()
+    assert count.graphs == 1
+    assert_equal(dict(twin.named_parameters()), dict(module.named_parameters()))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict(assign: bool) -> None:
+    """Before and after compiling; the code stays."""
+    count = Count()
+    others = [fastrnn.LSTM(3, 4, 2) for _ in range(3)]
+    module = fastrnn.LSTM(3, 4, 2)
+    module.load_state_dict(others[0].state_dict())
+    wrapped = torch.compile(module, backend=count, fullgraph=True)
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(wrapped(x)[0], others[0](x)[0])
+    module.load_state_dict(others[1].state_dict(), assign=assign)
+    assert torch.equal(wrapped(x)[0], others[1](x)[0])
+    assert not assign or module._flat_weights[0] is module.weight_ih_l0
+    prefixed = {f"_orig_mod.{name}": value for name, value in others[2].state_dict().items()}
+    wrapped.load_state_dict(prefixed)
+    assert torch.equal(wrapped(x)[0], others[2](x)[0])
+    assert count.graphs == 1
+
+
+def test_another_dtype() -> None:
+    module = build("gru", 3, 4, num_layers=2)
+    count = Count()
+    twin = compiled(module, count)
+    x = sequence(5, 2, 3)
+    before = run(twin, x)
+    for dtype in (torch.float64, torch.bfloat16):
+        wide = x.detach().to(dtype).requires_grad_()
+        got = run(twin.to(dtype), wide)
+        assert got["out0"].dtype == dtype
+        assert_equal(got, run(copy.deepcopy(module).to(dtype), wide))
+        module.to(dtype)
+    assert count.graphs == 3
+    assert before["out0"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("options", "graphs"), [({"num_layers": 2, "dropout": 0.5}, 2), ({}, 1)])
+def test_train_and_eval(options: dict[str, Any], graphs: int) -> None:
+    """One graph each where they differ."""
+    module = build("gru", 3, 4, **options)
+    count = Count()
+    twin = compiled(module, count)
+    x = sequence(5, 2, 3)
+    for _ in range(2):
+        assert_equal(run(twin.train(), x), run(module.train(), x))
+        assert_equal(run(twin.eval(), x), run(module.eval(), x))
+    assert count.graphs == graphs
+
+
+def test_a_parametrized_weight() -> None:
+    """Gradients reach what the weight is computed from; no traced tensor stays in the module."""
+    module = build("gru", 3, 4)
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    twin = compiled(module)
+    x = sequence(5, 2, 3)
+    run(module, x)
+    kept = list(twin._flat_weights)
+    got = run(twin, x)
+    assert_equal(got, run(module, x))
+    assert "d_parametrizations.weight_hh_l0.original0" in got
+    assert all(new is old for new, old in zip(twin._flat_weights, kept, strict=True))
+
+
+def test_functional_call() -> None:
+    module = build("lstm", 3, 4)
+    x = torch.randn(5, 2, 3)
+    weights = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+
+    def call(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(module, weights, (x,))[0]
+        return output
+
+    got = torch.compile(call, backend="aot_eager", fullgraph=True)(weights, x)
+    assert torch.equal(got, call(weights, x))
+
+
+# --- inductor, which turns the graph into C++
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, STACKED], ids=["one layer", "stacked"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_inductor(cell: str, options: dict[str, Any]) -> None:
+    module = build(cell, 3, 4, **options)
+    x = sequence(5, 2, 3)
+    twin = compiled(module, "inductor")
+    got, expected = run(twin, x), run(module, x)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x)[0], expected["out0"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_inductor_packed(is_sorted: bool) -> None:
+    module = build("lstm", SIZE, 4, num_layers=2)
+    twin = compiled(module, "inductor", dynamic=True)
+    for lengths in ([4, 2, 1], [9, 5]):
+        x = pack(torch.randn(sum(lengths), SIZE), lengths[:: 1 if is_sorted else -1], is_sorted)
+        with torch._dynamo.config.patch(error_on_recompile=lengths[0] == 9):
+            got = run(twin, x)
+        expected = run(module, x)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value)
+
+
+@pytest.mark.slow
+def test_inductor_any_length() -> None:
+    module = build("lstm", SIZE, 4, num_layers=2)
+    twin = compiled(module, "inductor", dynamic=True)
+    for steps, batch in SIZES:
+        x = sequence(steps, batch, SIZE)
+        with torch._dynamo.config.patch(error_on_recompile=steps != SIZES[0][0]):
+            got = run(twin, x)
+        for name, value in run(module, x).items():
+            torch.testing.assert_close(got[name], value)
