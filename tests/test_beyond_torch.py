@@ -1,12 +1,15 @@
 """Where torch.nn's recurrent modules fall short and fastrnn must not: one class a shortcoming.
 
-In this order: loops of small operations, limits of cuDNN, forward mode and vmap, dropout that does
-not repeat, calls that are not checked. The first contract, what torch does, is in test_parity.
+In this order: subclasses that Dynamo breaks on, loops of small operations, limits of cuDNN, forward
+mode and vmap, export with any length, scripting of subclasses, dropout that does not repeat, calls
+that are not checked. The first contract, what torch does, is in test_parity; more of compiling,
+exporting and scripting in test_compile, test_export and test_script.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +25,9 @@ from support import (
     states,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.gradcheck import gradgradcheck
+from torch.export import Dim, export
 from torch.func import functional_call, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -30,6 +35,29 @@ import fastrnn
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 every_cell = pytest.mark.parametrize("cell", CELLS)
+
+
+class Derived(fastrnn.LSTM):
+    """What torch refuses to compile and to script where it derives from ``torch.nn.LSTM``."""
+
+
+class TestSubclassesThatDynamoBreaksOn:
+    """torch breaks the graph at any subclass of its layers, and compiles each length anew."""
+
+    @pytest.mark.parametrize("make", [fastrnn.RNN, fastrnn.LSTM, fastrnn.GRU, Derived])
+    def test_one_graph_forward_and_backward(self, make: type[nn.Module]) -> None:
+        torch._dynamo.reset()
+        module = make(3, 4)
+        graphs = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(module, backend=graphs, fullgraph=True, dynamic=True)
+        for steps, batch in [(5, 2), (9, 3), (4, 7)]:
+            x = torch.randn(steps, batch, 3, requires_grad=True)
+            leaves = [x, *module.parameters()]
+            outputs = [function(x)[0] for function in (compiled, module)]
+            assert torch.equal(*outputs)
+            got, expected = (torch.autograd.grad(y.sum(), leaves) for y in outputs)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert graphs.frame_count == 1
 
 
 class TestLoopsOfSmallOperations:
@@ -139,6 +167,33 @@ class TestForwardModeAndVmap:
             own = {name: value[index] for name, value in many.items()} if p_dim == 0 else parameters
             expected = call(own, xs[index] if x_dim == 0 else x)
             torch.testing.assert_close(got[index], expected)
+
+
+class TestExportWithAnyLength:
+    """torch exports no layer whose number of steps is free."""
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_saved_and_loaded(self, name: str, tmp_path: Path) -> None:
+        module = getattr(fastrnn, name)(3, 4)
+        free = {0: Dim("T"), 1: Dim("B")}
+        program = export(module, (torch.randn(5, 2, 3),), dynamic_shapes=(free,))
+        torch.export.save(program, tmp_path / "layer.pt2")
+        loaded = torch.export.load(tmp_path / "layer.pt2").module()
+        for steps, batch in [(5, 2), (8, 3)]:
+            x = torch.randn(steps, batch, 3)
+            assert torch.equal(loaded(x)[0], module(x)[0])
+
+
+class TestScriptingOfSubclasses:
+    """torch.jit cannot find ``forward`` where a subclass inherits it."""
+
+    @pytest.mark.parametrize("way", ["script", "trace"])
+    def test_inside_a_model(self, way: str) -> None:
+        model = nn.Sequential(Derived(3, 4))
+        x = torch.randn(5, 2, 3)
+        scripted = torch.jit.script(model) if way == "script" else torch.jit.trace(model, (x,))
+        x = torch.randn(7, 3, 3)
+        assert torch.equal(scripted(x)[0], model(x)[0])
 
 
 class TestDropoutRepeats:
