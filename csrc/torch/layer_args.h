@@ -36,8 +36,8 @@ constexpr const char* kForwardSchema =
     "layer_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
     "str cell, bool save, bool half_weights=False) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor "
     "saved)";
-// The same without `saved`, and with an autograd of its own (fastrnn/ops.py) that decides whether to
-// save: for graphs that are written down, by TorchScript and torch.export, and run by others.
+// The same without `saved`, and with an autograd of its own (fastrnn/ops.py) that decides whether
+// to save: for graphs that are written down, by TorchScript and torch.export, and run by others.
 constexpr const char* kLayerSchema =
     "layer(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, str cell) "
     "-> (Tensor y, Tensor h_n, Tensor c_n)";
