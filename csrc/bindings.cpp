@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -84,31 +85,66 @@ double fma_peak(int threads, double seconds) {
   return fastrnn::cpu::fma_peak(threads, seconds);
 }
 
-py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
-              std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
-              const std::string& dtype, const std::string& device, int threads, bool training,
-              int directions, bool half_weights, int layers) {
+fastrnn::LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
+                             std::int64_t input_size, std::int64_t hidden_size,
+                             std::int64_t proj_size, int directions) {
   const CellInfo& info = find_cell(cell);
-  const int bytes = element_bytes(dtype);
   check_size("steps", steps, 0);
   check_size("batch", batch, 0);
   check_size("input_size", input_size, 0);
   check_size("hidden_size", hidden_size, 1);
   check_size("proj_size", proj_size, 0);
-  check_size("threads", threads, 1);
   check_size("directions", directions, 1);
+  return {info.kind, false, steps, batch, input_size, hidden_size, proj_size, nullptr, nullptr};
+}
+
+py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
+                   std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
+                   const std::string& dtype, bool training, int directions, bool tf32,
+                   const std::optional<std::string>& schedule, int capability, int multiprocessors,
+                   int shared_bytes) {
+  using namespace fastrnn::cuda;
+  const fastrnn::LayerShape shape =
+      shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
+  Arithmetic arithmetic = tf32 ? Arithmetic::kTf32 : Arithmetic::kFloat32;
+  if (element_bytes(dtype) == 2)
+    arithmetic = dtype == "float16" ? Arithmetic::kFloat16 : Arithmetic::kBFloat16;
+  if (element_bytes(dtype) == 8) arithmetic = Arithmetic::kFloat64;
+  Choice choice;
+  try {
+    choice = choice_named(schedule ? schedule->c_str() : std::getenv("FASTRNN_SCHEDULE"));
+  } catch (const std::exception& error) {
+    throw py::value_error(error.what());
+  }
+  const Plan chosen =
+      make_plan({shape, directions, training ? Pass::kBackward : Pass::kForward, arithmetic,
+                 Chip{capability, multiprocessors, shared_bytes}, choice});
+  py::dict result;
+  result["schedule"] = chosen.schedule->name;
+  result["chunk_rows"] = chosen.chunk_rows;
+  if (chosen.schedule->schedule == Schedule::kPersistent) {
+    const Tiling& tiling = chosen.tiling;
+    result["tensor_cores"] = tiling.tensor_cores;
+    result["units"] = tiling.units;
+    result["unit_blocks"] = tiling.unit_blocks;
+    result["row_tiles"] = tiling.row_tiles;
+    result["row_groups"] = tiling.row_groups;
+    result["blocks"] = tiling.blocks;
+    result["shared_bytes"] = tiling.shared_bytes;
+  }
+  return result;
+}
+
+py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
+              std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
+              const std::string& dtype, int threads, bool training, int directions,
+              bool half_weights, int layers) {
+  const fastrnn::LayerShape shape =
+      shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
+  const int bytes = element_bytes(dtype);
+  check_size("threads", threads, 1);
   check_size("layers", layers, 1);
   py::dict result;
-  if (device != "cpu" && device != "cuda")
-    throw py::value_error("device must be one of cpu, cuda, got '" + device + "'");
-  const fastrnn::LayerShape shape{info.kind,   false,     steps,   batch,  input_size,
-                                  hidden_size, proj_size, nullptr, nullptr};
-  if (device == "cuda") {
-    const fastrnn::cuda::Plan chosen = fastrnn::cuda::make_plan(shape, bytes);
-    result["schedule"] = chosen.schedule->name;
-    result["chunk_rows"] = chosen.chunk_rows;
-    return result;
-  }
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
   const fastrnn::cpu::Plan chosen =
       // half types: in float32
@@ -197,9 +233,18 @@ PYBIND11_MODULE(_C, m) {
         "Gives the kept CPU buffers back to the system.");
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
-        py::arg("device") = "cpu", py::arg("threads") = 1, py::arg("training") = false,
-        py::arg("directions") = 1, py::arg("half_weights") = false, py::arg("layers") = 1,
-        "How a layer of this shape would be walked through time (training: its backward pass).");
+        py::arg("threads") = 1, py::arg("training") = false, py::arg("directions") = 1,
+        py::arg("half_weights") = false, py::arg("layers") = 1,
+        "How the CPU would walk a layer of this shape through time (training: its backward pass).");
+  m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("steps"), py::arg("batch"),
+        py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
+        py::arg("dtype") = "float32", py::arg("training") = false, py::arg("directions") = 1,
+        py::arg("tf32") = false, py::arg("schedule") = py::none(),
+        py::arg("capability") = fastrnn::cuda::kH100.major,
+        py::arg("multiprocessors") = fastrnn::cuda::kH100.multiprocessors,
+        py::arg("shared_bytes") = fastrnn::cuda::kH100.shared_bytes,
+        "The same on a GPU, an H100 unless told otherwise; schedule: auto, persistent or stepwise, "
+        "None: what FASTRNN_SCHEDULE says.");
   m.def("alone_after", &alone_after, py::arg("calls"),
         "For how many ms a call sends those after it down one thread, if a team's calls took so "
         "many ms and a rank of it slept so many of them, one call after the other.");

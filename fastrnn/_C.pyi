@@ -21,8 +21,6 @@ class CellFacts(TypedDict):
     pre_h: list[int]
 
 class Plan(TypedDict, total=False):
-    """`schedule` is always there; the rest depends on the device."""
-
     schedule: str
     isa: str
     vector_lanes: int
@@ -38,6 +36,19 @@ class Plan(TypedDict, total=False):
     input: Literal["fused", "ahead"]
     chunk_rows: int
     stacked: bool
+
+class CudaPlan(TypedDict, total=False):
+    """What stands after `chunk_rows` is there for the persistent schedule only."""
+
+    schedule: Literal["persistent", "stepwise"]
+    chunk_rows: int
+    tensor_cores: bool
+    units: int
+    unit_blocks: int
+    row_tiles: int
+    row_groups: int
+    blocks: int
+    shared_bytes: int
 
 def build_info() -> BuildInfo: ...
 def available_isas() -> list[str]: ...
@@ -56,13 +67,28 @@ def plan(
     hidden_size: int,
     proj_size: int = 0,
     dtype: str = "float32",
-    device: str = "cpu",
     threads: int = 1,
     training: bool = False,
     directions: int = 1,
     half_weights: bool = False,
     layers: int = 1,
 ) -> Plan: ...
+def cuda_plan(
+    cell: str,
+    steps: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int = 0,
+    dtype: str = "float32",
+    training: bool = False,
+    directions: int = 1,
+    tf32: bool = False,
+    schedule: str | None = None,
+    capability: int = 9,
+    multiprocessors: int = 132,
+    shared_bytes: int = 232448,
+) -> CudaPlan: ...
 def usable_cpus() -> int: ...
 def quota_cpus(membership: str = ..., root: str = ...) -> int: ...
 def fma_peak(threads: int, seconds: float) -> float: ...

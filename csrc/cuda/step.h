@@ -5,8 +5,9 @@
 //   rows b:    ...[b,j]...      reads pre-activations, states and saved values of unit j,
 //   sequences                   writes the unit's outputs; nothing is shared between threads
 //
-// Every struct is a kernel's whole argument: a copyable bundle of pointers that is called with
-// (row, column).
+// Every struct is a copyable bundle of pointers. The stepwise schedule calls it with (row, column),
+// after the recurrent product; the persistent one calls its two halves: `load`, which waits for
+// nothing, before the product, and `finish` after it.
 #pragma once
 
 #include <utility>
@@ -21,12 +22,11 @@ struct At {
   static constexpr int kValue = Map[Gate];
 };
 
-// pre[Map[g]] += value(g) for the gates g of one side, with its product and bias.
-template <const int* Map, class A, class S, int... Gate>
-FASTRNN_HD void add_side(A* pre, const A* product, const S* bias, std::int64_t hidden,
-                         std::int64_t unit, std::integer_sequence<int, Gate...>) {
-  ((pre[At<Map, Gate>::kValue] += product[Gate * hidden + unit]), ...);
-  if (bias != nullptr) ((pre[At<Map, Gate>::kValue] += widen(bias[Gate * hidden + unit])), ...);
+// pre[Map[g]] += values[g * stride] for the gates g of one side.
+template <const int* Map, class A, class V, int... Gate>
+FASTRNN_HD void add_side(A* pre, const V* values, std::int64_t stride,
+                         std::integer_sequence<int, Gate...>) {
+  ((pre[At<Map, Gate>::kValue] += widen(values[Gate * stride])), ...);
 }
 
 // h, c, h' and c' of one step forward. Rows from `first_new` on start at this step, from h0 and c0;
@@ -52,18 +52,34 @@ struct ForwardStep {
   S* h_n;    // [B, H] or null
   S* c_n;    // [B, H]
 
-  FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
-    constexpr auto kGates = std::make_integer_sequence<int, Cell::kGates>{};
-    const std::int64_t gate_row = b * Cell::kGates * hidden, at = b * hidden + unit;
-    A pre[Cell::kPre] = {};
-    add_side<Cell::kPreX>(pre, gates_x + gate_row, b_ih, hidden, unit, kGates);
-    add_side<Cell::kPreH>(pre, gates_h + gate_row, b_hh, hidden, unit, kGates);
+  // What a unit's step reads, its share of the recurrent product apart.
+  struct Inputs {
+    A pre[Cell::kPre];
+    A state0[2];
+  };
 
-    A state0[2] = {}, state1[2] = {}, kept[Cell::kSaved + 1] = {};
+  FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
+    const std::int64_t at = b * hidden + unit;
+    Inputs inputs{};
+    add_side<Cell::kPreX>(inputs.pre, gates_x + b * Cell::kGates * hidden + unit, hidden, kGates);
+    if (b_ih != nullptr) {
+      add_side<Cell::kPreX>(inputs.pre, b_ih + unit, hidden, kGates);
+      add_side<Cell::kPreH>(inputs.pre, b_hh + unit, hidden, kGates);
+    }
     if constexpr (Cell::kDirect)
-      state0[0] = widen(b < first_new ? h_before[b * h_before_stride + unit] : h0[at]);
-    if constexpr (Cell::kStates == 2) state0[1] = b < first_new ? c[at] : A(widen(c0[at]));
-    Cell::forward(pre, state0, kept, state1);
+      inputs.state0[0] = widen(b < first_new ? h_before[b * h_before_stride + unit] : h0[at]);
+    if constexpr (Cell::kStates == 2) inputs.state0[1] = b < first_new ? c[at] : A(widen(c0[at]));
+    return inputs;
+  }
+
+  // The unit's share of the recurrent product are product[0], product[stride], ..., one a gate.
+  // Returns h'.
+  FASTRNN_HD A finish(Inputs inputs, const A* product, std::int64_t stride, std::int64_t b,
+                      std::int64_t unit) const {
+    const std::int64_t at = b * hidden + unit;
+    add_side<Cell::kPreH>(inputs.pre, product, stride, kGates);
+    A kept[Cell::kSaved + 1] = {}, state1[2] = {};
+    Cell::forward(inputs.pre, inputs.state0, kept, state1);
 
     const S out = narrow<S>(state1[0]);
     h[b * h_stride + unit] = out;
@@ -78,7 +94,15 @@ struct ForwardStep {
       if (h_n != nullptr) h_n[at] = out;
       if constexpr (Cell::kStates == 2) c_n[at] = narrow<S>(state1[1]);
     }
+    return state1[0];
   }
+
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
+    finish(load(b, unit), gates_h + b * Cell::kGates * hidden + unit, hidden, b, unit);
+  }
+
+ private:
+  static constexpr auto kGates = std::make_integer_sequence<int, Cell::kGates>{};
 };
 
 // One step backward. Rows from `first_ending` on end at this step, where the walk meets them first:
@@ -89,8 +113,8 @@ struct BackwardStep {
 
   std::int64_t hidden;  // H
   std::int64_t first_new, first_ending;
-  const A* d_m;    // [n, H] gradient at o*tanh(c') with a projection, which replaces the sum of
-  A* d_h;          // [B, H] the running gradient at h' (left: its direct part at h),
+  const A* d_m;    // [n, H] the gradient at o*tanh(c') with a projection, else null
+  A* d_h;          // [B, H] the running gradient at h' (left: its direct part at h)
   const S* d_h_n;  // [B, H] or null
   const S* d_y;    // [n, H], d_y_stride apart, or null
   std::int64_t d_y_stride;
@@ -105,39 +129,59 @@ struct BackwardStep {
   const S* c0;            // [B, H]
   S* d_pre;               // [n, Q*H]
 
-  FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
+  // What a unit's step reads, the gradient that the step after left apart.
+  struct Inputs {
+    A saved[Cell::kSaved + 1];
+    A state0[2], state1[2];
+    A d_state1[2];
+  };
+
+  FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
     const std::int64_t at = b * hidden + unit;
-    A d_state1[2] = {}, state0[2] = {}, state1[2] = {}, kept[Cell::kSaved + 1] = {};
-    if (d_m != nullptr) {
-      d_state1[0] = d_m[at];
-    } else {
-      if (b < first_ending)
-        d_state1[0] = d_h[at];
-      else if (d_h_n != nullptr)
-        d_state1[0] = widen(d_h_n[at]);
-      if (d_y != nullptr) d_state1[0] += widen(d_y[b * d_y_stride + unit]);
-    }
+    Inputs inputs{};
+    if (b >= first_ending && d_h_n != nullptr) inputs.d_state1[0] = widen(d_h_n[at]);
+    if (d_y != nullptr) inputs.d_state1[0] += widen(d_y[b * d_y_stride + unit]);
     if constexpr (Cell::kStates == 2) {
       if (b < first_ending)
-        d_state1[1] = d_c[at];
+        inputs.d_state1[1] = d_c[at];
       else if (d_c_n != nullptr)
-        d_state1[1] = widen(d_c_n[at]);
-      state0[1] = b < first_new
-                      ? saved_before[(b * Cell::kSaved + Cell::kSavedState) * hidden + unit]
-                      : A(widen(c0[at]));
+        inputs.d_state1[1] = widen(d_c_n[at]);
+      inputs.state0[1] = b < first_new
+                             ? saved_before[(b * Cell::kSaved + Cell::kSavedState) * hidden + unit]
+                             : A(widen(c0[at]));
     }
     if constexpr (Cell::kReadsH0)
-      state0[0] = widen(b < first_new ? h_before[b * h_stride + unit] : h0[at]);
-    if constexpr (Cell::kReadsH1) state1[0] = widen(h[b * h_stride + unit]);
-    for (int s = 0; s < Cell::kSaved; ++s) kept[s] = saved[(b * Cell::kSaved + s) * hidden + unit];
+      inputs.state0[0] = widen(b < first_new ? h_before[b * h_stride + unit] : h0[at]);
+    if constexpr (Cell::kReadsH1) inputs.state1[0] = widen(h[b * h_stride + unit]);
+    for (int s = 0; s < Cell::kSaved; ++s)
+      inputs.saved[s] = saved[(b * Cell::kSaved + s) * hidden + unit];
+    return inputs;
+  }
 
-    A d_gates[Cell::kPre], d_state0[2];
-    Cell::backward(kept, state0, state1, d_state1, d_gates, d_state0);
+  // d_left: what the step after left of the gradient at h', 0 where there is none. d_gates [Q]
+  // comes back as it was before it was rounded to d_pre.
+  FASTRNN_HD void finish(Inputs inputs, A d_left, std::int64_t b, std::int64_t unit,
+                         A* d_gates) const {
+    const std::int64_t at = b * hidden + unit;
+    A d_state0[2];
+    inputs.d_state1[0] += d_left;
+    Cell::backward(inputs.saved, inputs.state0, inputs.state1, inputs.d_state1, d_gates, d_state0);
 
     for (int q = 0; q < Cell::kPre; ++q)
       d_pre[(b * Cell::kPre + q) * hidden + unit] = narrow<S>(d_gates[q]);
     if constexpr (Cell::kDirect) d_h[at] = d_state0[0];
     if constexpr (Cell::kStates == 2) d_c[at] = d_state0[1];
+  }
+
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
+    Inputs inputs = load(b, unit);
+    A d_left = A(0);
+    if (d_m != nullptr)
+      inputs.d_state1[0] = d_m[b * hidden + unit];
+    else if (b < first_ending)
+      d_left = d_h[b * hidden + unit];
+    A d_gates[Cell::kPre];
+    finish(inputs, d_left, b, unit, d_gates);
   }
 };
 

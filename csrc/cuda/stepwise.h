@@ -26,6 +26,7 @@
 
 #include "kernels.h"
 #include "step.h"
+#include "workspace.h"
 
 namespace fastrnn::cuda {
 
@@ -51,21 +52,24 @@ inline std::int64_t first_new_row(const LayerShape& shape, std::int64_t t) {
   return std::min(shape.step_rows[before], shape.step_rows[t]);
 }
 
-// Parts of a workspace, one after the other.
-class Parts {
- public:
-  template <class T>
-  std::size_t add(std::int64_t values) {
-    const std::size_t at = bytes_;
-    bytes_ += (std::size_t(values) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
-    return at;
-  }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  static constexpr std::size_t kAlign = 256;
-  std::size_t bytes_ = 0;
-};
+// gates_x = x w_ih^T for some rows of x.
+template <class S>
+Product<S, Accumulate<S>> input_product(const Forward<S>& problem, std::int64_t first,
+                                        std::int64_t rows, Accumulate<S>* gates_x) {
+  const LayerShape& shape = problem.shape;
+  const std::int64_t width = cell_info(shape.cell).gates * shape.hidden_size;
+  return {rows,
+          width,
+          shape.input_size,
+          problem.x + first * problem.x_stride,
+          problem.x_stride,
+          problem.weights.w_ih,
+          problem.weights.w_ih_stride,
+          true,
+          gates_x,
+          width,
+          false};
+}
 
 template <class S>
 struct StepwiseForwardLayout {
@@ -123,7 +127,8 @@ class StepwiseForward {
       const std::int64_t low = std::min(shape_.step(k), shape_.step(end - 1));
       const std::int64_t high = std::max(shape_.step(k), shape_.step(end - 1));
       const std::int64_t first = shape_.step_offset[low];
-      multiply_input(first, shape_.step_offset[high] + shape_.step_rows[high] - first);
+      const std::int64_t rows = shape_.step_offset[high] + shape_.step_rows[high] - first;
+      machine_.multiply(input_product(p_, first, rows, gates_x_));
       for (; k < end; ++k) {
         const std::int64_t t = shape_.step(k);
         step(t, gates_x_ + (shape_.step_offset[t] - first) * width());
@@ -144,12 +149,6 @@ class StepwiseForward {
     while (k < shape_.steps && rows + shape_.step_rows[shape_.step(k)] <= plan_.chunk_rows)
       rows += shape_.step_rows[shape_.step(k++)];
     return k;
-  }
-
-  void multiply_input(std::int64_t first, std::int64_t rows) {
-    machine_.multiply(Product<S, A>{rows, width(), shape_.input_size, p_.x + first * p_.x_stride,
-                                    p_.x_stride, p_.weights.w_ih, p_.weights.w_ih_stride, true,
-                                    gates_x_, width(), false});
   }
 
   // gates_h of rows [begin, end), whose states lie at h.
@@ -258,11 +257,14 @@ class StepwiseBackward {
     body.hidden = hidden;
     body.first_new = first_new;
     body.first_ending = first_ending;
-    if (is_projected()) body.d_m = d_m_;
     body.d_h = d_h_;
-    body.d_h_n = p_.d_h_n;
-    body.d_y = d_y;
-    body.d_y_stride = p_.d_y_stride;
+    if (is_projected()) {
+      body.d_m = d_m_;
+    } else {
+      body.d_h_n = p_.d_h_n;
+      body.d_y = d_y;
+      body.d_y_stride = p_.d_y_stride;
+    }
     body.d_c = d_c_;
     body.d_c_n = p_.d_c_n;
     if (p_.saved != nullptr) body.saved = p_.saved + row * Cell::kSaved * hidden;

@@ -18,39 +18,36 @@ DeviceGuard on_device_of(const char* name, const Tensor& t) {
   return DeviceGuard(t.get_device_index());
 }
 
-// What the kernels of one call run with. Its memory goes back to torch's allocator, which hands it
-// out again in the order of the stream, so nothing has to wait.
-class Call {
- public:
-  Call(const Layer& layer, std::size_t workspace_bytes, const Tensor& like)
-      : workspace_(empty({int64_t(workspace_bytes)}, ScalarType::Byte, like)) {
-    torch_call(aoti_torch_get_current_cuda_stream(layer.place.index, &context.stream));
-    // The handle of the current device and stream, in the math mode that torch's switches ask for.
-    torch_call(torch_get_current_cuda_blas_handle(&context.blas));
-    context.workspace = workspace_.data_ptr();
-  }
-
+// The kernels of one call, for all directions. Their memory goes back to torch's allocator, which
+// hands it out again in the order of the stream, so nothing has to wait.
+template <class S, class Problem>
+void run_kernels(const Layer& layer, const Problem* problems, const Tensor& like) {
   cuda::Context context{};
-
- private:
-  Tensor workspace_;
-};
+  torch_call(aoti_torch_get_current_cuda_stream(layer.place.index, &context.stream));
+  // The handle of the current device and stream, in the math mode that torch's switches ask for.
+  torch_call(torch_get_current_cuda_blas_handle(&context.blas));
+  const int directions = int(layer.directions);
+  const cuda::Plan plan = cuda::plan<S>(problems, directions, context);
+  const int64_t bytes = int64_t(cuda::workspace_bytes<S>(problems, directions, plan));
+  const Tensor workspace = empty({bytes}, ScalarType::Byte, like);
+  cuda::run<S>(problems, directions, plan, workspace.data_ptr(), context);
+}
 
 template <class S>
 void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs) {
   const Rows rows(x);
-  const Call call(layer, cuda::forward_workspace<S>(layer.shape(0)), x);
+  cuda::Forward<S> problems[2]{};
   for (int64_t d = 0; d < layer.directions; ++d)
-    cuda::forward<S>(forward_problem<S, cuda::Accumulate<S>>(layer, d, rows, outputs),
-                     call.context);
+    problems[d] = forward_problem<S, cuda::Accumulate<S>>(layer, d, rows, outputs);
+  run_kernels<S>(layer, problems, x);
 }
 
 template <class S>
 void run(const Layer& layer, const BackwardInputs& inputs, const BackwardOutputs& outputs) {
-  const Call call(layer, cuda::backward_workspace<S>(layer.shape(0)), outputs.d_pre);
+  cuda::Backward<S> problems[2]{};
   for (int64_t d = 0; d < layer.directions; ++d)
-    cuda::backward<S>(backward_problem<S, cuda::Accumulate<S>>(layer, d, inputs, outputs),
-                      call.context);
+    problems[d] = backward_problem<S, cuda::Accumulate<S>>(layer, d, inputs, outputs);
+  run_kernels<S>(layer, problems, outputs.d_pre);
 }
 
 template <class... Arguments>

@@ -1,11 +1,17 @@
-// The GPU's stepwise schedule on the host: the same text as in csrc/cuda, on a machine of plain
-// loops. tests/test_cuda_host.py compiles this into a library of C functions and calls it.
+// The GPU's schedules on the host: the same text as in csrc/cuda, on a machine of plain loops and,
+// for kernels whose threads work together, of fibers (threads.h). tests/test_cuda_host.py compiles
+// this into a library of C functions and calls it.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <string>
 #include <vector>
 
 #include "cuda/grid.h"
+#include "cuda/persistent.h"
 #include "cuda/stepwise.h"
+#include "threads.h"
 
 namespace {
 
@@ -13,11 +19,45 @@ using namespace fastrnn;
 using cuda::BFloat16;
 using cuda::Float16;
 
-// The threads of a launch, which run in any order, run here one by one in ascending or descending
-// order.
+// What a thread can be made to leave out, to see that it is missed.
+enum Forget : std::int64_t {
+  kNothing,
+  kSyncOfWeights,   // the first barrier of a block: the weights are packed,
+  kSyncOfProducts,  // then in turn: all partial sums are there,
+  kSyncOfArrival,   // the block's states are written
+  kWait,            // for other blocks
+  kSyncOfWarp,      // all lanes have waited
+};
+
+class ForgetfulThread : public fastrnn::test::HostThread {
+ public:
+  ForgetfulThread(const HostThread& thread, std::int64_t forget)
+      : HostThread(thread), forget_(forget) {}
+
+  void sync() {
+    const std::int64_t which = syncs_ == 0       ? kSyncOfWeights
+                               : syncs_ % 2 == 1 ? kSyncOfProducts
+                                                 : kSyncOfArrival;
+    ++syncs_;
+    if (which != forget_) HostThread::sync();
+  }
+  void wait(const std::uint64_t* flag, std::uint64_t at_least) {
+    if (forget_ != kWait) HostThread::wait(flag, at_least);
+  }
+  void sync_warp() {
+    if (forget_ != kSyncOfWarp) HostThread::sync_warp();
+  }
+
+ private:
+  std::int64_t forget_, syncs_ = 0;
+};
+
+// The threads of a pointwise launch, which run in any order, run here one by one in ascending or
+// descending order.
 class Host {
  public:
-  explicit Host(bool descending) : descending_(descending) {}
+  Host(bool descending, std::uint64_t seed, std::int64_t forget)
+      : descending_(descending), seed_(seed), forget_(forget) {}
 
   template <class S, class C>
   void multiply(const cuda::Product<S, C>& p) const {
@@ -49,16 +89,35 @@ class Host {
     }
   }
 
+  void clear(void* memory, std::size_t bytes) const { std::memset(memory, 0, bytes); }
+  template <class T>
+  void upload(T* to, const T* from, std::size_t count) const {
+    std::copy(from, from + count, to);
+  }
+
+  template <class Body>
+  void walk(const Body& body, int blocks, std::int64_t shared_bytes) const {
+    const fastrnn::test::Launch launch{unsigned(blocks), unsigned(cuda::kWalkThreads),
+                                       std::size_t(shared_bytes), seed_};
+    fastrnn::test::run(launch, [&](const fastrnn::test::HostThread& plain) {
+      ForgetfulThread thread(plain, forget_);
+      body(thread);
+    });
+  }
+
  private:
   bool descending_;
+  std::uint64_t seed_;
+  std::int64_t forget_;
 };
 
 // One direction of one layer, as test_cuda_host.py fills it in.
 struct Call {
-  std::int64_t dtype;  // 0: float16, 1: bfloat16, 2: float32, 3: float64
+  std::int64_t arithmetic;  // in the order of cuda::Arithmetic
   std::int64_t cell, reverse, steps, batch, input_size, hidden_size, proj_size;
-  std::int64_t chunk_rows;  // instead of the plan's, if not 0
-  std::int64_t descending;
+  std::int64_t choice, multiprocessors, shared_bytes;  // the schedule, and the GPU
+  std::int64_t chunk_rows;                             // instead of the plan's, if not 0
+  std::int64_t descending, seed, forget;               // the order of threads, what they leave out
   const std::int64_t *step_offset, *step_rows;
   const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
   std::int64_t w_ih_stride, w_hh_stride, w_hr_stride;
@@ -80,8 +139,8 @@ void put(T*& to, const void* from) {
 }
 
 // What both passes are asked in the same words.
-template <class S, class Problem>
-cuda::Plan fill(const Call& call, Problem& problem) {
+template <class Problem>
+void fill(const Call& call, Problem& problem) {
   problem.shape = {CellKind(call.cell), call.reverse != 0, call.steps,
                    call.batch,          call.input_size,   call.hidden_size,
                    call.proj_size,      call.step_offset,  call.step_rows};
@@ -98,7 +157,12 @@ cuda::Plan fill(const Call& call, Problem& problem) {
   put(problem.y, call.y);
   problem.y_stride = call.y_stride;
   put(problem.saved, call.saved);
-  cuda::Plan plan = cuda::make_plan(problem.shape, sizeof(S));
+}
+
+cuda::Plan plan_of(const Call& call, const LayerShape& shape, int directions, cuda::Pass pass) {
+  const cuda::Chip chip = {9, int(call.multiprocessors), int(call.shared_bytes)};
+  cuda::Plan plan = cuda::make_plan({shape, directions, pass, cuda::Arithmetic(call.arithmetic),
+                                     chip, cuda::Choice(call.choice)});
   if (call.chunk_rows > 0) plan.chunk_rows = call.chunk_rows;
   return plan;
 }
@@ -106,34 +170,76 @@ cuda::Plan fill(const Call& call, Problem& problem) {
 // Memory that is NaN in every type until it is written.
 std::vector<char> poisoned(std::size_t bytes) { return std::vector<char>(bytes, char(0xff)); }
 
+// One call a direction.
 template <class S>
-void forward(const Call& call) {
-  cuda::Forward<S> problem{};
-  const cuda::Plan plan = fill<S>(call, problem);
-  put(problem.x, call.x);
-  problem.x_stride = call.x_stride;
-  put(problem.h_n, call.h_n);
-  put(problem.c_n, call.c_n);
-  auto workspace = poisoned(cuda::StepwiseForwardLayout<S>(problem.shape, plan).bytes);
-  Host host(call.descending != 0);
-  cuda::stepwise_forward<S>(problem, plan, workspace.data(), host);
+bool forward(const Call* calls, int directions) {
+  cuda::Forward<S> problems[2]{};
+  for (int d = 0; d < directions; ++d) {
+    fill(calls[d], problems[d]);
+    put(problems[d].x, calls[d].x);
+    problems[d].x_stride = calls[d].x_stride;
+    put(problems[d].h_n, calls[d].h_n);
+    put(problems[d].c_n, calls[d].c_n);
+  }
+  const LayerShape& shape = problems[0].shape;
+  const cuda::Plan plan = plan_of(calls[0], shape, directions, cuda::Pass::kForward);
+  Host host(calls[0].descending != 0, std::uint64_t(calls[0].seed), calls[0].forget);
+  if constexpr (sizeof(S) <= 4) {
+    if (plan.schedule->schedule == cuda::Schedule::kPersistent) {
+      const cuda::PersistentLayout<S> layout(shape, directions, plan, cuda::Pass::kForward);
+      auto workspace = poisoned(layout.bytes);
+      cuda::persistent_forward<S>(problems, directions, plan, workspace.data(), host);
+      return true;
+    }
+  }
+  auto workspace = poisoned(cuda::StepwiseForwardLayout<S>(shape, plan).bytes);
+  for (int d = 0; d < directions; ++d)
+    cuda::stepwise_forward<S>(problems[d], plan, workspace.data(), host);
+  return false;
 }
 
 template <class S>
-void backward(const Call& call) {
-  cuda::Backward<S> problem{};
-  const cuda::Plan plan = fill<S>(call, problem);
-  put(problem.d_y, call.d_y);
-  problem.d_y_stride = call.d_y_stride;
-  put(problem.d_h_n, call.d_h_n);
-  put(problem.d_c_n, call.d_c_n);
-  put(problem.d_pre, call.d_pre);
-  put(problem.d_h_all, call.d_h_all);
-  put(problem.d_h0, call.d_h0);
-  put(problem.d_c0, call.d_c0);
-  auto workspace = poisoned(cuda::StepwiseBackwardLayout<S>(problem.shape, plan).bytes);
-  Host host(call.descending != 0);
-  cuda::stepwise_backward<S>(problem, plan, workspace.data(), host);
+bool backward(const Call* calls, int directions) {
+  cuda::Backward<S> problems[2]{};
+  for (int d = 0; d < directions; ++d) {
+    fill(calls[d], problems[d]);
+    put(problems[d].d_y, calls[d].d_y);
+    problems[d].d_y_stride = calls[d].d_y_stride;
+    put(problems[d].d_h_n, calls[d].d_h_n);
+    put(problems[d].d_c_n, calls[d].d_c_n);
+    put(problems[d].d_pre, calls[d].d_pre);
+    put(problems[d].d_h_all, calls[d].d_h_all);
+    put(problems[d].d_h0, calls[d].d_h0);
+    put(problems[d].d_c0, calls[d].d_c0);
+  }
+  const LayerShape& shape = problems[0].shape;
+  const cuda::Plan plan = plan_of(calls[0], shape, directions, cuda::Pass::kBackward);
+  Host host(calls[0].descending != 0, std::uint64_t(calls[0].seed), calls[0].forget);
+  if constexpr (sizeof(S) <= 4) {
+    if (plan.schedule->schedule == cuda::Schedule::kPersistent) {
+      const cuda::PersistentLayout<S> layout(shape, directions, plan, cuda::Pass::kBackward);
+      auto workspace = poisoned(layout.bytes);
+      cuda::persistent_backward<S>(problems, directions, plan, workspace.data(), host);
+      return true;
+    }
+  }
+  auto workspace = poisoned(cuda::StepwiseBackwardLayout<S>(shape, plan).bytes);
+  for (int d = 0; d < directions; ++d)
+    cuda::stepwise_backward<S>(problems[d], plan, workspace.data(), host);
+  return false;
+}
+
+std::string failure;  // of the last run
+
+// 1: the persistent schedule has run, 0: the stepwise one, -1: failed.
+template <class Run>
+std::int64_t guarded(const Run& run) {
+  try {
+    return run() ? 1 : 0;
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return -1;
+  }
 }
 
 }  // namespace
@@ -142,24 +248,31 @@ void backward(const Call& call) {
 
 EXPORT std::int64_t call_bytes() { return sizeof(Call); }
 
-EXPORT void run_forward(const Call* call) {
-  void (*const run[])(const Call&) = {forward<Float16>, forward<BFloat16>, forward<float>,
-                                      forward<double>};
-  run[call->dtype](*call);
+EXPORT const char* last_failure() { return failure.c_str(); }
+
+EXPORT std::int64_t run_forward(const Call* calls, std::int64_t directions) {
+  bool (*const run[])(const Call*, int) = {forward<Float16>, forward<BFloat16>, forward<float>,
+                                           forward<float>, forward<double>};
+  return guarded([&] { return run[calls->arithmetic](calls, int(directions)); });
 }
 
-EXPORT void run_backward(const Call* call) {
-  void (*const run[])(const Call&) = {backward<Float16>, backward<BFloat16>, backward<float>,
-                                      backward<double>};
-  run[call->dtype](*call);
+EXPORT std::int64_t run_backward(const Call* calls, std::int64_t directions) {
+  bool (*const run[])(const Call*, int) = {backward<Float16>, backward<BFloat16>, backward<float>,
+                                           backward<float>, backward<double>};
+  return guarded([&] { return run[calls->arithmetic](calls, int(directions)); });
 }
 
 // Rows of x that are multiplied at a time, and the bytes of workspace of a forward pass.
-EXPORT void plan_of(const Call* call, std::int64_t* chunk_rows, std::int64_t* workspace_bytes) {
+EXPORT void plan_forward(const Call* call, std::int64_t* chunk_rows,
+                         std::int64_t* workspace_bytes) {
   cuda::Forward<float> problem{};
-  const cuda::Plan plan = fill<float>(*call, problem);
+  fill(*call, problem);
+  const cuda::Plan plan = plan_of(*call, problem.shape, 1, cuda::Pass::kForward);
   *chunk_rows = plan.chunk_rows;
-  *workspace_bytes = std::int64_t(cuda::StepwiseForwardLayout<float>(problem.shape, plan).bytes);
+  *workspace_bytes = std::int64_t(
+      plan.schedule->schedule == cuda::Schedule::kPersistent
+          ? cuda::PersistentLayout<float>(problem.shape, 1, plan, cuda::Pass::kForward).bytes
+          : cuda::StepwiseForwardLayout<float>(problem.shape, plan).bytes);
 }
 
 // The conversions of the half types, dtype as above.

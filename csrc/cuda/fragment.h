@@ -1,0 +1,227 @@
+// The recurrent product of a block of the persistent schedule: 16 rows of states times the block's
+// columns of weights, both cut along k into groups of 64 bytes, which the warps share out.
+//
+//   a row of the operand   | group 0: q=0 | q=1 | q=2 | q=3 | group 1: ...    16 bytes a lane, q =
+//                                                                             lane % 4
+//   weights in shared memory: [group][column tile][lane] the 16 bytes that a lane multiplies, of
+//   column lane / 4 of the tile: read without bank conflicts, in one instruction
+//
+// A tensor core wants other values of k in a lane than these; but a sum over k is a sum in any
+// order, as long as both operands agree on it. The four words of a lane serve two products.
+//
+// Two ways to multiply: TensorCores<S>, for float in TF32, and CudaCores<S>, dot products in
+// float32, exact for float and for few rows. S is also the type of the operands in memory.
+#pragma once
+
+#include "plan.h"
+#include "value.h"
+
+// Of kernel text that calls upon its thread: the GPU's, or one that a test brings.
+#if defined(__CUDACC__)
+#define FASTRNN_DEVICE __device__ __forceinline__
+#define FASTRNN_UNROLL _Pragma("unroll")
+#else
+#define FASTRNN_DEVICE inline
+#define FASTRNN_UNROLL
+#endif
+
+namespace fastrnn::cuda {
+
+// 16 bytes, as a lane loads them.
+struct alignas(16) Quad {
+  std::uint32_t word[4];
+};
+
+// The nearest TF32 number, ties away from zero: what the tensor cores read of a float otherwise is
+// cut off, not rounded.
+FASTRNN_HD float round_to_tf32(float value) {
+  const std::uint32_t bits = bits_of(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return value;  // infinite or NaN
+  return float_of((bits + 0x1000u) & ~0x1fffu);
+}
+
+// Values of S in a word.
+template <class S>
+struct Words {
+  static constexpr int kValues = 4 / sizeof(S);
+
+  static FASTRNN_HD std::uint32_t join(const S* values) {
+    if constexpr (kValues == 1)
+      return bits_of(values[0]);
+    else
+      return std::uint32_t(values[0].bits) | std::uint32_t(values[1].bits) << 16;
+  }
+  // sum + the products of two words' values
+  static FASTRNN_HD float add_product(float sum, std::uint32_t a, std::uint32_t b) {
+    if constexpr (kValues == 1) {
+      return sum + float_of(a) * float_of(b);
+    } else {
+      sum += widen(S{std::uint16_t(a)}) * widen(S{std::uint16_t(b)});
+      return sum + widen(S{std::uint16_t(a >> 16)}) * widen(S{std::uint16_t(b >> 16)});
+    }
+  }
+};
+
+template <class S>
+inline constexpr int kGroupValues = kGroupBytes / int(sizeof(S));
+
+// Where the rows of a tile's operand lie: those below `running_rows` of the batch in the memory
+// that the walk exchanges, the rest in the initial states.
+struct TileRows {
+  const char* running;
+  const char* initial;
+  std::int64_t first, running_rows, bytes;
+
+  FASTRNN_HD const char* operator()(int row) const {
+    const std::int64_t b = first + row;
+    return (b < running_rows ? running : initial) + b * bytes;
+  }
+};
+
+// The groups of k of a warp.
+struct WarpShare {
+  int warps;  // that have any
+  std::int64_t begin, end;
+};
+FASTRNN_HD WarpShare share_of(int warp, std::int64_t groups) {
+  const int warps = groups < kWalkWarps ? int(groups) : kWalkWarps;
+  if (warp >= warps) return {warps, 0, 0};
+  return {warps, groups * warp / warps, groups * (warp + 1) / warps};
+}
+
+// What both ways do with the weights. `source(column, k)` gives them, zero beyond the last.
+template <class Math, class S, int kTiles, class Thread, class Source>
+FASTRNN_DEVICE void pack_weights(const Thread& thread, std::int64_t groups, Quad* packed,
+                                 const Source& source) {
+  constexpr int kValues = Words<S>::kValues;
+  for (std::int64_t i = thread.index(); i < groups * kTiles * kWarp; i += kWalkThreads) {
+    const int lane = int(i % kWarp), tile = int(i / kWarp % kTiles);
+    const std::int64_t k =
+        i / (kWarp * kTiles) * kGroupValues<S> + std::int64_t(lane % 4) * 4 * kValues;
+    Quad quad;
+    FASTRNN_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      S values[kValues];
+      FASTRNN_UNROLL
+      for (int v = 0; v < kValues; ++v)
+        values[v] = Math::operand(source(tile * kColumnTile + lane / 4, k + w * kValues + v));
+      quad.word[w] = Words<S>::join(values);
+    }
+    packed[i] = quad;
+  }
+}
+
+template <class S>
+struct TensorCores {
+  static constexpr int kAhead = 4;  // groups whose operands are fetched before the first is used
+
+  // A value as it is multiplied.
+  static FASTRNN_HD S operand(float value) {
+    if constexpr (sizeof(S) == 4)
+      return round_to_tf32(value);
+    else
+      return narrow<S>(value);
+  }
+
+  // partial [16, kTiles*8] = the tile's rows times the weights, over the groups begin ... end - 1
+  template <int kTiles, class Thread>
+  static FASTRNN_DEVICE void multiply(Thread& thread, const TileRows& rows, int /*active*/,
+                                      const Quad* packed, std::int64_t begin, std::int64_t end,
+                                      float* partial) {
+    const int lane = thread.index() % kWarp, g = lane / 4, q = lane % 4;
+    const char* low = rows(g) + q * sizeof(Quad);
+    const char* high = rows(g + 8) + q * sizeof(Quad);
+    float sums[kTiles][4] = {};
+    for (std::int64_t first = begin; first < end; first += kAhead) {
+      Quad a[kAhead][2];
+      FASTRNN_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i >= end) continue;
+        a[i][0] = thread.load(low + (first + i) * kGroupBytes);
+        a[i][1] = thread.load(high + (first + i) * kGroupBytes);
+      }
+      FASTRNN_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i >= end) continue;
+        FASTRNN_UNROLL
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const Quad b = packed[((first + i) * kTiles + tile) * kWarp + lane];
+          FASTRNN_UNROLL
+          for (int w = 0; w < 4; w += 2) {
+            const std::uint32_t rows_of_a[4] = {a[i][0].word[w], a[i][1].word[w],
+                                                a[i][0].word[w + 1], a[i][1].word[w + 1]};
+            const std::uint32_t columns_of_b[2] = {b.word[w], b.word[w + 1]};
+            thread.template mma<S>(sums[tile], rows_of_a, columns_of_b);
+          }
+        }
+      }
+    }
+    constexpr int kStride = partial_stride(kTiles);
+    FASTRNN_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      FASTRNN_UNROLL
+      for (int i = 0; i < 4; ++i)
+        partial[(g + i / 2 * 8) * kStride + tile * kColumnTile + 2 * q + i % 2] = sums[tile][i];
+    }
+  }
+};
+
+template <class S>
+struct CudaCores {
+  static constexpr int kRows = 4;   // at a time
+  static constexpr int kAhead = 2;  // as above
+
+  static FASTRNN_HD S operand(float value) { return narrow<S>(value); }
+
+  // The same for the first `active` rows of the tile. A lane adds up its 16 bytes of every group;
+  // in the end the four lanes of a column put their sums together.
+  template <int kTiles, class Thread>
+  static FASTRNN_DEVICE void multiply(Thread& thread, const TileRows& rows, int active,
+                                      const Quad* packed, std::int64_t begin, std::int64_t end,
+                                      float* partial) {
+    const int lane = thread.index() % kWarp, g = lane / 4, q = lane % 4;
+    for (int row = 0; row < active; row += kRows) {
+      const char* from[kRows];
+      FASTRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) from[r] = rows(row + r) + q * sizeof(Quad);
+      float sums[kRows][kTiles] = {};
+      for (std::int64_t first = begin; first < end; first += kAhead) {
+        Quad a[kAhead][kRows];
+        FASTRNN_UNROLL
+        for (int i = 0; i < kAhead; ++i) {
+          if (first + i >= end) continue;
+          FASTRNN_UNROLL
+          for (int r = 0; r < kRows; ++r)
+            a[i][r] = thread.load(from[r] + (first + i) * kGroupBytes);
+        }
+        FASTRNN_UNROLL
+        for (int i = 0; i < kAhead; ++i) {
+          if (first + i >= end) continue;
+          FASTRNN_UNROLL
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const Quad b = packed[((first + i) * kTiles + tile) * kWarp + lane];
+            FASTRNN_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+              FASTRNN_UNROLL
+              for (int w = 0; w < 4; ++w)
+                sums[r][tile] = Words<S>::add_product(sums[r][tile], a[i][r].word[w], b.word[w]);
+            }
+          }
+        }
+      }
+      constexpr int kStride = partial_stride(kTiles);
+      FASTRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        FASTRNN_UNROLL
+        for (int tile = 0; tile < kTiles; ++tile) {
+          float sum = sums[r][tile];
+          sum += thread.shuffle_xor(sum, 1);
+          sum += thread.shuffle_xor(sum, 2);
+          if (q == r) partial[(row + r) * kStride + tile * kColumnTile + g] = sum;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,292 @@
+// The persistent schedule: what is prepared for its walks (walk.h), and their launch.
+//
+//   forward    the exchange is cleared, h0 put into its third slot, the table of steps written;
+//              gates_x = x w_ih^T for a chunk of many steps, one launch for its steps; next chunk
+//   backward   the exchange is cleared, the table written; one launch
+//
+// The text is a template over the machine, as the stepwise schedule's; beside `multiply` and
+// `for_each` it brings
+//
+//   machine.clear(memory, bytes)
+//   machine.upload(to, from, count)      small host data, without waiting and safe in a graph
+//   machine.walk(body, blocks, bytes)    body(thread), kWalkThreads a block, all blocks resident,
+//                                        with so many bytes of shared memory each
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "stepwise.h"
+#include "walk.h"
+
+namespace fastrnn::cuda {
+
+// The steps of a layer as the device sees them.
+inline std::vector<Segment> segments_of(const LayerShape& shape) {
+  std::vector<Segment> segments;
+  for (std::int64_t t = 0; t < shape.steps; ++t) {
+    if (segments.empty() || segments.back().rows != shape.step_rows[t])
+      segments.push_back({t, shape.step_offset[t], shape.step_rows[t]});
+  }
+  segments.push_back({shape.steps, shape.rows(), 0});
+  return segments;
+}
+// No more than these: a segment has fewer rows than the one before it, and at least one step.
+inline std::int64_t most_segments(const LayerShape& shape) {
+  return std::min(shape.batch, shape.steps) + 1;
+}
+
+// Where everything lies in the workspace, for both directions. The exchange and the marks of
+// arrival come first, to be cleared at once.
+template <class S>
+struct PersistentLayout {
+  std::int64_t slots_bytes, marks;  // of a direction
+  std::int64_t chunk;               // rows
+  std::size_t exchange, arrived, cleared, segments, c, d_h, gates_x, bytes;
+
+  PersistentLayout(const LayerShape& shape, int directions, const Plan& plan, Pass pass) {
+    const Tiling& tiling = plan.tiling;
+    const CellInfo& cell = cell_info(shape.cell);
+    const bool is_forward = pass == Pass::kForward;
+    const std::int64_t state = directions * shape.batch * shape.hidden_size;
+    slots_bytes = (is_forward ? 3 : 2) * tiling.groups * kGroupBytes * kRowTile * tiling.row_tiles;
+    marks = std::int64_t(tiling.row_tiles) * tiling.unit_blocks;
+    chunk = std::min(std::max(plan.chunk_rows, shape.batch), shape.rows());
+    Parts parts;
+    exchange = parts.add<char>(directions * slots_bytes);
+    arrived = parts.add<std::uint64_t>(directions * marks);
+    cleared = parts.bytes();
+    segments = parts.add<Segment>(most_segments(shape));
+    c = parts.add<float>(cell.states == 2 ? state : 0);
+    d_h = parts.add<float>(is_forward ? 0 : state);
+    gates_x =
+        parts.add<float>(is_forward ? directions * chunk * cell.gates * shape.hidden_size : 0);
+    bytes = parts.bytes();
+  }
+};
+
+// h0 as it is multiplied.
+template <class Math, class S>
+struct CopyOperand {
+  const S* from;  // [B, H]
+  S* to;          // [B, *], to_stride apart
+  std::int64_t hidden, to_stride;
+
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
+    to[b * to_stride + unit] = Math::operand(widen(from[b * hidden + unit]));
+  }
+};
+
+// Calls action.run<Math, kUnits>() with what the tiling names.
+template <class S, class Action>
+auto with_tiling(const Tiling& tiling, Action&& action) {
+  if (tiling.tensor_cores)
+    return tiling.units == 8 ? action.template run<TensorCores<S>, 8>()
+                             : action.template run<TensorCores<S>, 16>();
+  return tiling.units == 8 ? action.template run<CudaCores<S>, 8>()
+                           : action.template run<CudaCores<S>, 16>();
+}
+
+// What both passes prepare alike.
+template <class S, class Problem, class Machine>
+class Persistent {
+ protected:
+  Persistent(const Problem* problems, int directions, const Plan& plan, void* workspace,
+             Machine& machine, Pass pass)
+      : problems_(problems),
+        shape_(problems[0].shape),
+        directions_(directions),
+        plan_(plan),
+        machine_(machine),
+        at_(shape_, directions, plan, pass),
+        base_(static_cast<char*>(workspace)) {}
+
+  template <class T>
+  T* part(std::size_t at) const {
+    return reinterpret_cast<T*>(base_ + at);
+  }
+
+  WalkShape walk_shape() const {
+    const Tiling& tiling = plan_.tiling;
+    return {shape_.steps,
+            shape_.batch,
+            shape_.hidden_size,
+            tiling.groups,
+            std::int64_t(tiling.row_tiles) * kRowTile,
+            tiling.unit_blocks,
+            tiling.row_groups};
+  }
+
+  void begin_side(WalkSide& side, int direction) const {
+    side.reverse = problems_[direction].shape.reverse;
+    side.segments = part<Segment>(at_.segments);
+    side.exchange = part<char>(at_.exchange) + direction * at_.slots_bytes;
+    side.arrived = part<std::uint64_t>(at_.arrived) + direction * at_.marks;
+  }
+  std::int64_t state_offset(int direction) const {
+    return direction * shape_.batch * shape_.hidden_size;
+  }
+
+  void prepare() {
+    machine_.clear(base_, at_.cleared);
+    const std::vector<Segment> segments = segments_of(shape_);
+    machine_.upload(part<Segment>(at_.segments), segments.data(), segments.size());
+  }
+  template <class Walk>
+  void walk(const Walk& body) {
+    machine_.walk(body, plan_.tiling.blocks, plan_.tiling.shared_bytes);
+  }
+
+  const Problem* problems_;  // one a direction
+  const LayerShape& shape_;
+  int directions_;
+  const Plan& plan_;
+  Machine& machine_;
+  PersistentLayout<S> at_;
+  char* base_;
+};
+
+template <class Cell, class S, class Machine>
+class PersistentForward : Persistent<S, Forward<S>, Machine> {
+  using Base = Persistent<S, Forward<S>, Machine>;
+
+ public:
+  PersistentForward(const Forward<S>* problems, int directions, const Plan& plan, void* workspace,
+                    Machine& machine)
+      : Base(problems, directions, plan, workspace, machine, Pass::kForward) {}
+
+  template <class Math, int kUnits>
+  void run() {
+    ForwardWalk<Cell, S, Math, kUnits> body{};
+    body.shape = this->walk_shape();
+    this->prepare();
+    for (int d = 0; d < this->directions_; ++d) {
+      const Forward<S>& p = this->problems_[d];
+      ForwardSide<S>& side = body.side[d];
+      this->begin_side(side, d);
+      side.weights = p.weights;
+      side.h0 = p.h0;
+      side.c0 = p.c0;
+      side.y = p.y;
+      side.y_stride = p.y_stride;
+      side.h_n = p.h_n;
+      side.c_n = p.c_n;
+      side.saved = p.saved;
+      side.c = this->template part<float>(this->at_.c) + this->state_offset(d);
+      side.gates_x = gates_x(d);
+      S* initial = reinterpret_cast<S*>(side.exchange + 2 * body.shape.slot_bytes());
+      this->machine_.for_each(
+          this->shape_.batch, this->shape_.hidden_size,
+          CopyOperand<Math, S>{p.h0, initial, this->shape_.hidden_size,
+                               body.shape.row_bytes() / std::int64_t(sizeof(S))});
+    }
+    for (std::int64_t k = 0; k < this->shape_.steps; k = body.end) {
+      body.begin = k;
+      body.end = chunk_end(k);
+      for (int d = 0; d < this->directions_; ++d)
+        body.side[d].first_row = multiply_input(d, body.begin, body.end);
+      this->walk(body);
+    }
+  }
+
+ private:
+  float* gates_x(int d) const {
+    return this->template part<float>(this->at_.gates_x) +
+           d * this->at_.chunk * Cell::kGates * this->shape_.hidden_size;
+  }
+
+  // One step, and as many more as stay within the chunk's rows in every direction.
+  std::int64_t chunk_end(std::int64_t begin) const {
+    std::int64_t end = begin, rows[2] = {};
+    while (end < this->shape_.steps) {
+      bool fits = true;
+      for (int d = 0; d < this->directions_; ++d) {
+        const LayerShape& shape = this->problems_[d].shape;
+        rows[d] += shape.step_rows[shape.step(end)];
+        fits = fits && rows[d] <= this->at_.chunk;
+      }
+      if (!fits && end > begin) break;
+      ++end;
+    }
+    return end;
+  }
+
+  // Returns the first of the chunk's rows, which lie together.
+  std::int64_t multiply_input(int d, std::int64_t begin, std::int64_t end) {
+    const Forward<S>& p = this->problems_[d];
+    const LayerShape& shape = p.shape;
+    const std::int64_t low = std::min(shape.step(begin), shape.step(end - 1));
+    const std::int64_t high = std::max(shape.step(begin), shape.step(end - 1));
+    const std::int64_t first = shape.step_offset[low];
+    const std::int64_t rows = shape.step_offset[high] + shape.step_rows[high] - first;
+    this->machine_.multiply(input_product(p, first, rows, gates_x(d)));
+    return first;
+  }
+};
+
+template <class Cell, class S, class Machine>
+class PersistentBackward : Persistent<S, Backward<S>, Machine> {
+  using Base = Persistent<S, Backward<S>, Machine>;
+
+ public:
+  PersistentBackward(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
+                     Machine& machine)
+      : Base(problems, directions, plan, workspace, machine, Pass::kBackward) {}
+
+  template <class Math, int kUnits>
+  void run() {
+    BackwardWalk<Cell, S, Math, kUnits> body{};
+    body.shape = this->walk_shape();
+    this->prepare();
+    for (int d = 0; d < this->directions_; ++d) {
+      const Backward<S>& p = this->problems_[d];
+      BackwardSide<S>& side = body.side[d];
+      this->begin_side(side, d);
+      side.w_hh = p.weights.w_hh;
+      side.w_hh_stride = p.weights.w_hh_stride;
+      side.h0 = p.h0;
+      side.c0 = p.c0;
+      side.y = p.y;
+      side.y_stride = p.y_stride;
+      side.saved = p.saved;
+      side.d_y = p.d_y;
+      side.d_y_stride = p.d_y_stride;
+      side.d_h_n = p.d_h_n;
+      side.d_c_n = p.d_c_n;
+      side.d_pre = p.d_pre;
+      side.d_h0 = p.d_h0;
+      side.d_c0 = p.d_c0;
+      side.d_h = this->template part<float>(this->at_.d_h) + this->state_offset(d);
+      side.d_c = this->template part<float>(this->at_.c) + this->state_offset(d);
+    }
+    this->walk(body);
+  }
+};
+
+template <class S, class Machine>
+void persistent_forward(const Forward<S>* problems, int directions, const Plan& plan,
+                        void* workspace, Machine& machine) {
+  switch (problems[0].shape.cell) {
+#define FASTRNN_CELL(kind, name, type)                                      \
+  case CellKind::kind:                                                      \
+    return with_tiling<S>(plan.tiling, PersistentForward<type, S, Machine>( \
+                                           problems, directions, plan, workspace, machine));
+    FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+  }
+}
+
+template <class S, class Machine>
+void persistent_backward(const Backward<S>* problems, int directions, const Plan& plan,
+                         void* workspace, Machine& machine) {
+  switch (problems[0].shape.cell) {
+#define FASTRNN_CELL(kind, name, type)                                       \
+  case CellKind::kind:                                                       \
+    return with_tiling<S>(plan.tiling, PersistentBackward<type, S, Machine>( \
+                                           problems, directions, plan, workspace, machine));
+    FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+  }
+}
+
+}  // namespace fastrnn::cuda

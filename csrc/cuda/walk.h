@@ -1,0 +1,377 @@
+// The persistent schedule's kernels: blocks that walk all steps of a layer in one launch.
+//
+// A block owns `kUnits` hidden units (all their gates) and the row tiles of its group, of one
+// direction. Its share of w_hh is packed into shared memory once. Then, for every step and row
+// tile:
+//
+//   load       what the pointwise part reads that no other block writes       (all threads, early)
+//   wait       until the blocks whose units a warp is to read have arrived    (each warp by itself)
+//   multiply   partial sums of the warp's share of k                          -> shared memory
+//   sum, cell  a thread a row and unit; h' goes into y and into the exchange  <- shared memory
+//   arrive     the tile's mark of this block becomes the number of steps that it has walked
+//
+// The exchange has two slots that steps use in turn. Who writes slot k % 2 has, with its block,
+// seen all blocks of the tile arrive at step k - 1, after which nobody reads what step k - 2 left
+// in it. Tiles do not wait for one another: while one waits the block may have another to walk.
+//
+// Backward the same way round: the exchange holds the gradients of the gates, [unit][gate], and a
+// block's columns are those of its units; k runs over all gates.
+#pragma once
+
+#include "fragment.h"
+#include "kernels.h"
+#include "step.h"
+
+namespace fastrnn::cuda {
+
+// Steps with the same number of rows. A layer's end with {T, N, 0}, so that the next can be asked.
+struct Segment {
+  std::int64_t first_step, first_row, rows;
+};
+
+// The rows of a step. "Before" and "after" are in walking order.
+struct StepRows {
+  std::int64_t row, rows;     // the first one in [N, *], and how many
+  std::int64_t first_new;     // rows from here on start at this step
+  std::int64_t first_ending;  // rows from here on end at it
+  std::int64_t row_before;    // the first row of the step before, if any
+};
+
+// Finds the rows of steps that are asked one after the other.
+class Steps {
+ public:
+  FASTRNN_HD Steps(const Segment* segments, bool reverse) : here_(segments), reverse_(reverse) {}
+
+  FASTRNN_HD StepRows at(std::int64_t t) {
+    while (t < here_->first_step) --here_;
+    while (t >= here_[1].first_step) ++here_;
+    const std::int64_t rows = here_->rows, row = here_->first_row + (t - here_->first_step) * rows;
+    const std::int64_t next = t + 1 < here_[1].first_step ? rows : here_[1].rows;
+    if (reverse_) return {row, rows, next, t == 0 ? 0 : rows, row + rows};
+    if (t == 0) return {row, rows, 0, next, row};
+    const std::int64_t last = t > here_->first_step ? rows : here_[-1].rows;
+    return {row, rows, rows, next, row - last};
+  }
+
+ private:
+  const Segment* here_;
+  bool reverse_;
+};
+
+// What both walks are told, alike for both directions.
+struct WalkShape {
+  std::int64_t steps, batch, hidden;
+  std::int64_t groups;         // of k
+  std::int64_t exchange_rows;  // the batch in whole tiles
+  int unit_blocks, row_groups;
+
+  FASTRNN_HD std::int64_t row_bytes() const { return groups * kGroupBytes; }
+  FASTRNN_HD std::int64_t slot_bytes() const { return exchange_rows * row_bytes(); }
+};
+
+// What a direction's walk has for itself.
+struct WalkSide {
+  bool reverse;
+  const Segment* segments;
+  char* exchange;          // two slots [exchange_rows, row_bytes], forward a third: h0
+  std::uint64_t* arrived;  // [row tiles, unit_blocks]
+};
+
+// Where a block stands.
+struct BlockPlace {
+  int unit_block, row_group, side;
+
+  FASTRNN_HD BlockPlace(const WalkShape& shape, unsigned block)
+      : unit_block(int(block) % shape.unit_blocks),
+        row_group(int(block) / shape.unit_blocks % shape.row_groups),
+        side(int(block) / (shape.unit_blocks * shape.row_groups)) {}
+};
+
+// The part of a walk that knows no cell: products and arrivals. kPerUnit: values of k a unit.
+template <class Math, class S, int kUnits, int kTiles, int kPerUnit, class Thread>
+class Block {
+ public:
+  FASTRNN_DEVICE Block(Thread& thread, const WalkShape& shape, const WalkSide& side,
+                       const BlockPlace& place)
+      : thread_(thread), shape_(shape), side_(side), place_(place) {
+    packed_ = reinterpret_cast<Quad*>(thread.shared());
+    partial_ = reinterpret_cast<float*>(packed_ + shape.groups * kTiles * kWarp);
+    warp_ = int(thread.index()) / kWarp;
+    share_ = share_of(warp_, shape.groups);
+    const std::int64_t first = share_.begin * kGroupValues<S> / kPerUnit;
+    const std::int64_t last = (share_.end * kGroupValues<S> - 1) / kPerUnit;
+    first_producer_ = first / kUnits;
+    last_producer_ = (last < shape.hidden ? last : shape.hidden - 1) / kUnits;
+  }
+
+  template <class Source>
+  FASTRNN_DEVICE void pack(const Source& source) {
+    pack_weights<Math, S, kTiles>(thread_, shape_.groups, packed_, source);
+    thread_.sync();
+  }
+
+  // The row and the unit of this thread in a tile; threads beyond the tile have none.
+  FASTRNN_DEVICE bool has_element() const { return thread_.index() < kRowTile * kUnits; }
+  FASTRNN_DEVICE int row() const { return int(thread_.index()) / kUnits; }
+  FASTRNN_DEVICE std::int64_t unit() const {
+    return std::int64_t(place_.unit_block) * kUnits + thread_.index() % kUnits;
+  }
+
+  // Waits for the tile's rows of `steps` steps, as far as this warp reads them.
+  FASTRNN_DEVICE void wait(std::int64_t tile, std::int64_t steps) {
+    if (share_.begin == share_.end) return;
+    const std::uint64_t* arrived = side_.arrived + tile * shape_.unit_blocks;
+    for (std::int64_t i = first_producer_ + thread_.index() % kWarp; i <= last_producer_;
+         i += kWarp)
+      thread_.wait(arrived + i, std::uint64_t(steps));
+    thread_.sync_warp();
+  }
+  // Tells the others that this block has walked `steps` steps with the tile. All its threads have.
+  FASTRNN_DEVICE void arrive(std::int64_t tile, std::int64_t steps) {
+    thread_.sync();
+    if (thread_.index() == 0)
+      thread_.publish(side_.arrived + tile * shape_.unit_blocks + place_.unit_block,
+                      std::uint64_t(steps));
+  }
+
+  FASTRNN_DEVICE const char* slot(std::int64_t step) const {
+    return side_.exchange + (step & 1) * shape_.slot_bytes();
+  }
+  FASTRNN_DEVICE S* exchange_row(std::int64_t step, std::int64_t b) const {
+    return reinterpret_cast<S*>(side_.exchange + (step & 1) * shape_.slot_bytes() +
+                                b * shape_.row_bytes());
+  }
+
+  FASTRNN_DEVICE void multiply(const TileRows& rows, int active) {
+    if (share_.begin < share_.end)
+      Math::template multiply<kTiles>(thread_, rows, active, packed_, share_.begin, share_.end,
+                                      partial_ + warp_ * kRowTile * kStride);
+    thread_.sync();
+  }
+  // Element `column` of this thread's row of the product.
+  FASTRNN_DEVICE float product(int column) const {
+    const float* at = partial_ + row() * kStride + column;
+    float sum = 0;
+    for (int warp = 0; warp < share_.warps; ++warp) sum += at[warp * kRowTile * kStride];
+    return sum;
+  }
+
+ private:
+  static constexpr int kStride = partial_stride(kTiles);
+
+  Thread& thread_;
+  const WalkShape& shape_;
+  const WalkSide& side_;
+  const BlockPlace place_;
+  Quad* packed_;    // [groups, kTiles, 32]
+  float* partial_;  // [warps, 16, kStride]
+  int warp_;
+  WarpShare share_;
+  std::int64_t first_producer_, last_producer_;
+};
+
+template <class S>
+struct ForwardSide : WalkSide {
+  LayerWeights<S> weights;
+  const S* h0;
+  const S* c0;
+  S* y;
+  std::int64_t y_stride;
+  S* h_n;
+  S* c_n;
+  float* saved;
+  float* c;                // [B, H]
+  const float* gates_x;    // [rows of the chunk, G*H]
+  std::int64_t first_row;  // of the chunk
+};
+
+// Steps begin ... end - 1 in walking order.
+template <class Cell, class S, class Math, int kUnits>
+struct ForwardWalk {
+  WalkShape shape;
+  std::int64_t begin, end;
+  ForwardSide<S> side[2];
+
+  // w_hh's rows of the block's units: column gate * kUnits + u, k = a unit of h.
+  struct Source {
+    const S* w_hh;
+    std::int64_t stride, hidden, first_unit;
+    FASTRNN_HD float operator()(int column, std::int64_t k) const {
+      const std::int64_t unit = first_unit + column % kUnits;
+      if (unit >= hidden || k >= hidden) return 0;
+      return widen(w_hh[(column / kUnits * hidden + unit) * stride + k]);
+    }
+  };
+
+  template <class Thread>
+  FASTRNN_DEVICE void operator()(Thread& thread) const {
+    constexpr int kTiles = Cell::kGates * kUnits / kColumnTile;
+    const BlockPlace place(shape, thread.block());
+    const ForwardSide<S>& on = side[place.side];
+    Block<Math, S, kUnits, kTiles, 1, Thread> block(thread, shape, on, place);
+    block.pack(Source{on.weights.w_hh, on.weights.w_hh_stride, shape.hidden,
+                      std::int64_t(place.unit_block) * kUnits});
+    const std::int64_t hidden = shape.hidden, unit = block.unit();
+    const char* initial = on.exchange + 2 * shape.slot_bytes();
+
+    ForwardStep<Cell, S> body{};
+    body.hidden = hidden;
+    body.b_ih = on.weights.b_ih;
+    body.b_hh = on.weights.b_hh;
+    body.h_before_stride = body.h_stride = on.y_stride;
+    body.h0 = on.h0;
+    body.c0 = on.c0;
+    body.c = on.c;
+    body.h_n = on.h_n;
+    body.c_n = on.c_n;
+
+    Steps steps(on.segments, on.reverse);
+    for (std::int64_t k = begin; k < end; ++k) {
+      const StepRows at = steps.at(on.reverse ? shape.steps - 1 - k : k);
+      body.first_new = at.first_new;
+      body.first_ending = at.first_ending;
+      body.gates_x = on.gates_x + (at.row - on.first_row) * Cell::kGates * hidden;
+      body.h_before = on.y + at.row_before * on.y_stride;
+      body.h = on.y + at.row * on.y_stride;
+      if (on.saved != nullptr) body.saved = on.saved + at.row * Cell::kSaved * hidden;
+
+      for (std::int64_t tile = place.row_group; tile * kRowTile < at.rows;
+           tile += shape.row_groups) {
+        const std::int64_t first = tile * kRowTile, b = first + block.row();
+        const bool is_mine = block.has_element() && b < at.rows && unit < hidden;
+        typename ForwardStep<Cell, S>::Inputs inputs;
+        if (is_mine) inputs = body.load(b, unit);
+
+        if (at.first_new > first) block.wait(tile, k);
+        block.multiply(TileRows{block.slot(k + 1), initial, first, at.first_new, shape.row_bytes()},
+                       int(at.rows - first < kRowTile ? at.rows - first : kRowTile));
+
+        if (is_mine) {
+          float product[Cell::kGates];
+          FASTRNN_UNROLL
+          for (int gate = 0; gate < Cell::kGates; ++gate)
+            product[gate] = block.product(gate * kUnits + thread.index() % kUnits);
+          const float h = body.finish(inputs, product, 1, b, unit);
+          block.exchange_row(k, b)[unit] = Math::operand(h);
+        }
+        block.arrive(tile, k + 1);
+      }
+    }
+  }
+};
+
+template <class S>
+struct BackwardSide : WalkSide {
+  const S* w_hh;  // [G*H, H]
+  std::int64_t w_hh_stride;
+  const S* h0;
+  const S* c0;
+  const S* y;
+  std::int64_t y_stride;
+  const float* saved;
+  const S* d_y;
+  std::int64_t d_y_stride;
+  const S* d_h_n;
+  const S* d_c_n;
+  S* d_pre;
+  S* d_h0;
+  S* d_c0;
+  float* d_h;  // [B, H] what reaches h around the product (only cells with such a way)
+  float* d_c;  // [B, H]
+};
+
+// All steps, and one more for the gradients at the initial states.
+template <class Cell, class S, class Math, int kUnits>
+struct BackwardWalk {
+  WalkShape shape;
+  BackwardSide<S> side[2];
+
+  // The gates' share of w_hh's columns: column u, k = unit * G + gate.
+  struct Source {
+    const S* w_hh;
+    std::int64_t stride, hidden, first_unit;
+    FASTRNN_HD float operator()(int column, std::int64_t k) const {
+      const std::int64_t unit = first_unit + column, from = k / Cell::kGates;
+      if (unit >= hidden || from >= hidden) return 0;
+      return widen(w_hh[(k % Cell::kGates * hidden + from) * stride + unit]);
+    }
+  };
+
+  template <class Thread>
+  FASTRNN_DEVICE void operator()(Thread& thread) const {
+    constexpr int kTiles = kUnits / kColumnTile;
+    const BlockPlace place(shape, thread.block());
+    const BackwardSide<S>& on = side[place.side];
+    Block<Math, S, kUnits, kTiles, Cell::kGates, Thread> block(thread, shape, on, place);
+    block.pack(
+        Source{on.w_hh, on.w_hh_stride, shape.hidden, std::int64_t(place.unit_block) * kUnits});
+    const std::int64_t hidden = shape.hidden, unit = block.unit();
+
+    BackwardStep<Cell, S> body{};
+    body.hidden = hidden;
+    body.d_h = on.d_h;
+    body.d_h_n = on.d_h_n;
+    body.d_y_stride = on.d_y_stride;
+    body.d_c = on.d_c;
+    body.d_c_n = on.d_c_n;
+    body.h_stride = on.y_stride;
+    body.h0 = on.h0;
+    body.c0 = on.c0;
+
+    Steps steps(on.segments, on.reverse);
+    std::int64_t rows_after = 0;  // of the step that was walked last
+    for (std::int64_t k = 0; k <= shape.steps; ++k) {
+      StepRows at{};  // the last time round none is left
+      if (k < shape.steps) {
+        at = steps.at(on.reverse ? k : shape.steps - 1 - k);
+        body.first_new = at.first_new;
+        body.first_ending = at.first_ending;
+        body.h = on.y + at.row * on.y_stride;
+        body.h_before = on.y + at.row_before * on.y_stride;
+        if (on.d_y != nullptr) body.d_y = on.d_y + at.row * on.d_y_stride;
+        if (on.saved != nullptr) {
+          body.saved = on.saved + at.row * Cell::kSaved * hidden;
+          body.saved_before = on.saved + at.row_before * Cell::kSaved * hidden;
+        }
+        body.d_pre = on.d_pre + at.row * Cell::kPre * hidden;
+      }
+
+      const std::int64_t rows = at.rows > rows_after ? at.rows : rows_after;
+      for (std::int64_t tile = place.row_group; tile * kRowTile < rows; tile += shape.row_groups) {
+        const std::int64_t first = tile * kRowTile, b = first + block.row();
+        const bool is_mine = block.has_element() && b < rows && unit < hidden;
+        const bool is_step = is_mine && b < at.rows;  // else the row's walk is over
+        typename BackwardStep<Cell, S>::Inputs inputs;
+        if (is_step) inputs = body.load(b, unit);
+        float d_left = 0;
+        if constexpr (Cell::kDirect) {
+          if (is_mine && b < rows_after) d_left = on.d_h[b * hidden + unit];
+        }
+
+        if (rows_after > first) {
+          block.wait(tile, k);
+          block.multiply(
+              TileRows{block.slot(k + 1), block.slot(k + 1), first, rows_after, shape.row_bytes()},
+              int(rows_after - first < kRowTile ? rows_after - first : kRowTile));
+          if (is_mine && b < rows_after) d_left += block.product(int(unit) % kUnits);
+        }
+
+        if (is_step) {
+          float d_gates[Cell::kPre];
+          body.finish(inputs, d_left, b, unit, d_gates);
+          S* to = block.exchange_row(k, b) + unit * Cell::kGates;
+          FASTRNN_UNROLL
+          for (int gate = 0; gate < Cell::kGates; ++gate) to[gate] = Math::operand(d_gates[gate]);
+        } else if (is_mine) {
+          on.d_h0[b * hidden + unit] = narrow<S>(d_left);
+          if constexpr (Cell::kStates == 2)
+            on.d_c0[b * hidden + unit] = narrow<S>(on.d_c[b * hidden + unit]);
+        }
+        block.arrive(tile, k + 1);
+      }
+      rows_after = at.rows;
+    }
+  }
+};
+
+}  // namespace fastrnn::cuda
