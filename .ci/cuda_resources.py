@@ -1,0 +1,212 @@
+"""Registers and shared memory of the CUDA kernels: the table in docs/cuda_kernels.md.
+
+    cuda_resources.py            compiles csrc/cuda/*.cu and fails if a kernel spills or has a stack,
+                                 or if the table is not what this nvcc says (of another nvcc only the
+                                 names of the kernels are compared)
+    cuda_resources.py --write    writes the table
+
+Needs nvcc, the headers of cuBLAS (a torch with CUDA brings them) and an installed fastrnn, whose
+plan says how much shared memory a block asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "docs" / "cuda_kernels.md"
+ARCHS = ("sm_80", "sm_90a", "sm_100")
+HIDDEN = (256, 512, 768, 1024)
+
+# what `ptxas -v` says of one kernel
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    arch: str
+    registers: int
+    stack: int  # bytes
+    spilled: int  # bytes
+
+
+def kernels(log: str) -> list[Kernel]:
+    """The kernels of a log of nvcc's, demangled."""
+    found = [match.groupdict() for match in KERNEL.finditer(log)]
+    mangled = "\n".join(kernel["name"] for kernel in found)
+    names = subprocess.run(
+        ["c++filt"], input=mangled, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [
+        Kernel(
+            short(name),
+            kernel["arch"],
+            int(kernel["registers"]),
+            int(kernel["stack"]),
+            int(kernel["stores"]) + int(kernel["loads"]),
+        )
+        for name, kernel in zip(names, found, strict=True)
+    ]
+
+
+def short(name: str) -> str:
+    """`ForwardWalk<Lstm, Float16, TensorCores<Float16>, 8>`, of a demangled kernel's name."""
+    name = re.sub(r"fastrnn::(cuda|cells)::|\(anonymous namespace\)::|^void ", "", name)
+    name = re.sub(r"\((int|unsigned int)\)", "", name)
+    start, end = name.index("<"), name.rindex(">")
+    kernel, inner = name[:start], re.sub(r"\s+>", ">", name[start + 1 : end]).strip()
+    return inner if kernel in ("walk_kernel", "for_each_kernel") else f"{kernel}<{inner}>"
+
+
+def compile_all() -> tuple[str, str]:
+    """nvcc's release, and what its ptxas says of all sources and architectures."""
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_under_ci")
+    cuda = setup["find_cuda"](setup["find_torch"]())
+    if cuda is None:
+        raise SystemExit("needs nvcc and a torch with CUDA")
+    nvcc = setup["find_nvcc"]()
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    version = re.findall(r"release ([\d.]+), V([\d.]+)", release.stdout)[0][1]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_one(job: tuple[Path, str]) -> str:
+            source, arch = job
+            command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+            for include in cuda.include:
+                command += ["-isystem", include]
+            command.append(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}")
+            command += ["-c", str(source), "-o", f"{folder}/{source.stem}-{arch}.o"]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode != 0 or "warning" in result.stderr:
+                raise SystemExit(f"{source.name} for {arch}:\n{result.stderr}")
+            return result.stderr
+
+        jobs = [(source, arch) for source in sorted(ROOT.glob("csrc/cuda/*.cu")) for arch in ARCHS]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            return version, "".join(pool.map(compile_one, jobs))
+
+
+def registers_table(found: list[Kernel]) -> list[str]:
+    by_name: dict[str, dict[str, int]] = {}
+    for kernel in found:
+        by_name.setdefault(kernel.name, {})[kernel.arch] = kernel.registers
+    lines = [f"| kernel | {' | '.join(ARCHS)} |", "|---|" + "--:|" * len(ARCHS)]
+    for name in sorted(by_name):
+        counts = " | ".join(str(by_name[name].get(arch, "-")) for arch in ARCHS)
+        lines.append(f"| `{name}` | {counts} |")
+    return lines
+
+
+def shared_table() -> list[str]:
+    from fastrnn import _C
+
+    lines = [
+        f"| pass | cell | dtype | {' | '.join(f'H={hidden}' for hidden in HIDDEN)} |",
+        "|---|---|---|" + "--:|" * len(HIDDEN),
+    ]
+    for training in (False, True):
+        for cell in ("rnn_tanh", "gru", "lstm"):
+            for dtype in ("float16", "float32"):
+                row = []
+                for hidden in HIDDEN:
+                    plan = _C.cuda_plan(
+                        cell, 100, 16, 1, hidden, dtype=dtype, training=training, schedule="auto"
+                    )
+                    if plan["schedule"] == "persistent":
+                        kib = plan["shared_bytes"] / 1024
+                        row.append(f"{plan['unit_blocks']} x {kib:.1f}")
+                    else:
+                        row.append(plan["schedule"])
+                way = "backward" if training else "forward"
+                lines.append(f"| {way} | {cell} | {dtype} | {' | '.join(row)} |")
+    return lines
+
+
+def text_of(version: str, found: list[Kernel]) -> str:
+    walks = [kernel for kernel in found if "Walk<" in kernel.name]
+    rest = [kernel for kernel in found if "Walk<" not in kernel.name]
+    return "\n".join(
+        [
+            "# Registers and shared memory of the CUDA kernels",
+            "",
+            f"Written by `.ci/cuda_resources.py --write` with nvcc {version}. No kernel spills or has",
+            "a stack. A kernel's name ends with the units of a block where it has any.",
+            "",
+            "## Persistent: shared memory",
+            "",
+            "Blocks a direction x KiB of shared memory a block, on an H100 (132 multiprocessors, 227",
+            "KiB a block) with a batch of 16; one block of 256 threads a multiprocessor. bfloat16 is",
+            "as float16, TF32 as float32.",
+            "",
+            *shared_table(),
+            "",
+            "## Persistent: registers of a thread",
+            "",
+            "255 is the most that a block of 256 threads may have.",
+            "",
+            *registers_table(walks),
+            "",
+            "## Stepwise and preparations: registers of a thread",
+            "",
+            *registers_table(rest),
+            "",
+        ]
+    )
+
+
+def problems(version: str, found: list[Kernel], table: str) -> list[str]:
+    """What is wrong, in sentences."""
+    result = [
+        f"{kernel.name} for {kernel.arch} spills {kernel.spilled} bytes and has a stack of "
+        f"{kernel.stack}"
+        for kernel in found
+        if kernel.spilled or kernel.stack
+    ]
+    for arch in ARCHS:
+        if not any(kernel.arch == arch and "Walk<" in kernel.name for kernel in found):
+            result.append(f"there is no persistent kernel for {arch}")
+    advice = "run .ci/cuda_resources.py --write"
+    if f"with nvcc {version}." in table:
+        if table != text_of(version, found):
+            result.append(f"{TABLE.name} is not what nvcc says now: {advice}")
+    else:
+        here, there = {kernel.name for kernel in found}, set(re.findall(r"\| `(.+?)` \|", table))
+        if here != there:
+            result.append(f"{TABLE.name} has other kernels: {sorted(here ^ there)}: {advice}")
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the table")
+    write = parser.parse_args().write
+    version, log = compile_all()
+    found = kernels(log)
+    if write:
+        TABLE.write_text(text_of(version, found), encoding="utf-8")
+    wrong = problems(version, found, TABLE.read_text(encoding="utf-8"))
+    for arch in ARCHS:
+        here = [kernel for kernel in found if kernel.arch == arch]
+        most = max((kernel.registers for kernel in here), default=0)
+        print(f"{arch}: {len(here)} kernels, at most {most} registers")
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
