@@ -1,8 +1,8 @@
 """Registers and shared memory of the CUDA kernels: the table in docs/cuda_kernels.md.
 
-    cuda_resources.py            compiles csrc/cuda/*.cu and fails if a kernel spills or has a stack,
+    cuda_resources.py            compiles csrc/cuda/*.cu; fails if a kernel spills or has a stack,
                                  or if the table is not what this nvcc says (of another nvcc only the
-                                 names of the kernels are compared)
+                                 kernels' names are compared)
     cuda_resources.py --write    writes the table
 
 Needs nvcc, the headers of cuBLAS (a torch with CUDA brings them) and an installed fastrnn, whose
@@ -66,9 +66,13 @@ def kernels(log: str) -> list[Kernel]:
 
 def short(name: str) -> str:
     """`ForwardWalk<Lstm, Float16, TensorCores<Float16>, 8>`, of a demangled kernel's name."""
-    name = re.sub(r"fastrnn::(cuda|cells)::|\(anonymous namespace\)::|^void ", "", name)
-    name = re.sub(r"\((int|unsigned int)\)", "", name)
-    start, end = name.index("<"), name.rindex(">")
+    name = re.sub(r"fastrnn::(cuda|cells)::|^void |\((unsigned )?int\)", "", name)
+    start = end = name.index("<")
+    depth = 0
+    for end in range(start, len(name)):
+        depth += {"<": 1, ">": -1}.get(name[end], 0)
+        if depth == 0:
+            break
     kernel, inner = name[:start], re.sub(r"\s+>", ">", name[start + 1 : end]).strip()
     return inner if kernel in ("walk_kernel", "for_each_kernel") else f"{kernel}<{inner}>"
 
@@ -144,14 +148,14 @@ def text_of(version: str, found: list[Kernel]) -> str:
         [
             "# Registers and shared memory of the CUDA kernels",
             "",
-            f"Written by `.ci/cuda_resources.py --write` with nvcc {version}. No kernel spills or has",
-            "a stack. A kernel's name ends with the units of a block where it has any.",
+            f"Written by `.ci/cuda_resources.py --write` with nvcc {version}. No kernel spills or",
+            "has a stack. A persistent kernel's name ends with the hidden units of a block.",
             "",
             "## Persistent: shared memory",
             "",
-            "Blocks a direction x KiB of shared memory a block, on an H100 (132 multiprocessors, 227",
-            "KiB a block) with a batch of 16; one block of 256 threads a multiprocessor. bfloat16 is",
-            "as float16, TF32 as float32.",
+            "Blocks a direction x KiB of shared memory a block, on an H100 (132 multiprocessors,",
+            "227 KiB a block) with a batch of 16; a block of 256 threads a multiprocessor.",
+            "bfloat16 is as float16, TF32 as float32.",
             "",
             *shared_table(),
             "",
