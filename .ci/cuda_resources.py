@@ -90,7 +90,7 @@ def compile_all() -> tuple[str, str]:
 
         def compile_one(job: tuple[Path, str]) -> str:
             source, arch = job
-            command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+            command = [nvcc, *setup["NVCC_FLAGS"], "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
             for include in cuda.include:
                 command += ["-isystem", include]
             command.append(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}")

@@ -15,7 +15,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.run_forward.restype = library.run_backward.restype = ctypes.c_int64
     library.last_failure.restype = ctypes.c_char_p
+    library.partial_at.restype = ctypes.c_int64
     library.call_bytes.restype = ctypes.c_int64
     assert library.call_bytes() == ctypes.sizeof(Call)
     return library
@@ -555,6 +556,35 @@ def test_every_barrier_is_needed(library: ctypes.CDLL, forget: int, tf32: bool) 
         except AssertionError:  # threads that wait at different barriers
             wrong += 1
     assert wrong > 0
+
+
+@pytest.mark.parametrize(("units", "gates"), [(8, 1), (8, 3), (8, 4), (16, 1), (16, 3), (16, 4)])
+def test_partial_sums_have_no_bank_conflicts(library: ctypes.CDLL, units: int, gates: int) -> None:
+    tiles = units // 8 * gates
+    at = {
+        (row, column): library.partial_at(*map(ctypes.c_int64, (tiles, row, column)))
+        for row in range(16)
+        for column in range(8 * tiles)
+    }
+    assert sorted(at.values()) == list(range(16 * 8 * tiles))
+
+    def banks(positions: Iterable[tuple[int, int]]) -> set[int]:
+        return {at[position] % 32 for position in positions}
+
+    for tile in range(tiles):
+        for rows in (
+            range(4),
+            range(4, 8),
+            range(8, 12),
+            range(12, 16),
+        ):  # half a warp writes pairs
+            written = [(row, 8 * tile + column) for row in rows for column in range(8)]
+            assert len(banks(written)) == 32
+    for gate in range(gates):
+        for first in range(0, 16, 32 // units):  # a warp reads a row and unit a lane
+            rows = range(first, first + 32 // units)
+            read = [(row, gate * units + unit) for row in rows for unit in range(units)]
+            assert len(banks(read)) == 32
 
 
 @persistent

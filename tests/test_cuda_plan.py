@@ -37,7 +37,7 @@ def test_shared_memory_bounds_the_size() -> None:
         )
         for dtype in ("float16", "float32")
     }
-    assert largest == {"float16": 1504, "float32": 1056}
+    assert largest == {"float16": 1536, "float32": 1056}
     small = {"multiprocessors": 108, "shared_bytes": 166912, "capability": 8}  # an A100
     assert plan("lstm", 16, 1024, dtype="float16", **small)["schedule"] == "persistent"
     assert plan("lstm", 16, 1024, dtype="float32", **small)["schedule"] == "stepwise"
@@ -59,12 +59,12 @@ def test_what_is_never_persistent() -> None:
 
 
 def test_what_is_too_little_or_too_much_unless_asked_for() -> None:
-    for batch, steps in ((16, 3), (16 * 16 + 1, 100)):
+    for batch, steps in ((16, 3), (2 * 4 * 16 + 1, 100)):  # 2 groups of blocks, 4 tiles of rows
         assert plan("lstm", batch, 1024, steps, dtype="float16")["schedule"] == "stepwise"
         forced = plan("lstm", batch, 1024, steps, dtype="float16", schedule="persistent")
         assert forced["schedule"] == "persistent"
     assert plan("lstm", 16, 1024, 4, dtype="float16")["schedule"] == "persistent"
-    assert plan("lstm", 16 * 16, 1024, dtype="float16")["schedule"] == "persistent"
+    assert plan("lstm", 2 * 4 * 16, 1024, dtype="float16")["schedule"] == "persistent"
 
 
 def test_tensor_cores() -> None:
@@ -83,9 +83,14 @@ def test_blocks_share_out_rows() -> None:
     assert chosen["unit_blocks"] == 32
     assert chosen["row_tiles"] == chosen["row_groups"] == 4
     assert chosen["blocks"] == 128
+    assert chosen["units"] == 8
+    # with 8 units each of 64 blocks would walk two tiles
     both = plan("lstm", 64, 256, dtype="float16", directions=2)
-    assert both["row_groups"] == 2
+    assert both["units"] == 16
+    assert both["row_groups"] == 4
     assert both["blocks"] == 128
+    # 5 tiles, 4 groups of blocks: some walk two tiles, so 3 groups are as fast
+    assert plan("lstm", 80, 256, dtype="float16", multiprocessors=64)["row_groups"] == 3
     assert plan("lstm", 64, 1024, dtype="float16", directions=2)["units"] == 16
     assert plan("lstm", 64, 1100, dtype="float16", directions=2)["schedule"] == "stepwise"
 

@@ -78,26 +78,25 @@ struct TileRows {
   }
 };
 
-// The groups of k of a warp.
+// The groups of k of a warp; none, where there are fewer groups than warps.
 struct WarpShare {
-  int warps;  // that have any
-  std::int64_t begin, end;
+  int begin, end;
 };
-FASTRNN_HD WarpShare share_of(int warp, std::int64_t groups) {
-  const int warps = groups < kWalkWarps ? int(groups) : kWalkWarps;
-  if (warp >= warps) return {warps, 0, 0};
-  return {warps, groups * warp / warps, groups * (warp + 1) / warps};
+FASTRNN_HD WarpShare share_of(int warp, int groups) {
+  const int warps = groups < kWalkWarps ? groups : kWalkWarps;
+  if (warp >= warps) return {0, 0};
+  return {groups * warp / warps, groups * (warp + 1) / warps};
 }
 
 // What both ways do with the weights. `source(column, k)` gives them, zero beyond the last.
 template <class Math, class S, int kTiles, class Thread, class Source>
-FASTRNN_DEVICE void pack_weights(const Thread& thread, std::int64_t groups, Quad* packed,
+FASTRNN_DEVICE void pack_weights(const Thread& thread, int groups, Quad* packed,
                                  const Source& source) {
   constexpr int kValues = Words<S>::kValues;
-  for (std::int64_t i = thread.index(); i < groups * kTiles * kWarp; i += kWalkThreads) {
-    const int lane = int(i % kWarp), tile = int(i / kWarp % kTiles);
+  for (int i = int(thread.index()); i < groups * kTiles * kWarp; i += kWalkThreads) {
+    const int lane = i % kWarp, tile = i / kWarp % kTiles;
     const std::int64_t k =
-        i / (kWarp * kTiles) * kGroupValues<S> + std::int64_t(lane % 4) * 4 * kValues;
+        std::int64_t(i / (kWarp * kTiles)) * kGroupValues<S> + lane % 4 * 4 * kValues;
     Quad quad;
     FASTRNN_UNROLL
     for (int w = 0; w < 4; ++w) {
@@ -113,8 +112,6 @@ FASTRNN_DEVICE void pack_weights(const Thread& thread, std::int64_t groups, Quad
 
 template <class S>
 struct TensorCores {
-  static constexpr int kAhead = 4;  // groups whose operands are fetched before the first is used
-
   // A value as it is multiplied.
   static FASTRNN_HD S operand(float value) {
     if constexpr (sizeof(S) == 4)
@@ -123,26 +120,29 @@ struct TensorCores {
       return narrow<S>(value);
   }
 
-  // partial [16, kTiles*8] = the tile's rows times the weights, over the groups begin ... end - 1
+  // partial [16, kTiles*8] = the tile's rows times the weights, over the groups of the share
   template <int kTiles, class Thread>
   static FASTRNN_DEVICE void multiply(Thread& thread, const TileRows& rows, int /*active*/,
-                                      const Quad* packed, std::int64_t begin, std::int64_t end,
-                                      float* partial) {
-    const int lane = thread.index() % kWarp, g = lane / 4, q = lane % 4;
+                                      const Quad* packed, WarpShare share, float* partial) {
+    // A product waits for the one before it that adds into the same sums: with few tiles there are
+    // several sets of them. And as many groups' operands are fetched ahead as registers allow.
+    constexpr int kChains = kTiles >= 4 ? 1 : kTiles >= 2 ? 2 : 4;
+    constexpr int kAhead = kTiles <= 2 ? 8 : 4;
+    const int lane = int(thread.index()) % kWarp, g = lane / 4, q = lane % 4;
     const char* low = rows(g) + q * sizeof(Quad);
     const char* high = rows(g + 8) + q * sizeof(Quad);
-    float sums[kTiles][4] = {};
-    for (std::int64_t first = begin; first < end; first += kAhead) {
+    float sums[kChains][kTiles][4] = {};
+    for (int first = share.begin; first < share.end; first += kAhead) {
       Quad a[kAhead][2];
       FASTRNN_UNROLL
       for (int i = 0; i < kAhead; ++i) {
-        if (first + i >= end) continue;
+        if (first + i >= share.end) continue;
         a[i][0] = thread.load(low + (first + i) * kGroupBytes);
         a[i][1] = thread.load(high + (first + i) * kGroupBytes);
       }
       FASTRNN_UNROLL
       for (int i = 0; i < kAhead; ++i) {
-        if (first + i >= end) continue;
+        if (first + i >= share.end) continue;
         FASTRNN_UNROLL
         for (int tile = 0; tile < kTiles; ++tile) {
           const Quad b = packed[((first + i) * kTiles + tile) * kWarp + lane];
@@ -151,17 +151,20 @@ struct TensorCores {
             const std::uint32_t rows_of_a[4] = {a[i][0].word[w], a[i][1].word[w],
                                                 a[i][0].word[w + 1], a[i][1].word[w + 1]};
             const std::uint32_t columns_of_b[2] = {b.word[w], b.word[w + 1]};
-            thread.template mma<S>(sums[tile], rows_of_a, columns_of_b);
+            thread.template mma<S>(sums[(2 * i + w / 2) % kChains][tile], rows_of_a, columns_of_b);
           }
         }
       }
     }
-    constexpr int kStride = partial_stride(kTiles);
     FASTRNN_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
       FASTRNN_UNROLL
-      for (int i = 0; i < 4; ++i)
-        partial[(g + i / 2 * 8) * kStride + tile * kColumnTile + 2 * q + i % 2] = sums[tile][i];
+      for (int i = 0; i < 4; ++i) {
+        float sum = sums[0][tile][i];
+        FASTRNN_UNROLL
+        for (int chain = 1; chain < kChains; ++chain) sum += sums[chain][tile][i];
+        partial[partial_at(kTiles, g + i / 2 * 8, tile * kColumnTile + 2 * q + i % 2)] = sum;
+      }
     }
   }
 };
@@ -169,7 +172,7 @@ struct TensorCores {
 template <class S>
 struct CudaCores {
   static constexpr int kRows = 4;   // at a time
-  static constexpr int kAhead = 2;  // as above
+  static constexpr int kAhead = 2;  // groups whose operands are fetched before the first is used
 
   static FASTRNN_HD S operand(float value) { return narrow<S>(value); }
 
@@ -177,26 +180,25 @@ struct CudaCores {
   // in the end the four lanes of a column put their sums together.
   template <int kTiles, class Thread>
   static FASTRNN_DEVICE void multiply(Thread& thread, const TileRows& rows, int active,
-                                      const Quad* packed, std::int64_t begin, std::int64_t end,
-                                      float* partial) {
-    const int lane = thread.index() % kWarp, g = lane / 4, q = lane % 4;
+                                      const Quad* packed, WarpShare share, float* partial) {
+    const int lane = int(thread.index()) % kWarp, g = lane / 4, q = lane % 4;
     for (int row = 0; row < active; row += kRows) {
       const char* from[kRows];
       FASTRNN_UNROLL
       for (int r = 0; r < kRows; ++r) from[r] = rows(row + r) + q * sizeof(Quad);
       float sums[kRows][kTiles] = {};
-      for (std::int64_t first = begin; first < end; first += kAhead) {
+      for (int first = share.begin; first < share.end; first += kAhead) {
         Quad a[kAhead][kRows];
         FASTRNN_UNROLL
         for (int i = 0; i < kAhead; ++i) {
-          if (first + i >= end) continue;
+          if (first + i >= share.end) continue;
           FASTRNN_UNROLL
           for (int r = 0; r < kRows; ++r)
             a[i][r] = thread.load(from[r] + (first + i) * kGroupBytes);
         }
         FASTRNN_UNROLL
         for (int i = 0; i < kAhead; ++i) {
-          if (first + i >= end) continue;
+          if (first + i >= share.end) continue;
           FASTRNN_UNROLL
           for (int tile = 0; tile < kTiles; ++tile) {
             const Quad b = packed[((first + i) * kTiles + tile) * kWarp + lane];
@@ -209,7 +211,6 @@ struct CudaCores {
           }
         }
       }
-      constexpr int kStride = partial_stride(kTiles);
       FASTRNN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         FASTRNN_UNROLL
@@ -217,7 +218,7 @@ struct CudaCores {
           float sum = sums[r][tile];
           sum += thread.shuffle_xor(sum, 1);
           sum += thread.shuffle_xor(sum, 2);
-          if (q == r) partial[(row + r) * kStride + tile * kColumnTile + g] = sum;
+          if (q == r) partial[partial_at(kTiles, row + r, tile * kColumnTile + g)] = sum;
         }
       }
     }

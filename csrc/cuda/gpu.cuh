@@ -67,6 +67,9 @@ class GpuThread {
                  : "l"(p));
     return quad;
   }
+  __device__ int uniform(int value) const { return __shfl_sync(0xffffffffu, value, 0); }
+
+#if __CUDA_ARCH__ >= 800
   __device__ void wait(const std::uint64_t* flag, std::uint64_t at_least) {
     std::uint64_t value;
     do {
@@ -80,7 +83,6 @@ class GpuThread {
   // d += a b of the warp, [16, k] times [k, 8], k = 8 for TF32 and 16 for half types
   template <class S>
   __device__ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-#if __CUDA_ARCH__ >= 800
 #define FASTRNN_MMA(kind)                                                                         \
   asm("mma.sync.aligned." kind " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                            \
@@ -92,10 +94,15 @@ class GpuThread {
     else
       FASTRNN_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 #undef FASTRNN_MMA
-#else
-    __trap();  // plan.h keeps older GPUs away
-#endif
   }
+#else  // plan.h keeps older GPUs away
+  __device__ void wait(const std::uint64_t*, std::uint64_t) { __trap(); }
+  __device__ void publish(std::uint64_t*, std::uint64_t) { __trap(); }
+  template <class S>
+  __device__ void mma(float (&)[4], const std::uint32_t (&)[4], const std::uint32_t (&)[2]) {
+    __trap();
+  }
+#endif
 };
 
 template <class Body>
@@ -180,16 +187,13 @@ class Gpu {
     }
   }
 
-  // Cooperatively: either all blocks run at once or CUDA refuses the launch.
+  // Cooperatively: either all blocks run at once or CUDA refuses the launch. The kernel may have
+  // the shared memory since blocks_a_multiprocessor was asked.
   template <class Body>
   void walk(const Body& body, int blocks, std::int64_t shared_bytes) {
-    check(cudaFuncSetAttribute(walk_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(shared_bytes)),
-          "reserve shared memory");
     void* arguments[] = {const_cast<Body*>(&body)};
-    check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(walk_kernel<Body>),
-                                      dim3(unsigned(blocks)), dim3(kWalkThreads), arguments,
-                                      std::size_t(shared_bytes), stream_),
+    check(cudaLaunchCooperativeKernel(walk_kernel<Body>, dim3(unsigned(blocks)), dim3(kWalkThreads),
+                                      arguments, std::size_t(shared_bytes), stream_),
           "launch all blocks of a persistent kernel at once (FASTRNN_SCHEDULE=stepwise does "
           "without)");
   }
@@ -197,29 +201,6 @@ class Gpu {
  private:
   cudaStream_t stream_;
   cublasHandle_t blas_;
-};
-
-// A machine that does nothing but ask whether the blocks of the walks would be resident together.
-class Rehearsal {
- public:
-  explicit Rehearsal(int multiprocessors) : multiprocessors_(multiprocessors) {}
-
-  template <class S, class C>
-  void multiply(const Product<S, C>&) {}
-  template <class Body>
-  void for_each(std::int64_t, std::int64_t, const Body&) {}
-  void clear(void*, std::size_t) {}
-  template <class T>
-  void upload(T*, const T*, std::size_t) {}
-  template <class Body>
-  void walk(const Body&, int blocks, std::int64_t shared_bytes) {
-    if (all_fit) all_fit = blocks <= multiprocessors_ * blocks_a_multiprocessor<Body>(shared_bytes);
-  }
-
-  bool all_fit = true;
-
- private:
-  int multiprocessors_;
 };
 
 // Compiled in stepwise.cu, for every S ...
@@ -234,9 +215,8 @@ void run_persistent(const Forward<S>* problems, int directions, const Plan& plan
 template <class S>
 void run_persistent(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
                     Gpu& gpu);
+// Blocks of the walk that a multiprocessor of the current device holds at once, 0: none.
 template <class S>
-bool is_resident(const Forward<S>* problems, int directions, const Plan& plan, const Chip& chip);
-template <class S>
-bool is_resident(const Backward<S>* problems, int directions, const Plan& plan, const Chip& chip);
+int resident_blocks(CellKind cell, Pass pass, const Tiling& tiling);
 
 }  // namespace fastrnn::cuda

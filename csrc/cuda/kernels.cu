@@ -33,7 +33,8 @@ Arithmetic arithmetic(const Context& context) {
     cublasMath_t mode = CUBLAS_DEFAULT_MATH;
     check(cublasGetMathMode(static_cast<cublasHandle_t>(context.blas), &mode),
           "tell its math mode");
-    return (mode & CUBLAS_TF32_TENSOR_OP_MATH) != 0 ? Arithmetic::kTf32 : Arithmetic::kFloat32;
+    constexpr int kModes = 0xf;  // the bits above are flags
+    return (mode & kModes) == CUBLAS_TF32_TENSOR_OP_MATH ? Arithmetic::kTf32 : Arithmetic::kFloat32;
   }
 }
 
@@ -45,7 +46,8 @@ Plan choose(const Problem* problems, int directions, Pass pass, const Context& c
   const Plan plan = make_plan(request);
   if constexpr (!std::is_same_v<S, double>) {
     if (plan.schedule->schedule == Schedule::kPersistent &&
-        !is_resident<S>(problems, directions, plan, request.chip))
+        plan.tiling.blocks > request.chip.multiprocessors *
+                                 resident_blocks<S>(request.shape.cell, pass, plan.tiling))
       return stepwise_plan(request);
   }
   return plan;

@@ -17,23 +17,34 @@ void run_persistent(const Backward<S>* problems, int directions, const Plan& pla
   persistent_backward<S>(problems, directions, plan, workspace, gpu);
 }
 
+template <class Cell, class S>
+struct Residency {
+  Pass pass;
+  std::int64_t shared_bytes;
+
+  template <class Math, int kUnits>
+  int run() const {
+    return pass == Pass::kForward
+               ? blocks_a_multiprocessor<ForwardWalk<Cell, S, Math, kUnits>>(shared_bytes)
+               : blocks_a_multiprocessor<BackwardWalk<Cell, S, Math, kUnits>>(shared_bytes);
+  }
+};
+
 template <class S>
-bool is_resident(const Forward<S>* problems, int directions, const Plan& plan, const Chip& chip) {
-  Rehearsal rehearsal(chip.multiprocessors);
-  persistent_forward<S>(problems, directions, plan, nullptr, rehearsal);
-  return rehearsal.all_fit;
-}
-template <class S>
-bool is_resident(const Backward<S>* problems, int directions, const Plan& plan, const Chip& chip) {
-  Rehearsal rehearsal(chip.multiprocessors);
-  persistent_backward<S>(problems, directions, plan, nullptr, rehearsal);
-  return rehearsal.all_fit;
+int resident_blocks(CellKind cell, Pass pass, const Tiling& tiling) {
+  switch (cell) {
+#define FASTRNN_CELL(kind, name, type) \
+  case CellKind::kind:                 \
+    return with_tiling<S>(tiling, Residency<type, S>{pass, tiling.shared_bytes});
+    FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+  }
+  return 0;
 }
 
 #define FASTRNN_INSTANTIATE_PERSISTENT(S)                                             \
   template void run_persistent<S>(const Forward<S>*, int, const Plan&, void*, Gpu&);  \
   template void run_persistent<S>(const Backward<S>*, int, const Plan&, void*, Gpu&); \
-  template bool is_resident<S>(const Forward<S>*, int, const Plan&, const Chip&);     \
-  template bool is_resident<S>(const Backward<S>*, int, const Plan&, const Chip&);
+  template int resident_blocks<S>(CellKind, Pass, const Tiling&);
 
 }  // namespace fastrnn::cuda

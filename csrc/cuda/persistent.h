@@ -108,13 +108,8 @@ class Persistent {
 
   WalkShape walk_shape() const {
     const Tiling& tiling = plan_.tiling;
-    return {shape_.steps,
-            shape_.batch,
-            shape_.hidden_size,
-            tiling.groups,
-            std::int64_t(tiling.row_tiles) * kRowTile,
-            tiling.unit_blocks,
-            tiling.row_groups};
+    return {shape_.steps,       shape_.hidden_size, std::int64_t(tiling.row_tiles) * kRowTile,
+            int(tiling.groups), tiling.unit_blocks, tiling.row_groups};
   }
 
   void begin_side(WalkSide& side, int direction) const {
@@ -164,7 +159,10 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
       const Forward<S>& p = this->problems_[d];
       ForwardSide<S>& side = body.side[d];
       this->begin_side(side, d);
-      side.weights = p.weights;
+      side.w_hh = p.weights.w_hh;
+      side.w_hh_stride = p.weights.w_hh_stride;
+      side.b_ih = p.weights.b_ih;
+      side.b_hh = p.weights.b_hh;
       side.h0 = p.h0;
       side.c0 = p.c0;
       side.y = p.y;

@@ -79,15 +79,17 @@ inline constexpr int kGroupBytes = 64;  // of a row that a step of the product t
 inline constexpr int kFewRows = 4;      // up to which the tensor cores would mostly idle
 inline constexpr int kUnitChoices[] = {8, 16};  // units of a block
 
-// Floats between the rows of a warp's partial sums: rows that a warp writes or reads at a time
-// should start 8 banks apart.
-FASTRNN_HD constexpr int partial_stride(int column_tiles) {
-  return column_tiles * kColumnTile + (column_tiles % 2 == 0 ? kColumnTile : 0);
+// Where a warp's partial sums lie: [row, column], a row's columns exchanged so that what a warp
+// writes or reads at a time (4 rows x 8 columns, 2 rows x 16 columns) lies in 32 banks.
+FASTRNN_HD constexpr int partial_at(int column_tiles, int row, int column) {
+  const int exchanged = column_tiles % 4 == 0   ? (row & 1) * 16 + (row & 2) * 4
+                        : column_tiles % 2 == 0 ? (row & 2) * 4
+                                                : 0;
+  return row * column_tiles * kColumnTile + (column ^ exchanged);
 }
 
 // How the persistent schedule cuts a layer up.
 struct Tiling {
-  bool fits = false;
   bool tensor_cores = false;  // or dot products on the CUDA cores
   int units = 0;              // hidden units of a block
   int unit_blocks = 0;
@@ -96,53 +98,56 @@ struct Tiling {
   int column_tiles = 0;     // tiles of a block's columns: gates * units forward, units backward
   std::int64_t groups = 0;  // of kGroupBytes in a row of the recurrent product
   std::int64_t shared_bytes = 0;  // of a block
-  int blocks = 0;
-
-  int tiles_a_block() const { return (row_tiles + row_groups - 1) / row_groups; }
+  int tiles_a_block = 0;          // at most
+  int blocks = 0;                 // 0: it does not fit
 };
 
 inline Tiling make_tiling(const Request& request) {
   const LayerShape& shape = request.shape;
+  const Chip& chip = request.chip;
   const int gates = cell_info(shape.cell).gates;
-  Tiling tiling;
-  if (request.arithmetic == Arithmetic::kFloat64 || request.chip.major < 8 || shape.proj_size > 0 ||
-      shape.batch == 0 || shape.steps == 0)
-    return tiling;
-  tiling.tensor_cores = request.arithmetic != Arithmetic::kFloat32 && shape.batch > kFewRows;
-  tiling.row_tiles = int(std::min<std::int64_t>((shape.batch - 1) / kRowTile + 1, 1 << 24));
+  constexpr std::int64_t kMostRows = std::int64_t(1) << 24;
+  if (request.arithmetic == Arithmetic::kFloat64 || chip.major < 8 || shape.proj_size > 0 ||
+      shape.steps == 0 || shape.hidden_size == 0 || shape.batch == 0 || shape.batch > kMostRows)
+    return {};
   const bool forward = request.pass == Pass::kForward;
   const std::int64_t row_bytes =
       shape.hidden_size * (forward ? 1 : gates) * element_bytes(request.arithmetic);
-  tiling.groups = (row_bytes + kGroupBytes - 1) / kGroupBytes;
+  Tiling best;
   for (const int units : kUnitChoices) {
+    Tiling tiling;
     const std::int64_t unit_blocks = (shape.hidden_size + units - 1) / units;
-    if (unit_blocks * request.directions > request.chip.multiprocessors) continue;
+    if (unit_blocks * request.directions > chip.multiprocessors) continue;
+    tiling.tensor_cores = request.arithmetic != Arithmetic::kFloat32 && shape.batch > kFewRows;
     tiling.units = units;
     tiling.unit_blocks = int(unit_blocks);
     tiling.column_tiles = units / kColumnTile * (forward ? gates : 1);
-    tiling.shared_bytes =
-        tiling.groups * tiling.column_tiles * kColumnTile * kGroupBytes +
-        std::int64_t(kWalkWarps) * kRowTile * partial_stride(tiling.column_tiles) * 4;
-    if (tiling.shared_bytes > request.chip.shared_bytes) continue;
-    tiling.row_groups = std::min(
-        tiling.row_tiles, request.chip.multiprocessors / (tiling.unit_blocks * request.directions));
+    tiling.groups = (row_bytes + kGroupBytes - 1) / kGroupBytes;
+    tiling.shared_bytes = std::int64_t(tiling.column_tiles) * kColumnTile *
+                          (tiling.groups * kGroupBytes + kWalkWarps * kRowTile * 4);
+    if (tiling.shared_bytes > chip.shared_bytes) continue;
+    tiling.row_tiles = int((shape.batch - 1) / kRowTile + 1);
+    const int most_groups = chip.multiprocessors / (tiling.unit_blocks * request.directions);
+    tiling.tiles_a_block = (tiling.row_tiles - 1) / most_groups + 1;
+    tiling.row_groups = (tiling.row_tiles - 1) / tiling.tiles_a_block + 1;
     tiling.blocks = tiling.unit_blocks * tiling.row_groups * request.directions;
-    tiling.fits = true;
-    return tiling;
+    // A block walks its tiles one after the other: the fewer the better. Where that is the same,
+    // fewer units a block are more blocks at work.
+    if (best.blocks == 0 || tiling.tiles_a_block < best.tiles_a_block) best = tiling;
   }
-  return tiling;
+  return best;
 }
 
-// A launch and its preparation pay from some steps on; and blocks that walk very many row tiles
-// read their weights from shared memory for each, where a large product of cuBLAS reads them once.
-// (Both by reckoning, not measured on a GPU yet.)
+// A launch and its preparation pay from some steps on; and with many row tiles a block, a large
+// product of cuBLAS is faster than one tile after the other. (By reckoning: some 2 us a tile
+// against 10 to 15 us for a step of 1024 units in cuBLAS. Not measured on a GPU yet.)
 inline constexpr std::int64_t kFewSteps = 4;
-inline constexpr int kManyTiles = 16;
+inline constexpr int kManyTiles = 4;
 
 inline bool fits_persistent(const Request& request, const Tiling& tiling) {
-  if (!tiling.fits) return false;
+  if (tiling.blocks == 0) return false;
   return request.choice == Choice::kPersistent ||
-         (request.shape.steps >= kFewSteps && tiling.tiles_a_block() <= kManyTiles);
+         (request.shape.steps >= kFewSteps && tiling.tiles_a_block <= kManyTiles);
 }
 inline bool fits_always(const Request&, const Tiling&) { return true; }
 

@@ -6,8 +6,8 @@
 //   sequences                   writes the unit's outputs; nothing is shared between threads
 //
 // Every struct is a copyable bundle of pointers. The stepwise schedule calls it with (row, column),
-// after the recurrent product; the persistent one calls its two halves: `load`, which waits for
-// nothing, before the product, and `finish` after it.
+// after the recurrent product; the persistent one calls its parts: `load`, which waits for nothing,
+// before the product, then `compute`, and `store` when the other blocks have what they wait for.
 #pragma once
 
 #include <utility>
@@ -21,6 +21,15 @@ template <const int* Map, int Gate>
 struct At {
   static constexpr int kValue = Map[Gate];
 };
+
+// The hidden side's gates are the first pre-activations, in the order of w_hh's rows: so gradients
+// of these times w_hh are those of h.
+template <class Cell>
+constexpr bool hidden_gates_come_first() {
+  for (int gate = 0; gate < Cell::kGates; ++gate)
+    if (Cell::kPreH[gate] != gate) return false;
+  return true;
+}
 
 // pre[Map[g]] += values[g * stride] for the gates g of one side.
 template <const int* Map, class A, class V, int... Gate>
@@ -52,53 +61,84 @@ struct ForwardStep {
   S* h_n;    // [B, H] or null
   S* c_n;    // [B, H]
 
-  // What a unit's step reads, its share of the recurrent product apart.
+  // What a unit's step reads, its share of the recurrent product apart: as it lies in memory, so
+  // that nobody has to wait for it before it is used.
   struct Inputs {
-    A pre[Cell::kPre];
-    A state0[2];
+    A gates_x[Cell::kGates];
+    S h;  // or h0 (only cells that read h)
+    A c;
+    S c0;
+    bool starts;  // from c0, not c
   };
+  // The same at every step.
+  struct Biases {
+    A pre[Cell::kPre];
+  };
+  struct Outputs {
+    A state1[2];
+    A saved[Cell::kSaved + 1];
+  };
+
+  FASTRNN_HD Biases biases(std::int64_t unit) const {
+    Biases sums{};
+    if (b_ih != nullptr) {
+      add_side<Cell::kPreX>(sums.pre, b_ih + unit, hidden, kGates);
+      add_side<Cell::kPreH>(sums.pre, b_hh + unit, hidden, kGates);
+    }
+    return sums;
+  }
 
   FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
     const std::int64_t at = b * hidden + unit;
     Inputs inputs{};
-    add_side<Cell::kPreX>(inputs.pre, gates_x + b * Cell::kGates * hidden + unit, hidden, kGates);
-    if (b_ih != nullptr) {
-      add_side<Cell::kPreX>(inputs.pre, b_ih + unit, hidden, kGates);
-      add_side<Cell::kPreH>(inputs.pre, b_hh + unit, hidden, kGates);
-    }
+    for (int gate = 0; gate < Cell::kGates; ++gate)
+      inputs.gates_x[gate] = gates_x[(b * Cell::kGates + gate) * hidden + unit];
+    inputs.starts = b >= first_new;
     if constexpr (Cell::kDirect)
-      inputs.state0[0] = widen(b < first_new ? h_before[b * h_before_stride + unit] : h0[at]);
-    if constexpr (Cell::kStates == 2) inputs.state0[1] = b < first_new ? c[at] : A(widen(c0[at]));
+      inputs.h = inputs.starts ? h0[at] : h_before[b * h_before_stride + unit];
+    if constexpr (Cell::kStates == 2) {
+      if (inputs.starts)
+        inputs.c0 = c0[at];
+      else
+        inputs.c = c[at];
+    }
     return inputs;
   }
 
-  // The unit's share of the recurrent product are product[0], product[stride], ..., one a gate.
-  // Returns h'.
-  FASTRNN_HD A finish(Inputs inputs, const A* product, std::int64_t stride, std::int64_t b,
-                      std::int64_t unit) const {
-    const std::int64_t at = b * hidden + unit;
-    add_side<Cell::kPreH>(inputs.pre, product, stride, kGates);
-    A kept[Cell::kSaved + 1] = {}, state1[2] = {};
-    Cell::forward(inputs.pre, inputs.state0, kept, state1);
+  // The unit's share of the recurrent product is product[0], product[stride], ..., one a gate.
+  FASTRNN_HD Outputs compute(const Inputs& inputs, const Biases& biases, const A* product,
+                             std::int64_t stride) const {
+    A pre[Cell::kPre], state0[2] = {};
+    for (int q = 0; q < Cell::kPre; ++q) pre[q] = biases.pre[q];
+    add_side<Cell::kPreX>(pre, inputs.gates_x, 1, kGates);
+    add_side<Cell::kPreH>(pre, product, stride, kGates);
+    if constexpr (Cell::kDirect) state0[0] = widen(inputs.h);
+    if constexpr (Cell::kStates == 2) state0[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c;
+    Outputs outputs{};
+    Cell::forward(pre, state0, outputs.saved, outputs.state1);
+    return outputs;
+  }
 
-    const S out = narrow<S>(state1[0]);
+  FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
+    const std::int64_t at = b * hidden + unit;
+    const S out = narrow<S>(outputs.state1[0]);
     h[b * h_stride + unit] = out;
     if constexpr (Cell::kSaved > 0) {
       if (saved != nullptr) {
         for (int s = 0; s < Cell::kSaved; ++s)
-          saved[(b * Cell::kSaved + s) * hidden + unit] = kept[s];
+          saved[(b * Cell::kSaved + s) * hidden + unit] = outputs.saved[s];
       }
     }
-    if constexpr (Cell::kStates == 2) c[at] = state1[1];
+    if constexpr (Cell::kStates == 2) c[at] = outputs.state1[1];
     if (b >= first_ending) {
       if (h_n != nullptr) h_n[at] = out;
-      if constexpr (Cell::kStates == 2) c_n[at] = narrow<S>(state1[1]);
+      if constexpr (Cell::kStates == 2) c_n[at] = narrow<S>(outputs.state1[1]);
     }
-    return state1[0];
   }
 
   FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
-    finish(load(b, unit), gates_h + b * Cell::kGates * hidden + unit, hidden, b, unit);
+    const A* product = gates_h + b * Cell::kGates * hidden + unit;
+    store(compute(load(b, unit), biases(unit), product, hidden), b, unit);
   }
 
  private:
@@ -110,6 +150,7 @@ struct ForwardStep {
 template <class Cell, class S>
 struct BackwardStep {
   using A = Accumulate<S>;
+  static_assert(hidden_gates_come_first<Cell>());
 
   std::int64_t hidden;  // H
   std::int64_t first_new, first_ending;
@@ -129,59 +170,76 @@ struct BackwardStep {
   const S* c0;            // [B, H]
   S* d_pre;               // [n, Q*H]
 
-  // What a unit's step reads, the gradient that the step after left apart.
+  // What a unit's step reads, the gradient that the step after left apart; as it lies in memory.
   struct Inputs {
     A saved[Cell::kSaved + 1];
-    A state0[2], state1[2];
-    A d_state1[2];
+    S h_before, h;  // (only cells that read them)
+    A c_before;
+    S c0;
+    S d_y, d_h_n;
+    A d_c;
+    S d_c_n;
+    bool starts, ends;  // from c0, not c_before; with d_h_n and d_c_n, not d_c
+  };
+  struct Outputs {
+    A d_pre[Cell::kPre];
+    A d_state0[2];
   };
 
   FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
     const std::int64_t at = b * hidden + unit;
     Inputs inputs{};
-    if (b >= first_ending && d_h_n != nullptr) inputs.d_state1[0] = widen(d_h_n[at]);
-    if (d_y != nullptr) inputs.d_state1[0] += widen(d_y[b * d_y_stride + unit]);
+    inputs.starts = b >= first_new;
+    inputs.ends = b >= first_ending;
+    if (inputs.ends && d_h_n != nullptr) inputs.d_h_n = d_h_n[at];
+    if (d_y != nullptr) inputs.d_y = d_y[b * d_y_stride + unit];
     if constexpr (Cell::kStates == 2) {
-      if (b < first_ending)
-        inputs.d_state1[1] = d_c[at];
+      if (!inputs.ends)
+        inputs.d_c = d_c[at];
       else if (d_c_n != nullptr)
-        inputs.d_state1[1] = widen(d_c_n[at]);
-      inputs.state0[1] = b < first_new
-                             ? saved_before[(b * Cell::kSaved + Cell::kSavedState) * hidden + unit]
-                             : A(widen(c0[at]));
+        inputs.d_c_n = d_c_n[at];
+      if (inputs.starts)
+        inputs.c0 = c0[at];
+      else
+        inputs.c_before = saved_before[(b * Cell::kSaved + Cell::kSavedState) * hidden + unit];
     }
     if constexpr (Cell::kReadsH0)
-      inputs.state0[0] = widen(b < first_new ? h_before[b * h_stride + unit] : h0[at]);
-    if constexpr (Cell::kReadsH1) inputs.state1[0] = widen(h[b * h_stride + unit]);
+      inputs.h_before = inputs.starts ? h0[at] : h_before[b * h_stride + unit];
+    if constexpr (Cell::kReadsH1) inputs.h = h[b * h_stride + unit];
     for (int s = 0; s < Cell::kSaved; ++s)
       inputs.saved[s] = saved[(b * Cell::kSaved + s) * hidden + unit];
     return inputs;
   }
 
-  // d_left: what the step after left of the gradient at h', 0 where there is none. d_gates [Q]
-  // comes back as it was before it was rounded to d_pre.
-  FASTRNN_HD void finish(Inputs inputs, A d_left, std::int64_t b, std::int64_t unit,
-                         A* d_gates) const {
-    const std::int64_t at = b * hidden + unit;
-    A d_state0[2];
-    inputs.d_state1[0] += d_left;
-    Cell::backward(inputs.saved, inputs.state0, inputs.state1, inputs.d_state1, d_gates, d_state0);
+  // d_left: what the step after left of the gradient at h', 0 where there is none.
+  FASTRNN_HD Outputs compute(const Inputs& inputs, A d_left) const {
+    A state0[2] = {}, state1[2] = {}, d_state1[2] = {};
+    d_state1[0] = d_left + widen(inputs.d_h_n) + widen(inputs.d_y);
+    if constexpr (Cell::kReadsH0) state0[0] = widen(inputs.h_before);
+    if constexpr (Cell::kReadsH1) state1[0] = widen(inputs.h);
+    if constexpr (Cell::kStates == 2) {
+      state0[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c_before;
+      d_state1[1] = inputs.ends ? A(widen(inputs.d_c_n)) : inputs.d_c;
+    }
+    Outputs outputs{};
+    Cell::backward(inputs.saved, state0, state1, d_state1, outputs.d_pre, outputs.d_state0);
+    return outputs;
+  }
 
+  FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
     for (int q = 0; q < Cell::kPre; ++q)
-      d_pre[(b * Cell::kPre + q) * hidden + unit] = narrow<S>(d_gates[q]);
-    if constexpr (Cell::kDirect) d_h[at] = d_state0[0];
-    if constexpr (Cell::kStates == 2) d_c[at] = d_state0[1];
+      d_pre[(b * Cell::kPre + q) * hidden + unit] = narrow<S>(outputs.d_pre[q]);
+    if constexpr (Cell::kDirect) d_h[b * hidden + unit] = outputs.d_state0[0];
+    if constexpr (Cell::kStates == 2) d_c[b * hidden + unit] = outputs.d_state0[1];
   }
 
   FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
-    Inputs inputs = load(b, unit);
     A d_left = A(0);
     if (d_m != nullptr)
-      inputs.d_state1[0] = d_m[b * hidden + unit];
+      d_left = d_m[b * hidden + unit];
     else if (b < first_ending)
       d_left = d_h[b * hidden + unit];
-    A d_gates[Cell::kPre];
-    finish(inputs, d_left, b, unit, d_gates);
+    store(compute(load(b, unit), d_left), b, unit);
   }
 };
 

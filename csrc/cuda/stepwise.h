@@ -281,18 +281,9 @@ class StepwiseBackward {
     body.d_pre = d_pre;
     machine_.for_each(rows, hidden, body);
 
-    // The hidden side's gates are the first columns of d_pre, in the order of w_hh's rows.
-    static_assert(first_in_order<Cell>());
     machine_.multiply(Product<S, A>{rows, out, Cell::kGates * hidden, d_pre, Cell::kPre * hidden,
                                     p_.weights.w_hh, p_.weights.w_hh_stride, false, d_h_, out,
                                     Cell::kDirect});
-  }
-
-  template <class C>
-  static constexpr bool first_in_order() {
-    for (int g = 0; g < C::kGates; ++g)
-      if (C::kPreH[g] != g) return false;
-    return true;
   }
 
   template <class From>

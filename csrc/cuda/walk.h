@@ -7,12 +7,14 @@
 //   load       what the pointwise part reads that no other block writes       (all threads, early)
 //   wait       until the blocks whose units a warp is to read have arrived    (each warp by itself)
 //   multiply   partial sums of the warp's share of k                          -> shared memory
-//   sum, cell  a thread a row and unit; h' goes into y and into the exchange  <- shared memory
+//   sum, cell  a thread a row and unit; h' goes into the exchange             <- shared memory
 //   arrive     the tile's mark of this block becomes the number of steps that it has walked
+//   store      y, what backward will need, the last states: nobody here waits for these
 //
 // The exchange has two slots that steps use in turn. Who writes slot k % 2 has, with its block,
 // seen all blocks of the tile arrive at step k - 1, after which nobody reads what step k - 2 left
-// in it. Tiles do not wait for one another: while one waits the block may have another to walk.
+// in it. (A tile's first step waits for nothing: nobody has read its slots yet.) Tiles do not wait
+// for one another: while one waits the block may have another to walk.
 //
 // Backward the same way round: the exchange holds the gradients of the gates, [unit][gate], and a
 // block's columns are those of its units; k runs over all gates.
@@ -37,35 +39,46 @@ struct StepRows {
   std::int64_t row_before;    // the first row of the step before, if any
 };
 
-// Finds the rows of steps that are asked one after the other.
+// Finds the rows of steps that are asked one after the other, and reads memory only where their
+// number changes.
 class Steps {
  public:
-  FASTRNN_HD Steps(const Segment* segments, bool reverse) : here_(segments), reverse_(reverse) {}
+  FASTRNN_HD Steps(const Segment* segments, bool reverse) : segment_(segments), reverse_(reverse) {}
 
   FASTRNN_HD StepRows at(std::int64_t t) {
-    while (t < here_->first_step) --here_;
-    while (t >= here_[1].first_step) ++here_;
-    const std::int64_t rows = here_->rows, row = here_->first_row + (t - here_->first_step) * rows;
-    const std::int64_t next = t + 1 < here_[1].first_step ? rows : here_[1].rows;
+    if (t < here_.first_step || t >= end_) find(t);
+    const std::int64_t rows = here_.rows, row = here_.first_row + (t - here_.first_step) * rows;
+    const std::int64_t next = t + 1 < end_ ? rows : rows_next_;
     if (reverse_) return {row, rows, next, t == 0 ? 0 : rows, row + rows};
-    if (t == 0) return {row, rows, 0, next, row};
-    const std::int64_t last = t > here_->first_step ? rows : here_[-1].rows;
-    return {row, rows, rows, next, row - last};
+    const std::int64_t last = t > here_.first_step ? rows : rows_last_;
+    return {row, rows, t == 0 ? 0 : rows, next, row - last};
   }
 
  private:
-  const Segment* here_;
+  FASTRNN_HD void find(std::int64_t t) {
+    while (t < segment_->first_step) --segment_;
+    while (t >= segment_[1].first_step) ++segment_;
+    here_ = *segment_;
+    end_ = segment_[1].first_step;
+    rows_next_ = segment_[1].rows;
+    rows_last_ = here_.first_step > 0 ? segment_[-1].rows : 0;
+  }
+
+  const Segment* segment_;
   bool reverse_;
+  Segment here_{};
+  std::int64_t end_ = 0;                        // the first step after it
+  std::int64_t rows_next_ = 0, rows_last_ = 0;  // of the segments beside it
 };
 
 // What both walks are told, alike for both directions.
 struct WalkShape {
-  std::int64_t steps, batch, hidden;
-  std::int64_t groups;         // of k
+  std::int64_t steps, hidden;
   std::int64_t exchange_rows;  // the batch in whole tiles
+  int groups;                  // of k
   int unit_blocks, row_groups;
 
-  FASTRNN_HD std::int64_t row_bytes() const { return groups * kGroupBytes; }
+  FASTRNN_HD std::int64_t row_bytes() const { return std::int64_t(groups) * kGroupBytes; }
   FASTRNN_HD std::int64_t slot_bytes() const { return exchange_rows * row_bytes(); }
 };
 
@@ -96,37 +109,42 @@ class Block {
       : thread_(thread), shape_(shape), side_(side), place_(place) {
     packed_ = reinterpret_cast<Quad*>(thread.shared());
     partial_ = reinterpret_cast<float*>(packed_ + shape.groups * kTiles * kWarp);
-    warp_ = int(thread.index()) / kWarp;
+    warp_ = thread.uniform(int(thread.index()) / kWarp);
     share_ = share_of(warp_, shape.groups);
-    const std::int64_t first = share_.begin * kGroupValues<S> / kPerUnit;
-    const std::int64_t last = (share_.end * kGroupValues<S> - 1) / kPerUnit;
+    const int first = share_.begin * kGroupValues<S> / kPerUnit;
+    const int last = (share_.end * kGroupValues<S> - 1) / kPerUnit;
     first_producer_ = first / kUnits;
-    last_producer_ = (last < shape.hidden ? last : shape.hidden - 1) / kUnits;
+    last_producer_ = last / kUnits;
+    if (last_producer_ >= shape.unit_blocks) last_producer_ = shape.unit_blocks - 1;
   }
 
+  // Packs the weights. The sums of warps that have no share stay zero for good.
   template <class Source>
-  FASTRNN_DEVICE void pack(const Source& source) {
+  FASTRNN_DEVICE void begin(const Source& source) {
     pack_weights<Math, S, kTiles>(thread_, shape_.groups, packed_, source);
+    for (int i = int(thread_.index()); i < kWalkWarps * kPartial; i += kWalkThreads)
+      partial_[i] = 0;
     thread_.sync();
   }
 
   // The row and the unit of this thread in a tile; threads beyond the tile have none.
   FASTRNN_DEVICE bool has_element() const { return thread_.index() < kRowTile * kUnits; }
   FASTRNN_DEVICE int row() const { return int(thread_.index()) / kUnits; }
+  FASTRNN_DEVICE int column() const { return int(thread_.index()) % kUnits; }
   FASTRNN_DEVICE std::int64_t unit() const {
-    return std::int64_t(place_.unit_block) * kUnits + thread_.index() % kUnits;
+    return std::int64_t(place_.unit_block) * kUnits + column();
   }
 
   // Waits for the tile's rows of `steps` steps, as far as this warp reads them.
   FASTRNN_DEVICE void wait(std::int64_t tile, std::int64_t steps) {
     if (share_.begin == share_.end) return;
     const std::uint64_t* arrived = side_.arrived + tile * shape_.unit_blocks;
-    for (std::int64_t i = first_producer_ + thread_.index() % kWarp; i <= last_producer_;
-         i += kWarp)
+    for (int i = first_producer_ + int(thread_.index()) % kWarp; i <= last_producer_; i += kWarp)
       thread_.wait(arrived + i, std::uint64_t(steps));
     thread_.sync_warp();
   }
-  // Tells the others that this block has walked `steps` steps with the tile. All its threads have.
+  // Tells the others that this block has walked `steps` steps with the tile, as far as they need
+  // it.
   FASTRNN_DEVICE void arrive(std::int64_t tile, std::int64_t steps) {
     thread_.sync();
     if (thread_.index() == 0)
@@ -134,45 +152,48 @@ class Block {
                       std::uint64_t(steps));
   }
 
-  FASTRNN_DEVICE const char* slot(std::int64_t step) const {
+  FASTRNN_DEVICE char* slot(std::int64_t step) const {
     return side_.exchange + (step & 1) * shape_.slot_bytes();
   }
   FASTRNN_DEVICE S* exchange_row(std::int64_t step, std::int64_t b) const {
-    return reinterpret_cast<S*>(side_.exchange + (step & 1) * shape_.slot_bytes() +
-                                b * shape_.row_bytes());
+    return reinterpret_cast<S*>(slot(step) + b * shape_.row_bytes());
   }
 
-  FASTRNN_DEVICE void multiply(const TileRows& rows, int active) {
+  FASTRNN_DEVICE void multiply(const TileRows& rows, std::int64_t active) {
     if (share_.begin < share_.end)
-      Math::template multiply<kTiles>(thread_, rows, active, packed_, share_.begin, share_.end,
-                                      partial_ + warp_ * kRowTile * kStride);
+      Math::template multiply<kTiles>(thread_, rows, int(active < kRowTile ? active : kRowTile),
+                                      packed_, share_, partial_ + warp_ * kPartial);
     thread_.sync();
   }
   // Element `column` of this thread's row of the product.
   FASTRNN_DEVICE float product(int column) const {
-    const float* at = partial_ + row() * kStride + column;
+    const float* at = partial_ + partial_at(kTiles, row(), column);
     float sum = 0;
-    for (int warp = 0; warp < share_.warps; ++warp) sum += at[warp * kRowTile * kStride];
+    FASTRNN_UNROLL
+    for (int warp = 0; warp < kWalkWarps; ++warp) sum += at[warp * kPartial];
     return sum;
   }
 
  private:
-  static constexpr int kStride = partial_stride(kTiles);
+  static constexpr int kPartial = kRowTile * kTiles * kColumnTile;  // sums of a warp
 
   Thread& thread_;
   const WalkShape& shape_;
   const WalkSide& side_;
   const BlockPlace place_;
   Quad* packed_;    // [groups, kTiles, 32]
-  float* partial_;  // [warps, 16, kStride]
+  float* partial_;  // [warps, kPartial]
   int warp_;
   WarpShare share_;
-  std::int64_t first_producer_, last_producer_;
+  int first_producer_, last_producer_;
 };
 
 template <class S>
 struct ForwardSide : WalkSide {
-  LayerWeights<S> weights;
+  const S* w_hh;  // [G*H, H]
+  std::int64_t w_hh_stride;
+  const S* b_ih;  // [G*H] or null
+  const S* b_hh;  // [G*H] or null
   const S* h0;
   const S* c0;
   S* y;
@@ -209,21 +230,23 @@ struct ForwardWalk {
     const BlockPlace place(shape, thread.block());
     const ForwardSide<S>& on = side[place.side];
     Block<Math, S, kUnits, kTiles, 1, Thread> block(thread, shape, on, place);
-    block.pack(Source{on.weights.w_hh, on.weights.w_hh_stride, shape.hidden,
-                      std::int64_t(place.unit_block) * kUnits});
+    block.begin(
+        Source{on.w_hh, on.w_hh_stride, shape.hidden, std::int64_t(place.unit_block) * kUnits});
     const std::int64_t hidden = shape.hidden, unit = block.unit();
     const char* initial = on.exchange + 2 * shape.slot_bytes();
 
     ForwardStep<Cell, S> body{};
     body.hidden = hidden;
-    body.b_ih = on.weights.b_ih;
-    body.b_hh = on.weights.b_hh;
+    body.b_ih = on.b_ih;
+    body.b_hh = on.b_hh;
     body.h_before_stride = body.h_stride = on.y_stride;
     body.h0 = on.h0;
     body.c0 = on.c0;
     body.c = on.c;
     body.h_n = on.h_n;
     body.c_n = on.c_n;
+    typename ForwardStep<Cell, S>::Biases biases{};
+    if (unit < hidden) biases = body.biases(unit);
 
     Steps steps(on.segments, on.reverse);
     for (std::int64_t k = begin; k < end; ++k) {
@@ -244,17 +267,19 @@ struct ForwardWalk {
 
         if (at.first_new > first) block.wait(tile, k);
         block.multiply(TileRows{block.slot(k + 1), initial, first, at.first_new, shape.row_bytes()},
-                       int(at.rows - first < kRowTile ? at.rows - first : kRowTile));
+                       at.rows - first);
 
+        typename ForwardStep<Cell, S>::Outputs outputs;
         if (is_mine) {
           float product[Cell::kGates];
           FASTRNN_UNROLL
           for (int gate = 0; gate < Cell::kGates; ++gate)
-            product[gate] = block.product(gate * kUnits + thread.index() % kUnits);
-          const float h = body.finish(inputs, product, 1, b, unit);
-          block.exchange_row(k, b)[unit] = Math::operand(h);
+            product[gate] = block.product(gate * kUnits + block.column());
+          outputs = body.compute(inputs, biases, product, 1);
+          block.exchange_row(k, b)[unit] = Math::operand(outputs.state1[0]);
         }
         block.arrive(tile, k + 1);
+        if (is_mine) body.store(outputs, b, unit);  // what no other block waits for
       }
     }
   }
@@ -303,7 +328,7 @@ struct BackwardWalk {
     const BlockPlace place(shape, thread.block());
     const BackwardSide<S>& on = side[place.side];
     Block<Math, S, kUnits, kTiles, Cell::kGates, Thread> block(thread, shape, on, place);
-    block.pack(
+    block.begin(
         Source{on.w_hh, on.w_hh_stride, shape.hidden, std::int64_t(place.unit_block) * kUnits});
     const std::int64_t hidden = shape.hidden, unit = block.unit();
 
@@ -352,22 +377,26 @@ struct BackwardWalk {
           block.wait(tile, k);
           block.multiply(
               TileRows{block.slot(k + 1), block.slot(k + 1), first, rows_after, shape.row_bytes()},
-              int(rows_after - first < kRowTile ? rows_after - first : kRowTile));
-          if (is_mine && b < rows_after) d_left += block.product(int(unit) % kUnits);
+              rows_after - first);
+          if (is_mine && b < rows_after) d_left += block.product(block.column());
         }
 
+        typename BackwardStep<Cell, S>::Outputs outputs;
         if (is_step) {
-          float d_gates[Cell::kPre];
-          body.finish(inputs, d_left, b, unit, d_gates);
+          outputs = body.compute(inputs, d_left);
           S* to = block.exchange_row(k, b) + unit * Cell::kGates;
           FASTRNN_UNROLL
-          for (int gate = 0; gate < Cell::kGates; ++gate) to[gate] = Math::operand(d_gates[gate]);
+          for (int gate = 0; gate < Cell::kGates; ++gate)
+            to[gate] = Math::operand(outputs.d_pre[gate]);
+        }
+        block.arrive(tile, k + 1);
+        if (is_step) {
+          body.store(outputs, b, unit);  // what no other block waits for
         } else if (is_mine) {
           on.d_h0[b * hidden + unit] = narrow<S>(d_left);
           if constexpr (Cell::kStates == 2)
             on.d_c0[b * hidden + unit] = narrow<S>(on.d_c[b * hidden + unit]);
         }
-        block.arrive(tile, k + 1);
       }
       rows_after = at.rows;
     }

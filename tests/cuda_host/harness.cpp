@@ -275,6 +275,11 @@ EXPORT void plan_forward(const Call* call, std::int64_t* chunk_rows,
           : cuda::StepwiseForwardLayout<float>(problem.shape, plan).bytes);
 }
 
+// Where a partial sum of the persistent schedule lies in shared memory.
+EXPORT std::int64_t partial_at(std::int64_t column_tiles, std::int64_t row, std::int64_t column) {
+  return cuda::partial_at(int(column_tiles), int(row), int(column));
+}
+
 // The conversions of the half types, dtype as above.
 EXPORT void widen_all(std::int64_t dtype, const std::uint16_t* from, float* to,
                       std::int64_t count) {

@@ -500,6 +500,8 @@ class HostThread {
   unsigned block() const { return fiber_.block; }  // in the grid
   char* shared() const { return grid_.shared(fiber_); }
 
+  int uniform(int value) const { return value; }  // of what is the same in all lanes
+
   void sync() { grid_.meet(fiber_, kInSync); }
   void sync_warp() { grid_.meet(fiber_, kInSyncWarp); }
 
