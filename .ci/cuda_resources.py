@@ -1,8 +1,8 @@
 """Registers and shared memory of the CUDA kernels: the table in docs/cuda_kernels.md.
 
     cuda_resources.py            compiles csrc/cuda/*.cu; fails if a kernel spills or has a stack,
-                                 or if the table is not what this nvcc says (of another nvcc only the
-                                 kernels' names are compared)
+                                 or if the table is not what this nvcc says (of another nvcc only
+                                 the kernels' names are compared)
     cuda_resources.py --write    writes the table
 
 Needs nvcc, the headers of cuBLAS (a torch with CUDA brings them) and an installed fastrnn, whose

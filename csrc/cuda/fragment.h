@@ -20,9 +20,11 @@
 #if defined(__CUDACC__)
 #define FASTRNN_DEVICE __device__ __forceinline__
 #define FASTRNN_UNROLL _Pragma("unroll")
+#define FASTRNN_UNROLL_BY_4 _Pragma("unroll 4")
 #else
 #define FASTRNN_DEVICE inline
 #define FASTRNN_UNROLL
+#define FASTRNN_UNROLL_BY_4
 #endif
 
 namespace fastrnn::cuda {
@@ -93,7 +95,8 @@ template <class Math, class S, int kTiles, class Thread, class Source>
 FASTRNN_DEVICE void pack_weights(const Thread& thread, int groups, Quad* packed,
                                  const Source& source) {
   constexpr int kValues = Words<S>::kValues;
-  for (int i = int(thread.index()); i < groups * kTiles * kWarp; i += kWalkThreads) {
+  FASTRNN_UNROLL_BY_4  // for many loads at a time
+      for (int i = int(thread.index()); i < groups * kTiles * kWarp; i += kWalkThreads) {
     const int lane = i % kWarp, tile = i / kWarp % kTiles;
     const std::int64_t k =
         std::int64_t(i / (kWarp * kTiles)) * kGroupValues<S> + lane % 4 * 4 * kValues;
