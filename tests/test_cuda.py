@@ -1,18 +1,36 @@
 """The kernels on a GPU: every dtype against float64, and how they behave on streams and in graphs.
 
-Skipped where there is no GPU. The parts that need none are in `test_cuda_host.py`.
+Skipped where there is no GPU. The parts that need none are in `test_cuda_host.py`. The slow test
+draws layers at random for FASTRNN_SOAK_SECONDS (20 unless given; 600 before a release).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import os
+import random as python_random
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from support import CELLS, DTYPES, build, check, pack, random, reference_math, torch_twin
-from tolerance import assert_close, error
+from cuda_shapes import HIDDEN_SIZES, MANY_LENGTHS, PERSISTENT_SHAPES, Shape
+from support import (
+    CELLS,
+    DTYPES,
+    build,
+    check,
+    pack,
+    random,
+    reference_math,
+    run,
+    to_double,
+    torch_twin,
+)
+from tolerance import assert_all_close, assert_close, error
 from torch import Tensor, nn
 
 import fastrnn
@@ -36,6 +54,52 @@ def exact_float32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = cudnn
 
 
+SCHEDULES = ("stepwise", "persistent")
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Asks for each schedule; what a persistent walk does not fit goes stepwise all the same."""
+    name: str = request.param
+    monkeypatch.setenv("FASTRNN_SCHEDULE", name)
+    return name
+
+
+both_schedules = pytest.mark.usefixtures("schedule")
+only_persistent = pytest.mark.parametrize("schedule", ["persistent"], indirect=True)
+
+
+def require_fit(shape: Shape, cell: str, dtype: torch.dtype, tf32: bool = False) -> None:
+    """Skips a test of the persistent schedule if this GPU cannot hold the layer."""
+    about = torch.cuda.get_device_properties()
+    shared = getattr(about, "shared_memory_per_block_optin", 232448)
+    for training in (False, True):
+        plan = shape.plan_on(
+            cell,
+            dtype,
+            training,
+            tf32=tf32,
+            capability=about.major,
+            multiprocessors=about.multi_processor_count,
+            shared_bytes=shared,
+        )
+        if plan["schedule"] != "persistent":
+            pytest.skip(f"does not fit on {about.name}")
+
+
+def finish(*streams: torch.cuda.Stream, seconds: float = 60.0) -> None:
+    """Waits for streams. Kernels that wait for one another for ever end the whole run.
+
+    They would keep the GPU from every test that follows.
+    """
+    events = [stream.record_event() for stream in streams]
+    end = time.monotonic() + seconds
+    while not all(event.query() for event in events):
+        if time.monotonic() > end:
+            pytest.exit(f"kernels did not end within {seconds:g} seconds: a deadlock?", 1)
+        time.sleep(0.001)
+
+
 def make(*shape: int, dtype: torch.dtype, seed: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return random(generator, *shape, dtype=dtype).cuda().requires_grad_()
@@ -50,17 +114,23 @@ def make_states(module: nn.Module, batch: int, dtype: torch.dtype) -> Any:
 
 
 def arguments(
-    cell: str, steps: int, batch: int, hidden: int, dtype: torch.dtype = torch.float32
+    cell: str,
+    steps: int,
+    batch: int,
+    hidden: int,
+    dtype: torch.dtype = torch.float32,
+    inputs: int | None = None,
 ) -> tuple[Any, ...]:
-    """x, h0, c0, weights, batch_sizes, spec of a layer in one direction."""
+    """x, h0, c0, weights, batch_sizes, spec of a layer in one direction; I = H unless given."""
     spec = SPECS[cell]
     gates = spec.gates * hidden
+    inputs = hidden if inputs is None else inputs
     weights = [
         make(*size, dtype=dtype, seed=seed).detach().mul_(hidden**-0.5).requires_grad_()
-        for seed, size in enumerate([(gates, hidden), (gates, hidden), (gates,), (gates,)])
+        for seed, size in enumerate([(gates, inputs), (gates, hidden), (gates,), (gates,)])
     ]
     c0 = make(1, batch, hidden, dtype=dtype, seed=8) if spec.has_cell_state else None
-    x = make(steps, batch, hidden, dtype=dtype)
+    x = make(steps, batch, inputs, dtype=dtype)
     return x, make(1, batch, hidden, dtype=dtype, seed=7), c0, weights, None, spec
 
 
@@ -68,11 +138,13 @@ HALF = (torch.float16, torch.bfloat16)
 # The gradient of relu jumps at 0, and a sum near 0 of values rounded to half types may land on
 # either side: a gradient test would find chance. `test_relu_in_half_types` compares the rest.
 CASES = [(c, d) for c in CELLS for d in DTYPES if c != "rnn_relu" or d not in HALF]
+PERSISTENT_CASES = [(c, d) for c, d in CASES if d != torch.float64]
 
 #          T, B, I, H
 SHAPES = [(1, 1, 1, 1), (7, 3, 5, 17), (5, 16, 64, 128), (3, 2, 300, 260), (4, 0, 3, 5)]
 
 
+@both_schedules
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("cell", "dtype"), CASES, ids=str)
 def test_padded(cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -81,6 +153,7 @@ def test_padded(cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype)
     check(module, make(steps, batch, inputs, dtype=dtype), make_states(module, batch, dtype))
 
 
+@both_schedules
 @pytest.mark.parametrize("lengths", [[4], [5, 5, 3, 1], [1, 6, 2, 6, 3]], ids=str)
 @pytest.mark.parametrize(("cell", "dtype"), CASES, ids=str)
 def test_rows_of_different_lengths(cell: str, lengths: list[int], dtype: torch.dtype) -> None:
@@ -89,6 +162,7 @@ def test_rows_of_different_lengths(cell: str, lengths: list[int], dtype: torch.d
     check(module, x, make_states(module, len(lengths), dtype))
 
 
+@both_schedules
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_relu_in_half_types(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -103,6 +177,7 @@ def test_relu_in_half_types(shape: tuple[int, int, int, int], dtype: torch.dtype
         assert_close(*values, name)
 
 
+@both_schedules
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_projection(packed: bool, dtype: torch.dtype) -> None:
@@ -114,13 +189,44 @@ def test_projection(packed: bool, dtype: torch.dtype) -> None:
     check(module, x, make_states(module, 4, dtype))
 
 
+LONG = [[70_000], [70_000, 69_998, 3]]
+
+
+def long_layer(cell: str, lengths: list[int]) -> tuple[Any, ...]:
+    """A layer over one sequence, or packed ones; no cell's state grows without end."""
+    _, h0, c0, weights, _, spec = arguments(cell, 1, len(lengths), 4)
+    weights[1].detach().mul_(0.5)
+    rows = make(sum(lengths), 4, dtype=torch.float32, seed=9)
+    if len(lengths) == 1:
+        return rows.detach().unsqueeze(1).requires_grad_(), h0, c0, weights, None, spec
+    packed = pack(rows.detach(), lengths, enforce_sorted=True)
+    return packed.data.requires_grad_(), h0, c0, weights, packed.batch_sizes, spec
+
+
+@both_schedules
+@pytest.mark.parametrize("lengths", LONG, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_more_steps_than_a_grid_has_rows(cell: str) -> None:
-    args = arguments(cell, 70_000, 1, 4)
+def test_more_steps_than_a_grid_has_rows(cell: str, lengths: list[int]) -> None:
+    results = gradients(long_layer(cell, lengths))
+    assert all(result.isfinite().all() for result in results)
+    y, h_n, *_ = results
+    assert torch.equal(y.view(-1, 4)[-1], h_n[0, 0])
+
+
+@pytest.mark.parametrize("lengths", LONG, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_schedules_agree_on_many_steps(
+    cell: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, h0, c0, weights, sizes, spec = long_layer(cell, lengths)
+    found = {}
     with torch.no_grad():
-        y, h_n, _ = ops.layer(*args)
-    assert y.isfinite().all()
-    assert torch.equal(y[-1], h_n[0])
+        for name in SCHEDULES:
+            monkeypatch.setenv("FASTRNN_SCHEDULE", name)
+            found[name], *_ = ops.layer(x, h0, c0, weights, sizes, spec)
+        wide = [t if t is None else t.double() for t in (x, h0, c0)]
+        truth, *_ = ops.layer(*wide, [w.double() for w in weights], sizes, spec)
+    assert_close(found["persistent"], found["stepwise"], truth)
 
 
 def gradients(args: tuple[Any, ...]) -> list[Tensor]:
@@ -131,6 +237,7 @@ def gradients(args: tuple[Any, ...]) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
 
 
+@both_schedules
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_repeats_to_the_bit(cell: str, dtype: torch.dtype) -> None:
@@ -141,6 +248,7 @@ def test_repeats_to_the_bit(cell: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@both_schedules
 @pytest.mark.parametrize("cell", CELLS)
 def test_host_never_waits(cell: str) -> None:
     args = arguments(cell, 6, 4, 16)
@@ -153,6 +261,7 @@ def test_host_never_waits(cell: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@both_schedules
 @pytest.mark.parametrize("cell", CELLS)
 def test_follows_the_current_stream(cell: str) -> None:
     args = arguments(cell, 30, 8, 128)
@@ -169,6 +278,7 @@ def test_follows_the_current_stream(cell: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@both_schedules
 @pytest.mark.parametrize("cell", CELLS)
 def test_forward_in_a_graph(cell: str) -> None:
     args = arguments(cell, 9, 4, 32)
@@ -187,6 +297,7 @@ def test_forward_in_a_graph(cell: str) -> None:
                 assert a is b is None or torch.equal(a, b)
 
 
+@both_schedules
 @pytest.mark.parametrize("cell", CELLS)
 def test_training_step_in_a_graph(cell: str) -> None:
     args = arguments(cell, 9, 4, 32)
@@ -207,10 +318,196 @@ def test_training_step_in_a_graph(cell: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
-@pytest.mark.skipif(
+# -- the persistent schedule ----------------------------------------------------------------------
+
+
+@only_persistent
+@pytest.mark.parametrize("name", PERSISTENT_SHAPES)
+@pytest.mark.parametrize(("cell", "dtype"), PERSISTENT_CASES, ids=str)
+def test_persistent(cell: str, dtype: torch.dtype, name: str, schedule: str) -> None:
+    shape = PERSISTENT_SHAPES[name]
+    require_fit(shape, cell, dtype)
+    module = build(
+        cell,
+        shape.input_size,
+        shape.hidden_size,
+        bidirectional=shape.directions == 2,
+        dtype=dtype,
+    ).cuda()
+    x = make(shape.steps, shape.batch, shape.input_size, dtype=dtype)
+    check(module, x, make_states(module, shape.batch, dtype))
+
+
+@only_persistent
+@pytest.mark.parametrize("batch", [3, 20])
+@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
+@pytest.mark.parametrize(("cell", "dtype"), PERSISTENT_CASES, ids=str)
+def test_persistent_hidden_sizes(
+    cell: str, dtype: torch.dtype, hidden_size: int, batch: int, schedule: str
+) -> None:
+    require_fit(Shape(4, batch, 8, hidden_size, 1, {}), cell, dtype)
+    module = build(cell, 8, hidden_size, dtype=dtype).cuda()
+    check(module, make(4, batch, 8, dtype=dtype), make_states(module, batch, dtype))
+
+
+@both_schedules
+@pytest.mark.parametrize(("cell", "dtype"), CASES, ids=str)
+def test_many_lengths(cell: str, dtype: torch.dtype) -> None:
+    module = build(cell, 3, 33, bidirectional=True, dtype=dtype).cuda()
+    x = pack(make(sum(MANY_LENGTHS), 3, dtype=dtype), MANY_LENGTHS, enforce_sorted=False)
+    check(module, x, make_states(module, len(MANY_LENGTHS), dtype))
+
+
+@pytest.mark.parametrize(("cell", "dtype"), PERSISTENT_CASES, ids=str)
+def test_schedules_agree(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over more steps than the comparisons with torch have."""
+    require_fit(Shape(60, 20, 256, 256, 1, {}), cell, dtype)
+    module = build(cell, 256, 256, dtype=dtype).cuda()
+    x, hx = make(60, 20, 256, dtype=dtype), make_states(module, 20, dtype)
+    found = {}
+    for name in SCHEDULES:
+        monkeypatch.setenv("FASTRNN_SCHEDULE", name)
+        found[name] = run(module, x, hx)
+    with reference_math():
+        truth = run(copy.deepcopy(module).double(), to_double(x), to_double(hx))
+    assert_all_close(found["persistent"], found["stepwise"], truth)
+
+
+def test_the_schedule_that_is_asked_for_runs(schedule: str) -> None:
+    if schedule == "persistent":
+        require_fit(Shape(6, 20, 64, 64, 1, {}), "lstm", torch.float32)
+    args = arguments("lstm", 6, 20, 64)
+    gradients(args)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        gradients(args)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() or []]
+    if not any("fastrnn" in name for name in names):
+        pytest.skip("the profiler does not see kernels here")
+    walks = sum("walk_kernel" in name for name in names)
+    assert walks == (2 if schedule == "persistent" else 0)  # forward and backward
+
+
+@pytest.mark.parametrize("name", ["fast", "Persistent", " stepwise"])
+def test_a_schedule_that_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments("gru", 3, 2, 4)
+    expected = gradients(args)
+    monkeypatch.setenv("FASTRNN_SCHEDULE", name)
+    sentence = "fastrnn: FASTRNN_SCHEDULE must be auto, persistent or stepwise, got"
+    with pytest.raises(RuntimeError, match=rf"^{sentence} '{name}'\.$"):
+        ops.layer(*args)
+    monkeypatch.setenv("FASTRNN_SCHEDULE", "auto")
+    assert all(torch.equal(a, b) for a, b in zip(gradients(args), expected, strict=True))
+
+
+# Two layers' H; at 1024 a layer's blocks take all of an H100 but four multiprocessors.
+PAIRS = [(64, 64), (1024, 64), (1024, 1024)]
+
+
+@only_persistent
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("sizes", PAIRS, ids=str)
+def test_two_streams_at_once(sizes: tuple[int, int], threads: int, schedule: str) -> None:
+    """Blocks of one layer wait for one another: none may wait for blocks that never get a place."""
+    layers = [
+        arguments(cell, 40, 20, hidden, torch.float16)
+        for cell, hidden in zip(("lstm", "gru"), sizes, strict=True)
+    ]
+    expected = [gradients(args) for args in layers]
+    streams = [torch.cuda.Stream() for _ in layers]
+    found: list[list[list[Tensor]]] = [[] for _ in layers]
+    torch.cuda.synchronize()
+
+    def launch(*numbers: int) -> None:
+        for _ in range(10):
+            for number in numbers:
+                with torch.cuda.stream(streams[number]):
+                    found[number].append(gradients(layers[number]))
+
+    if threads == 1:
+        launch(0, 1)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(launch, number) for number in range(threads)]:
+                done.result(timeout=60)
+    finish(*streams)
+    for results, truth in zip(found, expected, strict=True):
+        for result in results:
+            assert all(torch.equal(a, b) for a, b in zip(result, truth, strict=True))
+
+
+@both_schedules
+@pytest.mark.parametrize("cell", CELLS)
+def test_beside_other_work(cell: str) -> None:
+    """On a GPU that another stream keeps busy, before, during and after."""
+    args = arguments(cell, 30, 20, 1024, torch.float16)
+    busy = torch.ones(4096, 4096, dtype=torch.float16, device="cuda")
+    expected = gradients(args)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+
+    def occupy() -> None:
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            for _ in range(20):
+                torch.mm(busy, busy)
+
+    found = []
+    for _ in range(3):
+        occupy()
+        found.append(gradients(args))
+    occupy()
+    finish(side, torch.cuda.current_stream())
+    for result in found:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+# -- TF32 -----------------------------------------------------------------------------------------
+
+
+knows_tf32 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
     reason="needs tensor cores that know TF32",
 )
+
+
+def both_passes(cell: str, args: tuple[Any, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All that the two operators return, with outputs as their own gradients."""
+    x, h0, c0 = (None if t is None else t.detach().to(dtype) for t in args[:3])
+    weights = [w.detach().to(dtype) for w in args[3]]
+    forward = torch.ops.fastrnn.layer_forward
+    y, h_n, c_n, saved = forward(x, h0, c0, weights, None, cell, True)
+    d_pre, _, d_h0, _ = torch.ops.fastrnn.layer_backward(
+        y, h_n, None if c0 is None else c_n, h0, c0, weights, None, y, saved, cell
+    )
+    return {"y": y, "h_n": h_n, "d_pre": d_pre, "d_h0": d_h0}
+
+
+@knows_tf32
+@pytest.mark.parametrize("shape", [(6, 7, 17), (4, 33, 40), (20, 64, 512)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_persistent_in_tf32(
+    cell: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operands of recurrent products have float16's 10 bits; x has next to no weight here."""
+    steps, batch, hidden = shape
+    require_fit(Shape(steps, batch, 3, hidden, 1, {}), cell, torch.float32, tf32=True)
+    args = arguments(cell, steps, batch, hidden, inputs=3)
+    monkeypatch.setenv("FASTRNN_SCHEDULE", "stepwise")
+    truth, exact, halves = (
+        both_passes(cell, args, dtype) for dtype in (torch.float64, torch.float32, torch.float16)
+    )
+    monkeypatch.setenv("FASTRNN_SCHEDULE", "persistent")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    fast = both_passes(cell, args, torch.float32)
+    for name in ("y", "h_n", *([] if cell == "rnn_relu" else ["d_pre", "d_h0"])):
+        found = error(fast[name], truth[name])
+        assert found > 8 * error(exact[name], truth[name]), name
+        assert found <= 2 * error(halves[name], truth[name]), name
+
+
+@both_schedules
+@knows_tf32
 def test_tf32_follows_the_switch_of_matrix_products() -> None:
     args = arguments("lstm", 3, 64, 512)
     truth_args = [
@@ -226,6 +523,10 @@ def test_tf32_follows_the_switch_of_matrix_products() -> None:
     assert error(fast, truth) > 8 * error(exact, truth)  # 13 bits fewer in every product
 
 
+# -- torch ----------------------------------------------------------------------------------------
+
+
+@both_schedules
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_device_that_is_not_the_current_one() -> None:
     module = build("gru", 5, 8).to("cuda:1")
@@ -245,6 +546,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
         torch.ops.fastrnn.layer_forward(x.cpu(), h0, c0, weights, None, "gru", False)
 
 
+@both_schedules
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell: str) -> None:
     x, h0, c0, weights, _, _ = arguments(cell, 3, 2, 4)
@@ -259,3 +561,72 @@ def test_module_moves_with_its_state() -> None:
     expected, _ = module(x)
     found, _ = module.cuda()(x.cuda())
     torch.testing.assert_close(found.cpu(), expected)
+
+
+# -- at random ------------------------------------------------------------------------------------
+
+
+class Soak:
+    """A layer and an input that a number draws, and the schedule that it is to ask for."""
+
+    def __init__(self, number: int) -> None:
+        draw = python_random.Random(number)
+        self.cell = draw.choice(list(CELLS))
+        self.dtype = draw.choice([*DTYPES, *PERSISTENT_DTYPES])
+        self.schedule = draw.choice(["auto", "persistent", "persistent", "stepwise"])
+        largest = draw.choice([8, 40, 300, 1100])
+        hidden = draw.randint(1, largest)
+        self.options = {
+            "input_size": draw.choice([1, 3, 16, 33, hidden]),
+            "hidden_size": hidden,
+            "num_layers": draw.choice([1, 1, 2]),
+            "bias": draw.random() < 0.8,
+            "bidirectional": draw.random() < 0.5,
+        }
+        if self.cell == "lstm" and hidden > 1 and draw.random() < 0.1:
+            self.options["proj_size"] = draw.randint(1, hidden - 1)
+        steps = draw.randint(1, draw.choice([4, 12, 40]))
+        batch = draw.randint(1, draw.choice([4, 20, 140 if largest <= 300 else 40]))
+        self.lengths = [steps] * batch
+        self.packed = draw.random() < 0.4
+        if self.packed:
+            self.lengths = [draw.randint(1, steps) for _ in range(batch)]
+        self.has_states = draw.random() < 0.7
+
+    def __str__(self) -> str:
+        form = f"lengths {self.lengths}" if self.packed else f"T{self.lengths[0]}"
+        layer = f"{self.cell} {self.dtype} {self.schedule} {self.options}"
+        return f"{layer} B{len(self.lengths)} {form}"
+
+    def check(self) -> None:
+        """Compares with float64 and torch all that comes out."""
+        module = build(self.cell, **self.options, dtype=self.dtype).cuda()
+        inputs, batch = module.input_size, len(self.lengths)
+        if self.packed:
+            rows = make(sum(self.lengths), inputs, dtype=self.dtype)
+            x: Any = pack(rows, self.lengths, enforce_sorted=False)
+        else:
+            x = make(self.lengths[0], batch, inputs, dtype=self.dtype)
+        hx = make_states(module, batch, self.dtype) if self.has_states else None
+        check(module, x, hx, shakes=3)
+
+
+PERSISTENT_DTYPES = [d for d in DTYPES if d != torch.float64]
+
+
+@pytest.mark.slow
+def test_soak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Always the same layers, one after the other, as many as the time allows."""
+    end = time.monotonic() + float(os.environ.get("FASTRNN_SOAK_SECONDS") or 20)
+    for number in itertools.count():
+        case = Soak(number)
+        if (case.cell, case.dtype) not in CASES:
+            continue
+        monkeypatch.setenv("FASTRNN_SCHEDULE", case.schedule)
+        try:
+            case.check()
+        except Exception as problem:
+            raise AssertionError(f"Soak({number}), {case}: {problem}") from problem
+        if time.monotonic() > end:
+            break
+    print(f"{number + 1} layers drawn")

@@ -1,0 +1,544 @@
+"""fastrnn beside torch.nn (cuDNN) on a GPU: both schedules and the one that fastrnn chooses.
+
+    python bench/cuda_speed.py --json FILE [--report FILE.md] [--budget SECONDS] [--seconds 0.2]
+           [--blocks flashrnn ...] [--cells ...] [--dtypes ...] [--modes ...] [--commit TEXT]
+
+A task is a shape of `cuda_grid.py`, a cell, a dtype and forward or training (forward and backward,
+to the weights and the input). The product of the input is part of it. Who takes part, with the same
+weights and input:
+
+    stepwise, persistent   fastrnn with FASTRNN_SCHEDULE set so; persistent where the layer fits
+    auto                   fastrnn as it is
+    torch                  torch.nn, which is cuDNN
+
+Before any timing the outputs, in training the gradients as well, are compared with torch.nn in
+float64 from the same rounded values. One may err four times as much as torch.nn does in the same
+dtype, or 16 units in the last place; in TF32 torch.nn in float16 counts as well, whose products
+have as many bits. Who errs more is refused. Then all take turns in random order, in five rounds,
+three where a call takes long; a turn is an untimed call and then calls between CUDA events, of
+which the median counts; and of the rounds' medians the median.
+
+FILE holds every task as soon as it is done. Where FILE exists, what it holds is not measured again:
+after a cut-off the same command goes on, behind the task that was under way. The tasks are in an
+order that has all blocks early; --budget starts no task after so many seconds (0: none at all, only
+the report). --report writes a table, the worst ratio first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda_grid import BLOCKS, DTYPES, POINTS, GpuTask, tasks, tiny
+from cuda_report import report
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastrnn
+from fastrnn import _C, _library
+from fastrnn.compare.agreement import FLOOR, TIMES_TORCH, error
+from fastrnn.compare.shapes import CELLS, MODES
+
+SCHEDULES = ("stepwise", "persistent", "auto")
+ROUNDS = 5
+FEWEST_ROUNDS = 3  # where a call takes long
+MOST_CALLS = 200  # in one turn
+CLASSES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+PLAN_CELLS = {"rnn": "rnn_tanh", "gru": "gru", "lstm": "lstm"}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+FLOORS = {dtype: 16 * torch.finfo(dtype).eps for dtype in (torch.float16, torch.bfloat16)}
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Turns torch's two switches."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+class Problem:
+    """What all contestants of a task get: weights, input, gradient of the output, on the device.
+
+    Args:
+        task: what it is.
+        device: where.
+    """
+
+    def __init__(self, task: GpuTask, device: str) -> None:
+        point, generator = task.at.point, torch.Generator(device).manual_seed(1)
+        self.task, self.device = task, device
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        torch.manual_seed(0)
+        self.weights = self._module(nn, torch.float32).state_dict()
+        x = normal(point.steps, point.batch, point.input_size)
+        self.batch_sizes: Tensor | None = None
+        if point.packed:
+            packed = pack_padded_sequence(x, torch.tensor(point.lengths))
+            x, self.batch_sizes = packed.data, packed.batch_sizes
+        self.x = x
+        self.d_output = None
+        if task.mode == "training":
+            self.d_output = normal(*x.shape[:-1], point.output_size)
+
+    def _module(self, classes: Any, dtype: torch.dtype) -> nn.Module:
+        point = self.task.at.point
+        module: nn.Module = getattr(classes, CLASSES[self.task.cell])(
+            point.input_size,
+            point.hidden_size,
+            point.layers,
+            bidirectional=point.bidirectional,
+            device=self.device,
+            dtype=dtype,
+        )
+        return module
+
+    def call(self, classes: Any, dtype: torch.dtype, rounded: torch.dtype) -> Call:
+        """A library's module in a dtype, on values that were rounded to another one before."""
+        module = self._module(classes, dtype)
+        module.load_state_dict(
+            {name: weight.to(rounded).to(dtype) for name, weight in self.weights.items()}
+        )
+        d_output = None if self.d_output is None else self.d_output.to(rounded).to(dtype)
+        return Call(module, self.x.to(rounded).to(dtype), self.batch_sizes, d_output)
+
+
+class Call:
+    """A module that is ready to be called; ``d_output`` None means forward without gradients."""
+
+    def __init__(
+        self, module: nn.Module, x: Tensor, batch_sizes: Tensor | None, d_output: Tensor | None
+    ) -> None:
+        self.module, self.d_output = module, d_output
+        self.leaf = x if d_output is None else x.requires_grad_()
+        self.x = x if batch_sizes is None else PackedSequence(x, batch_sizes)
+        self.names = ["x", *(name for name, _ in module.named_parameters())]
+        self.leaves = [self.leaf, *module.parameters()]
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The output, and in training the gradients of the input and the weights."""
+        if self.d_output is None:
+            with torch.no_grad():
+                return (self._output(),)
+        output = self._output()
+        return output.detach(), *torch.autograd.grad(output, self.leaves, self.d_output)
+
+    def _output(self) -> Tensor:
+        output = self.module(self.x)[0]
+        rows: Tensor = output.data if isinstance(output, PackedSequence) else output
+        return rows
+
+    def results(self) -> dict[str, Tensor]:
+        """The same by name."""
+        output, *gradients = self()
+        named = {f"d_{name}": d for name, d in zip(self.names, gradients, strict=False)}
+        return {"output": output, **named}
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of a call, to be replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def plans(task: GpuTask, schedule: str, chip: Mapping[str, int]) -> list[dict[str, Any]]:
+    """How fastrnn walks the first layer: forward, and in training backward."""
+    point = task.at.point
+    return [
+        dict(
+            _C.cuda_plan(
+                PLAN_CELLS[task.cell],
+                point.steps,
+                point.batch,
+                point.input_size,
+                point.hidden_size,
+                dtype=str(TORCH_DTYPES[task.dtype]).removeprefix("torch."),
+                training=training,
+                directions=point.directions,
+                tf32=task.dtype == "tf32",
+                schedule=schedule,
+                **chip,
+            )
+        )
+        for training in ([False, True] if task.mode == "training" else [False])
+    ]
+
+
+def chip(device: str) -> dict[str, int]:
+    """What a plan depends on; that of an H100 where there is no GPU."""
+    if device == "cpu":
+        return {}
+    about = torch.cuda.get_device_properties(device)
+    known = {"capability": about.major, "multiprocessors": about.multi_processor_count}
+    shared = getattr(about, "shared_memory_per_block_optin", None)
+    return known if shared is None else {**known, "shared_bytes": shared}
+
+
+class Clock:
+    """Times calls: by events on a GPU, on the CPU by the wall."""
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device != "cpu"
+
+    def wait(self) -> None:
+        """Until the device has done everything."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
+    def times(self, call: Callable[[], object], count: int) -> list[float]:
+        """Seconds of each of so many calls, one after the other, after an untimed one."""
+        call()
+        self.wait()
+        if not self._on_gpu:
+            marks = [time.perf_counter()]
+            for _ in range(count):
+                call()
+                marks.append(time.perf_counter())
+            return [b - a for a, b in itertools.pairwise(marks)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        self.wait()
+        return [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(events)]
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], seconds: float, clock: Clock
+) -> dict[str, list[float]]:
+    """The median call (seconds) of each round, by name; about ``seconds`` are spent on each."""
+    once = {name: min(clock.times(call, 2)) for name, call in calls.items()}
+    # An untimed and at least one timed call a turn.
+    rounds = min(ROUNDS, max(FEWEST_ROUNDS, round(seconds / max(1e-7, *once.values()))))
+    counts = {
+        name: min(MOST_CALLS, max(1, round(seconds / rounds / max(first, 1e-7))))
+        for name, first in once.items()
+    }
+    medians: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in random.sample(list(calls), len(calls)):
+            medians[name].append(statistics.median(clock.times(calls[name], counts[name])))
+    return medians
+
+
+def allowances(problem: Problem, truth: Mapping[str, Tensor]) -> tuple[dict[str, float], float]:
+    """How much each result may err, and the largest error of torch.nn itself."""
+    dtype = TORCH_DTYPES[problem.task.dtype]
+    found = problem.call(nn, dtype, dtype).results()
+    own = {name: error(found[name], truth[name]) for name in truth}
+    allowed = dict(own)
+    if problem.task.dtype == "tf32":
+        found = problem.call(nn, torch.float16, torch.float16).results()
+        allowed = {name: max(own[name], error(found[name], truth[name])) for name in truth}
+    floor = FLOORS.get(dtype, FLOOR)
+    return {n: max(TIMES_TORCH * e, floor) for n, e in allowed.items()}, max(own.values())
+
+
+def measure(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:
+    """Checks and times a task: what the file holds of it."""
+    about, clock = chip(device), Clock(device)
+    allow_tf32(task.dtype == "tf32")
+    dtype = TORCH_DTYPES[task.dtype]
+    line: dict[str, Any] = {
+        "task": task.label,
+        "block": task.at.point.block,
+        "cell": task.cell,
+        "mode": task.mode,
+        "dtype": task.dtype,
+        "label": task.at.label,
+        "point": asdict(task.at.point),
+        "graph": task.at.graph,
+        "flops": task.at.point.flops(task.cell, task.mode),
+        "plan": plans(task, "auto", about),
+        "errors": {},
+        "refused": {},
+        "seconds": {},
+        "rounds": {},
+    }
+    schedules = list(SCHEDULES)
+    asked = plans(task, "persistent", about)
+    if all(plan["schedule"] == "stepwise" for plan in asked):
+        schedules.remove("persistent")
+
+    problem = Problem(task, device)
+    truth = problem.call(nn, torch.float64, dtype).results()
+    allowed, line["errors"]["torch"] = allowances(problem, truth)
+    ours, theirs = problem.call(fastrnn, dtype, dtype), problem.call(nn, dtype, dtype)
+    calls: dict[str, Callable[[], object]] = {}
+
+    def with_schedule(name: str, call: Callable[[], object]) -> Callable[[], object]:
+        def asking() -> object:
+            os.environ["FASTRNN_SCHEDULE"] = name
+            return call()
+
+        return asking
+
+    for name in schedules:
+        os.environ["FASTRNN_SCHEDULE"] = name
+        results = ours.results()
+        errors = {key: error(results[key], truth[key]) for key in truth}
+        line["errors"][name] = max(errors.values())
+        wrong = [key for key in errors if not errors[key] <= allowed[key]]
+        if wrong:
+            line["refused"][name] = (
+                f"differs from float64: {wrong[0]} by {errors[wrong[0]]:.1e}, "
+                f"where {allowed[wrong[0]]:.1e} is allowed"
+            )
+        else:
+            calls[name] = with_schedule(name, ours)
+    calls["torch"] = theirs
+    del results, truth
+    if task.at.graph and device != "cpu":
+        for name, call in list(calls.items()):
+            try:
+                calls[name] = captured(call)
+            except RuntimeError as problem_of_capture:
+                del calls[name]
+                first = str(problem_of_capture).splitlines()[0]
+                line["refused"][name] = f"cannot be captured in a graph: {first}"
+    line["rounds"] = interleaved(calls, seconds, clock)
+    line["seconds"] = {name: statistics.median(times) for name, times in line["rounds"].items()}
+    return line
+
+
+def measure_or_refuse(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:
+    """The same, where no memory or a failed call is something to be noted."""
+    try:
+        return measure(task, device, seconds)
+    except RuntimeError as failure:  # torch.OutOfMemoryError is one
+        return nothing(task, str(failure).splitlines()[0])
+
+
+def nothing(task: GpuTask, why: str) -> dict[str, Any]:
+    """What the file holds of a task that could not be measured."""
+    about = {"task": task.label, "block": task.at.point.block, "cell": task.cell}
+    about |= {"mode": task.mode, "dtype": task.dtype, "label": task.at.label}
+    return {**about, "plan": [], "errors": {}, "refused": {"all": why}, "seconds": {}, "rounds": {}}
+
+
+# -- where and with what --------------------------------------------------------------------------
+
+
+def output_of(*command: str) -> str:
+    """The first line that a program prints, "" if it cannot be run."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return (done.stdout.splitlines() or [""])[0].strip()
+
+
+def commit() -> str:
+    """Of this folder's repository, with a + for changes that are not committed."""
+    found = output_of("git", "rev-parse", "--short=10", "HEAD")
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    return found + ("+" if changed else "") if found else "unknown"
+
+
+def machine(device: str, commit_name: str) -> dict[str, Any]:
+    """What a ratio depends on."""
+    about: dict[str, Any] = {"device": "cpu (a rehearsal)"}
+    if device != "cpu":
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        about = {
+            "device": torch.cuda.get_device_name(device),
+            "driver": driver or "unknown",
+            "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),
+        }
+    return {
+        **about,
+        "torch": torch.__version__,
+        "fastrnn": fastrnn.__version__,
+        "commit": commit_name,
+    }
+
+
+class Results:
+    """The file, written anew after every task; without one only in memory.
+
+    Args:
+        path: the file, or None.
+        about: the machine. A file of another one is not continued.
+    """
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self._path = path
+        self.document: dict[str, Any] = {"machine": about, "results": []}
+        if path is not None and path.exists():
+            self.document = read(path)
+            if self.document["machine"] != about:
+                raise SystemExit(
+                    f"{path}: was measured on another machine, with other versions or at another "
+                    "commit; name another file"
+                )
+
+    @property
+    def done(self) -> set[str]:
+        """The labels of the tasks that it holds."""
+        return {line["task"] for line in self.document["results"]}
+
+    def begin(self, task: GpuTask) -> None:
+        """Notes what is under way, so that it is not tried again if it never ends."""
+        self.document["under_way"] = task.label
+        self._write()
+
+    def interrupted(self) -> str | None:
+        """The task that was under way when this file was last written."""
+        label: str | None = self.document.pop("under_way", None)
+        return label
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Keeps what came out."""
+        self.document["results"].append(line)
+        self.document.pop("under_way", None)
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        new = self._path.with_name(self._path.name + ".new")
+        new.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
+        new.replace(self._path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The contents of a file.
+
+    Raises:
+        SystemExit: it cannot be read, or is none of ours.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        document["machine"]["commit"], [line["task"] for line in document["results"]]
+    except OSError as problem:
+        raise SystemExit(f"{path}: cannot be read ({problem.strerror})") from problem
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"{path}: is no result of cuda_speed.py --json FILE") from None
+    found: dict[str, Any] = document
+    return found
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def row(line: Mapping[str, Any]) -> str:
+    """A task in one line of the terminal."""
+    times = "".join(
+        f"{line['seconds'][name] * 1e3:11.3f}" if name in line["seconds"] else f"{'-':>11}"
+        for name in (*SCHEDULES, "torch")
+    )
+    chosen = "/".join(plan["schedule"] for plan in line["plan"])
+    refusals = "".join(f"   {name}: {why}" for name, why in line["refused"].items())
+    return f"{line['task']:<58}{times}   {chosen}{refusals}"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, known in (
+        ("blocks", BLOCKS),
+        ("cells", CELLS),
+        ("dtypes", DTYPES),
+        ("modes", MODES),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", default=known, choices=known, metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=0.2, help="to spend a contestant and task")
+    parser.add_argument("--budget", type=float, help="seconds after which no task is begun")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for the results")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="for a table in Markdown")
+    parser.add_argument("--commit", help="what to call the code (default: what git says)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not options.seconds > 0:
+        parser.error(f"--seconds must be above 0, got {options.seconds}")
+    if options.budget is not None and options.budget < 0:
+        parser.error(f"--budget must be at least 0, got {options.budget}")
+    if options.budget == 0 and (options.json is None or options.report is None):
+        parser.error("--budget 0 measures nothing and needs --json and --report")
+    return options
+
+
+def is_broken(device: str) -> bool:
+    """Whether the GPU does nothing more for this process."""
+    try:
+        Clock(device).wait()
+    except RuntimeError:
+        return True
+    return False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    begin = time.monotonic()
+    options = parse(arguments)
+    if options.budget == 0:
+        options.report.write_text(report(read(options.json)), encoding="utf-8")
+        return 0
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("cuda_speed.py needs a CUDA device, and torch finds none.")
+        if not _library.cuda_kernels:
+            raise SystemExit(f"fastrnn has no CUDA kernels here: {_library.why_no_cuda}.")
+    results = Results(options.json, machine(options.device, options.commit or commit()))
+    points = [at for at in POINTS if at.point.block in options.blocks]
+    if options.device == "cpu":
+        points = [tiny(at) for at in points]
+    chosen = tasks(points, options.cells, options.dtypes, options.modes)
+    interrupted = results.interrupted()
+    for task in chosen:
+        if task.label == interrupted and task.label not in results.done:
+            results.add(nothing(task, "a measurement was cut off here"))
+    done = results.done
+    print(", ".join(f"{key} {value}" for key, value in results.document["machine"].items()))
+    print(f"{'ms':<58}" + "".join(f"{name:>11}" for name in (*SCHEDULES, "torch")) + "   auto is")
+    left = [task for task in chosen if task.label not in done]
+    count, status = 0, 0
+    for task in left:
+        if options.budget is not None and time.monotonic() - begin > options.budget:
+            break
+        results.begin(task)
+        line = measure_or_refuse(task, options.device, options.seconds)
+        results.add(line)
+        count += 1
+        print(row(line), flush=True)
+        if options.device != "cpu":
+            torch.cuda.empty_cache()
+        if is_broken(options.device):
+            print("The GPU has failed; the same command goes on behind this task.", flush=True)
+            status = 1
+            break
+    print(f"{count} tasks measured now, {len(left) - count} left of {len(chosen)}")
+    if options.report is not None:
+        options.report.write_text(report(results.document), encoding="utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
