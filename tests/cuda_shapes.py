@@ -49,8 +49,8 @@ PERSISTENT_SHAPES = {
     "few rows": Shape(6, 3, 4, 17, 2, {"tensor_cores": False, "units": 8, "row_tiles": 1}),
     "one row tile": Shape(6, 16, 4, 40, 2, {"units": 8, "row_tiles": 1, "row_groups": 1}),
     "groups of one tile": Shape(7, 40, 8, 64, 1, {"units": 8, "row_tiles": 3, "row_groups": 3}),
-    "a group of tiles": Shape(5, 40, 16, 768, 1, {"units": 8, "row_tiles": 3, "row_groups": 1}),
-    "uneven groups": Shape(5, 100, 8, 300, 1, {"units": 8, "row_tiles": 7, "row_groups": 3}),
+    "groups of tiles": Shape(5, 40, 16, 768, 1, {"units": 16, "row_tiles": 3, "row_groups": 2}),
+    "uneven groups": Shape(5, 100, 8, 300, 1, {"units": 16, "row_tiles": 7, "row_groups": 4}),
     "16 units a block": Shape(5, 20, 8, 600, 2, {"units": 16, "row_tiles": 2, "row_groups": 1}),
 }
 HIDDEN_SIZES = (1, 17, 129, 768, 1024)
