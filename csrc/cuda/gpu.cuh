@@ -120,13 +120,13 @@ constexpr cudaDataType_t kDataType<Float16> = CUDA_R_16F;
 template <>
 constexpr cudaDataType_t kDataType<BFloat16> = CUDA_R_16BF;
 
-// Blocks of a walk that a multiprocessor of the current device holds at once; its kernel may then
-// have the shared memory. 0 where it may not.
+// Blocks of a walk that a multiprocessor of the current device holds at once, 0: none. From then on
+// its kernel may have all the shared memory there is, whatever other threads ask for.
 template <class Body>
-int blocks_a_multiprocessor(std::int64_t shared_bytes) {
+int blocks_a_multiprocessor(std::int64_t shared_bytes, const Chip& chip) {
   int blocks = 0;
   if (cudaFuncSetAttribute(walk_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           int(shared_bytes)) != cudaSuccess ||
+                           chip.shared_bytes) != cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, walk_kernel<Body>, kWalkThreads,
                                                     std::size_t(shared_bytes)) != cudaSuccess) {
     cudaGetLastError();  // it is no error of anybody's
@@ -217,6 +217,6 @@ void run_persistent(const Backward<S>* problems, int directions, const Plan& pla
                     Gpu& gpu);
 // Blocks of the walk that a multiprocessor of the current device holds at once, 0: none.
 template <class S>
-int resident_blocks(CellKind cell, Pass pass, const Tiling& tiling);
+int resident_blocks(CellKind cell, Pass pass, const Tiling& tiling, const Chip& chip);
 
 }  // namespace fastrnn::cuda

@@ -46,8 +46,9 @@ Plan choose(const Problem* problems, int directions, Pass pass, const Context& c
   const Plan plan = make_plan(request);
   if constexpr (!std::is_same_v<S, double>) {
     if (plan.schedule->schedule == Schedule::kPersistent &&
-        plan.tiling.blocks > request.chip.multiprocessors *
-                                 resident_blocks<S>(request.shape.cell, pass, plan.tiling))
+        plan.tiling.blocks >
+            request.chip.multiprocessors *
+                resident_blocks<S>(request.shape.cell, pass, plan.tiling, request.chip))
       return stepwise_plan(request);
   }
   return plan;
