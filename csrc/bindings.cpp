@@ -127,6 +127,7 @@ py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t bat
     result["tensor_cores"] = tiling.tensor_cores;
     result["units"] = tiling.units;
     result["unit_blocks"] = tiling.unit_blocks;
+    result["output_blocks"] = tiling.output_blocks;
     result["row_tiles"] = tiling.row_tiles;
     result["row_groups"] = tiling.row_groups;
     result["blocks"] = tiling.blocks;

@@ -45,6 +45,7 @@ class CudaPlan(TypedDict, total=False):
     tensor_cores: bool
     units: int
     unit_blocks: int
+    output_blocks: int
     row_tiles: int
     row_groups: int
     blocks: int

@@ -426,6 +426,27 @@ def test_projection(
     check(module, x, make_states(module, 4, dtype))
 
 
+@persistent
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
+@pytest.mark.parametrize(("hidden", "proj"), [(9, 5), (40, 33), (24, 1)])
+@pytest.mark.parametrize("lengths", [None, [5, 3, 3, 1], MANY_LENGTHS], ids=["20 rows", "4", "29"])
+def test_persistent_projection(
+    kernels: Kernels,
+    lengths: list[int] | None,
+    hidden: int,
+    proj: int,
+    dtype: torch.dtype,
+    units: int,
+) -> None:
+    kernels.choice, kernels.units = PERSISTENT, units
+    module = build("lstm", 4, hidden, proj_size=proj, bidirectional=True, dtype=dtype)
+    batch = 20 if lengths is None else len(lengths)
+    x: Any = make_input(4, 20, 4, dtype=dtype)
+    if lengths is not None:
+        x = pack(make_input(sum(lengths), 4, dtype=dtype), lengths, enforce_sorted=True)
+    check(module, x, make_states(module, batch, dtype))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_rows(kernels: Kernels, cell: str) -> None:
     module = build(cell, 3, 6, bidirectional=True, dtype=torch.float32)

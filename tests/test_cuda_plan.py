@@ -46,7 +46,6 @@ def test_shared_memory_bounds_the_size() -> None:
 def test_what_is_never_persistent() -> None:
     for options in (
         {"dtype": "float64"},
-        {"proj_size": 64},
         {"capability": 7},
         {"multiprocessors": 0},
         {"schedule": "stepwise"},
@@ -56,6 +55,17 @@ def test_what_is_never_persistent() -> None:
         chosen = plan("lstm", hidden=128, **arguments)
         assert chosen.keys() == {"schedule", "chunk_rows"}
         assert chosen["schedule"] == "stepwise"
+
+
+def test_projection() -> None:
+    for training in (False, True):
+        chosen = plan("lstm", 16, 1024, proj_size=256, dtype="float16", training=training)
+        assert chosen["schedule"] == "persistent"
+        assert chosen["unit_blocks"] == 128
+        assert chosen["output_blocks"] == 32
+    # two products' weights, of which the second is the smaller
+    plain = plan("lstm", 16, 256, dtype="float16")["shared_bytes"]
+    assert plan("lstm", 16, 256, proj_size=255, dtype="float16")["shared_bytes"] > 1.2 * plain
 
 
 def test_what_is_too_little_or_too_much_unless_asked_for() -> None:

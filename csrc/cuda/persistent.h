@@ -18,6 +18,7 @@
 
 #include "stepwise.h"
 #include "walk.h"
+#include "walk_projected.h"
 
 namespace fastrnn::cuda {
 
@@ -36,25 +37,35 @@ inline std::int64_t most_segments(const LayerShape& shape) {
   return std::min(shape.batch, shape.steps) + 1;
 }
 
-// Where everything lies in the workspace, for both directions. The exchange and the marks of
+// Where everything lies in the workspace, for both directions. The exchanges and their marks of
 // arrival come first, to be cleared at once.
 template <class S>
 struct PersistentLayout {
-  std::int64_t slots_bytes, marks;  // of a direction
-  std::int64_t chunk;               // rows
-  std::size_t exchange, arrived, cleared, segments, c, d_h, gates_x, bytes;
+  std::int64_t first_bytes, first_marks;    // of a direction's exchange,
+  std::int64_t second_bytes, second_marks;  // and of the second one with a projection
+  std::int64_t chunk;                       // rows
+  std::size_t first, first_arrived, second, second_arrived, cleared;
+  std::size_t segments, c, d_h, gates_x, bytes;
 
   PersistentLayout(const LayerShape& shape, int directions, const Plan& plan, Pass pass) {
     const Tiling& tiling = plan.tiling;
     const CellInfo& cell = cell_info(shape.cell);
     const bool is_forward = pass == Pass::kForward;
     const std::int64_t state = directions * shape.batch * shape.hidden_size;
-    slots_bytes = (is_forward ? 3 : 2) * tiling.groups * kGroupBytes * kRowTile * tiling.row_tiles;
-    marks = std::int64_t(tiling.row_tiles) * tiling.unit_blocks;
+    const std::int64_t rows = std::int64_t(kRowTile) * tiling.row_tiles;
+    first_bytes = (is_forward ? 3 : 2) * rows * tiling.groups * kGroupBytes;
+    second_bytes = 2 * rows * tiling.second_groups * kGroupBytes;
+    first_marks =
+        std::int64_t(tiling.row_tiles) * (is_forward ? tiling.output_blocks : tiling.unit_blocks);
+    second_marks =
+        std::int64_t(tiling.row_tiles) * (is_forward ? tiling.unit_blocks : tiling.output_blocks);
+    if (tiling.second_groups == 0) second_marks = 0;
     chunk = std::min(std::max(plan.chunk_rows, shape.batch), shape.rows());
     Parts parts;
-    exchange = parts.add<char>(directions * slots_bytes);
-    arrived = parts.add<std::uint64_t>(directions * marks);
+    first = parts.add<char>(directions * first_bytes);
+    first_arrived = parts.add<std::uint64_t>(directions * first_marks);
+    second = parts.add<char>(directions * second_bytes);
+    second_arrived = parts.add<std::uint64_t>(directions * second_marks);
     cleared = parts.bytes();
     segments = parts.add<Segment>(most_segments(shape));
     c = parts.add<float>(cell.states == 2 ? state : 0);
@@ -68,12 +79,12 @@ struct PersistentLayout {
 // h0 as it is multiplied.
 template <class Math, class S>
 struct CopyOperand {
-  const S* from;  // [B, H]
+  const S* from;  // [B, R]
   S* to;          // [B, *], to_stride apart
-  std::int64_t hidden, to_stride;
+  std::int64_t outputs, to_stride;
 
-  FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
-    to[b * to_stride + unit] = Math::operand(widen(from[b * hidden + unit]));
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t j) const {
+    to[b * to_stride + j] = Math::operand(widen(from[b * outputs + j]));
   }
 };
 
@@ -107,16 +118,22 @@ class Persistent {
   }
 
   WalkShape walk_shape() const {
-    const Tiling& tiling = plan_.tiling;
-    return {shape_.steps,       shape_.hidden_size, std::int64_t(tiling.row_tiles) * kRowTile,
-            int(tiling.groups), tiling.unit_blocks, tiling.row_groups};
+    return {shape_.steps, shape_.hidden_size, plan_.tiling.unit_blocks, plan_.tiling.row_groups};
   }
 
   void begin_side(WalkSide& side, int direction) const {
     side.reverse = problems_[direction].shape.reverse;
     side.segments = part<Segment>(at_.segments);
-    side.exchange = part<char>(at_.exchange) + direction * at_.slots_bytes;
-    side.arrived = part<std::uint64_t>(at_.arrived) + direction * at_.marks;
+    side.exchange = {part<char>(at_.first) + direction * at_.first_bytes,
+                     part<std::uint64_t>(at_.first_arrived) + direction * at_.first_marks,
+                     std::int64_t(kRowTile) * plan_.tiling.row_tiles, int(plan_.tiling.groups),
+                     int(at_.first_marks / plan_.tiling.row_tiles)};
+  }
+  Exchange second_exchange(int direction) const {
+    return {part<char>(at_.second) + direction * at_.second_bytes,
+            part<std::uint64_t>(at_.second_arrived) + direction * at_.second_marks,
+            std::int64_t(kRowTile) * plan_.tiling.row_tiles, int(plan_.tiling.second_groups),
+            int(at_.second_marks / plan_.tiling.row_tiles)};
   }
   std::int64_t state_offset(int direction) const {
     return direction * shape_.batch * shape_.hidden_size;
@@ -152,7 +169,25 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
 
   template <class Math, int kUnits>
   void run() {
+    if constexpr (Cell::kStates == 2) {
+      if (this->shape_.proj_size > 0) {
+        ProjectedForwardWalk<Cell, S, Math, kUnits> body{};
+        for (int d = 0; d < this->directions_; ++d) {
+          const LayerWeights<S>& weights = this->problems_[d].weights;
+          body.projection[d] = {weights.w_hr, weights.w_hr_stride, this->second_exchange(d)};
+        }
+        body.outputs = this->shape_.proj_size;
+        return run_with<Math>(body);
+      }
+    }
     ForwardWalk<Cell, S, Math, kUnits> body{};
+    run_with<Math>(body);
+  }
+
+ private:
+  template <class Math, class Walk>
+  void run_with(Walk& body) {
+    const std::int64_t batch = this->shape_.batch, outputs = this->shape_.output_size();
     body.shape = this->walk_shape();
     this->prepare();
     for (int d = 0; d < this->directions_; ++d) {
@@ -172,11 +207,11 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
       side.saved = p.saved;
       side.c = this->template part<float>(this->at_.c) + this->state_offset(d);
       side.gates_x = gates_x(d);
-      S* initial = reinterpret_cast<S*>(side.exchange + 2 * body.shape.slot_bytes());
+      S* initial = reinterpret_cast<S*>(side.exchange.initial());
       this->machine_.for_each(
-          this->shape_.batch, this->shape_.hidden_size,
-          CopyOperand<Math, S>{p.h0, initial, this->shape_.hidden_size,
-                               body.shape.row_bytes() / std::int64_t(sizeof(S))});
+          batch, outputs,
+          CopyOperand<Math, S>{p.h0, initial, outputs,
+                               side.exchange.row_bytes() / std::int64_t(sizeof(S))});
     }
     for (std::int64_t k = 0; k < this->shape_.steps; k = body.end) {
       body.begin = k;
@@ -187,7 +222,6 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
     }
   }
 
- private:
   float* gates_x(int d) const {
     return this->template part<float>(this->at_.gates_x) +
            d * this->at_.chunk * Cell::kGates * this->shape_.hidden_size;
@@ -233,7 +267,25 @@ class PersistentBackward : Persistent<S, Backward<S>, Machine> {
 
   template <class Math, int kUnits>
   void run() {
+    if constexpr (Cell::kStates == 2) {
+      if (this->shape_.proj_size > 0) {
+        ProjectedBackwardWalk<Cell, S, Math, kUnits> body{};
+        for (int d = 0; d < this->directions_; ++d) {
+          const Backward<S>& p = this->problems_[d];
+          body.projection[d] = {p.weights.w_hr, p.weights.w_hr_stride, this->second_exchange(d)};
+          body.d_h_all[d] = p.d_h_all;
+        }
+        body.outputs = this->shape_.proj_size;
+        return run_with(body);
+      }
+    }
     BackwardWalk<Cell, S, Math, kUnits> body{};
+    run_with(body);
+  }
+
+ private:
+  template <class Walk>
+  void run_with(Walk& body) {
     body.shape = this->walk_shape();
     this->prepare();
     for (int d = 0; d < this->directions_; ++d) {

@@ -93,13 +93,15 @@ struct Tiling {
   bool tensor_cores = false;  // or dot products on the CUDA cores
   int units = 0;              // hidden units of a block
   int unit_blocks = 0;
+  int output_blocks = 0;  // that own some of the R outputs: all of them without a projection
   int row_tiles = 0;
   int row_groups = 0;       // groups of blocks that share the row tiles
   int column_tiles = 0;     // tiles of a block's columns: gates * units forward, units backward
   std::int64_t groups = 0;  // of kGroupBytes in a row of the recurrent product
-  std::int64_t shared_bytes = 0;  // of a block
-  int tiles_a_block = 0;          // at most
-  int blocks = 0;                 // 0: it does not fit
+  std::int64_t second_groups = 0;  // and in one of the product with w_hr, or its transpose
+  std::int64_t shared_bytes = 0;   // of a block
+  int tiles_a_block = 0;           // at most
+  int blocks = 0;                  // 0: it does not fit
 };
 
 inline Tiling make_tiling(const Request& request) {
@@ -107,12 +109,17 @@ inline Tiling make_tiling(const Request& request) {
   const Chip& chip = request.chip;
   const int gates = cell_info(shape.cell).gates;
   constexpr std::int64_t kMostRows = std::int64_t(1) << 24;
-  if (request.arithmetic == Arithmetic::kFloat64 || chip.major < 8 || shape.proj_size > 0 ||
-      shape.steps == 0 || shape.hidden_size == 0 || shape.batch == 0 || shape.batch > kMostRows)
+  if (request.arithmetic == Arithmetic::kFloat64 || chip.major < 8 || shape.steps == 0 ||
+      shape.hidden_size == 0 || shape.batch == 0 || shape.batch > kMostRows)
     return {};
   const bool forward = request.pass == Pass::kForward;
-  const std::int64_t row_bytes =
-      shape.hidden_size * (forward ? 1 : gates) * element_bytes(request.arithmetic);
+  const auto groups_of = [&](std::int64_t values) {
+    return (values * element_bytes(request.arithmetic) + kGroupBytes - 1) / kGroupBytes;
+  };
+  // a product's weights in shared memory, and the partial sums of its warps
+  const auto bytes_of = [](std::int64_t groups, int column_tiles) {
+    return column_tiles * kColumnTile * (groups * kGroupBytes + kWalkWarps * kRowTile * 4);
+  };
   Tiling best;
   for (const int units : kUnitChoices) {
     Tiling tiling;
@@ -121,10 +128,14 @@ inline Tiling make_tiling(const Request& request) {
     tiling.tensor_cores = request.arithmetic != Arithmetic::kFloat32 && shape.batch > kFewRows;
     tiling.units = units;
     tiling.unit_blocks = int(unit_blocks);
+    tiling.output_blocks = int((shape.output_size() + units - 1) / units);
     tiling.column_tiles = units / kColumnTile * (forward ? gates : 1);
-    tiling.groups = (row_bytes + kGroupBytes - 1) / kGroupBytes;
-    tiling.shared_bytes = std::int64_t(tiling.column_tiles) * kColumnTile *
-                          (tiling.groups * kGroupBytes + kWalkWarps * kRowTile * 4);
+    tiling.groups = groups_of(forward ? shape.output_size() : gates * shape.hidden_size);
+    tiling.shared_bytes = bytes_of(tiling.groups, tiling.column_tiles);
+    if (shape.proj_size > 0) {
+      tiling.second_groups = groups_of(forward ? shape.hidden_size : shape.proj_size);
+      tiling.shared_bytes += bytes_of(tiling.second_groups, units / kColumnTile);
+    }
     if (tiling.shared_bytes > chip.shared_bytes) continue;
     tiling.row_tiles = int((shape.batch - 1) / kRowTile + 1);
     const int most_groups = chip.multiprocessors / (tiling.unit_blocks * request.directions);

@@ -55,7 +55,7 @@ struct ForwardStep {
   const S* h0;  // [B, H]
   const S* c0;  // [B, H]
   A* c;         // [B, H] the running cell state
-  S* h;         // [n, H], h_stride apart: y, or what w_hr is to multiply
+  S* h;         // [n, H], h_stride apart, or null: y, or what w_hr is to multiply
   std::int64_t h_stride;
   A* saved;  // [n, S*H] or null
   S* h_n;    // [B, H] or null
@@ -122,7 +122,7 @@ struct ForwardStep {
   FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
     const std::int64_t at = b * hidden + unit;
     const S out = narrow<S>(outputs.state1[0]);
-    h[b * h_stride + unit] = out;
+    if (h != nullptr) h[b * h_stride + unit] = out;
     if constexpr (Cell::kSaved > 0) {
       if (saved != nullptr) {
         for (int s = 0; s < Cell::kSaved; ++s)

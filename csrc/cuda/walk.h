@@ -71,23 +71,45 @@ class Steps {
   std::int64_t rows_next_ = 0, rows_last_ = 0;  // of the segments beside it
 };
 
-// What both walks are told, alike for both directions.
+// What all walks are told, alike for both directions.
 struct WalkShape {
   std::int64_t steps, hidden;
-  std::int64_t exchange_rows;  // the batch in whole tiles
-  int groups;                  // of k
   int unit_blocks, row_groups;
+};
+
+// Where blocks leave for one another what is multiplied next: two slots that steps use in turn, in
+// some walks a third that is there from the beginning; and the marks of who has arrived.
+struct Exchange {
+  char* memory;            // [slots, rows, row_bytes]
+  std::uint64_t* arrived;  // [row tiles, marks]
+  std::int64_t rows;       // the batch in whole tiles
+  int groups;              // of k
+  int marks;               // blocks that write into it
 
   FASTRNN_HD std::int64_t row_bytes() const { return std::int64_t(groups) * kGroupBytes; }
-  FASTRNN_HD std::int64_t slot_bytes() const { return exchange_rows * row_bytes(); }
+  FASTRNN_HD char* slot(std::int64_t step) const {
+    return memory + (step & 1) * rows * row_bytes();
+  }
+  FASTRNN_HD char* initial() const { return memory + 2 * rows * row_bytes(); }
+  template <class S>
+  FASTRNN_HD S* row(std::int64_t step, std::int64_t b) const {
+    return reinterpret_cast<S*>(slot(step) + b * row_bytes());
+  }
+
+  // Tells the others that block `mark` has done with the tile what they need of `steps` steps.
+  template <class Thread>
+  FASTRNN_DEVICE void arrive(Thread& thread, std::int64_t tile, int mark,
+                             std::int64_t steps) const {
+    thread.sync();
+    if (thread.index() == 0) thread.publish(arrived + tile * marks + mark, std::uint64_t(steps));
+  }
 };
 
 // What a direction's walk has for itself.
 struct WalkSide {
   bool reverse;
   const Segment* segments;
-  char* exchange;          // two slots [exchange_rows, row_bytes], forward a third: h0
-  std::uint64_t* arrived;  // [row tiles, unit_blocks]
+  Exchange exchange;
 };
 
 // Where a block stands.
@@ -100,63 +122,57 @@ struct BlockPlace {
         side(int(block) / (shape.unit_blocks * shape.row_groups)) {}
 };
 
-// The part of a walk that knows no cell: products and arrivals. kPerUnit: values of k a unit.
-template <class Math, class S, int kUnits, int kTiles, int kPerUnit, class Thread>
-class Block {
+// A thread's row and unit in a tile of rows and a block of units; threads beyond have none.
+template <int kUnits, class Thread>
+class TileElement {
  public:
-  FASTRNN_DEVICE Block(Thread& thread, const WalkShape& shape, const WalkSide& side,
-                       const BlockPlace& place)
-      : thread_(thread), shape_(shape), side_(side), place_(place) {
-    packed_ = reinterpret_cast<Quad*>(thread.shared());
-    partial_ = reinterpret_cast<float*>(packed_ + shape.groups * kTiles * kWarp);
+  FASTRNN_DEVICE TileElement(const Thread& thread, int unit_block)
+      : row(int(thread.index()) / kUnits),
+        column(int(thread.index()) % kUnits),
+        unit(std::int64_t(unit_block) * kUnits + column),
+        exists(thread.index() < kRowTile * kUnits) {}
+
+  const int row, column;
+  const std::int64_t unit;
+  const bool exists;
+};
+
+// A product that a block takes part in: a tile's rows of an exchange times the block's columns of
+// the weights, which stay packed in its shared memory. kPerUnit: values of k that a unit brings;
+// kUnits: units of a block that brings them.
+template <class Math, class S, int kUnits, int kTiles, int kPerUnit, class Thread>
+class BlockProduct {
+ public:
+  // Packs the weights into shared memory. The sums of warps that have no share stay zero for good.
+  // The block has to meet before they are used.
+  template <class Source>
+  FASTRNN_DEVICE BlockProduct(Thread& thread, const Exchange& exchange, char* shared,
+                              const Source& source)
+      : thread_(thread), exchange_(exchange) {
+    packed_ = reinterpret_cast<Quad*>(shared);
+    partial_ = reinterpret_cast<float*>(packed_ + exchange.groups * kTiles * kWarp);
     warp_ = thread.uniform(int(thread.index()) / kWarp);
-    share_ = share_of(warp_, shape.groups);
+    share_ = share_of(warp_, exchange.groups);
     const int first = share_.begin * kGroupValues<S> / kPerUnit;
     const int last = (share_.end * kGroupValues<S> - 1) / kPerUnit;
     first_producer_ = first / kUnits;
     last_producer_ = last / kUnits;
-    if (last_producer_ >= shape.unit_blocks) last_producer_ = shape.unit_blocks - 1;
+    if (last_producer_ >= exchange.marks) last_producer_ = exchange.marks - 1;
+    pack_weights<Math, S, kTiles>(thread, exchange.groups, packed_, source);
+    for (int i = int(thread.index()); i < kWalkWarps * kPartial; i += kWalkThreads) partial_[i] = 0;
   }
-
-  // Packs the weights. The sums of warps that have no share stay zero for good.
-  template <class Source>
-  FASTRNN_DEVICE void begin(const Source& source) {
-    pack_weights<Math, S, kTiles>(thread_, shape_.groups, packed_, source);
-    for (int i = int(thread_.index()); i < kWalkWarps * kPartial; i += kWalkThreads)
-      partial_[i] = 0;
-    thread_.sync();
-  }
-
-  // The row and the unit of this thread in a tile; threads beyond the tile have none.
-  FASTRNN_DEVICE bool has_element() const { return thread_.index() < kRowTile * kUnits; }
-  FASTRNN_DEVICE int row() const { return int(thread_.index()) / kUnits; }
-  FASTRNN_DEVICE int column() const { return int(thread_.index()) % kUnits; }
-  FASTRNN_DEVICE std::int64_t unit() const {
-    return std::int64_t(place_.unit_block) * kUnits + column();
+  // The first byte of shared memory that it leaves.
+  FASTRNN_DEVICE char* end() const {
+    return reinterpret_cast<char*>(partial_ + kWalkWarps * kPartial);
   }
 
   // Waits for the tile's rows of `steps` steps, as far as this warp reads them.
   FASTRNN_DEVICE void wait(std::int64_t tile, std::int64_t steps) {
     if (share_.begin == share_.end) return;
-    const std::uint64_t* arrived = side_.arrived + tile * shape_.unit_blocks;
+    const std::uint64_t* arrived = exchange_.arrived + tile * exchange_.marks;
     for (int i = first_producer_ + int(thread_.index()) % kWarp; i <= last_producer_; i += kWarp)
       thread_.wait(arrived + i, std::uint64_t(steps));
     thread_.sync_warp();
-  }
-  // Tells the others that this block has walked `steps` steps with the tile, as far as they need
-  // it.
-  FASTRNN_DEVICE void arrive(std::int64_t tile, std::int64_t steps) {
-    thread_.sync();
-    if (thread_.index() == 0)
-      thread_.publish(side_.arrived + tile * shape_.unit_blocks + place_.unit_block,
-                      std::uint64_t(steps));
-  }
-
-  FASTRNN_DEVICE char* slot(std::int64_t step) const {
-    return side_.exchange + (step & 1) * shape_.slot_bytes();
-  }
-  FASTRNN_DEVICE S* exchange_row(std::int64_t step, std::int64_t b) const {
-    return reinterpret_cast<S*>(slot(step) + b * shape_.row_bytes());
   }
 
   FASTRNN_DEVICE void multiply(const TileRows& rows, std::int64_t active) {
@@ -165,12 +181,11 @@ class Block {
                                       packed_, share_, partial_ + warp_ * kPartial);
     thread_.sync();
   }
-  // Element `column` of this thread's row of the product.
-  FASTRNN_DEVICE float product(int column) const {
-    const float* at = partial_ + partial_at(kTiles, row(), column);
+  FASTRNN_DEVICE float at(int row, int column) const {
+    const float* first = partial_ + partial_at(kTiles, row, column);
     float sum = 0;
     FASTRNN_UNROLL
-    for (int warp = 0; warp < kWalkWarps; ++warp) sum += at[warp * kPartial];
+    for (int warp = 0; warp < kWalkWarps; ++warp) sum += first[warp * kPartial];
     return sum;
   }
 
@@ -178,14 +193,37 @@ class Block {
   static constexpr int kPartial = kRowTile * kTiles * kColumnTile;  // sums of a warp
 
   Thread& thread_;
-  const WalkShape& shape_;
-  const WalkSide& side_;
-  const BlockPlace place_;
+  const Exchange& exchange_;
   Quad* packed_;    // [groups, kTiles, 32]
   float* partial_;  // [warps, kPartial]
   int warp_;
   WarpShare share_;
   int first_producer_, last_producer_;
+};
+
+// Gates' rows of a block's units: column gate * kUnits + u; k: a column of w_hh.
+template <class S, int kUnits>
+struct GateRows {
+  const S* w;
+  std::int64_t stride, hidden, columns, first_unit;
+
+  FASTRNN_HD float operator()(int column, std::int64_t k) const {
+    const std::int64_t unit = first_unit + column % kUnits;
+    if (unit >= hidden || k >= columns) return 0;
+    return widen(w[(column / kUnits * hidden + unit) * stride + k]);
+  }
+};
+// Columns of w_hh; k = unit * kGates + gate: a row of it.
+template <class S, int kGates>
+struct GateColumns {
+  const S* w;
+  std::int64_t stride, hidden, columns, first_column;
+
+  FASTRNN_HD float operator()(int column, std::int64_t k) const {
+    const std::int64_t at = first_column + column, unit = k / kGates;
+    if (at >= columns || unit >= hidden) return 0;
+    return widen(w[(k % kGates * hidden + unit) * stride + at]);
+  }
 };
 
 template <class S>
@@ -213,27 +251,18 @@ struct ForwardWalk {
   std::int64_t begin, end;
   ForwardSide<S> side[2];
 
-  // w_hh's rows of the block's units: column gate * kUnits + u, k = a unit of h.
-  struct Source {
-    const S* w_hh;
-    std::int64_t stride, hidden, first_unit;
-    FASTRNN_HD float operator()(int column, std::int64_t k) const {
-      const std::int64_t unit = first_unit + column % kUnits;
-      if (unit >= hidden || k >= hidden) return 0;
-      return widen(w_hh[(column / kUnits * hidden + unit) * stride + k]);
-    }
-  };
-
   template <class Thread>
   FASTRNN_DEVICE void operator()(Thread& thread) const {
     constexpr int kTiles = Cell::kGates * kUnits / kColumnTile;
     const BlockPlace place(shape, thread.block());
     const ForwardSide<S>& on = side[place.side];
-    Block<Math, S, kUnits, kTiles, 1, Thread> block(thread, shape, on, place);
-    block.begin(
-        Source{on.w_hh, on.w_hh_stride, shape.hidden, std::int64_t(place.unit_block) * kUnits});
-    const std::int64_t hidden = shape.hidden, unit = block.unit();
-    const char* initial = on.exchange + 2 * shape.slot_bytes();
+    const TileElement<kUnits, Thread> mine(thread, place.unit_block);
+    const std::int64_t hidden = shape.hidden, unit = mine.unit;
+    BlockProduct<Math, S, kUnits, kTiles, 1, Thread> product(
+        thread, on.exchange, thread.shared(),
+        GateRows<S, kUnits>{on.w_hh, on.w_hh_stride, hidden, hidden,
+                            std::int64_t(place.unit_block) * kUnits});
+    thread.sync();
 
     ForwardStep<Cell, S> body{};
     body.hidden = hidden;
@@ -260,25 +289,26 @@ struct ForwardWalk {
 
       for (std::int64_t tile = place.row_group; tile * kRowTile < at.rows;
            tile += shape.row_groups) {
-        const std::int64_t first = tile * kRowTile, b = first + block.row();
-        const bool is_mine = block.has_element() && b < at.rows && unit < hidden;
+        const std::int64_t first = tile * kRowTile, b = first + mine.row;
+        const bool is_mine = mine.exists && b < at.rows && unit < hidden;
         typename ForwardStep<Cell, S>::Inputs inputs;
         if (is_mine) inputs = body.load(b, unit);
 
-        if (at.first_new > first) block.wait(tile, k);
-        block.multiply(TileRows{block.slot(k + 1), initial, first, at.first_new, shape.row_bytes()},
-                       at.rows - first);
+        if (at.first_new > first) product.wait(tile, k);
+        product.multiply(TileRows{on.exchange.slot(k - 1), on.exchange.initial(), first,
+                                  at.first_new, on.exchange.row_bytes()},
+                         at.rows - first);
 
         typename ForwardStep<Cell, S>::Outputs outputs;
         if (is_mine) {
-          float product[Cell::kGates];
+          float gates_h[Cell::kGates];
           FASTRNN_UNROLL
           for (int gate = 0; gate < Cell::kGates; ++gate)
-            product[gate] = block.product(gate * kUnits + block.column());
-          outputs = body.compute(inputs, biases, product, 1);
-          block.exchange_row(k, b)[unit] = Math::operand(outputs.state1[0]);
+            gates_h[gate] = product.at(mine.row, gate * kUnits + mine.column);
+          outputs = body.compute(inputs, biases, gates_h, 1);
+          on.exchange.template row<S>(k, b)[unit] = Math::operand(outputs.state1[0]);
         }
-        block.arrive(tile, k + 1);
+        on.exchange.arrive(thread, tile, place.unit_block, k + 1);
         if (is_mine) body.store(outputs, b, unit);  // what no other block waits for
       }
     }
@@ -311,26 +341,18 @@ struct BackwardWalk {
   WalkShape shape;
   BackwardSide<S> side[2];
 
-  // The gates' share of w_hh's columns: column u, k = unit * G + gate.
-  struct Source {
-    const S* w_hh;
-    std::int64_t stride, hidden, first_unit;
-    FASTRNN_HD float operator()(int column, std::int64_t k) const {
-      const std::int64_t unit = first_unit + column, from = k / Cell::kGates;
-      if (unit >= hidden || from >= hidden) return 0;
-      return widen(w_hh[(k % Cell::kGates * hidden + from) * stride + unit]);
-    }
-  };
-
   template <class Thread>
   FASTRNN_DEVICE void operator()(Thread& thread) const {
     constexpr int kTiles = kUnits / kColumnTile;
     const BlockPlace place(shape, thread.block());
     const BackwardSide<S>& on = side[place.side];
-    Block<Math, S, kUnits, kTiles, Cell::kGates, Thread> block(thread, shape, on, place);
-    block.begin(
-        Source{on.w_hh, on.w_hh_stride, shape.hidden, std::int64_t(place.unit_block) * kUnits});
-    const std::int64_t hidden = shape.hidden, unit = block.unit();
+    const TileElement<kUnits, Thread> mine(thread, place.unit_block);
+    const std::int64_t hidden = shape.hidden, unit = mine.unit;
+    BlockProduct<Math, S, kUnits, kTiles, Cell::kGates, Thread> product(
+        thread, on.exchange, thread.shared(),
+        GateColumns<S, Cell::kGates>{on.w_hh, on.w_hh_stride, hidden, hidden,
+                                     std::int64_t(place.unit_block) * kUnits});
+    thread.sync();
 
     BackwardStep<Cell, S> body{};
     body.hidden = hidden;
@@ -363,8 +385,8 @@ struct BackwardWalk {
 
       const std::int64_t rows = at.rows > rows_after ? at.rows : rows_after;
       for (std::int64_t tile = place.row_group; tile * kRowTile < rows; tile += shape.row_groups) {
-        const std::int64_t first = tile * kRowTile, b = first + block.row();
-        const bool is_mine = block.has_element() && b < rows && unit < hidden;
+        const std::int64_t first = tile * kRowTile, b = first + mine.row;
+        const bool is_mine = mine.exists && b < rows && unit < hidden;
         const bool is_step = is_mine && b < at.rows;  // else the row's walk is over
         typename BackwardStep<Cell, S>::Inputs inputs;
         if (is_step) inputs = body.load(b, unit);
@@ -374,22 +396,22 @@ struct BackwardWalk {
         }
 
         if (rows_after > first) {
-          block.wait(tile, k);
-          block.multiply(
-              TileRows{block.slot(k + 1), block.slot(k + 1), first, rows_after, shape.row_bytes()},
-              rows_after - first);
-          if (is_mine && b < rows_after) d_left += block.product(block.column());
+          product.wait(tile, k);
+          const char* d_gates = on.exchange.slot(k - 1);
+          product.multiply(TileRows{d_gates, d_gates, first, rows_after, on.exchange.row_bytes()},
+                           rows_after - first);
+          if (is_mine && b < rows_after) d_left += product.at(mine.row, mine.column);
         }
 
         typename BackwardStep<Cell, S>::Outputs outputs;
         if (is_step) {
           outputs = body.compute(inputs, d_left);
-          S* to = block.exchange_row(k, b) + unit * Cell::kGates;
+          S* to = on.exchange.template row<S>(k, b) + unit * Cell::kGates;
           FASTRNN_UNROLL
           for (int gate = 0; gate < Cell::kGates; ++gate)
             to[gate] = Math::operand(outputs.d_pre[gate]);
         }
-        block.arrive(tile, k + 1);
+        on.exchange.arrive(thread, tile, place.unit_block, k + 1);
         if (is_step) {
           body.store(outputs, b, unit);  // what no other block waits for
         } else if (is_mine) {
