@@ -72,10 +72,11 @@ inline constexpr int kGroupValues = kGroupBytes / int(sizeof(S));
 struct TileRows {
   const char* running;
   const char* initial;
-  std::int64_t first, running_rows, bytes;
+  int first, running_rows;
+  std::int64_t bytes;
 
   FASTRNN_HD const char* operator()(int row) const {
-    const std::int64_t b = first + row;
+    const int b = first + row;
     return (b < running_rows ? running : initial) + b * bytes;
   }
 };
@@ -130,7 +131,7 @@ struct TensorCores {
     // A product waits for the one before it that adds into the same sums: with few tiles there are
     // several sets of them. And as many groups' operands are fetched ahead as registers allow.
     constexpr int kChains = kTiles >= 4 ? 1 : kTiles >= 2 ? 2 : 4;
-    constexpr int kAhead = kTiles <= 2 ? 8 : 4;
+    constexpr int kAhead = kTiles <= 2 ? 6 : 4;
     const int lane = int(thread.index()) % kWarp, g = lane / 4, q = lane % 4;
     const char* low = rows(g) + q * sizeof(Quad);
     const char* high = rows(g + 8) + q * sizeof(Quad);

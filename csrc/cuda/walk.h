@@ -33,10 +33,11 @@ struct Segment {
 
 // The rows of a step. "Before" and "after" are in walking order.
 struct StepRows {
-  std::int64_t row, rows;     // the first one in [N, *], and how many
-  std::int64_t first_new;     // rows from here on start at this step
-  std::int64_t first_ending;  // rows from here on end at it
-  std::int64_t row_before;    // the first row of the step before, if any
+  std::int64_t row;         // the first one in [N, *]
+  std::int64_t row_before;  // that of the step before, if any
+  int rows;                 // (the plan allows no more than 2^24)
+  int first_new;            // rows from here on start at this step
+  int first_ending;         // rows from here on end at it
 };
 
 // Finds the rows of steps that are asked one after the other, and reads memory only where their
@@ -47,11 +48,11 @@ class Steps {
 
   FASTRNN_HD StepRows at(std::int64_t t) {
     if (t < here_.first_step || t >= end_) find(t);
-    const std::int64_t rows = here_.rows, row = here_.first_row + (t - here_.first_step) * rows;
-    const std::int64_t next = t + 1 < end_ ? rows : rows_next_;
-    if (reverse_) return {row, rows, next, t == 0 ? 0 : rows, row + rows};
-    const std::int64_t last = t > here_.first_step ? rows : rows_last_;
-    return {row, rows, t == 0 ? 0 : rows, next, row - last};
+    const int rows = int(here_.rows), next = t + 1 < end_ ? rows : rows_next_;
+    const std::int64_t row = here_.first_row + (t - here_.first_step) * rows;
+    if (reverse_) return {row, row + rows, rows, next, t == 0 ? 0 : rows};
+    const int last = t > here_.first_step ? rows : rows_last_;
+    return {row, row - last, rows, t == 0 ? 0 : rows, next};
   }
 
  private:
@@ -60,15 +61,15 @@ class Steps {
     while (t >= segment_[1].first_step) ++segment_;
     here_ = *segment_;
     end_ = segment_[1].first_step;
-    rows_next_ = segment_[1].rows;
-    rows_last_ = here_.first_step > 0 ? segment_[-1].rows : 0;
+    rows_next_ = int(segment_[1].rows);
+    rows_last_ = here_.first_step > 0 ? int(segment_[-1].rows) : 0;
   }
 
   const Segment* segment_;
   bool reverse_;
   Segment here_{};
-  std::int64_t end_ = 0;                        // the first step after it
-  std::int64_t rows_next_ = 0, rows_last_ = 0;  // of the segments beside it
+  std::int64_t end_ = 0;               // the first step after it
+  int rows_next_ = 0, rows_last_ = 0;  // of the segments beside it
 };
 
 // What all walks are told, alike for both directions.
@@ -101,7 +102,8 @@ struct Exchange {
   FASTRNN_DEVICE void arrive(Thread& thread, std::int64_t tile, int mark,
                              std::int64_t steps) const {
     thread.sync();
-    if (thread.index() == 0) thread.publish(arrived + tile * marks + mark, std::uint64_t(steps));
+    if (thread.index() == 0)
+      thread.publish(arrived + std::int64_t(tile) * marks + mark, std::uint64_t(steps));
   }
 };
 
@@ -167,18 +169,18 @@ class BlockProduct {
   }
 
   // Waits for the tile's rows of `steps` steps, as far as this warp reads them.
-  FASTRNN_DEVICE void wait(std::int64_t tile, std::int64_t steps) {
+  FASTRNN_DEVICE void wait(int tile, std::int64_t steps) {
     if (share_.begin == share_.end) return;
-    const std::uint64_t* arrived = exchange_.arrived + tile * exchange_.marks;
+    const std::uint64_t* arrived = exchange_.arrived + std::int64_t(tile) * exchange_.marks;
     for (int i = first_producer_ + int(thread_.index()) % kWarp; i <= last_producer_; i += kWarp)
       thread_.wait(arrived + i, std::uint64_t(steps));
     thread_.sync_warp();
   }
 
-  FASTRNN_DEVICE void multiply(const TileRows& rows, std::int64_t active) {
+  FASTRNN_DEVICE void multiply(const TileRows& rows, int active) {
     if (share_.begin < share_.end)
-      Math::template multiply<kTiles>(thread_, rows, int(active < kRowTile ? active : kRowTile),
-                                      packed_, share_, partial_ + warp_ * kPartial);
+      Math::template multiply<kTiles>(thread_, rows, active < kRowTile ? active : kRowTile, packed_,
+                                      share_, partial_ + warp_ * kPartial);
     thread_.sync();
   }
   FASTRNN_DEVICE float at(int row, int column) const {
@@ -287,9 +289,8 @@ struct ForwardWalk {
       body.h = on.y + at.row * on.y_stride;
       if (on.saved != nullptr) body.saved = on.saved + at.row * Cell::kSaved * hidden;
 
-      for (std::int64_t tile = place.row_group; tile * kRowTile < at.rows;
-           tile += shape.row_groups) {
-        const std::int64_t first = tile * kRowTile, b = first + mine.row;
+      for (int tile = place.row_group; tile * kRowTile < at.rows; tile += shape.row_groups) {
+        const int first = tile * kRowTile, b = first + mine.row;
         const bool is_mine = mine.exists && b < at.rows && unit < hidden;
         typename ForwardStep<Cell, S>::Inputs inputs;
         if (is_mine) inputs = body.load(b, unit);
@@ -366,7 +367,7 @@ struct BackwardWalk {
     body.c0 = on.c0;
 
     Steps steps(on.segments, on.reverse);
-    std::int64_t rows_after = 0;  // of the step that was walked last
+    int rows_after = 0;  // of the step that was walked last
     for (std::int64_t k = 0; k <= shape.steps; ++k) {
       StepRows at{};  // the last time round none is left
       if (k < shape.steps) {
@@ -383,9 +384,9 @@ struct BackwardWalk {
         body.d_pre = on.d_pre + at.row * Cell::kPre * hidden;
       }
 
-      const std::int64_t rows = at.rows > rows_after ? at.rows : rows_after;
-      for (std::int64_t tile = place.row_group; tile * kRowTile < rows; tile += shape.row_groups) {
-        const std::int64_t first = tile * kRowTile, b = first + mine.row;
+      const int rows = at.rows > rows_after ? at.rows : rows_after;
+      for (int tile = place.row_group; tile * kRowTile < rows; tile += shape.row_groups) {
+        const int first = tile * kRowTile, b = first + mine.row;
         const bool is_mine = mine.exists && b < rows && unit < hidden;
         const bool is_step = is_mine && b < at.rows;  // else the row's walk is over
         typename BackwardStep<Cell, S>::Inputs inputs;

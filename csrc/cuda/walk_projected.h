@@ -71,9 +71,8 @@ struct ProjectedForwardWalk {
       body.gates_x = on.gates_x + (at.row - on.first_row) * Cell::kGates * hidden;
       if (on.saved != nullptr) body.saved = on.saved + at.row * Cell::kSaved * hidden;
 
-      for (std::int64_t tile = place.row_group; tile * kRowTile < at.rows;
-           tile += shape.row_groups) {
-        const std::int64_t first = tile * kRowTile, b = first + mine.row;
+      for (int tile = place.row_group; tile * kRowTile < at.rows; tile += shape.row_groups) {
+        const int first = tile * kRowTile, b = first + mine.row;
         const bool is_row = mine.exists && b < at.rows, is_mine = is_row && unit < hidden;
         typename ForwardStep<Cell, S>::Inputs inputs;
         if (is_mine) inputs = body.load(b, unit);
@@ -148,7 +147,7 @@ struct ProjectedBackwardWalk {
     body.c0 = on.c0;
 
     Steps steps(on.segments, on.reverse);
-    std::int64_t rows_after = 0;  // of the step that was walked last
+    int rows_after = 0;  // of the step that was walked last
     for (std::int64_t k = 0; k <= shape.steps; ++k) {
       StepRows at{};  // the last time round none is left
       if (k < shape.steps) {
@@ -162,9 +161,9 @@ struct ProjectedBackwardWalk {
         body.d_pre = on.d_pre + at.row * Cell::kPre * hidden;
       }
 
-      const std::int64_t rows = at.rows > rows_after ? at.rows : rows_after;
-      for (std::int64_t tile = place.row_group; tile * kRowTile < rows; tile += shape.row_groups) {
-        const std::int64_t first = tile * kRowTile, b = first + mine.row;
+      const int rows = at.rows > rows_after ? at.rows : rows_after;
+      for (int tile = place.row_group; tile * kRowTile < rows; tile += shape.row_groups) {
+        const int first = tile * kRowTile, b = first + mine.row;
         const bool is_row = mine.exists && b < rows;
         const bool is_mine = is_row && unit < hidden, is_step = is_mine && b < at.rows;
         typename BackwardStep<Cell, S>::Inputs inputs;
