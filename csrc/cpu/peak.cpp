@@ -13,14 +13,15 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::int64_t kRounds = 10'000;  // some tens of us between two looks at the clock
 
-// Operations of the calling thread from now until `end`.
+// Operations of the calling thread from now until `end`, and of one look at least: a busy system
+// may wake it too late.
 double work_until(const PeakLoop& loop, Clock::time_point end) {
   volatile float factor = 0.5f, term = 1.0f, sink = 0.0f;  // unknown to the compiler
   double operations = 0.0;
-  while (Clock::now() < end) {
+  do {
     sink = loop.run(kRounds, factor, term);
     operations += loop.flops_a_round * double(kRounds);
-  }
+  } while (Clock::now() < end);
   (void)sink;
   return operations;
 }
