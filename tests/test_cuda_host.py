@@ -47,6 +47,7 @@ class Call(ctypes.Structure):
         [(name, ctypes.c_int64) for name in ("arithmetic", "cell", "reverse", "steps", "batch")]
         + [(name, ctypes.c_int64) for name in ("input_size", "hidden_size", "proj_size")]
         + [(name, ctypes.c_int64) for name in ("choice", "multiprocessors", "shared_bytes")]
+        + [("resident", ctypes.c_int64)]
         + [(name, ctypes.c_int64) for name in ("chunk_rows", "descending", "seed", "forget")]
         + [(name, ctypes.c_void_p) for name in ("step_offset", "step_rows")]
         + [(name, ctypes.c_void_p) for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
@@ -69,6 +70,7 @@ class Kernels:
         self.walked: list[bool] = []  # for every call, whether the persistent schedule did it
         self.choice = choice
         self.units = 0  # of a block, on a GPU with so few multiprocessors; 0: on an H100
+        self.resident = 1  # blocks of a walk that a multiprocessor holds
         self.tf32 = False
         self.chunk_rows = 0
         self.descending = False
@@ -199,6 +201,7 @@ class Kernels:
             proj_size=0 if w.w_hr is None else out,
             choice=self.choice,
             **(H100 | self._few(hidden, directions)),
+            resident=self.resident,
             chunk_rows=self.chunk_rows,
             descending=self.descending,
             seed=self.seed,
@@ -445,6 +448,29 @@ def test_persistent_projection(
     if lengths is not None:
         x = pack(make_input(sum(lengths), 4, dtype=dtype), lengths, enforce_sorted=True)
     check(module, x, make_states(module, batch, dtype))
+
+
+@pytest.mark.parametrize("proj", [0, 5])
+def test_blocks_that_would_not_be_resident_are_not_launched(
+    library: ctypes.CDLL, proj: int
+) -> None:
+    kernels = Kernels(library, PERSISTENT)
+    x, h0, c0, weights = random_layer("lstm", (4, 3), 3, 9)
+    if proj > 0:
+        w_hr = torch.randn(proj, 9)
+        h0 = h0[..., :proj]
+        weights = [
+            w
+            for i in (0, 4)
+            for w in (weights[i], weights[i + 1][:, :proj], *weights[i + 2 : i + 4], w_hr)
+        ]
+    results = []
+    for kernels.resident in (0, 1):
+        results.append(kernels.forward(x, h0, c0, weights, None, "lstm", True))
+        y, h_n, c_n, saved = results[-1]
+        results[-1] += kernels.backward(y, h_n, c_n, h0, c0, weights, None, y, saved, "lstm")
+    assert kernels.walked == [False, False, True, True]
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -120,21 +120,6 @@ constexpr cudaDataType_t kDataType<Float16> = CUDA_R_16F;
 template <>
 constexpr cudaDataType_t kDataType<BFloat16> = CUDA_R_16BF;
 
-// Blocks of a walk that a multiprocessor of the current device holds at once, 0: none. From then on
-// its kernel may have all the shared memory there is, whatever other threads ask for.
-template <class Body>
-int blocks_a_multiprocessor(std::int64_t shared_bytes, const Chip& chip) {
-  int blocks = 0;
-  if (cudaFuncSetAttribute(walk_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           chip.shared_bytes) != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, walk_kernel<Body>, kWalkThreads,
-                                                    std::size_t(shared_bytes)) != cudaSuccess) {
-    cudaGetLastError();  // it is no error of anybody's
-    return 0;
-  }
-  return blocks;
-}
-
 class Gpu {
  public:
   explicit Gpu(const Context& context)
@@ -187,8 +172,22 @@ class Gpu {
     }
   }
 
-  // Cooperatively: either all blocks run at once or CUDA refuses the launch. The kernel may have
-  // the shared memory since blocks_a_multiprocessor was asked.
+  // Of the current device. From then on the kernel may have all the shared memory there is,
+  // whatever other threads ask for.
+  template <class Body>
+  int blocks_a_multiprocessor(std::int64_t shared_bytes, const Chip& chip) {
+    int blocks = 0;
+    if (cudaFuncSetAttribute(walk_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             chip.shared_bytes) != cudaSuccess ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, walk_kernel<Body>, kWalkThreads,
+                                                      std::size_t(shared_bytes)) != cudaSuccess) {
+      cudaGetLastError();  // it is no error of anybody's
+      return 0;
+    }
+    return blocks;
+  }
+
+  // Cooperatively: either all blocks run at once or CUDA refuses the launch.
   template <class Body>
   void walk(const Body& body, int blocks, std::int64_t shared_bytes) {
     void* arguments[] = {const_cast<Body*>(&body)};
@@ -215,8 +214,7 @@ void run_persistent(const Forward<S>* problems, int directions, const Plan& plan
 template <class S>
 void run_persistent(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
                     Gpu& gpu);
-// Blocks of the walk that a multiprocessor of the current device holds at once, 0: none.
 template <class S>
-int resident_blocks(CellKind cell, Pass pass, const Tiling& tiling, const Chip& chip);
+Plan plan_persistent(const Request& request, Gpu& gpu);  // stepwise, where it would not be resident
 
 }  // namespace fastrnn::cuda

@@ -43,15 +43,12 @@ Plan choose(const Problem* problems, int directions, Pass pass, const Context& c
   const Request request{
       problems[0].shape,      directions,     pass,
       arithmetic<S>(context), current_chip(), choice_named(std::getenv("FASTRNN_SCHEDULE"))};
-  const Plan plan = make_plan(request);
-  if constexpr (!std::is_same_v<S, double>) {
-    if (plan.schedule->schedule == Schedule::kPersistent &&
-        plan.tiling.blocks >
-            request.chip.multiprocessors *
-                resident_blocks<S>(request.shape.cell, pass, plan.tiling, request.chip))
-      return stepwise_plan(request);
+  if constexpr (std::is_same_v<S, double>) {
+    return make_plan(request);
+  } else {
+    Gpu gpu(context);
+    return plan_persistent<S>(request, gpu);
   }
-  return plan;
 }
 
 template <class S, class Problem>

@@ -17,35 +17,14 @@ void run_persistent(const Backward<S>* problems, int directions, const Plan& pla
   persistent_backward<S>(problems, directions, plan, workspace, gpu);
 }
 
-template <class Cell, class S>
-struct Residency {
-  Pass pass;
-  std::int64_t shared_bytes;
-  const Chip& chip;
-
-  template <class Math, int kUnits>
-  int run() const {
-    return pass == Pass::kForward
-               ? blocks_a_multiprocessor<ForwardWalk<Cell, S, Math, kUnits>>(shared_bytes, chip)
-               : blocks_a_multiprocessor<BackwardWalk<Cell, S, Math, kUnits>>(shared_bytes, chip);
-  }
-};
-
 template <class S>
-int resident_blocks(CellKind cell, Pass pass, const Tiling& tiling, const Chip& chip) {
-  switch (cell) {
-#define FASTRNN_CELL(kind, name, type) \
-  case CellKind::kind:                 \
-    return with_tiling<S>(tiling, Residency<type, S>{pass, tiling.shared_bytes, chip});
-    FASTRNN_CELLS(FASTRNN_CELL)
-#undef FASTRNN_CELL
-  }
-  return 0;
+Plan plan_persistent(const Request& request, Gpu& gpu) {
+  return resident_plan<S>(request, gpu);
 }
 
 #define FASTRNN_INSTANTIATE_PERSISTENT(S)                                             \
   template void run_persistent<S>(const Forward<S>*, int, const Plan&, void*, Gpu&);  \
   template void run_persistent<S>(const Backward<S>*, int, const Plan&, void*, Gpu&); \
-  template int resident_blocks<S>(CellKind, Pass, const Tiling&, const Chip&);
+  template Plan plan_persistent<S>(const Request&, Gpu&);
 
 }  // namespace fastrnn::cuda

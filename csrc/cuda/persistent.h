@@ -9,11 +9,16 @@
 //
 //   machine.clear(memory, bytes)
 //   machine.upload(to, from, count)      small host data, without waiting and safe in a graph
-//   machine.walk(body, blocks, bytes)    body(thread), kWalkThreads a block, all blocks resident,
-//                                        with so many bytes of shared memory each
+//   machine.blocks_a_multiprocessor<Body>(bytes, chip)
+//                                        that are resident at once with so many bytes of shared
+//                                        memory each; 0 where Body cannot run
+//   machine.walk(body, blocks, bytes)    body(thread), kWalkThreads a block, all blocks resident;
+//                                        Body has been asked about before
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "stepwise.h"
@@ -88,14 +93,71 @@ struct CopyOperand {
   }
 };
 
-// Calls action.run<Math, kUnits>() with what the tiling names.
+// The kernels' types.
+template <class Cell, class S, class Math, int kUnits, bool kProjected>
+using ForwardWalkOf = std::conditional_t<kProjected, ProjectedForwardWalk<Cell, S, Math, kUnits>,
+                                         ForwardWalk<Cell, S, Math, kUnits>>;
+template <class Cell, class S, class Math, int kUnits, bool kProjected>
+using BackwardWalkOf = std::conditional_t<kProjected, ProjectedBackwardWalk<Cell, S, Math, kUnits>,
+                                          BackwardWalk<Cell, S, Math, kUnits>>;
+
+// Calls action.run<Cell, Math, kUnits, kProjected>() with what the tiling names.
+template <class Cell, class S, class Action>
+auto with_tiling(const Tiling& tiling, Action& action) {
+  const auto with_math = [&](auto math, auto is_projected) {
+    using Math = decltype(math);
+    constexpr bool kProjected = decltype(is_projected)::value;
+    return tiling.units == 8 ? action.template run<Cell, Math, 8, kProjected>()
+                             : action.template run<Cell, Math, 16, kProjected>();
+  };
+  const auto with_projection = [&](auto is_projected) {
+    return tiling.tensor_cores ? with_math(TensorCores<S>{}, is_projected)
+                               : with_math(CudaCores<S>{}, is_projected);
+  };
+  if constexpr (Cell::kStates == 2) {
+    if (tiling.second_groups > 0) return with_projection(std::true_type{});
+  }
+  return with_projection(std::false_type{});
+}
 template <class S, class Action>
-auto with_tiling(const Tiling& tiling, Action&& action) {
-  if (tiling.tensor_cores)
-    return tiling.units == 8 ? action.template run<TensorCores<S>, 8>()
-                             : action.template run<TensorCores<S>, 16>();
-  return tiling.units == 8 ? action.template run<CudaCores<S>, 8>()
-                           : action.template run<CudaCores<S>, 16>();
+auto with_walk(CellKind cell, const Tiling& tiling, Action&& action) {
+  switch (cell) {
+#define FASTRNN_CELL(kind, name, type) \
+  case CellKind::kind:                 \
+    return with_tiling<type, S>(tiling, action);
+    FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+  }
+  throw std::logic_error("fastrnn: no such cell.");
+}
+
+// How many blocks of a walk a multiprocessor holds.
+template <class S, class Machine>
+struct Residency {
+  const Request& request;
+  const Tiling& tiling;
+  Machine& machine;
+
+  template <class Cell, class Math, int kUnits, bool kProjected>
+  int run() const {
+    using Forward = ForwardWalkOf<Cell, S, Math, kUnits, kProjected>;
+    using Backward = BackwardWalkOf<Cell, S, Math, kUnits, kProjected>;
+    return request.pass == Pass::kForward ? machine.template blocks_a_multiprocessor<Forward>(
+                                                tiling.shared_bytes, request.chip)
+                                          : machine.template blocks_a_multiprocessor<Backward>(
+                                                tiling.shared_bytes, request.chip);
+  }
+};
+
+// The table's plan; stepwise, where its persistent blocks would not be resident together.
+template <class S, class Machine>
+Plan resident_plan(const Request& request, Machine& machine) {
+  const Plan plan = make_plan(request);
+  if (plan.schedule->schedule != Schedule::kPersistent) return plan;
+  const int resident = with_walk<S>(request.shape.cell, plan.tiling,
+                                    Residency<S, Machine>{request, plan.tiling, machine});
+  return plan.tiling.blocks <= request.chip.multiprocessors * resident ? plan
+                                                                       : stepwise_plan(request);
 }
 
 // What both passes prepare alike.
@@ -158,7 +220,7 @@ class Persistent {
   char* base_;
 };
 
-template <class Cell, class S, class Machine>
+template <class S, class Machine>
 class PersistentForward : Persistent<S, Forward<S>, Machine> {
   using Base = Persistent<S, Forward<S>, Machine>;
 
@@ -167,26 +229,9 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
                     Machine& machine)
       : Base(problems, directions, plan, workspace, machine, Pass::kForward) {}
 
-  template <class Math, int kUnits>
+  template <class Cell, class Math, int kUnits, bool kProjected>
   void run() {
-    if constexpr (Cell::kStates == 2) {
-      if (this->shape_.proj_size > 0) {
-        ProjectedForwardWalk<Cell, S, Math, kUnits> body{};
-        for (int d = 0; d < this->directions_; ++d) {
-          const LayerWeights<S>& weights = this->problems_[d].weights;
-          body.projection[d] = {weights.w_hr, weights.w_hr_stride, this->second_exchange(d)};
-        }
-        body.outputs = this->shape_.proj_size;
-        return run_with<Math>(body);
-      }
-    }
-    ForwardWalk<Cell, S, Math, kUnits> body{};
-    run_with<Math>(body);
-  }
-
- private:
-  template <class Math, class Walk>
-  void run_with(Walk& body) {
+    ForwardWalkOf<Cell, S, Math, kUnits, kProjected> body{};
     const std::int64_t batch = this->shape_.batch, outputs = this->shape_.output_size();
     body.shape = this->walk_shape();
     this->prepare();
@@ -207,6 +252,10 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
       side.saved = p.saved;
       side.c = this->template part<float>(this->at_.c) + this->state_offset(d);
       side.gates_x = gates_x(d);
+      if constexpr (kProjected) {
+        body.projection[d] = {p.weights.w_hr, p.weights.w_hr_stride, this->second_exchange(d)};
+        body.outputs = outputs;
+      }
       S* initial = reinterpret_cast<S*>(side.exchange.initial());
       this->machine_.for_each(
           batch, outputs,
@@ -222,9 +271,10 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
     }
   }
 
+ private:
   float* gates_x(int d) const {
     return this->template part<float>(this->at_.gates_x) +
-           d * this->at_.chunk * Cell::kGates * this->shape_.hidden_size;
+           d * this->at_.chunk * cell_info(this->shape_.cell).gates * this->shape_.hidden_size;
   }
 
   // One step, and as many more as stay within the chunk's rows in every direction.
@@ -256,7 +306,7 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
   }
 };
 
-template <class Cell, class S, class Machine>
+template <class S, class Machine>
 class PersistentBackward : Persistent<S, Backward<S>, Machine> {
   using Base = Persistent<S, Backward<S>, Machine>;
 
@@ -265,27 +315,9 @@ class PersistentBackward : Persistent<S, Backward<S>, Machine> {
                      Machine& machine)
       : Base(problems, directions, plan, workspace, machine, Pass::kBackward) {}
 
-  template <class Math, int kUnits>
+  template <class Cell, class Math, int kUnits, bool kProjected>
   void run() {
-    if constexpr (Cell::kStates == 2) {
-      if (this->shape_.proj_size > 0) {
-        ProjectedBackwardWalk<Cell, S, Math, kUnits> body{};
-        for (int d = 0; d < this->directions_; ++d) {
-          const Backward<S>& p = this->problems_[d];
-          body.projection[d] = {p.weights.w_hr, p.weights.w_hr_stride, this->second_exchange(d)};
-          body.d_h_all[d] = p.d_h_all;
-        }
-        body.outputs = this->shape_.proj_size;
-        return run_with(body);
-      }
-    }
-    BackwardWalk<Cell, S, Math, kUnits> body{};
-    run_with(body);
-  }
-
- private:
-  template <class Walk>
-  void run_with(Walk& body) {
+    BackwardWalkOf<Cell, S, Math, kUnits, kProjected> body{};
     body.shape = this->walk_shape();
     this->prepare();
     for (int d = 0; d < this->directions_; ++d) {
@@ -308,6 +340,11 @@ class PersistentBackward : Persistent<S, Backward<S>, Machine> {
       side.d_c0 = p.d_c0;
       side.d_h = this->template part<float>(this->at_.d_h) + this->state_offset(d);
       side.d_c = this->template part<float>(this->at_.c) + this->state_offset(d);
+      if constexpr (kProjected) {
+        body.projection[d] = {p.weights.w_hr, p.weights.w_hr_stride, this->second_exchange(d)};
+        body.d_h_all[d] = p.d_h_all;
+        body.outputs = this->shape_.proj_size;
+      }
     }
     this->walk(body);
   }
@@ -316,27 +353,15 @@ class PersistentBackward : Persistent<S, Backward<S>, Machine> {
 template <class S, class Machine>
 void persistent_forward(const Forward<S>* problems, int directions, const Plan& plan,
                         void* workspace, Machine& machine) {
-  switch (problems[0].shape.cell) {
-#define FASTRNN_CELL(kind, name, type)                                      \
-  case CellKind::kind:                                                      \
-    return with_tiling<S>(plan.tiling, PersistentForward<type, S, Machine>( \
-                                           problems, directions, plan, workspace, machine));
-    FASTRNN_CELLS(FASTRNN_CELL)
-#undef FASTRNN_CELL
-  }
+  with_walk<S>(problems[0].shape.cell, plan.tiling,
+               PersistentForward<S, Machine>(problems, directions, plan, workspace, machine));
 }
 
 template <class S, class Machine>
 void persistent_backward(const Backward<S>* problems, int directions, const Plan& plan,
                          void* workspace, Machine& machine) {
-  switch (problems[0].shape.cell) {
-#define FASTRNN_CELL(kind, name, type)                                       \
-  case CellKind::kind:                                                       \
-    return with_tiling<S>(plan.tiling, PersistentBackward<type, S, Machine>( \
-                                           problems, directions, plan, workspace, machine));
-    FASTRNN_CELLS(FASTRNN_CELL)
-#undef FASTRNN_CELL
-  }
+  with_walk<S>(problems[0].shape.cell, plan.tiling,
+               PersistentBackward<S, Machine>(problems, directions, plan, workspace, machine));
 }
 
 }  // namespace fastrnn::cuda

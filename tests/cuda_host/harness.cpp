@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <string>
+#include <typeinfo>
 #include <vector>
 
 #include "cuda/grid.h"
@@ -56,8 +58,8 @@ class ForgetfulThread : public fastrnn::test::HostThread {
 // descending order.
 class Host {
  public:
-  Host(bool descending, std::uint64_t seed, std::int64_t forget)
-      : descending_(descending), seed_(seed), forget_(forget) {}
+  Host(bool descending, std::uint64_t seed, std::int64_t forget, std::int64_t resident)
+      : descending_(descending), seed_(seed), forget_(forget), resident_(resident) {}
 
   template <class S, class C>
   void multiply(const cuda::Product<S, C>& p) const {
@@ -95,8 +97,19 @@ class Host {
     std::copy(from, from + count, to);
   }
 
+  // As on a GPU, a kernel has to be asked about before it may have the shared memory, and no more
+  // of its blocks run than were said to be resident.
+  template <class Body>
+  int blocks_a_multiprocessor(std::int64_t shared_bytes, const cuda::Chip& chip) {
+    asked_ = &typeid(Body);
+    most_blocks_ = shared_bytes <= chip.shared_bytes ? chip.multiprocessors * resident_ : 0;
+    return int(resident_);
+  }
+
   template <class Body>
   void walk(const Body& body, int blocks, std::int64_t shared_bytes) const {
+    if (asked_ == nullptr || *asked_ != typeid(Body) || blocks > most_blocks_)
+      throw std::runtime_error("A kernel was launched that had not been asked about.");
     const fastrnn::test::Launch launch{unsigned(blocks), unsigned(cuda::kWalkThreads),
                                        std::size_t(shared_bytes), seed_};
     fastrnn::test::run(launch, [&](const fastrnn::test::HostThread& plain) {
@@ -109,6 +122,9 @@ class Host {
   bool descending_;
   std::uint64_t seed_;
   std::int64_t forget_;
+  std::int64_t resident_;
+  const std::type_info* asked_ = nullptr;  // the kernel that may run
+  std::int64_t most_blocks_ = 0;
 };
 
 // One direction of one layer, as test_cuda_host.py fills it in.
@@ -116,6 +132,7 @@ struct Call {
   std::int64_t arithmetic;  // in the order of cuda::Arithmetic
   std::int64_t cell, reverse, steps, batch, input_size, hidden_size, proj_size;
   std::int64_t choice, multiprocessors, shared_bytes;  // the schedule, and the GPU
+  std::int64_t resident;                               // blocks that a multiprocessor holds
   std::int64_t chunk_rows;                             // instead of the plan's, if not 0
   std::int64_t descending, seed, forget;               // the order of threads, what they leave out
   const std::int64_t *step_offset, *step_rows;
@@ -159,12 +176,22 @@ void fill(const Call& call, Problem& problem) {
   put(problem.saved, call.saved);
 }
 
-cuda::Plan plan_of(const Call& call, const LayerShape& shape, int directions, cuda::Pass pass) {
+template <class S>
+cuda::Plan plan_of(const Call& call, const LayerShape& shape, int directions, cuda::Pass pass,
+                   Host& host) {
   const cuda::Chip chip = {9, int(call.multiprocessors), int(call.shared_bytes)};
-  cuda::Plan plan = cuda::make_plan({shape, directions, pass, cuda::Arithmetic(call.arithmetic),
-                                     chip, cuda::Choice(call.choice)});
+  const cuda::Request request{
+      shape, directions, pass, cuda::Arithmetic(call.arithmetic), chip, cuda::Choice(call.choice)};
+  cuda::Plan plan;
+  if constexpr (sizeof(S) <= 4)
+    plan = cuda::resident_plan<S>(request, host);
+  else
+    plan = cuda::make_plan(request);
   if (call.chunk_rows > 0) plan.chunk_rows = call.chunk_rows;
   return plan;
+}
+Host host_of(const Call& call) {
+  return {call.descending != 0, std::uint64_t(call.seed), call.forget, call.resident};
 }
 
 // Memory that is NaN in every type until it is written.
@@ -182,8 +209,8 @@ bool forward(const Call* calls, int directions) {
     put(problems[d].c_n, calls[d].c_n);
   }
   const LayerShape& shape = problems[0].shape;
-  const cuda::Plan plan = plan_of(calls[0], shape, directions, cuda::Pass::kForward);
-  Host host(calls[0].descending != 0, std::uint64_t(calls[0].seed), calls[0].forget);
+  Host host = host_of(calls[0]);
+  const cuda::Plan plan = plan_of<S>(calls[0], shape, directions, cuda::Pass::kForward, host);
   if constexpr (sizeof(S) <= 4) {
     if (plan.schedule->schedule == cuda::Schedule::kPersistent) {
       const cuda::PersistentLayout<S> layout(shape, directions, plan, cuda::Pass::kForward);
@@ -213,8 +240,8 @@ bool backward(const Call* calls, int directions) {
     put(problems[d].d_c0, calls[d].d_c0);
   }
   const LayerShape& shape = problems[0].shape;
-  const cuda::Plan plan = plan_of(calls[0], shape, directions, cuda::Pass::kBackward);
-  Host host(calls[0].descending != 0, std::uint64_t(calls[0].seed), calls[0].forget);
+  Host host = host_of(calls[0]);
+  const cuda::Plan plan = plan_of<S>(calls[0], shape, directions, cuda::Pass::kBackward, host);
   if constexpr (sizeof(S) <= 4) {
     if (plan.schedule->schedule == cuda::Schedule::kPersistent) {
       const cuda::PersistentLayout<S> layout(shape, directions, plan, cuda::Pass::kBackward);
@@ -267,7 +294,8 @@ EXPORT void plan_forward(const Call* call, std::int64_t* chunk_rows,
                          std::int64_t* workspace_bytes) {
   cuda::Forward<float> problem{};
   fill(*call, problem);
-  const cuda::Plan plan = plan_of(*call, problem.shape, 1, cuda::Pass::kForward);
+  Host host = host_of(*call);
+  const cuda::Plan plan = plan_of<float>(*call, problem.shape, 1, cuda::Pass::kForward, host);
   *chunk_rows = plan.chunk_rows;
   *workspace_bytes = std::int64_t(
       plan.schedule->schedule == cuda::Schedule::kPersistent
