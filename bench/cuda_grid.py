@@ -74,6 +74,7 @@ def _points() -> Iterator[GpuPoint]:
     for point in (stack, replace(stack, layers=4), replace(stack, layers=1, bidirectional=True)):
         yield GpuPoint(point)
     yield GpuPoint(square("stacks", 1600, 64, 384, 5))
+    yield GpuPoint(replace(square("projected", 512, 32, 1024), proj_size=512), ("lstm",))
     yield GpuPoint(replace(square("packed", 2000, 16, 256, 2), packed=True))
     for graph in (False, True):
         yield GpuPoint(Point("batch-1", 128, 1, 512, 256, bidirectional=True), graph=graph)
@@ -92,6 +93,7 @@ def tiny(at: GpuPoint) -> GpuPoint:
         batch=min(point.batch, 2),
         input_size=min(point.input_size, 4),
         hidden_size=min(point.hidden_size, 5),
+        proj_size=min(point.proj_size, 3),
     )
     return replace(at, point=small)
 

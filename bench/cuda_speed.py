@@ -14,9 +14,10 @@ weights and input:
 Before any timing the outputs, in training the gradients as well, are compared with torch.nn in
 float64 from the same rounded values. One may err four times as much as torch.nn does in the same
 dtype, or 16 units in the last place; in TF32 torch.nn in float16 counts as well, whose products
-have as many bits. Who errs more is refused. Then all take turns in random order, in five rounds,
-three where a call takes long; a turn is an untimed call and then calls between CUDA events, of
-which the median counts; and of the rounds' medians the median.
+have as many bits. Who errs more is refused, and who does not run the kernels of its plan. Then all
+take turns in random order, in five rounds, three where a call takes long; a turn is an untimed call
+and then calls between CUDA events, of which the median counts; and of the rounds' medians the
+median.
 
 FILE holds every task as soon as it is done. Where FILE exists, what it holds is not measured again:
 after a cut-off the same command goes on, behind the task that was under way. The tasks are in an
@@ -27,6 +28,7 @@ the report). --report writes a table, the worst ratio first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -105,6 +107,7 @@ class Problem:
             point.hidden_size,
             point.layers,
             bidirectional=point.bidirectional,
+            proj_size=point.proj_size,
             device=self.device,
             dtype=dtype,
         )
@@ -116,6 +119,8 @@ class Problem:
         module.load_state_dict(
             {name: weight.to(rounded).to(dtype) for name, weight in self.weights.items()}
         )
+        if isinstance(module, nn.RNNBase) and classes is nn and self.device != "cpu":
+            flatten(module)
         d_output = None if self.d_output is None else self.d_output.to(rounded).to(dtype)
         return Call(module, self.x.to(rounded).to(dtype), self.batch_sizes, d_output)
 
@@ -126,7 +131,8 @@ class Call:
     def __init__(
         self, module: nn.Module, x: Tensor, batch_sizes: Tensor | None, d_output: Tensor | None
     ) -> None:
-        self.module, self.d_output = module, d_output
+        # cuDNN keeps what backward needs whenever a module is in training mode
+        self.module, self.d_output = module.train(d_output is not None), d_output
         self.leaf = x if d_output is None else x.requires_grad_()
         self.x = x if batch_sizes is None else PackedSequence(x, batch_sizes)
         self.names = ["x", *(name for name, _ in module.named_parameters())]
@@ -150,6 +156,27 @@ class Call:
         output, *gradients = self()
         named = {f"d_{name}": d for name, d in zip(self.names, gradients, strict=False)}
         return {"output": output, **named}
+
+
+def flatten(module: nn.RNNBase) -> None:
+    """Lays torch.nn's weights out as cuDNN wants them, in bfloat16 too.
+
+    ``flatten_parameters`` leaves that type alone, and cuDNN would gather the weights at each call.
+    """
+    weights: list[Any] = module._flat_weights
+    # (not every cuDNN knows the type)
+    with torch.no_grad(), contextlib.suppress(RuntimeError):
+        torch._cudnn_rnn_flatten_weight(
+            weights,
+            len(weights) // (module.num_layers * (2 if module.bidirectional else 1)),
+            module.input_size,
+            torch.backends.cudnn.rnn.get_cudnn_mode(module.mode),
+            module.hidden_size,
+            module.proj_size,
+            module.num_layers,
+            module.batch_first,
+            module.bidirectional,
+        )
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -177,6 +204,7 @@ def plans(task: GpuTask, schedule: str, chip: Mapping[str, int]) -> list[dict[st
                 point.batch,
                 point.input_size,
                 point.hidden_size,
+                point.proj_size,
                 dtype=str(TORCH_DTYPES[task.dtype]).removeprefix("torch."),
                 training=training,
                 directions=point.directions,
@@ -187,6 +215,17 @@ def plans(task: GpuTask, schedule: str, chip: Mapping[str, int]) -> list[dict[st
         )
         for training in ([False, True] if task.mode == "training" else [False])
     ]
+
+
+def walks(call: Callable[[], object]) -> bool | None:
+    """Whether a call launches a persistent kernel; None where the profiler sees none at all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() or []]
+    if not any("fastrnn" in name for name in names):
+        return None
+    return any("walk_kernel" in name for name in names)
 
 
 def chip(device: str) -> dict[str, int]:
@@ -305,10 +344,15 @@ def measure(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:
         errors = {key: error(results[key], truth[key]) for key in truth}
         line["errors"][name] = max(errors.values())
         wrong = [key for key in errors if not errors[key] <= allowed[key]]
+        planned = any(plan["schedule"] == "persistent" for plan in plans(task, name, about))
         if wrong:
             line["refused"][name] = (
                 f"differs from float64: {wrong[0]} by {errors[wrong[0]]:.1e}, "
                 f"where {allowed[wrong[0]]:.1e} is allowed"
+            )
+        elif device != "cpu" and walks(ours) is (not planned):
+            line["refused"][name] = (
+                f"walked {'stepwise' if planned else 'persistently'}, which is not what is planned"
             )
         else:
             calls[name] = with_schedule(name, ours)

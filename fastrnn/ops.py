@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -605,7 +605,37 @@ def _recurrent_gradient(
 
 
 def _previous_packed(y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool) -> Tensor:
-    """[N,R] the state before each packed row: the row of the same sequence one step earlier or h0.
+    """[N,R] the state before each packed row: its sequence's row one step earlier, or h0's."""
+    if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor:  # its values may change
+        return _previous_by_index(y, h0, batch_sizes, backwards)
+    return torch.cat(list(_previous_in_pieces(y, h0, batch_sizes, backwards)))
+
+
+def _previous_in_pieces(
+    y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool
+) -> Iterator[Tensor]:
+    """`_previous_packed` in slices of y and h0: no index has to reach the device.
+
+    Steps of one size have their rows, and those of the step before each, side by side.
+    """
+    sizes, counts = torch.unique_consecutive(batch_sizes, return_counts=True)
+    runs = list(zip(sizes.tolist(), counts.tolist(), strict=True))
+    begin, before = 0, h0  # the rows of the run's first step; what stands before them
+    for index, (size, count) in enumerate(runs):
+        end = begin + size * count
+        if backwards:
+            after = runs[index + 1][0] if index + 1 < len(runs) else 0
+            yield y[begin + size : end + after]
+            yield h0[after:size]
+        else:
+            yield before[:size]
+            yield y[begin : end - size]
+            before = y[end - size : end]
+        begin = end
+
+
+def _previous_by_index(y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool) -> Tensor:
+    """`_previous_packed` with operations whose number does not depend on batch_sizes.
 
     With offset[t] the first row of step t, row offset[t] + b stands right after row
     offset[t-1] + b = (offset[t] + b) - batch_sizes[t-1] of its sequence b.

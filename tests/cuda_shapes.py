@@ -28,7 +28,7 @@ class Shape:
             cell: a key of `support.CELLS`.
             dtype: of x and the weights.
             training: whether the backward pass is meant.
-            chip: what to tell of the GPU and its switches.
+            chip: what to tell of the GPU, its switches and a projection.
         """
         return _C.cuda_plan(
             cell,

@@ -233,12 +233,26 @@ def check(
         with reference_math():
             theirs = run(module, x, hx, seed)
     else:
-        theirs = run(torch_twin(module), x, hx, seed)
+        with _cudnn_if_it_can(module, hx):
+            theirs = run(torch_twin(module), x, hx, seed)
     with reference_math():
         truth = run(copy.deepcopy(module).double(), to_double(x), to_double(hx), seed)
         shaken = [_run_shaken(module, x, hx, seed) for _ in range(shakes)]
     assert_all_close(ours, theirs, truth, shaken)
     return ours
+
+
+@contextmanager
+def _cudnn_if_it_can(module: nn.Module, hx: Any) -> Iterator[None]:
+    """cuDNN has no gradients in eval mode and takes no strided states; torch's own kernels do."""
+    given = hx if isinstance(hx, tuple) else (hx,)
+    was = torch.backends.cudnn.enabled
+    can = module.training and all(state is None or state.is_contiguous() for state in given)
+    torch.backends.cudnn.enabled = was and can
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = was
 
 
 def _run_shaken(module: nn.Module, x: Any, hx: Any, seed: int) -> dict[str, Tensor]:

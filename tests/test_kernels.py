@@ -219,6 +219,22 @@ def test_products_are_those_of_torch(cell: str, sizes: tuple[int, ...], options:
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("sizes", [[1], [3], [2, 2], [4, 1], [5, 5, 5, 3, 3, 2, 1, 1], [3, 2, 1]])
+def test_states_before_packed_rows(sizes: list[int], backwards: bool) -> None:
+    """Slices for eager code and indices for compiled code are those of a loop over the rows."""
+    y, h0 = torch.randn(sum(sizes), 3), torch.randn(sizes[0], 3)
+    rows = list(zip(y.split(sizes), sizes, strict=True))
+    states, expected = h0, []
+    for step, size in reversed(rows) if backwards else rows:
+        expected.append(states[:size])
+        states = torch.cat([step, states[size:]])
+    truth = torch.cat(expected[::-1] if backwards else expected)
+    batch_sizes = torch.tensor(sizes)
+    assert torch.equal(ops._previous_packed(y, h0, batch_sizes, backwards), truth)
+    assert torch.equal(ops._previous_by_index(y, h0, batch_sizes, backwards), truth)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_products_of_several_blocks_and_a_rest(isa: str, threads: int, cell: str) -> None:
     Case(CELLS[cell], 9, 33, 270, 90, directions=2).check(torch.float32)

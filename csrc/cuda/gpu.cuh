@@ -15,9 +15,10 @@
 namespace fastrnn::cuda {
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("fastrnn: CUDA failed to ") + what + ": " +
-                             cudaGetErrorString(status) + ".");
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // said here, and not once more by whoever asks CUDA next
+  throw std::runtime_error(std::string("fastrnn: CUDA failed to ") + what + ": " +
+                           cudaGetErrorString(status) + ".");
 }
 inline void check(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS)
@@ -83,10 +84,11 @@ class GpuThread {
   // d += a b of the warp, [16, k] times [k, 8], k = 8 for TF32 and 16 for half types
   template <class S>
   __device__ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-#define FASTRNN_MMA(kind)                                                                         \
-  asm("mma.sync.aligned." kind " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                            \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define FASTRNN_MMA(kind)                                                         \
+  asm volatile("mma.sync.aligned." kind                                           \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
     if constexpr (std::is_same_v<S, Float16>)
       FASTRNN_MMA("m16n8k16.row.col.f32.f16.f16.f32");
     else if constexpr (std::is_same_v<S, BFloat16>)
@@ -137,6 +139,11 @@ class Gpu {
               "clear a product");
       return;
     }
+    // Half types are added in float32, also where cuBLAS splits k. (torch sets the mode anew for
+    // whoever takes the handle next.)
+    if constexpr (sizeof(C) == 2)
+      check(cublasSetMathMode(blas_, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION),
+            "set its math mode");
     const A alpha = 1, beta = p.add ? 1 : 0;
     const cublasComputeType_t compute =
         std::is_same_v<A, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;

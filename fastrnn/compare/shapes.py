@@ -26,6 +26,7 @@ class Point:
         bidirectional: both directions.
         packed: the sequences' lengths are T/B, 2T/B ... T, instead of T.
         single: one step through a cell (``nn.LSTMCell``) instead of a layer (``nn.LSTM``).
+        proj_size: P of an LSTM with a projection, 0 without.
     """
 
     block: str
@@ -37,6 +38,7 @@ class Point:
     bidirectional: bool = False
     packed: bool = False
     single: bool = False
+    proj_size: int = 0
 
     @property
     def label(self) -> str:
@@ -45,6 +47,7 @@ class Point:
         if self.single:
             return f"cell {sizes}"
         text = f"T{self.steps} {sizes}" + (f" x{self.layers}" if self.layers > 1 else "")
+        text += f" P{self.proj_size}" if self.proj_size > 0 else ""
         return text + (" bi" if self.bidirectional else "") + (" packed" if self.packed else "")
 
     @property
@@ -54,8 +57,8 @@ class Point:
 
     @property
     def output_size(self) -> int:
-        """D*H."""
-        return self.directions * self.hidden_size
+        """D*R."""
+        return self.directions * (self.proj_size or self.hidden_size)
 
     @property
     def lengths(self) -> list[int]:
@@ -76,7 +79,9 @@ class Point:
         total = 0
         for layer in range(self.layers):
             inputs = self.input_size if layer == 0 else self.output_size
-            total += GATES[cell] * self.hidden_size * (inputs + self.hidden_size) * self.directions
+            recurrent = self.proj_size or self.hidden_size
+            one = GATES[cell] * (inputs + recurrent) + self.proj_size
+            total += one * self.hidden_size * self.directions
         return total
 
     def flops(self, cell: str, mode: str) -> float:
