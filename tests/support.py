@@ -245,7 +245,7 @@ def check(
 @contextmanager
 def _cudnn_if_it_can(module: nn.Module, hx: Any) -> Iterator[None]:
     """cuDNN has no gradients in eval mode and takes no strided states; torch's own kernels do."""
-    given = hx if isinstance(hx, tuple) else (hx,)
+    given = hx if isinstance(hx, tuple | list) else (hx,)
     was = torch.backends.cudnn.enabled
     can = module.training and all(state is None or state.is_contiguous() for state in given)
     torch.backends.cudnn.enabled = was and can
