@@ -73,8 +73,8 @@ def _points() -> Iterator[GpuPoint]:
     stack = square("stacks", 512, 32, 512, 2)
     for point in (stack, replace(stack, layers=4), replace(stack, layers=1, bidirectional=True)):
         yield GpuPoint(point)
+    yield GpuPoint(replace(square("stacks", 512, 32, 1024), proj_size=512), ("lstm",))
     yield GpuPoint(square("stacks", 1600, 64, 384, 5))
-    yield GpuPoint(replace(square("projected", 512, 32, 1024), proj_size=512), ("lstm",))
     yield GpuPoint(replace(square("packed", 2000, 16, 256, 2), packed=True))
     for graph in (False, True):
         yield GpuPoint(Point("batch-1", 128, 1, 512, 256, bidirectional=True), graph=graph)

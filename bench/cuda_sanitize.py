@@ -96,9 +96,9 @@ def run_layers(device: str) -> None:
             shape.input_size,
             shape.hidden_size,
             bidirectional=shape.bidirectional,
-            proj_size=shape.proj_size,
             device=device,
             dtype=DTYPES[dtype],
+            **({"proj_size": shape.proj_size} if shape.proj_size > 0 else {}),
         )
         rows = torch.randn(
             sum(shape.lengths), shape.input_size, device=device, dtype=DTYPES[dtype]

@@ -107,9 +107,9 @@ class Problem:
             point.hidden_size,
             point.layers,
             bidirectional=point.bidirectional,
-            proj_size=point.proj_size,
             device=self.device,
             dtype=dtype,
+            **({"proj_size": point.proj_size} if point.proj_size > 0 else {}),
         )
         return module
 

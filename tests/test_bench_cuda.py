@@ -36,6 +36,7 @@ def test_the_grid_has_every_block_early() -> None:
         (block, *way) for block in BLOCKS for way in ways
     }
     assert {task.cell for task in chosen if task.at.point.hidden_size == 2816} == {"gru"}
+    assert {task.cell for task in chosen if task.at.point.proj_size > 0} == {"lstm"}
 
 
 def speed(*arguments: object) -> int:
@@ -219,7 +220,12 @@ def test_sanitize(fake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cuda_sanitize.main([*common, "--tools", "memcheck"]) == 0
     [_, line] = capsys.readouterr().out.splitlines()
     words = line.split()
-    assert words[:4] == ["memcheck", "persistent", "32/32", "0"]
+    assert words[:4] == [
+        "memcheck",
+        "persistent",
+        f"{len(cuda_sanitize.LAYERS)}/{len(cuda_sanitize.LAYERS)}",
+        "0",
+    ]
     assert words[5:] == ["clean"]
     assert cuda_sanitize.main([*common, "--tools", "racecheck", "--log", str(tmp_path)]) == 1
     [_, line, finding] = capsys.readouterr().out.splitlines()
