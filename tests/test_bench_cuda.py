@@ -220,17 +220,13 @@ def test_sanitize(fake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cuda_sanitize.main([*common, "--tools", "memcheck"]) == 0
     [_, line] = capsys.readouterr().out.splitlines()
     words = line.split()
-    assert words[:4] == [
-        "memcheck",
-        "persistent",
-        f"{len(cuda_sanitize.LAYERS)}/{len(cuda_sanitize.LAYERS)}",
-        "0",
-    ]
+    count = len(cuda_sanitize.LAYERS)
+    assert words[:4] == ["memcheck", "persistent", f"{count}/{count}", "0"]
     assert words[5:] == ["clean"]
     assert cuda_sanitize.main([*common, "--tools", "racecheck", "--log", str(tmp_path)]) == 1
     [_, line, finding] = capsys.readouterr().out.splitlines()
     assert line.endswith("FOUND")
-    assert finding.strip().startswith("rnn float16 16 units a block: Error: Race reported between")
+    assert finding.strip().startswith("lstm bfloat16 projected: Error: Race reported between")
     assert "RACECHECK SUMMARY" in (tmp_path / "racecheck-persistent.log").read_text()
 
 
