@@ -246,6 +246,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("shared_bytes") = fastrnn::cuda::kH100.shared_bytes,
         "The same on a GPU, an H100 unless told otherwise; schedule: auto, persistent or stepwise, "
         "None: what FASTRNN_SCHEDULE says.");
+  m.def("most_threads", &fastrnn::cpu::most_threads,
+        "The most threads of the CPU that calls had together, since this was asked the last time.");
   m.def("alone_after", &alone_after, py::arg("calls"),
         "For how many ms a call sends those after it down one thread, if a team's calls took so "
         "many ms and a rank of it slept so many of them, one call after the other.");

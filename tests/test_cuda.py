@@ -338,6 +338,28 @@ def test_training_step_in_a_graph(cell: str, lengths: list[int] | None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+@both_schedules
+def test_dropout_in_a_graph() -> None:
+    """Every replay draws other masks, and the same ones after the same seed."""
+    module = build("lstm", 8, 32, num_layers=2, dropout=0.5).cuda()
+    x = make(5, 4, 8, dtype=torch.float32).detach()
+    with torch.no_grad():
+        module(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured, _ = module(x)
+
+        def replayed(seed: int | None) -> Tensor:
+            if seed is not None:
+                torch.manual_seed(seed)
+            graph.replay()
+            return captured.clone()
+
+        first, second, again = replayed(3), replayed(None), replayed(3)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
 # -- the persistent schedule ----------------------------------------------------------------------
 
 

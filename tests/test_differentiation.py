@@ -634,16 +634,17 @@ class TestMixedPrecision:
     ) -> list[float]:
         """Learns a sum from its inputs, as torch's recipe for mixed precision writes it."""
         torch.manual_seed(0)
-        head = nn.Linear(8, 1)
+        device = next(module.parameters()).device.type
+        head = nn.Linear(8, 1, device=device)
         parameters = [*module.parameters(), *head.parameters()]
         optimizer = torch.optim.Adam(parameters, 2e-2)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        x = torch.randn(6, 16, 4)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+        x = torch.randn(6, 16, 4).to(device)
         y = x.sum((0, 2)).div(4).tanh().unsqueeze(1)
         losses = []
         for _ in range(rounds):
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=dtype):
+            with torch.autocast(device, dtype=dtype):
                 state = step(x)
                 assert state.dtype == dtype
                 loss = (head(state).float() - y).square().mean()
@@ -659,16 +660,16 @@ class TestMixedPrecision:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @every_cell
-    def test_layer_learns(self, cell: str, dtype: torch.dtype) -> None:
-        module = build(cell, 4, 8)
+    def test_layer_learns(self, cell: str, dtype: torch.dtype, device: str) -> None:
+        module = build(cell, 4, 8, device=device)
         losses = self.train(module, lambda x: module(x)[0][-1], dtype, 80)
         assert losses[-1] < self.LOSS_FALLS * losses[0]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @every_cell
-    def test_step_learns(self, cell: str, dtype: torch.dtype) -> None:
+    def test_step_learns(self, cell: str, dtype: torch.dtype, device: str) -> None:
         torch.manual_seed(17)
-        module = make_step(cell, 4, 8)
+        module = make_step(cell, 4, 8, device=device)
 
         def step(x: Tensor) -> Tensor:
             hx = None
@@ -682,14 +683,14 @@ class TestMixedPrecision:
     @pytest.mark.parametrize("make", [build, make_step], ids=["layer", "step"])
     @every_cell
     def test_scaler_leaves_out_a_step_that_overflowed(
-        self, cell: str, make: Callable[..., nn.Module]
+        self, cell: str, make: Callable[..., nn.Module], device: str
     ) -> None:
-        module = make(cell, 4, 8)
+        module = make(cell, 4, 8, device=device)
         before = copy.deepcopy(module.state_dict())
         optimizer = torch.optim.SGD(module.parameters(), 1.0)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-        with torch.autocast("cpu", dtype=torch.float16):
-            x = torch.ones(16, 4) if make is make_step else torch.ones(5, 16, 4)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**30)
+        with torch.autocast(device, dtype=torch.float16):
+            x = torch.ones(*((16, 4) if make is make_step else (5, 16, 4)), device=device)
             result = module(x)
             loss = (result if isinstance(result, Tensor) else result[0]).float().sum()
         scaler.scale(loss).backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,18 +66,62 @@ def test_affinity_is_honoured() -> None:
     assert 1 <= _C.usable_cpus() <= len(before)
 
 
+BOTH = min(2, _C.usable_cpus())
+
+
+def threads_of(call: Callable[[], object]) -> int:
+    """How many threads the calls in it had at most together."""
+    _C.most_threads()
+    call()
+    return _C.most_threads()
+
+
+def train() -> None:
+    """Enough work for as many threads as there are, forward and backward."""
+    layer, x = fastrnn.GRU(256, 256), torch.randn(20, 8, 256)
+    layer(x)[0].sum().backward()
+
+
 def test_a_call_on_one_cpu_wakes_nobody() -> None:
     # a CPU that a rank of two would have to share, at each of many barriers
     before = os.sched_getaffinity(0)
-    layer, x = fastrnn.GRU(64, 64), torch.randn(100, 1, 64)
-    with torch.no_grad():
-        expected, _ = layer(x)
-        try:
-            os.sched_setaffinity(0, {min(before)})
-            found, _ = layer(x)
-        finally:
-            os.sched_setaffinity(0, before)
-    torch.testing.assert_close(found, expected)
+    assert threads_of(train) == BOTH
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert threads_of(train) == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_torchs_number_of_threads_is_honoured() -> None:
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert threads_of(train) == min(count, BOTH)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_calls_from_many_threads_share_the_cpus() -> None:
+    """Each has the thread that it came on; only what is left is shared out."""
+    callers = 6
+    start = threading.Barrier(callers)
+
+    def work() -> None:
+        start.wait()
+        for _ in range(3):
+            train()
+
+    def all_at_once() -> None:
+        threads = [threading.Thread(target=work) for _ in range(callers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert BOTH <= threads_of(all_at_once) <= callers + _C.usable_cpus() - 1
+    assert threads_of(train) == BOTH  # nothing is kept
 
 
 # --- many callers --------------------------------------------------------------------------------
@@ -128,9 +173,10 @@ def test_inference_mode_from_a_thread() -> None:
 
 
 def test_the_environment_sets_the_number_of_threads() -> None:
-    code = "import torch, fastrnn; print(torch.get_num_threads())"
-    for count in ("1", "2"):
-        assert run_python(code, OMP_NUM_THREADS=count) == count
+    code = "import torch, fastrnn\nfastrnn.GRU(256, 256)(torch.randn(20, 8, 256))\n"
+    code += "print(fastrnn._C.most_threads())"
+    for count in (1, 2):
+        assert run_python(code, OMP_NUM_THREADS=str(count)) == str(min(count, BOTH))
 
 
 # --- fork ----------------------------------------------------------------------------------------

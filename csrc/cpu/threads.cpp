@@ -13,7 +13,8 @@
 namespace fastrnn::cpu {
 namespace {
 
-std::atomic<int> taken{0};  // threads in calls that are running
+std::atomic<int> taken{0};       // threads in calls that are running
+std::atomic<int> most_taken{0};  // at once
 std::atomic<bool> forked{false};
 
 constexpr std::chrono::milliseconds kLeastSleep(1), kPatience(20), kLeastAlone(4), kMostAlone(50);
@@ -77,7 +78,13 @@ Claim::Claim(int wanted, int all) {
   do {
     threads_ = std::clamp(all - before, 1, wanted);
   } while (!taken.compare_exchange_weak(before, before + threads_, std::memory_order_relaxed));
+  const int now = before + threads_;
+  int most = most_taken.load(std::memory_order_relaxed);
+  while (most < now && !most_taken.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+  }
 }
+
+int most_threads() { return most_taken.exchange(0, std::memory_order_relaxed); }
 
 Claim::~Claim() { taken.fetch_sub(threads_, std::memory_order_relaxed); }
 

@@ -30,6 +30,8 @@ class Claim {
  private:
   int threads_;
 };
+// The most threads that calls had together, since this was asked the last time.
+FASTRNN_EXPORT int most_threads();
 
 // CPUs that others use make a team wait whole time slices for a rank that has none: a rank sleeps
 // for a third of the call, and a millisecond at least. If that happens in call after call for some
