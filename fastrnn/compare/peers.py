@@ -50,7 +50,11 @@ def _layer(classes: Any, task: Task) -> nn.Module:
             cell: nn.Module = getattr(classes, f"{name}Cell")(point.input_size, point.hidden_size)
             return cell
         layer: nn.Module = getattr(classes, name)(
-            point.input_size, point.hidden_size, point.layers, bidirectional=point.bidirectional
+            point.input_size,
+            point.hidden_size,
+            point.layers,
+            bidirectional=point.bidirectional,
+            **({"proj_size": point.proj_size} if point.proj_size > 0 else {}),
         )
         return layer
 
