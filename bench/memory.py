@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import fastrnn
+from fastrnn.compare.measure import machine
 from fastrnn.compare.peers import Library, installed_libraries
 from fastrnn.compare.shapes import CELLS, Point, Task
 
@@ -82,7 +83,8 @@ def main() -> None:
                 flush=True,
             )
     if options.json is not None:
-        options.json.write_text(json.dumps(lines, indent=1) + "\n")
+        document = {"machine": machine(threads, libraries.values()), "results": lines}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

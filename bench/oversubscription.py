@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 import fastrnn
+from fastrnn.compare.measure import machine
+from fastrnn.compare.peers import FASTRNN
 
 #        cell   T    B   I = H
 SHAPES = [("LSTM", 100, 1, 128), ("GRU", 100, 16, 128), ("RNN", 1000, 1, 64), ("LSTM", 25, 64, 512)]
@@ -99,7 +101,8 @@ def main() -> None:
                     flush=True,
                 )
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        document = {"machine": machine(cpus, [FASTRNN]), "results": results}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
