@@ -2,8 +2,9 @@
 
 In this order: subclasses that Dynamo breaks on, loops of small operations, limits of cuDNN, forward
 mode and vmap, export with any length, scripting of subclasses, dropout that does not repeat, calls
-that are not checked. The first contract, what torch does, is in test_parity; more of compiling,
-exporting and scripting in test_compile, test_export and test_script.
+that are not checked. (Conveniences that torch lacks, such as resets inside a sequence, are options
+of their own and not there yet.) The first contract, what torch does, is in test_parity; more of
+compiling, exporting and scripting in test_compile, test_export and test_script.
 """
 
 from __future__ import annotations
