@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,15 @@ def test_affinity_is_honoured() -> None:
 BOTH = min(2, _C.usable_cpus())
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch's number, whatever tests before have left."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def threads_of(call: Callable[[], object]) -> int:
     """How many threads the calls in it had at most together."""
     _C.most_threads()
@@ -82,7 +91,7 @@ def train() -> None:
     layer(x)[0].sum().backward()
 
 
-def test_a_call_on_one_cpu_wakes_nobody() -> None:
+def test_a_call_on_one_cpu_wakes_nobody(two_threads: None) -> None:
     # a CPU that a rank of two would have to share, at each of many barriers
     before = os.sched_getaffinity(0)
     assert threads_of(train) == BOTH
@@ -93,17 +102,13 @@ def test_a_call_on_one_cpu_wakes_nobody() -> None:
         os.sched_setaffinity(0, before)
 
 
-def test_torchs_number_of_threads_is_honoured() -> None:
-    before = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            assert threads_of(train) == min(count, BOTH)
-    finally:
-        torch.set_num_threads(before)
+def test_torchs_number_of_threads_is_honoured(two_threads: None) -> None:
+    for count in (2, 1):
+        torch.set_num_threads(count)
+        assert threads_of(train) == min(count, BOTH)
 
 
-def test_calls_from_many_threads_share_the_cpus() -> None:
+def test_calls_from_many_threads_share_the_cpus(two_threads: None) -> None:
     """Each has the thread that it came on; only what is left is shared out."""
     callers = 6
     start = threading.Barrier(callers)
