@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <fstream>
-#include <sstream>
+#include <cstdio>
+#include <string>
 #include <thread>
 
 namespace fastrnn::cpu {
@@ -25,16 +25,38 @@ constexpr std::chrono::milliseconds kLeastSleep(1), kPatience(20), kLeastAlone(4
   forked.store(true);
 });
 
+// A file line by line. (C's: this library's own C++ streams would meet the process's other ones.)
+class Lines {
+ public:
+  explicit Lines(const std::string& path) : file_(std::fopen(path.c_str(), "r")) {}
+  ~Lines() {
+    if (file_ != nullptr) std::fclose(file_);
+  }
+  Lines(const Lines&) = delete;
+  Lines& operator=(const Lines&) = delete;
+
+  // False at the end.
+  bool next(std::string& line) {
+    line.clear();
+    if (file_ == nullptr) return false;
+    int c;
+    while ((c = std::fgetc(file_)) != EOF && c != '\n') line.push_back(char(c));
+    return c != EOF || !line.empty();
+  }
+
+ private:
+  std::FILE* file_;
+};
+
 // What a folder of the control group's files allows, 0: no limit.
 double quota_of(const std::string& folder) {
   double quota = 0, period = 0;
-  std::string first;
-  if (std::ifstream file(folder + "/cpu.max"); file >> first >> period) {
-    if (first == "max") return 0;
-    std::istringstream(first) >> quota;
+  std::string line;
+  if (Lines(folder + "/cpu.max").next(line)) {  // "max 100000" or "200000 100000"
+    if (std::sscanf(line.c_str(), "%lf %lf", &quota, &period) != 2) return 0;
   } else {
-    std::ifstream(folder + "/cpu.cfs_quota_us") >> quota;
-    std::ifstream(folder + "/cpu.cfs_period_us") >> period;
+    if (Lines(folder + "/cpu.cfs_quota_us").next(line)) std::sscanf(line.c_str(), "%lf", &quota);
+    if (Lines(folder + "/cpu.cfs_period_us").next(line)) std::sscanf(line.c_str(), "%lf", &period);
   }
   return quota > 0 && period > 0 ? quota / period : 0;
 }
@@ -48,9 +70,9 @@ int affinity_cpus() {
 }  // namespace
 
 int quota_cpus(const std::string& membership, const std::string& root) {
-  std::ifstream lines(membership);
+  Lines lines(membership);
   double least = 0;
-  for (std::string line; std::getline(lines, line);) {  // 0::/path or 4:cpu,cpuacct:/path
+  for (std::string line; lines.next(line);) {  // 0::/path or 4:cpu,cpuacct:/path
     const std::size_t one = line.find(':'), two = line.find(':', one + 1);
     if (one == std::string::npos || two == std::string::npos) continue;
     const std::string controllers = line.substr(one + 1, two - one - 1);
