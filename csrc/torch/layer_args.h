@@ -15,7 +15,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -60,11 +59,15 @@ constexpr const char* kGradientsSchema =
 
 // Refuses an argument with one sentence. (STD_TORCH_CHECK would put the function, file and line of
 // the machine that compiled this before it.)
+// (Without C++ streams, see csrc/cpu/threads.cpp.)
+inline const std::string& text(const std::string& part) { return part; }
+inline const char* text(const char* part) { return part; }
+inline std::string text(int64_t part) { return std::to_string(part); }
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream sentence;
-  ((sentence << "fastrnn: ") << ... << parts);
-  throw std::runtime_error(sentence.str());
+  std::string sentence = "fastrnn: ";
+  ((sentence += text(parts)), ...);
+  throw std::runtime_error(sentence);
 }
 #define FASTRNN_CHECK(condition, ...) \
   if (!(condition)) ::fastrnn::refuse(__VA_ARGS__)
