@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, DTYPES, build, check, pack, random, run, torch_twin
+from support import CELLS, DTYPES, build, check, make_step, pack, random, run, torch_twin
 from torch import Tensor, nn
 
 import fastrnn
@@ -389,3 +389,47 @@ def test_complex_runs_through_a_composite() -> None:
         assert module.weight_hh_l0.grad.dtype == torch.complex64
         if cell != "rnn_sigmoid":
             assert torch.equal(output, torch_twin(module)(x)[0])
+
+
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_bias(cell: str, missing: str) -> None:
+    """A bias that is None counts as zeros; torch's cells take one as well."""
+    x = torch.randn(5, 2, 3)
+    for options in ({}, {"num_layers": 2, "bidirectional": True}):
+        module, expected = (build(cell, 3, 4, **options) for _ in range(2))
+        setattr(module, f"{missing}_l0", None)
+        with torch.no_grad():
+            getattr(expected, f"{missing}_l0").zero_()
+        for with_grad in (False, True):
+            with torch.set_grad_enabled(with_grad):
+                assert torch.equal(module(x)[0], expected(x)[0])
+    step, twin = make_step(cell, 3, 4), make_step(cell, 3, 4)
+    twin.load_state_dict(step.state_dict())
+    setattr(step, missing, None)
+    with torch.no_grad():
+        getattr(twin, missing).zero_()
+    h, expected_h = step(x[0]), twin(x[0])
+    assert torch.equal(*((h, expected_h) if isinstance(h, Tensor) else (h[0], expected_h[0])))
+    if cell != "rnn_sigmoid":
+        torch.testing.assert_close(torch_twin(step)(x[0]), h)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_biases_that_are_all_none(cell: str) -> None:
+    module, expected = build(cell, 3, 4), build(cell, 3, 4, bias=False)
+    module.bias_ih_l0 = module.bias_hh_l0 = None
+    expected.load_state_dict(module.state_dict())
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(module(x)[0], expected(x)[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_weight_that_is_none_is_named(cell: str) -> None:
+    module, step = build(cell, 3, 4), make_step(cell, 3, 4)
+    module.weight_hh_l0 = None
+    step.weight_hh = None
+    with pytest.raises(RuntimeError, match=r"weight_hh_l0 must be a tensor, got None\."):
+        module(torch.randn(5, 2, 3))
+    with pytest.raises(RuntimeError, match=r"weight_hh must be a tensor, got None\."):
+        step(torch.randn(2, 3))

@@ -126,9 +126,32 @@ class RecurrentBase(nn.RNNBase):
         there would guard on weak references and store traced tensors in the module.
         """
         if torch.compiler.is_compiling():
-            return self._weights_now()  # type: ignore[return-value]
-        self._update_flat_weights()
-        return self._flat_weights  # type: ignore[return-value]
+            weights = self._weights_now()
+        else:
+            self._update_flat_weights()
+            weights = self._flat_weights
+        if any(w is None for w in weights):
+            return self._without_none(weights)
+        return weights  # type: ignore[return-value]
+
+    def _without_none(self, weights: list[Tensor | None]) -> list[Tensor]:
+        """The weights with zeros for biases that are None, or without biases if all are None."""
+        names = self._flat_weights_names
+        is_bias = [name.startswith("bias") for name in names]
+        for name, bias, weight in zip(names, is_bias, weights, strict=True):
+            if weight is None and not bias:
+                raise RuntimeError(f"{type(self).__name__}: {name} must be a tensor, got None.")
+        if all(weight is None for bias, weight in zip(is_bias, weights, strict=True) if bias):
+            return [weight for weight in weights if weight is not None]
+        # a bias has a value for each row of its direction's w_hh
+        rows = {n: w.shape[0] for n, w in zip(names, weights, strict=True) if w is not None}
+        first: Any = weights[0]
+        return [
+            first.new_zeros(rows["weight_hh" + name[len("bias_hh") :]])
+            if weight is None
+            else weight
+            for name, weight in zip(names, weights, strict=True)
+        ]
 
     def _refer_to_flat_weights(self) -> None:
         weights: list[Any] = self._flat_weights

@@ -26,15 +26,24 @@ class CellBase(nn.RNNCellBase):
         super().__setattr__(name, value)
 
     def _weights(self) -> list[Tensor]:
+        """The weights to compute with: two, or four with a bias; a single bias gets a zero one."""
         parameters = self._parameters
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        weights = []
-        for name in names:
-            # straight from the dictionary; parametrizations and pruning keep theirs elsewhere
-            weight = parameters[name] if name in parameters else getattr(self, name)
-            if weight is not None:
-                weights.append(weight)
-        return weights
+        # straight from the dictionary; parametrizations and pruning keep theirs elsewhere
+        weights: list[Any] = [
+            parameters[name] if name in parameters else getattr(self, name)
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+        w_ih, w_hh, b_ih, b_hh = weights
+        for name, weight in (("weight_ih", w_ih), ("weight_hh", w_hh)):
+            if weight is None:
+                raise RuntimeError(f"{self._label}: {name} must be a tensor, got None.")
+        if b_ih is None and b_hh is None:
+            return [w_ih, w_hh]
+        if b_ih is None:
+            b_ih = torch.zeros_like(b_hh)
+        elif b_hh is None:
+            b_hh = torch.zeros_like(b_ih)
+        return [w_ih, w_hh, b_ih, b_hh]
 
     def _check_dims(self, input: Tensor) -> bool:
         """Whether the input is batched; raises unless it is 1-D or 2-D."""
