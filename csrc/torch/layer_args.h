@@ -158,7 +158,7 @@ inline void check_sizes(const char* name, const Tensor& t,
 // laid out so (all leading dimensions collapse into one stride), else a copy.
 struct Rows {
   Tensor kept;
-  void* data;
+  const void* data;
   int64_t stride;
 
   explicit Rows(const Tensor& t) : kept(t) {
@@ -166,7 +166,7 @@ struct Rows {
       kept = torch::stable::contiguous(t);
       stride = t.size(t.dim() - 1);
     }
-    data = kept.data_ptr();
+    data = kept.const_data_ptr();  // of a lazy clone too: to ask for more would copy it
   }
 
  private:
@@ -203,8 +203,8 @@ struct Direction {
   LayerWeights<S> view() const {
     return {static_cast<const S*>(w_ih.data),
             static_cast<const S*>(w_hh.data),
-            b_ih ? static_cast<const S*>(b_ih->data_ptr()) : nullptr,
-            b_hh ? static_cast<const S*>(b_hh->data_ptr()) : nullptr,
+            b_ih ? static_cast<const S*>(b_ih->const_data_ptr()) : nullptr,
+            b_hh ? static_cast<const S*>(b_hh->const_data_ptr()) : nullptr,
             w_hr ? static_cast<const S*>(w_hr->data) : nullptr,
             w_ih.stride,
             w_hh.stride,
@@ -361,7 +361,7 @@ struct Layer {
                     "batch_sizes must be a 1-D int64 tensor on the CPU, got another.");
       const Tensor sizes = dense(*batch_sizes);
       steps = sizes.size(0);
-      const auto* values = static_cast<const int64_t*>(sizes.data_ptr());
+      const auto* values = static_cast<const int64_t*>(sizes.const_data_ptr());
       step_rows.assign(values, values + steps);
       rows = 0;
       int64_t before = batch;
@@ -416,15 +416,27 @@ inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& sa
   }
 }
 
-// What a direction reads or writes of states and their gradients [D, B, *], of values saved
-// [D, N, *], or null.
-template <class S>
-S* direction_of(const Tensor& t, int64_t d) {
-  return static_cast<S*>(t.data_ptr()) + (d == 0 ? 0 : d * t.size(1) * t.size(2));
+// What a direction writes of states and their gradients [D, B, *], of values saved [D, N, *], or
+// null.
+inline int64_t direction_offset(const Tensor& t, int64_t d) {
+  return d == 0 ? 0 : d * t.size(1) * t.size(2);
 }
 template <class S>
-S* direction_of(const std::optional<Tensor>& t, int64_t d) {
-  return t ? direction_of<S>(*t, d) : nullptr;
+S* output_of(const Tensor& t, int64_t d) {
+  return static_cast<S*>(t.data_ptr()) + direction_offset(t, d);
+}
+template <class S>
+S* output_of(const std::optional<Tensor>& t, int64_t d) {
+  return t ? output_of<S>(*t, d) : nullptr;
+}
+// The same of what it reads.
+template <class S>
+const S* input_of(const Tensor& t, int64_t d) {
+  return static_cast<const S*>(t.const_data_ptr()) + direction_offset(t, d);
+}
+template <class S>
+const S* input_of(const std::optional<Tensor>& t, int64_t d) {
+  return t ? input_of<S>(*t, d) : nullptr;
 }
 
 // Where saved and d_pre come from: large, and seen by the backward pass alone.
@@ -461,13 +473,13 @@ LayerForward<S, A> forward_problem(const Layer& layer, int64_t d, const Rows& x,
   problem.weights = layer.direction[d].view<S>();
   problem.x = static_cast<const S*>(x.data);
   problem.x_stride = x.stride;
-  problem.h0 = direction_of<S>(layer.h0, d);
-  problem.c0 = direction_of<S>(layer.c0, d);
+  problem.h0 = input_of<S>(layer.h0, d);
+  problem.c0 = input_of<S>(layer.c0, d);
   problem.y = static_cast<S*>(outputs.y.data_ptr()) + d * layer.out();
   problem.y_stride = layer.directions * layer.out();
-  problem.h_n = direction_of<S>(outputs.h_n, d);
-  problem.c_n = direction_of<S>(outputs.c_n, d);
-  problem.saved = direction_of<A>(outputs.saved, d);
+  problem.h_n = output_of<S>(outputs.h_n, d);
+  problem.c_n = output_of<S>(outputs.c_n, d);
+  problem.saved = output_of<A>(outputs.saved, d);
   return problem;
 }
 
@@ -517,21 +529,21 @@ LayerBackward<S, A, S> backward_problem(const Layer& layer, int64_t d, const Bac
   LayerBackward<S, A, S> problem{};
   problem.shape = layer.shape(d);
   problem.weights = layer.direction[d].view<S>();
-  problem.h0 = direction_of<S>(layer.h0, d);
-  problem.c0 = direction_of<S>(layer.c0, d);
+  problem.h0 = input_of<S>(layer.h0, d);
+  problem.c0 = input_of<S>(layer.c0, d);
   problem.y = static_cast<const S*>(inputs.y.data) + d * layer.out();
   problem.y_stride = inputs.y.stride;
-  if (layer.cell->saved > 0) problem.saved = direction_of<A>(inputs.saved, d);
+  if (layer.cell->saved > 0) problem.saved = input_of<A>(inputs.saved, d);
   if (inputs.d_y) {
     problem.d_y = static_cast<const S*>(inputs.d_y->data) + d * layer.out();
     problem.d_y_stride = inputs.d_y->stride;
   }
-  problem.d_h_n = direction_of<S>(inputs.d_h_n, d);
-  problem.d_c_n = direction_of<S>(inputs.d_c_n, d);
-  problem.d_pre = direction_of<S>(outputs.d_pre, d);
-  problem.d_h_all = direction_of<S>(outputs.d_h_all, d);
-  problem.d_h0 = direction_of<S>(outputs.d_h0, d);
-  problem.d_c0 = direction_of<S>(outputs.d_c0, d);
+  problem.d_h_n = input_of<S>(inputs.d_h_n, d);
+  problem.d_c_n = input_of<S>(inputs.d_c_n, d);
+  problem.d_pre = output_of<S>(outputs.d_pre, d);
+  problem.d_h_all = output_of<S>(outputs.d_h_all, d);
+  problem.d_h0 = output_of<S>(outputs.d_h0, d);
+  problem.d_c0 = output_of<S>(outputs.d_c0, d);
   return problem;
 }
 

@@ -167,10 +167,10 @@ void run(const Layer& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
     problem.w_ih_stride = layer.direction[d].w_ih.stride;
     problem.x = static_cast<const T*>(x.data);
     problem.x_stride = x.stride;
-    problem.h0 = direction_of<T>(layer.h0, d);
+    problem.h0 = input_of<T>(layer.h0, d);
     problem.y = static_cast<const T*>(y.data) + d * layer.out();
     problem.y_stride = y.stride;
-    problem.d_pre = direction_of<T>(d_pre, d);
+    problem.d_pre = input_of<T>(d_pre, d);
     problem.d_x = need_x ? static_cast<T*>(outputs.d_x.data_ptr()) : nullptr;
     problem.add_to_x = d > 0;
     problem.d_w_ih = outputs.weight<T>(d, 0);
