@@ -39,14 +39,15 @@ are deterministic.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import onnx_nodes, ops, reference
-from fastrnn.spec import CELLS, CellSpec
+from fastrnn import autocast, onnx_nodes, ops, reference
+from fastrnn.spec import CELLS, CellSpec, split_weights
 from fastrnn.tracing import is_tracing, is_written_down, size, unrecorded
 
 __all__ = ["gru", "lstm", "rnn_relu", "rnn_sigmoid", "rnn_tanh"]
@@ -443,8 +444,47 @@ def run(
     with ``batch_first``. ``half_weights``: as `fastrnn.ops.layer` has it. Raises RuntimeError if
     dtypes or devices do not fit.
     """
-    if ops.is_autocast(x):
-        x, h0, c0, params = _autocast(x, h0, c0, params)
+    if batch_sizes is None and _torch_computes_single_step(
+        spec, x.transpose(0, 1) if batch_first else x, h0, c0, params
+    ):
+        if batch_first:
+            x = x.transpose(0, 1)
+        # with autocast as it is: torch keeps the weights that it casts until autocast ends
+        y, h_n, c_n = reference.forward(
+            x, h0, c0, params, None, spec, num_layers, dropout, _torch_step_layer
+        )
+        if autocast.acts_on(x):
+            y, h_n, c_n = autocast.call(spec, x, h0, c0, ()).results(y, h_n, c_n)
+        return y.transpose(0, 1) if batch_first else y, h_n, c_n
+    options = (num_layers, dropout, batch_first, half_weights)
+    if not autocast.acts_on(x):
+        return _run_alike(spec, x, batch_sizes, h0, c0, params, *options)
+    call = autocast.call(spec, x, h0, c0, params)
+    with _without_autocast_in_graphs(x):
+        results = _run_alike(spec, call.x, batch_sizes, call.h0, call.c0, call.weights, *options)
+    return call.results(*results)
+
+
+def _without_autocast_in_graphs(x: Tensor) -> AbstractContextManager[object]:
+    """Disables autocast where an operator with rules of its own for it enters a graph."""
+    if torch.compiler.is_compiling() or is_written_down():
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _run_alike(
+    spec: CellSpec,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    num_layers: int,
+    dropout: float,
+    batch_first: bool,
+    half_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`run` on tensors that must be alike in dtype and device."""
     _check_alike(x, h0, c0, params)
     if batch_sizes is None and size(x, 1 if batch_first else 0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -481,33 +521,107 @@ def run(
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
 
-#: torch's own single steps of an RNN, and up to which B*I*H they are used for inference
-_TORCH_STEPS = {"rnn_tanh": torch._VF.rnn_tanh_cell, "rnn_relu": torch._VF.rnn_relu_cell}
+#: torch's own single steps
+_TORCH_STEPS = {
+    "rnn_tanh": torch._VF.rnn_tanh_cell,
+    "rnn_relu": torch._VF.rnn_relu_cell,
+    "lstm": torch._VF.lstm_cell,
+    "gru": torch._VF.gru_cell,
+}
+#: B*I*H up to which inference of an RNN's step is torch's
 _SMALL_STEP = 1 << 15
+#: B times the values of w_ih and w_hh up to which a step in a half type, or under autocast, is the
+#: kernels'; measured on an AMD EPYC (Zen 5)
+_SMALL_HALF_STEP = 1 << 18
 
 
-def _torch_step(spec: CellSpec, x: Tensor, h: Tensor, params: Sequence[Tensor]) -> Tensor | None:
-    """One step of an RNN on the CPU by torch, or None where the kernels are to do it.
+def _torch_computes_step(
+    spec: CellSpec, x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
+) -> bool:
+    """Whether torch's own operators compute one step: x [B,I], h and c [B,H].
 
-    Torch differentiates this step in C++, at any size in less time than it takes to enter Python
-    twice for a kernel's gradient. Inference of a small one is such a matter as well, and has the
-    same bits. What torch refuses is left to `run_cell`, which says why.
+    - In a half type and under autocast, but for small steps. torch multiplies half types as they
+      are and keeps the weights that it casts until autocast ends; the CPU's kernels would widen
+      the weights at each step, and CUDA's would cast them.
+    - On the CPU an RNN that is to be differentiated: torch does it in C++, in less time than it
+      takes to enter Python twice for a kernel's gradient. Inference of a small one costs less too.
     """
     if (
         spec.name not in _TORCH_STEPS
-        or x.device.type != "cpu"
-        or x.dtype in ops.HALF  # torch adds in half precision
-        or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
         or is_written_down()
-        or not (ops.records(x, h, None, params) or x.numel() * params[0].shape[0] <= _SMALL_STEP)
     ):
+        return False
+    is_cpu = x.device.type == "cpu"
+    under_autocast = autocast.acts_on(x)
+    if under_autocast or (is_cpu and x.dtype in ops.HALF):
+        values = x.shape[0] * (params[0].numel() + params[1].numel())
+        return not is_cpu or values > _SMALL_HALF_STEP
+    return (
+        is_cpu
+        and c is None
+        and spec.name != "gru"
+        and (ops.records(x, h, None, params) or x.numel() * params[0].shape[0] <= _SMALL_STEP)
+    )
+
+
+def _torch_computes_single_step(
+    spec: CellSpec,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+) -> bool:
+    """Whether a layer of a single step on the CPU is computed as torch's cells compute it."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_written_down()
+        and (x.dtype in ops.HALF or autocast.acts_on(x))
+        and x.device.type == "cpu"
+        and x.shape[0] == 1
+        and (c0 is None or c0.shape == h0.shape)  # no projection
+        and _torch_computes_step(spec, x[0], h0, c0, params)
+    )
+
+
+def _torch_step_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer of a single step by torch. Arguments and results: `fastrnn.reference.layer`."""
+    steps: list[Any] = []
+    step: Any = _TORCH_STEPS[spec.name]
+    for direction, w in enumerate(split_weights(weights, h0.shape[0])):
+        h = h0[direction]
+        state = h if c0 is None else (h, c0[direction])
+        steps.append(step(x[0], state, w.w_ih, w.w_hh, w.b_ih, w.b_hh))
+    if c0 is None:
+        return torch.cat(steps, -1).unsqueeze(0), torch.stack(steps), None
+    h_n, c_n = zip(*steps, strict=True)
+    return torch.cat(h_n, -1).unsqueeze(0), torch.stack(h_n), torch.stack(c_n)
+
+
+def _torch_step(
+    spec: CellSpec, x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None] | None:
+    """One step by torch, or None where the kernels are to compute it.
+
+    What torch refuses is left to `run_cell`, which says why.
+    """
+    if not _torch_computes_step(spec, x, h, c, params):
         return None
+    step: Any = _TORCH_STEPS[spec.name]
     try:
-        h_next: Tensor = _TORCH_STEPS[spec.name](x, h, *params)
+        if c is None:
+            return step(x, h, *params), None
+        h_next, c_next = step(x, (h, c), *params)
     except RuntimeError:
         return None
-    return h_next
+    return h_next, c_next
 
 
 def run_cell(
@@ -517,12 +631,23 @@ def run_cell(
 
     Raises RuntimeError with torch's own words if sizes, dtypes or devices do not fit.
     """
-    by_torch = _torch_step(spec, x, h, params)
+    by_torch = _torch_step(spec, x, h, c, params)
     if by_torch is not None:
-        return by_torch, None
+        return by_torch
     unrecorded(_check_cell, x, h, c, params)
-    if ops.is_autocast(x):
-        x, h, c, params = _autocast(x, h, c, params)
+    if autocast.acts_on(x):
+        call = autocast.call(spec, x, h, c, params)
+        with _without_autocast_in_graphs(x):
+            h_n, c_n = _run_cell_alike(spec, call.x, call.h0, call.c0, call.weights)
+        _, h_n, c_n = call.results(h_n, h_n, c_n)
+        return h_n, c_n
+    return _run_cell_alike(spec, x, h, c, params)
+
+
+def _run_cell_alike(
+    spec: CellSpec, x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """`run_cell` on tensors that must be alike in dtype and device."""
     _check_alike(x, h, c, params)
     layer = ops.layer if size(h, 1) > 0 and _route(x) is ops.layer else ops.composite
     if layer is ops.layer and is_written_down():
@@ -555,23 +680,6 @@ def _check_cell(x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
             )
 
 
-def _autocast(
-    x: Tensor, h0: Tensor, c0: Tensor | None, params: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor]]:
-    """Casts what autocast would cast: floating tensors, but never float64."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast_one(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return (
-        cast_one(x),
-        cast_one(h0),
-        None if c0 is None else cast_one(c0),
-        [cast_one(w) for w in params],
-    )
-
-
 def _check_alike(x: Tensor, h0: Tensor, c0: Tensor | None, params: Sequence[Tensor]) -> None:
     """All tensors must have the dtype and the device of the input."""
     dtype, device = x.dtype, x.device
@@ -602,7 +710,8 @@ def _route(x: Tensor) -> reference.Layer | None:
     The kernels know neither tangents nor batched tensors of ``torch.func``; the composite does.
     """
     if torch._C._are_functorch_transforms_active():
-        if not _only_reverse_mode():
+        # Dynamo does not see that what a transform has wrapped requires a gradient
+        if torch.compiler.is_compiling() or not _only_reverse_mode():
             return ops.composite
     elif forward_ad._current_level >= 0:
         return ops.composite

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import _library, reference
+from fastrnn import _library, autocast, reference
 from fastrnn.spec import CELLS, CellSpec, Run, split_weights
 from fastrnn.tracing import is_tracing
 
@@ -52,14 +52,6 @@ Gradients = tuple["Tensor | None", ...]
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast acts on the device of this tensor."""
-    if not torch._C._is_any_autocast_enabled():
-        return False
-    device_type = x.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def is_plain() -> bool:
@@ -187,7 +179,10 @@ torch.library.register_fake("fastrnn::layer_gradients", _gradients_fake)
 
 
 class Layer(torch.autograd.Function):
-    """One layer with its gradient. ``inputs`` are x, h0, c0, batch_sizes, spec, \\*weights."""
+    """One layer with its gradient. ``inputs`` are x, h0, c0, batch_sizes, spec, \\*weights.
+
+    The outputs are y, h_n, c_n, and what the backward pass needs beside them: saved.
+    """
 
     @staticmethod
     def forward(
@@ -197,38 +192,31 @@ class Layer(torch.autograd.Function):
         batch_sizes: Tensor | None,
         spec: CellSpec,
         *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = forward(
-            x, h0, c0, weights, batch_sizes, spec.name, True
-        )
+    ) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = forward(x, h0, c0, weights, batch_sizes, spec.name, True)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, h0, c0, batch_sizes, spec, *weights = inputs
         y, _, c_n, saved = output
-        ctx.save_for_backward(x, h0, c0, batch_sizes, y, saved, *weights)
-        if c0 is None:
-            ctx.mark_non_differentiable(c_n, saved)
-        else:
-            ctx.mark_non_differentiable(saved)
-        ctx.set_materialize_grads(False)
-        ctx.spec = spec
+        _keep(ctx, inputs, y, c_n, saved)
+        ctx.mark_non_differentiable(*([saved] if ctx.has_c0 else [c_n, saved]))
 
     @staticmethod
-    def backward(
-        ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, _: None
-    ) -> Gradients:
-        x, h0, c0, batch_sizes, y, saved, *weights = ctx.saved_tensors
+    def backward(ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, *others: Any) -> Gradients:
+        x, h0, y, saved, *rest = _kept(ctx)
+        c0 = rest.pop(0) if ctx.has_c0 else None
+        batch_sizes = rest.pop(0) if ctx.is_packed else None
+        weights = rest
         spec: CellSpec = ctx.spec
         need_x, need_h0, need_c0, _, _, *need_weights = ctx.needs_input_grad
         needs = (need_x, need_h0, need_c0, *need_weights)
-        if c0 is None:
-            d_c_n = None  # compiled code passes zeros for outputs without a gradient
+        # compiled code passes zeros for outputs without a gradient
+        d_c_n: Tensor | None = others[0] if ctx.has_c0 else None
         if d_y is None and d_h_n is None and d_c_n is None:
             return (None,) * len(ctx.needs_input_grad)
         given = (needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec)
-        if is_autocast(x):  # it has chosen the types in forward
+        if autocast.acts_on(x):  # it has chosen the types in forward
             with torch.autocast(x.device.type, enabled=False):
                 gradients = _gradients(*given)
         else:
@@ -237,9 +225,62 @@ class Layer(torch.autograd.Function):
         return d_x, d_h0, d_c0, None, None, *d_weights
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, c_n: Tensor, saved: Tensor) -> None:
+    """Keeps for `Layer.backward` what it reads; tensors only, as tools that draw graphs expect."""
+    x, h0, c0, batch_sizes, spec, *weights = inputs
+    optional = [t for t in (c0, batch_sizes) if t is not None]
+    ctx.save_for_backward(x, h0, y, saved, *optional, *weights)
+    ctx.set_materialize_grads(False)
+    ctx.spec = spec
+    ctx.has_c0 = c0 is not None
+    ctx.is_packed = batch_sizes is not None
+
+
+def _kept(ctx: Any) -> Sequence[Tensor]:
+    """The tensors of `_keep`, unless one of them has been changed in place since."""
+    try:
+        saved: Sequence[Tensor] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{ctx.spec.mode}: the input, the states, the weights and the output must not be "
+            "modified by an inplace operation before backward, got one that was. Use the operation "
+            "that returns a new tensor, or change a copy (output = output.clone())."
+        ) from error
+    return saved
+
+
+class EagerLayer(Layer):
+    """`Layer` on the CPU, with an output that may be changed in place before backward.
+
+    The backward pass reads the outputs. The caller gets a lazy clone of them, which shares their
+    memory until one of the two is written to: an in-place ReLU, dropout or mask copies first.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        batch_sizes: Tensor | None,
+        spec: CellSpec,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        y, h_n, c_n, saved = forward(x, h0, c0, weights, batch_sizes, spec.name, True)
+        return torch._lazy_clone(y), h_n, c_n, saved, y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, _, c_n, saved, y = output
+        _keep(ctx, inputs, y, c_n, saved)
+        ctx.mark_non_differentiable(*([saved, y] if ctx.has_c0 else [c_n, saved, y]))
+
+
 # Function.apply first binds the arguments to the signature of `forward`, which takes twice as long
 # as all the rest. Nothing here has defaults or keywords to bind.
 _apply: Any = super(torch.autograd.Function, Layer).apply
+_apply_eagerly: Any = super(torch.autograd.Function, EagerLayer).apply
 
 
 def records(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
@@ -268,16 +309,16 @@ def layer(
     has checked them.
     ``half_weights`` lets the CPU's kernels round w_hh to float16 where no gradient is asked for.
     """
-    if records(x, h0, c0, weights):
-        if torch.compiler.is_compiling():
+    is_recorded = records(x, h0, c0, weights)
+    if torch.compiler.is_compiling() and (is_recorded or not half_weights):
+        # a Function that Dynamo traces loses what its backward pass records for create_graph=True
+        return written_layer(x, h0, c0, weights, batch_sizes, spec)
+    if is_recorded:
+        if torch._C._are_functorch_transforms_active():
             apply: Any = Layer.apply
-            if c0 is h0 and c0 is not None:
-                c0 = c0.view_as(c0)  # Dynamo refuses one tensor in two places
-        elif torch._C._are_functorch_transforms_active():
-            apply = Layer.apply
         else:
-            apply = _apply
-        y, h_n, c_n, _ = apply(x, h0, c0, batch_sizes, spec, *weights)
+            apply = _apply_eagerly if x.is_cpu else _apply
+        y, h_n, c_n, *_ = apply(x, h0, c0, batch_sizes, spec, *weights)
     elif half_weights and x.device.type == "cpu":
         y, h_n, c_n, _ = forward(x, h0, c0, weights, batch_sizes, spec.name, False, True)
     else:
@@ -309,16 +350,42 @@ def _written_autograd(
     """What autograd does when the operator in a graph is run."""
     spec = CELLS.get(cell)  # the kernel refuses an unknown one
     if spec is not None and records(x, h0, c0, weights):
-        apply: Any = Layer.apply
-        y, h_n, c_n, _ = apply(x, h0, c0, batch_sizes, spec, *weights)
+        apply: Any = EagerLayer.apply if x.is_cpu and not _is_traced(x) else Layer.apply
+        y, h_n, c_n, *_ = apply(x, h0, c0, batch_sizes, spec, *weights)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             y, h_n, c_n = _written(x, h0, c0, weights, batch_sizes, cell)
     return y, h_n, c_n
 
 
+def _written_autocast(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast does when the operator in a graph is run: the types of `fastrnn.autocast`."""
+    spec = CELLS.get(cell)  # the kernel refuses an unknown one
+    keys = torch._C.DispatchKeySet(_AUTOCAST_KEYS[x.device.type])
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        if spec is None:
+            return _written(x, h0, c0, weights, batch_sizes, cell)  # type: ignore[no-any-return]
+        call = autocast.call(spec, x, h0, c0, weights)
+        y, h_n, c_n = _written(call.x, call.h0, call.c0, call.weights, batch_sizes, cell)
+        y, h_n, c_cast = call.results(y, h_n, None if c0 is None else c_n)
+        return y, h_n, c_n if c_cast is None else c_cast
+
+
+_AUTOCAST_KEYS = {
+    "cpu": torch._C.DispatchKey.AutocastCPU,
+    "cuda": torch._C.DispatchKey.AutocastCUDA,
+}
 _implementations = torch.library.Library("fastrnn", "IMPL")
 _implementations.impl("layer", _written_autograd, "Autograd")
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _implementations.impl("layer", _written_autocast, _key)
 
 
 def can_stack(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
@@ -374,7 +441,7 @@ def composite(
     Arguments and results are those of `layer`. As in the kernels half types are rounded at the end
     only, and autocast, which has chosen the types of the arguments, changes nothing in between.
     """
-    if is_autocast(x):
+    if autocast.acts_on(x):
         with torch.autocast(x.device.type, enabled=False):
             return composite(x, h0, c0, weights, batch_sizes, spec)
     if x.dtype in HALF:
@@ -394,6 +461,11 @@ def composite(
         h_n, c_n = reference.cell(x, h0, c0, weights, spec)
         return h_n, h_n, c_n
     return reference.layer(x, h0, c0, weights, batch_sizes, spec)
+
+
+def _is_traced(t: Tensor) -> bool:
+    """Whether a tensor stands for those of later calls, as those that compilers trace with do."""
+    return torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter)
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:
@@ -590,7 +662,7 @@ def _recurrent_gradient(
     if later == 0:
         return _weight_gradient(side, h0)
     gate_rows = sum(part.shape[1] for part, _ in side)
-    if later <= gate_rows or torch.compiler.is_compiling():
+    if later <= gate_rows or _is_traced(y):
         # moving y costs less than a second pass over d_w; compiled code should not depend on T*B
         h_prev = torch.cat([y[batch:], h0] if backwards else [h0, y[:later]])
         return _weight_gradient(side, h_prev)
@@ -606,7 +678,7 @@ def _recurrent_gradient(
 
 def _previous_packed(y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool) -> Tensor:
     """[N,R] the state before each packed row: its sequence's row one step earlier, or h0's."""
-    if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor:  # its values may change
+    if _is_traced(batch_sizes):  # its values may change
         return _previous_by_index(y, h0, batch_sizes, backwards)
     return torch.cat(list(_previous_in_pieces(y, h0, batch_sizes, backwards)))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support import CELLS, Case, build, check, reference_math, run
+from support import CELLS, Case, build, check, make_step, reference_math, run
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
 
 F64 = torch.float64
 
@@ -166,12 +168,85 @@ def test_nothing_is_saved_without_gradients() -> None:
     assert seen == []
 
 
-def test_changed_output_is_noticed() -> None:
-    """Backward needs the output; one that was changed in place must not give a wrong gradient."""
-    output, _ = build("gru", 3, 4)(torch.randn(5, 2, 3))
-    output.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "relu": lambda y: nn.functional.relu(y, inplace=True),
+    "dropout": lambda y: nn.functional.dropout(y, 0.5, inplace=True),
+    "mask": lambda y: y.__setitem__((slice(3, None), 1), 0),
+    "scale of a view": lambda y: y[1:].mul_(2),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize("cell", CELLS)
+def test_output_may_be_changed_in_place(
+    cell: str, options: dict[str, Any], change: str, packed: bool
+) -> None:
+    """As if a copy was changed: backward reads the output as it was."""
+    module = build(cell, 3, 4, **options)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    gradients = []
+    for copy_first in (True, False):
+        y, h_n = module(pack_padded_sequence(x, [5, 4]) if packed else x)
+        y = y.data if packed else y
+        y = y.clone() if copy_first else y
+        torch.manual_seed(0)
+        CHANGES[change](y)
+        h = h_n if isinstance(h_n, Tensor) else h_n[0]
+        gradients.append(torch.autograd.grad(y.square().sum() + h.sum(), inputs))
+    for expected, got in zip(*gradients, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_output_changed_in_place_through_data() -> None:
+    """What ``.data`` and NumPy write into is the caller's copy as well."""
+    module = build("gru", 3, 4)
+    x = torch.randn(5, 2, 3)
+    expected = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
+    y = module(x)[0]
+    y.data.zero_()
+    z = module(x)[0]
+    z.detach().numpy()[:] = 0
+    for output in (y, z):
+        got = torch.autograd.grad(output.sum(), list(module.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_output_is_copied_only_when_it_is_changed() -> None:
+    y, _ = build("gru", 3, 4)(torch.randn(5, 2, 3))
+    loss = build("lstm", 4, 3)(y)[0].sum() + nn.functional.linear(y, torch.randn(2, 4)).sum()
+    loss.backward()
+    assert torch._C._is_cow_tensor(y)
+    y.mul_(2)
+    assert not torch._C._is_cow_tensor(y)
+
+
+@pytest.mark.parametrize("make", [build, make_step])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_changed_input_is_noticed(cell: str, make: Callable[..., nn.Module]) -> None:
+    """What backward needs must not give a wrong gradient; the error names the remedy."""
+    x = torch.randn(2, 3) if make is make_step else torch.randn(5, 2, 3)
+    result = make(cell, 3, 4)(x)
+    output = result if isinstance(result, Tensor) else result[0]
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match=r"(?i)modified by an inplace operation.*clone\(\)"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_saved_tensors_are_tensors(cell: str) -> None:
+    """Tools that draw graphs read them."""
+    for options in ({}, {"bias": False}, {"num_layers": 2, "bidirectional": True}):
+        output, _ = build(cell, 3, 4, **options)(torch.randn(5, 2, 3))
+        node = output.grad_fn
+        assert all(isinstance(t, Tensor) for t in node.saved_tensors)
+        assert any(t.shape == output.shape for t in node.saved_tensors)
+    if cell in ("lstm", "gru"):
+        state = make_step(cell, 3, 4)(torch.randn(2, 3))
+        h = state if isinstance(state, Tensor) else state[0]
+        assert all(isinstance(t, Tensor) for t in h.grad_fn.saved_tensors)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -13,6 +13,7 @@ from support import CELLS, build, make_step, pack, run
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
+from torch.func import functional_call, grad, jacfwd, jacrev, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
@@ -223,8 +224,100 @@ def test_autocast(cell: str, outside: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=outside):
         got = run(compiled(module), x)
         expected = run(module, x)
-    assert got["out0"].dtype == torch.bfloat16
+    assert got["out0"].dtype == (torch.float32 if cell == "gru" else torch.bfloat16)
     assert_equal(got, expected)
+
+
+# --- derivatives
+
+
+def penalty(
+    module: nn.Module, x: Tensor, function: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """The gradient of what ``function`` returns, and the gradients of a penalty on it."""
+    x = x.detach().requires_grad_()
+    (first,) = torch.autograd.grad(function(x), x, create_graph=True)
+    assert first.requires_grad
+    return first, *torch.autograd.grad(first.square().sum(), list(module.parameters()))
+
+
+MAKERS = {"layer": build, "step": make_step}
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2, "num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_penalty(cell: str, make: str, options: dict[str, Any]) -> None:
+    """Double backward works with the backend that runs what was captured as it is."""
+    if options and (cell != "lstm" or make == "step"):
+        return
+    module = MAKERS[make](cell, 3, 4, **options)
+    x = sequence(2, 3) if make == "step" else sequence(5, 2, 3)
+
+    def critic(x: Tensor) -> Tensor:
+        result = module(x)
+        return (result if isinstance(result, Tensor) else result[0]).square().sum()
+
+    got = penalty(module, x, torch.compile(critic, backend="eager", fullgraph=True))
+    for value, truth in zip(got, penalty(module, x, critic), strict=True):
+        assert torch.equal(value, truth)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gradient_penalty_raises_where_the_backend_compiles_backward(cell: str, make: str) -> None:
+    module = MAKERS[make](cell, 3, 4)
+    x = sequence(2, 3) if make == "step" else sequence(5, 2, 3)
+
+    def critic(x: Tensor) -> Tensor:
+        result = module(x)
+        return (result if isinstance(result, Tensor) else result[0]).square().sum()
+
+    with pytest.raises(RuntimeError, match="double backward"):
+        penalty(module, x, torch.compile(critic, backend="aot_eager"))
+
+
+FUNCTIONS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
+    "grad": lambda f: grad(lambda p, x: f(p, x).square().sum()),
+    "grad of x": lambda f: grad(lambda p, x: f(p, x).square().sum(), argnums=1),
+    "vjp": lambda f: lambda p, x: vjp(lambda x: f(p, x), x)[1](x.new_ones(*x.shape[:-1], 4)),
+    "jacrev": lambda f: lambda p, x: jacrev(lambda x: f(p, x))(x),
+    "jacfwd": lambda f: lambda p, x: jacfwd(lambda x: f(p, x))(x),
+    "vmap of grad": lambda f: (
+        lambda p, x: vmap(grad(lambda p, x: f(p, x).square().sum(), argnums=1), in_dims=(None, 0))(
+            p, torch.stack([x, 2 * x])
+        )
+    ),
+    "grad of grad": lambda f: (
+        lambda p, x: grad(lambda x: grad(lambda x: f(p, x).square().sum())(x).square().sum())(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("cell", "make", "backend"),
+    [
+        ("rnn_relu", "layer", "eager"),
+        ("gru", "layer", "eager"),
+        ("lstm", "step", "eager"),
+        ("lstm", "layer", "aot_eager"),
+    ],
+)
+def test_transforms(cell: str, make: str, function: str, backend: str) -> None:
+    """``torch.func`` inside of what is compiled, in one graph."""
+    module = MAKERS[make](cell, 3, 4)
+    x = sequence(2, 3) if make == "step" else sequence(3, 2, 3)
+    parameters = dict(module.named_parameters())
+
+    def call(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        result = functional_call(module, p, (x,))
+        return result if isinstance(result, Tensor) else result[0]  # type: ignore[no-any-return]
+
+    transformed = FUNCTIONS[function](call)
+    expected = transformed(parameters, x)
+    got = torch.compile(transformed, backend=backend, fullgraph=True)(parameters, x)
+    torch.testing.assert_close(got, expected)
 
 
 # --- packed sequences

@@ -655,33 +655,7 @@ class TestDtypes:
 
 
 class TestAutocast:
-    """dtypes by themselves are in test_modules."""
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("name", LAYERS)
-    def test_layers(self, name: str, dtype: torch.dtype, device: str) -> None:
-        self.compare(
-            getattr(fastrnn, name)(3, 4, 2, bidirectional=True, device=device), (5, 2, 3), dtype
-        )
-
-    @pytest.mark.parametrize("name", STEPS)
-    def test_cells(self, name: str, device: str) -> None:
-        self.compare(getattr(fastrnn, name)(3, 4, device=device), (2, 3), torch.bfloat16)
-
-    def compare(self, module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """As if everything was cast; gradients come back in the dtypes of their tensors."""
-        device = (
-            module.weight_ih.device if hasattr(module, "weight_ih") else module.weight_ih_l0.device
-        )
-        x = torch.randn(shape, device=device, requires_grad=True)
-        with torch.autocast(device.type, dtype=dtype):
-            got = run(module, x)
-            mixed = run(module, x.detach().to(torch.float16))
-        expected = run(copy.deepcopy(module).to(dtype), x.detach().to(dtype).requires_grad_())
-        assert all(mixed[name].dtype == dtype for name in mixed if name.startswith("out"))
-        for name, value in expected.items():
-            assert got[name].dtype == (torch.float32 if name.startswith("d_") else dtype)
-            assert torch.equal(got[name].to(dtype), value), name
+    """The rest is in test_autocast."""
 
     def test_hidden_of_another_dtype(self) -> None:
         module = fastrnn.LSTM(3, 4)
