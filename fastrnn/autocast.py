@@ -30,51 +30,58 @@ def acts_on(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-class Call(NamedTuple):
-    """The arguments of a layer under autocast, and the types that its results get."""
+class Arguments(NamedTuple):
+    """Tensors of one type: what a layer, or one step of it, computes with."""
 
     x: Tensor
     h0: Tensor
     c0: Tensor | None
     weights: Sequence[Tensor]
-    h_dtype: torch.dtype
-    c_dtype: torch.dtype
-
-    def results(
-        self, y: Tensor, h_n: Tensor, c_n: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The results in their types."""
-        y, h_n = y.to(self.h_dtype), h_n.to(self.h_dtype)
-        return y, h_n, None if c_n is None else c_n.to(self.c_dtype)
 
 
-def call(
-    spec: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]
-) -> Call:
-    """What a layer, or one step of it (h0 [B,R]), computes with while autocast acts on ``x``."""
-    if not _is_cast(x):
-        return Call(x, h0, c0, weights, x.dtype, x.dtype)
-    dtype = torch.get_autocast_dtype(x.device.type)
+def cast_arguments(
+    x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]
+) -> Arguments:
+    """Casts the arguments of a layer, or of one step (h0 [B,R]), while autocast acts on ``x``."""
     if x.device.type != "cpu":
-        return Call(
-            _cast(x, dtype),
-            _cast(h0, dtype),
-            None if c0 is None else _cast(c0, dtype),
-            [_cast(w, dtype) for w in weights],
-            dtype,
-            dtype,
-        )
-    h_dtype = c_dtype = dtype
-    if spec.name == "gru":
-        h_dtype = torch.promote_types(dtype, h0.dtype)
-    elif c0 is not None and h0.dim() == 2:
-        h_dtype = c_dtype = torch.promote_types(dtype, c0.dtype)
-    if any(t is not None and t.dtype != x.dtype for t in (h0, c0, *weights)):
-        wide = torch.float32
-        x, h0 = _cast(x, wide), _cast(h0, wide)
-        c0 = None if c0 is None else _cast(c0, wide)
-        weights = [_cast(w, wide) for w in weights]
-    return Call(x, h0, c0, weights, h_dtype, c_dtype)
+        dtype = torch.get_autocast_dtype(x.device.type)
+    elif any(t is not None and t.dtype != x.dtype for t in (h0, c0, *weights)):
+        dtype = torch.float32
+    else:
+        return Arguments(x, h0, c0, weights)
+    return Arguments(
+        _cast(x, dtype),
+        _cast(h0, dtype),
+        None if c0 is None else _cast(c0, dtype),
+        [_cast(w, dtype) for w in weights],
+    )
+
+
+def cast_results(
+    spec: CellSpec,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Casts the results of a layer; ``x``, ``h0``, ``c0`` are its arguments before they were cast.
+
+    y and h_n have one type, so for a single step one tensor may be both.
+    """
+    if not _is_cast(x):
+        return y, h_n, c_n
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type)
+    if device_type == "cpu":
+        if spec.name == "gru":
+            dtype = torch.promote_types(dtype, h0.dtype)
+        elif c0 is not None and h0.dim() == 2:
+            dtype = torch.promote_types(dtype, c0.dtype)
+    if y.dtype == dtype and (c_n is None or c_n.dtype == dtype):
+        return y, h_n, c_n
+    return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
 
 
 def _is_cast(t: Tensor) -> bool:

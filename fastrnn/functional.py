@@ -444,25 +444,36 @@ def run(
     with ``batch_first``. ``half_weights``: as `fastrnn.ops.layer` has it. Raises RuntimeError if
     dtypes or devices do not fit.
     """
-    if batch_sizes is None and _torch_computes_single_step(
-        spec, x.transpose(0, 1) if batch_first else x, h0, c0, params
+    under_autocast = autocast.acts_on(x)
+    options = (num_layers, dropout, batch_first, half_weights)
+    if (
+        batch_sizes is None
+        and (under_autocast or x.dtype in ops.HALF)
+        and _torch_computes_single_step(spec, x, h0, c0, params, batch_first)
     ):
-        if batch_first:
-            x = x.transpose(0, 1)
         # with autocast as it is: torch keeps the weights that it casts until autocast ends
         y, h_n, c_n = reference.forward(
-            x, h0, c0, params, None, spec, num_layers, dropout, _torch_step_layer
+            x.transpose(0, 1) if batch_first else x,
+            h0,
+            c0,
+            params,
+            None,
+            spec,
+            num_layers,
+            dropout,
+            _torch_step_layer,
         )
-        if autocast.acts_on(x):
-            y, h_n, c_n = autocast.call(spec, x, h0, c0, ()).results(y, h_n, c_n)
+        if under_autocast:
+            y, h_n, c_n = autocast.cast_results(spec, x, h0, c0, y, h_n, c_n)
         return y.transpose(0, 1) if batch_first else y, h_n, c_n
-    options = (num_layers, dropout, batch_first, half_weights)
-    if not autocast.acts_on(x):
+    if not under_autocast:
         return _run_alike(spec, x, batch_sizes, h0, c0, params, *options)
-    call = autocast.call(spec, x, h0, c0, params)
+    alike = autocast.cast_arguments(x, h0, c0, params)
     with _without_autocast_in_graphs(x):
-        results = _run_alike(spec, call.x, batch_sizes, call.h0, call.c0, call.weights, *options)
-    return call.results(*results)
+        results = _run_alike(
+            spec, alike.x, batch_sizes, alike.h0, alike.c0, alike.weights, *options
+        )
+    return autocast.cast_results(spec, x, h0, c0, *results)
 
 
 def _without_autocast_in_graphs(x: Tensor) -> AbstractContextManager[object]:
@@ -521,18 +532,29 @@ def _run_alike(
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
 
-#: torch's own single steps
-_TORCH_STEPS = {
-    "rnn_tanh": torch._VF.rnn_tanh_cell,
-    "rnn_relu": torch._VF.rnn_relu_cell,
-    "lstm": torch._VF.lstm_cell,
-    "gru": torch._VF.gru_cell,
-}
-#: B*I*H up to which inference of an RNN's step is torch's
-_SMALL_STEP = 1 << 15
-#: B times the values of w_ih and w_hh up to which a step in a half type, or under autocast, is the
-#: kernels'; measured on an AMD EPYC (Zen 5)
-_SMALL_HALF_STEP = 1 << 18
+#: The work of a step is B times the values of w_ih and w_hh. An RNN's step is torch's own up to the
+#: first bound (and always where a gradient is recorded), a gated cell's in a half type up to the
+#: second, every step in a half type or under autocast above the third. Measured on an AMD EPYC
+#: (Zen 5).
+_SMALL_RNN_STEP = 1 << 15
+_SMALL_HALF_STEP = 1 << 11
+_LARGE_HALF_STEP = 1 << 18
+
+
+def torch_computes_half_step(spec: CellSpec, batch: int, params: Sequence[Tensor]) -> bool:
+    """Whether torch's own operators compute one step on the CPU in a half type or under autocast.
+
+    torch multiplies half types as they are, and keeps the weights that it casts until autocast
+    ends; the kernels would widen half types at each step.
+    """
+    if spec.torch_step is None:
+        return False
+    work = batch * (params[0].numel() + params[1].numel())
+    if work > _LARGE_HALF_STEP:
+        return True
+    if spec.gates == 1:
+        return work <= _SMALL_RNN_STEP
+    return params[0].dtype in ops.HALF and work <= _SMALL_HALF_STEP
 
 
 def _torch_computes_step(
@@ -540,28 +562,23 @@ def _torch_computes_step(
 ) -> bool:
     """Whether torch's own operators compute one step: x [B,I], h and c [B,H].
 
-    - In a half type and under autocast, but for small steps. torch multiplies half types as they
-      are and keeps the weights that it casts until autocast ends; the CPU's kernels would widen
-      the weights at each step, and CUDA's would cast them.
-    - On the CPU an RNN that is to be differentiated: torch does it in C++, in less time than it
-      takes to enter Python twice for a kernel's gradient. Inference of a small one costs less too.
+    In a half type and under autocast `torch_computes_half_step` has the rule; on other devices than
+    the CPU autocast has torch compute all steps. Otherwise it is an RNN on the CPU that is to be
+    differentiated, which torch does in C++, in less time than it takes to enter Python twice for a
+    kernel's gradient, or a small one.
     """
-    if (
-        spec.name not in _TORCH_STEPS
-        or torch._C._are_functorch_transforms_active()
-        or is_written_down()
-    ):
+    if spec.torch_step is None or torch._C._are_functorch_transforms_active() or is_written_down():
         return False
     is_cpu = x.device.type == "cpu"
-    under_autocast = autocast.acts_on(x)
-    if under_autocast or (is_cpu and x.dtype in ops.HALF):
-        values = x.shape[0] * (params[0].numel() + params[1].numel())
-        return not is_cpu or values > _SMALL_HALF_STEP
-    return (
-        is_cpu
-        and c is None
-        and spec.name != "gru"
-        and (ops.records(x, h, None, params) or x.numel() * params[0].shape[0] <= _SMALL_STEP)
+    if autocast.acts_on(x):
+        return not is_cpu or torch_computes_half_step(spec, x.shape[0], params)
+    if not is_cpu:
+        return False
+    if x.dtype in ops.HALF:
+        return torch_computes_half_step(spec, x.shape[0], params)
+    return spec.gates == 1 and (
+        ops.records(x, h, None, params)
+        or x.shape[0] * (params[0].numel() + params[1].numel()) <= _SMALL_RNN_STEP
     )
 
 
@@ -571,16 +588,17 @@ def _torch_computes_single_step(
     h0: Tensor,
     c0: Tensor | None,
     params: Sequence[Tensor],
+    batch_first: bool,
 ) -> bool:
-    """Whether a layer of a single step on the CPU is computed as torch's cells compute it."""
+    """Whether a layer in a half type or under autocast is a single step that torch computes."""
     return (
         not torch.compiler.is_compiling()
         and not is_written_down()
-        and (x.dtype in ops.HALF or autocast.acts_on(x))
+        and x.shape[1 if batch_first else 0] == 1
         and x.device.type == "cpu"
-        and x.shape[0] == 1
         and (c0 is None or c0.shape == h0.shape)  # no projection
-        and _torch_computes_step(spec, x[0], h0, c0, params)
+        and not torch._C._are_functorch_transforms_active()
+        and torch_computes_half_step(spec, x.shape[0 if batch_first else 1], params)
     )
 
 
@@ -594,15 +612,14 @@ def _torch_step_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer of a single step by torch. Arguments and results: `fastrnn.reference.layer`."""
     steps: list[Any] = []
-    step: Any = _TORCH_STEPS[spec.name]
+    step: Any = spec.torch_step
     for direction, w in enumerate(split_weights(weights, h0.shape[0])):
         h = h0[direction]
         state = h if c0 is None else (h, c0[direction])
         steps.append(step(x[0], state, w.w_ih, w.w_hh, w.b_ih, w.b_hh))
-    if c0 is None:
-        return torch.cat(steps, -1).unsqueeze(0), torch.stack(steps), None
-    h_n, c_n = zip(*steps, strict=True)
-    return torch.cat(h_n, -1).unsqueeze(0), torch.stack(h_n), torch.stack(c_n)
+    h_n, c_n = (steps, None) if c0 is None else zip(*steps, strict=True)
+    y = h_n[0] if len(steps) == 1 else torch.cat(h_n, -1)
+    return y.unsqueeze(0), torch.stack(h_n), None if c_n is None else torch.stack(c_n)
 
 
 def _torch_step(
@@ -614,7 +631,7 @@ def _torch_step(
     """
     if not _torch_computes_step(spec, x, h, c, params):
         return None
-    step: Any = _TORCH_STEPS[spec.name]
+    step: Any = spec.torch_step
     try:
         if c is None:
             return step(x, h, *params), None
@@ -636,10 +653,10 @@ def run_cell(
         return by_torch
     unrecorded(_check_cell, x, h, c, params)
     if autocast.acts_on(x):
-        call = autocast.call(spec, x, h, c, params)
+        alike = autocast.cast_arguments(x, h, c, params)
         with _without_autocast_in_graphs(x):
-            h_n, c_n = _run_cell_alike(spec, call.x, call.h0, call.c0, call.weights)
-        _, h_n, c_n = call.results(h_n, h_n, c_n)
+            h_n, c_n = _run_cell_alike(spec, alike.x, alike.h0, alike.c0, alike.weights)
+        _, h_n, c_n = autocast.cast_results(spec, x, h, c, h_n, h_n, c_n)
         return h_n, c_n
     return _run_cell_alike(spec, x, h, c, params)
 

@@ -372,9 +372,9 @@ def _written_autocast(
     with torch._C._ExcludeDispatchKeyGuard(keys):
         if spec is None:
             return _written(x, h0, c0, weights, batch_sizes, cell)  # type: ignore[no-any-return]
-        call = autocast.call(spec, x, h0, c0, weights)
-        y, h_n, c_n = _written(call.x, call.h0, call.c0, call.weights, batch_sizes, cell)
-        y, h_n, c_cast = call.results(y, h_n, None if c0 is None else c_n)
+        alike = autocast.cast_arguments(x, h0, c0, weights)
+        y, h_n, c_n = _written(alike.x, alike.h0, alike.c0, alike.weights, batch_sizes, cell)
+        y, h_n, c_cast = autocast.cast_results(spec, x, h0, c0, y, h_n, None if c0 is None else c_n)
         return y, h_n, c_n if c_cast is None else c_cast
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -49,6 +50,7 @@ class CellSpec:
         pre_h: the same for the hidden side (``w_hh``, ``b_hh``).
         states: 2 if there is a cell state c beside h, else 1.
         mode: the name ``torch.nn.RNNBase`` gives this cell.
+        torch_step: torch's own single step of this cell, None if it has none.
         runs_x, runs_h: ``pre_x`` and ``pre_h`` as runs of neighbours, for few large products.
     """
 
@@ -60,6 +62,7 @@ class CellSpec:
     pre_h: tuple[int, ...]
     states: int
     mode: str
+    torch_step: Callable[..., Any] | None
     runs_x: tuple[Run, ...] = field(init=False)
     runs_h: tuple[Run, ...] = field(init=False)
 
@@ -76,11 +79,11 @@ class CellSpec:
 CELLS: dict[str, CellSpec] = {
     spec.name: spec
     for spec in (
-        CellSpec("rnn_tanh", 1, 0, 1, (0,), (0,), 1, "RNN_TANH"),
-        CellSpec("rnn_relu", 1, 0, 1, (0,), (0,), 1, "RNN_RELU"),
-        CellSpec("rnn_sigmoid", 1, 0, 1, (0,), (0,), 1, "RNN_SIGMOID"),
-        CellSpec("lstm", 4, 5, 4, (0, 1, 2, 3), (0, 1, 2, 3), 2, "LSTM"),
-        CellSpec("gru", 3, 4, 4, (0, 1, 3), (0, 1, 2), 1, "GRU"),
+        CellSpec("rnn_tanh", 1, 0, 1, (0,), (0,), 1, "RNN_TANH", torch._VF.rnn_tanh_cell),
+        CellSpec("rnn_relu", 1, 0, 1, (0,), (0,), 1, "RNN_RELU", torch._VF.rnn_relu_cell),
+        CellSpec("rnn_sigmoid", 1, 0, 1, (0,), (0,), 1, "RNN_SIGMOID", None),
+        CellSpec("lstm", 4, 5, 4, (0, 1, 2, 3), (0, 1, 2, 3), 2, "LSTM", torch._VF.lstm_cell),
+        CellSpec("gru", 3, 4, 4, (0, 1, 3), (0, 1, 2), 1, "GRU", torch._VF.gru_cell),
     )
 }
 

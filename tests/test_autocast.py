@@ -292,7 +292,10 @@ def test_a_graph_under_autocast(name: str, capture: str, inside: bool) -> None:
         expected, got = flat(model(x)), flat(graph(x))
     assert [t.dtype for t in got] == [t.dtype for t in expected]
     for value, truth in zip(got, expected, strict=True):
-        assert torch.equal(value, truth)
+        if name in STEPS:  # the eager one is torch's own
+            torch.testing.assert_close(value, truth, rtol=0.01, atol=0.01)
+        else:
+            assert torch.equal(value, truth)
     sum((t.float().sum() for t in got), torch.zeros(())).backward()
     exact = flat(model(x))
     for value, truth in zip(flat(graph(x)) if not inside else got, exact, strict=True):

@@ -224,7 +224,11 @@ class RecurrentBase(nn.RNNBase):
         if self.batch_first:
             input = input.transpose(0, 1)
         steps, batch, _ = input.shape
-        if steps == 0:
+        if steps == 0 or (
+            steps == 1
+            and input.dtype in ops.HALF
+            and functional.torch_computes_half_step(BY_MODE[self.mode], batch, weights)  # type: ignore[arg-type]
+        ):
             return None
         if hx is None:
             hx = self._zero_states(input, batch)
