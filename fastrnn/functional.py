@@ -648,9 +648,10 @@ def run_cell(
 
     Raises RuntimeError with torch's own words if sizes, dtypes or devices do not fit.
     """
-    by_torch = _torch_step(spec, x, h, c, params)
-    if by_torch is not None:
-        return by_torch
+    if spec.gates == 1 or x.dtype in ops.HALF or torch._C._is_any_autocast_enabled():
+        by_torch = _torch_step(spec, x, h, c, params)
+        if by_torch is not None:
+            return by_torch
     unrecorded(_check_cell, x, h, c, params)
     if autocast.acts_on(x):
         alike = autocast.cast_arguments(x, h, c, params)

@@ -179,10 +179,7 @@ torch.library.register_fake("fastrnn::layer_gradients", _gradients_fake)
 
 
 class Layer(torch.autograd.Function):
-    """One layer with its gradient. ``inputs`` are x, h0, c0, batch_sizes, spec, \\*weights.
-
-    The outputs are y, h_n, c_n, and what the backward pass needs beside them: saved.
-    """
+    """One layer with its gradient. ``inputs`` are x, h0, c0, batch_sizes, spec, \\*weights."""
 
     @staticmethod
     def forward(
@@ -198,42 +195,72 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, h0, c0, batch_sizes, spec, *weights = inputs
         y, _, c_n, saved = output
-        _keep(ctx, inputs, y, c_n, saved)
-        ctx.mark_non_differentiable(*([saved] if ctx.has_c0 else [c_n, saved]))
+        _keep(ctx, x, h0, c0, batch_sizes, spec, weights, y, saved)
+        ctx.mark_non_differentiable(*([c_n, saved] if c0 is None else [saved]))
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, *others: Any) -> Gradients:
-        x, h0, y, saved, *rest = _kept(ctx)
-        c0 = rest.pop(0) if ctx.has_c0 else None
-        batch_sizes = rest.pop(0) if ctx.is_packed else None
-        weights = rest
-        spec: CellSpec = ctx.spec
-        need_x, need_h0, need_c0, _, _, *need_weights = ctx.needs_input_grad
-        needs = (need_x, need_h0, need_c0, *need_weights)
+    def backward(
+        ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, _: None
+    ) -> Gradients:
         # compiled code passes zeros for outputs without a gradient
-        d_c_n: Tensor | None = others[0] if ctx.has_c0 else None
-        if d_y is None and d_h_n is None and d_c_n is None:
-            return (None,) * len(ctx.needs_input_grad)
-        given = (needs, (d_y, d_h_n, d_c_n), x, h0, c0, weights, batch_sizes, y, saved, spec)
-        if autocast.acts_on(x):  # it has chosen the types in forward
-            with torch.autocast(x.device.type, enabled=False):
-                gradients = _gradients(*given)
+        return _backward_of(ctx, d_y, d_h_n, d_c_n if ctx.has_c0 else None)
+
+
+class EagerLayer(torch.autograd.Function):
+    """`Layer` outside of transforms and compilers: fewer outputs, and y may be changed in place.
+
+    The backward pass reads y. The caller gets a lazy clone of it, which shares its memory until one
+    of the two is written to: an in-place ReLU, dropout or mask copies first. One step of one
+    direction returns its state alone, which backward does not read.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        batch_sizes: Tensor | None,
+        spec: CellSpec,
+        *weights: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        y, h_n, c_n, saved = forward(x, h0, c0, weights, batch_sizes, spec.name, True)
+        _keep(ctx, x, h0, c0, batch_sizes, spec, weights, y, saved)
+        y = None if h0.dim() == 2 else torch._lazy_clone(y)
+        return (y, h_n) if c0 is None else (y, h_n, c_n)
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None = None
+    ) -> Gradients:
+        return _backward_of(ctx, d_y, d_h_n, d_c_n)
+
+
+def _keep(
+    ctx: Any,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    saved: Tensor,
+) -> None:
+    """Keeps what `_backward_of` reads; tensors only, as tools that draw graphs expect."""
+    if batch_sizes is None:
+        if c0 is None:
+            ctx.save_for_backward(x, h0, y, saved, *weights)
         else:
-            gradients = _gradients(*given)
-        d_x, d_h0, d_c0, *d_weights = gradients
-        return d_x, d_h0, d_c0, None, None, *d_weights
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, c_n: Tensor, saved: Tensor) -> None:
-    """Keeps for `Layer.backward` what it reads; tensors only, as tools that draw graphs expect."""
-    x, h0, c0, batch_sizes, spec, *weights = inputs
-    optional = [t for t in (c0, batch_sizes) if t is not None]
-    ctx.save_for_backward(x, h0, y, saved, *optional, *weights)
+            ctx.save_for_backward(x, h0, y, saved, c0, *weights)
+    elif c0 is None:
+        ctx.save_for_backward(x, h0, y, saved, batch_sizes, *weights)
+    else:
+        ctx.save_for_backward(x, h0, y, saved, c0, batch_sizes, *weights)
     ctx.set_materialize_grads(False)
-    ctx.spec = spec
-    ctx.has_c0 = c0 is not None
-    ctx.is_packed = batch_sizes is not None
+    ctx.spec, ctx.has_c0, ctx.is_packed = spec, c0 is not None, batch_sizes is not None
 
 
 def _kept(ctx: Any) -> Sequence[Tensor]:
@@ -251,30 +278,25 @@ def _kept(ctx: Any) -> Sequence[Tensor]:
     return saved
 
 
-class EagerLayer(Layer):
-    """`Layer` on the CPU, with an output that may be changed in place before backward.
-
-    The backward pass reads the outputs. The caller gets a lazy clone of them, which shares their
-    memory until one of the two is written to: an in-place ReLU, dropout or mask copies first.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
-        batch_sizes: Tensor | None,
-        spec: CellSpec,
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        y, h_n, c_n, saved = forward(x, h0, c0, weights, batch_sizes, spec.name, True)
-        return torch._lazy_clone(y), h_n, c_n, saved, y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, c_n, saved, y = output
-        _keep(ctx, inputs, y, c_n, saved)
-        ctx.mark_non_differentiable(*([saved, y] if ctx.has_c0 else [c_n, saved, y]))
+def _backward_of(
+    ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None
+) -> Gradients:
+    """The gradients of all inputs of `Layer` and `EagerLayer`."""
+    if d_y is None and d_h_n is None and d_c_n is None:
+        return (None,) * len(ctx.needs_input_grad)
+    x, h0, y, saved, *rest = _kept(ctx)
+    c0 = rest.pop(0) if ctx.has_c0 else None
+    batch_sizes = rest.pop(0) if ctx.is_packed else None
+    need_x, need_h0, need_c0, _, _, *need_weights = ctx.needs_input_grad
+    needs = (need_x, need_h0, need_c0, *need_weights)
+    given = (needs, (d_y, d_h_n, d_c_n), x, h0, c0, rest, batch_sizes, y, saved, ctx.spec)
+    if autocast.acts_on(x):  # it has chosen the types in forward
+        with torch.autocast(x.device.type, enabled=False):
+            gradients = _gradients(*given)
+    else:
+        gradients = _gradients(*given)
+    d_x, d_h0, d_c0, *d_weights = gradients
+    return d_x, d_h0, d_c0, None, None, *d_weights
 
 
 # Function.apply first binds the arguments to the signature of `forward`, which takes twice as long
@@ -316,14 +338,33 @@ def layer(
     if is_recorded:
         if torch._C._are_functorch_transforms_active():
             apply: Any = Layer.apply
+            y, h_n, c_n, _ = apply(x, h0, c0, batch_sizes, spec, *weights)
+        elif x.is_cpu:
+            return _apply_eagerly_to(x, h0, c0, weights, batch_sizes, spec)
         else:
-            apply = _apply_eagerly if x.is_cpu else _apply
-        y, h_n, c_n, *_ = apply(x, h0, c0, batch_sizes, spec, *weights)
+            y, h_n, c_n, _ = _apply(x, h0, c0, batch_sizes, spec, *weights)
     elif half_weights and x.device.type == "cpu":
         y, h_n, c_n, _ = forward(x, h0, c0, weights, batch_sizes, spec.name, False, True)
     else:
         y, h_n, c_n, _ = forward(x, h0, c0, weights, batch_sizes, spec.name, False)
     return y, h_n, None if c0 is None else c_n
+
+
+def _apply_eagerly_to(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`layer` by `EagerLayer`."""
+    if c0 is None:
+        y, h_n = _apply_eagerly(x, h0, None, batch_sizes, spec, *weights)
+        c_n = None
+    else:
+        y, h_n, c_n = _apply_eagerly(x, h0, c0, batch_sizes, spec, *weights)
+    return h_n if y is None else y, h_n, c_n
 
 
 def written_layer(
@@ -350,8 +391,8 @@ def _written_autograd(
     """What autograd does when the operator in a graph is run."""
     spec = CELLS.get(cell)  # the kernel refuses an unknown one
     if spec is not None and records(x, h0, c0, weights):
-        apply: Any = EagerLayer.apply if x.is_cpu and not _is_traced(x) else Layer.apply
-        y, h_n, c_n, *_ = apply(x, h0, c0, batch_sizes, spec, *weights)
+        apply: Any = Layer.apply
+        y, h_n, c_n, _ = apply(x, h0, c0, batch_sizes, spec, *weights)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             y, h_n, c_n = _written(x, h0, c0, weights, batch_sizes, cell)

@@ -28,22 +28,28 @@ class CellBase(nn.RNNCellBase):
     def _weights(self) -> list[Tensor]:
         """The weights to compute with: two, or four with a bias; a single bias gets a zero one."""
         parameters = self._parameters
-        # straight from the dictionary; parametrizations and pruning keep theirs elsewhere
-        weights: list[Any] = [
-            parameters[name] if name in parameters else getattr(self, name)
-            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        ]
-        w_ih, w_hh, b_ih, b_hh = weights
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = []
+        for name in names:
+            # straight from the dictionary; parametrizations and pruning keep theirs elsewhere
+            weight = parameters[name] if name in parameters else getattr(self, name)
+            if weight is not None:
+                weights.append(weight)
+        if len(weights) == 4 or not self.bias:
+            return weights
+        return self._without_none()
+
+    def _without_none(self) -> list[Tensor]:
+        """The weights with zeros for one bias that is None, or without biases if both are."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        w_ih, w_hh, b_ih, b_hh = [getattr(self, name) for name in names]
         for name, weight in (("weight_ih", w_ih), ("weight_hh", w_hh)):
             if weight is None:
                 raise RuntimeError(f"{self._label}: {name} must be a tensor, got None.")
         if b_ih is None and b_hh is None:
             return [w_ih, w_hh]
-        if b_ih is None:
-            b_ih = torch.zeros_like(b_hh)
-        elif b_hh is None:
-            b_hh = torch.zeros_like(b_ih)
-        return [w_ih, w_hh, b_ih, b_hh]
+        zeros = w_hh.new_zeros(w_hh.shape[0])
+        return [w_ih, w_hh, zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh]
 
     def _check_dims(self, input: Tensor) -> bool:
         """Whether the input is batched; raises unless it is 1-D or 2-D."""
