@@ -1,12 +1,13 @@
-"""Calls that become part of a graph which others run: ``torch.export`` and ``torch.jit.trace``."""
+"""Calls that are captured in a graph: by ``torch.export``, ``torch.jit.trace``, ``torch.fx``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.jit._trace import is_tracing as _is_tracing
 
 _R = TypeVar("_R")
@@ -40,3 +41,44 @@ def unrecorded(function: Callable[..., _R], *arguments: object) -> _R:
 def size(t: Tensor, dim: int) -> int:
     """``t.shape[dim]`` as a number."""
     return unrecorded(lambda: t.shape[dim])
+
+
+def leaf_call(module: nn.Module, input: Any, hx: Any) -> Any:
+    """The call of a module as one node, while ``torch.fx`` traces it; None if it does not.
+
+    torch.fx takes modules for leaves whose class lies in ``torch.nn``; tracers of torchvision and
+    of FX quantization repeat that rule. A module sees that it is traced by the proxies that it is
+    called with, so it records itself, under every tracer. A subclass with a ``forward`` of its own
+    is no leaf, as with ``torch.nn``: the node would call that ``forward`` again.
+    """
+    proxy: Any = input
+    if not isinstance(input, Proxy):
+        states = hx if isinstance(hx, tuple | list) else (hx,)
+        proxy = next((state for state in states if isinstance(state, Proxy)), None)
+        if proxy is None:
+            return None
+    if not type(module).forward.__module__.startswith("fastrnn."):
+        return None
+    name = proxy.tracer.path_of_module(module)
+    return proxy.tracer.create_proxy(
+        "call_module", name, (input, *([] if hx is None else [hx])), {}
+    )
+
+
+def check_scriptable(module: nn.Module, names: Iterable[str]) -> None:
+    """Raises unless the weights of these names are Parameters of the module.
+
+    TorchScript stores the weights that it finds. A weight that is computed, by a parametrization,
+    pruning, weight norm or spectral norm, would stay what it was when the module was compiled.
+    """
+    for name in names:
+        if name in module._parameters and module._parameters[name] is not None:
+            continue
+        computed = getattr(module, name, None) is not None
+        found = "one that is computed (parametrization, pruning)" if computed else "None"
+        raise RuntimeError(
+            f"torch.jit.script: {type(module).__name__}.{name} must be a Parameter, got {found}. "
+            "Make it one first (torch.nn.utils.parametrize.remove_parametrizations, "
+            "torch.nn.utils.prune.remove), or use torch.jit.trace or torch.export, which capture "
+            "the computation."
+        )

@@ -53,7 +53,7 @@ PYTHON_ORDER = [
     {"onnx_nodes"},
     {"functional"},
     {"modules"},
-    {"convert", "info", "quantization"},
+    {"convert", "flops", "info", "quantization"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"charlm", "compare"},
     {"cli"},

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import functional, ops
 from fastrnn.modules.left_out import warn_if_left_out
 from fastrnn.spec import BY_MODE
-from fastrnn.tracing import is_tracing, unrecorded
+from fastrnn.tracing import check_scriptable, is_tracing, leaf_call, unrecorded
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
 Hidden = Any
@@ -60,6 +60,8 @@ class RecurrentBase(nn.RNNBase):
         lines of its source only. The view shares all its attributes with the module, whose place
         in the Python model it takes, and is pickled and copied as what it stands for.
         """
+        self._update_flat_weights()  # these are compiled
+        check_scriptable(self, self._flat_weights_names)
         cls = type(self)
         own = next(c for c in cls.__mro__ if "forward" in c.__dict__)
         if own is cls or not own.__module__.startswith("fastrnn."):
@@ -218,6 +220,7 @@ class RecurrentBase(nn.RNNBase):
             and self.num_layers == 1
             and self._weight_dtype is None
             and input.dim() == 3
+            and not input.is_meta  # of which the operator checks no sizes
             and all(map(is_, map(self._parameters.get, self._flat_weights_names), weights))
         ):
             return None
@@ -239,8 +242,6 @@ class RecurrentBase(nn.RNNBase):
             )
         except Exception:  # whatever it is, the long way meets it as well
             return None
-        if y.is_meta:  # no sizes have been checked
-            return None
         return y.transpose(0, 1) if self.batch_first else y, h_n if c0 is None else (h_n, c_n)
 
     def _run(
@@ -249,6 +250,9 @@ class RecurrentBase(nn.RNNBase):
         quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
         if quick is not None:
             return quick
+        node = leaf_call(self, input, hx)
+        if node is not None:
+            return node  # type: ignore[no-any-return]
         weights = self._weights()
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, weights)

@@ -11,6 +11,7 @@ from torch._jit_internal import is_scripting
 from fastrnn import functional
 from fastrnn.modules.left_out import warn_if_left_out
 from fastrnn.spec import CELLS, CellSpec
+from fastrnn.tracing import check_scriptable, leaf_call
 
 _Device = torch.device | str | int | None
 
@@ -24,6 +25,12 @@ class CellBase(nn.RNNCellBase):
         if name == "qconfig":
             warn_if_left_out(self, value)
         super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The module for ``torch.jit.script``: itself."""
+        names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
+        check_scriptable(self, names)
+        return self
 
     def _weights(self) -> list[Tensor]:
         """The weights to compute with: two, or four with a bias; a single bias gets a zero one."""
@@ -83,6 +90,9 @@ class CellBase(nn.RNNCellBase):
         return h_n if input.dim() == 2 else h_n.squeeze(0)
 
     def _one_state(self, spec: CellSpec, input: Tensor, hx: Tensor | None) -> Tensor:
+        node = leaf_call(self, input, hx)
+        if node is not None:
+            return node  # type: ignore[no-any-return]
         is_batched = self._check_dims(input)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(
@@ -225,6 +235,9 @@ class LSTMCell(CellBase):
         return h_n.squeeze(0), c_n.squeeze(0)
 
     def _two_states(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        node = leaf_call(self, input, hx)
+        if node is not None:
+            return node  # type: ignore[no-any-return]
         is_batched = self._check_dims(input)
         if hx is not None:
             for index, state in enumerate(hx):
