@@ -210,7 +210,8 @@ class RecurrentBase(nn.RNNBase):
             y, h_n, c_n, _ = ops.forward(
                 input, h0, c0, weights, None, BY_MODE[self.mode].name, False
             )
-        except Exception:  # whatever it is, the long way meets it as well
+        except Exception as error:  # whatever it is, the long way meets it as well
+            ops.raise_interruption(error)  # but for this
             return None
         if y.is_meta:  # no sizes have been checked
             return None
