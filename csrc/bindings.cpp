@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -195,6 +198,42 @@ std::vector<double> alone_after(const std::vector<std::pair<double, double>>& ca
   return result;
 }
 
+// What a signal's handler raised during a call that it ended, until raise_interruption.
+PyObject* interruption = nullptr;
+
+// Runs the handlers of signals that have arrived, on Python's main thread alone; true: one raised.
+bool interrupted() {
+  if (syscall(SYS_gettid) != getpid() || !Py_IsInitialized()) return false;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  PyObject *type, *value, *traceback;
+  PyErr_Fetch(&type, &value, &traceback);  // of the caller, if any: not for the handlers
+  const bool raised = PyErr_CheckSignals() != 0;
+  if (raised) {
+    PyObject *own_type, *own_value, *own_traceback;
+    PyErr_Fetch(&own_type, &own_value, &own_traceback);
+    PyErr_NormalizeException(&own_type, &own_value, &own_traceback);
+    if (own_traceback != nullptr) PyException_SetTraceback(own_value, own_traceback);
+    Py_XDECREF(interruption);
+    interruption = own_value;
+    Py_XDECREF(own_type);
+    Py_XDECREF(own_traceback);
+  }
+  PyErr_Restore(type, value, traceback);
+  PyGILState_Release(state);
+  return raised;
+}
+
+// Takes the exception out, so that nothing raises it twice.
+void raise_interruption(const std::string& message) {
+  if (interruption == nullptr || message.find(fastrnn::cpu::kInterrupted) == std::string::npos)
+    return;
+  PyObject* exception = interruption;
+  interruption = nullptr;
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception)), exception);
+  Py_DECREF(exception);
+  throw py::error_already_set();
+}
+
 py::dict cells() {
   py::dict all;
   for (const CellInfo& info : fastrnn::kCells) {
@@ -254,4 +293,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of float32 multiply-adds on registers, all threads at once.");
   m.def("cells", &cells, "The registry of cells.");
+  m.def("raise_interruption", &raise_interruption, py::arg("message"),
+        "Raises what a signal's handler raised, if the message is that of the call it ended.");
+  fastrnn::cpu::set_interrupted(interrupted);
 }

@@ -22,17 +22,38 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import _library, autocast, reference
+from fastrnn import _C, _library, autocast, reference
 from fastrnn.spec import CELLS, CellSpec, Run, split_weights
 from fastrnn.tracing import is_tracing
 
 _library.load()
 
+
+def raise_interruption(error: BaseException) -> None:
+    """Raises what a signal's handler raised (Ctrl-C: KeyboardInterrupt), if that ended the call."""
+    _C.raise_interruption(str(error))
+
+
+def _interruptible(operator: Any) -> Any:
+    """The operator, with the exception of a signal's handler in place of its own."""
+
+    @functools.wraps(operator)
+    def call(*args: Any) -> Any:
+        try:
+            return operator(*args)
+        except RuntimeError as error:
+            raise_interruption(error)
+            raise
+
+    return call
+
+
 forward = torch.ops.fastrnn.layer_forward.default
+_forward = _interruptible(forward)
 _written = torch.ops.fastrnn.layer.default
 _backward = torch.ops.fastrnn.layer_backward.default
-_stack = torch.ops.fastrnn.stack_forward.default
-_cpu_gradients = torch.ops.fastrnn.layer_gradients.default
+_stack = _interruptible(torch.ops.fastrnn.stack_forward.default)
+_cpu_gradients = _interruptible(torch.ops.fastrnn.layer_gradients.default)
 
 #: what the kernels compute with; "meta" stands for tensors that have shapes only
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -190,7 +211,7 @@ class Layer(torch.autograd.Function):
         spec: CellSpec,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = forward(x, h0, c0, weights, batch_sizes, spec.name, True)
+        result: tuple[Tensor, ...] = _forward(x, h0, c0, weights, batch_sizes, spec.name, True)
         return result
 
     @staticmethod
@@ -226,7 +247,7 @@ class EagerLayer(torch.autograd.Function):
         spec: CellSpec,
         *weights: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        y, h_n, c_n, saved = forward(x, h0, c0, weights, batch_sizes, spec.name, True)
+        y, h_n, c_n, saved = _forward(x, h0, c0, weights, batch_sizes, spec.name, True)
         _keep(ctx, x, h0, c0, batch_sizes, spec, weights, y, saved)
         y = None if h0.dim() == 2 else torch._lazy_clone(y)
         return (y, h_n) if c0 is None else (y, h_n, c_n)
@@ -344,9 +365,10 @@ def layer(
         else:
             y, h_n, c_n, _ = _apply(x, h0, c0, batch_sizes, spec, *weights)
     elif half_weights and x.device.type == "cpu":
-        y, h_n, c_n, _ = forward(x, h0, c0, weights, batch_sizes, spec.name, False, True)
+        run = forward if torch.compiler.is_compiling() else _forward
+        y, h_n, c_n, _ = run(x, h0, c0, weights, batch_sizes, spec.name, False, True)
     else:
-        y, h_n, c_n, _ = forward(x, h0, c0, weights, batch_sizes, spec.name, False)
+        y, h_n, c_n, _ = _forward(x, h0, c0, weights, batch_sizes, spec.name, False)
     return y, h_n, None if c0 is None else c_n
 
 

@@ -27,19 +27,20 @@ struct Gru {
     state1[0] = n + z * (state0[0] - n);
   }
 
-  // h' = (1 - z) n + z h    dn = dh' (1 - z)     dz = dh' (h - n)     dh = dh' z  (the direct part)
+  // h' = (1 - z) n + z h    dn = dh' - dh' z     dz = dh' (h - n)     dh = dh' z  (the direct part)
   // n = tanh(xn + r hn)     d_xn = dn (1 - n^2)  d_hn = d_xn r        dr = d_xn hn
   template <class A>
   static FASTRNN_HD void backward(const A* saved, const A* state0, const A* /*state1*/,
                                   const A* d_state1, A* d_pre, A* d_state0) {
     const A one = A(typename Limits<A>::Real(1));
     const A r = saved[0], z = saved[1], n = saved[2], hn = saved[3];
-    const A d_xn = d_state1[0] * (one - z) * (one - n * n);
+    const A d_h = d_state1[0] * z;  // of an infinite dh', dn is NaN: torch has no (1 - z) either
+    const A d_xn = (d_state1[0] - d_h) * (one - n * n);
     d_pre[0] = d_xn * hn * r * (one - r);
     d_pre[1] = d_state1[0] * (state0[0] - n) * z * (one - z);
     d_pre[2] = d_xn * r;
     d_pre[3] = d_xn;
-    d_state0[0] = d_state1[0] * z;
+    d_state0[0] = d_h;
   }
 };
 

@@ -3,7 +3,8 @@
 //
 // A value type brings, beside + - * / and unary minus:
 //   Limits<A>::Real           the scalar it is made of, and A(Real) to broadcast one
-//   a > b                     a mask, and select(mask, a, b) = mask ? a : b   (NaN: a > b is false)
+//   a > b, a >= b             masks, false where a or b is NaN
+//   select(mask, a, b)        mask ? a : b
 //   power_of_two(shifted)     2^n for shifted = kRoundingShift + n, n an integer (see exp_parts)
 //
 // Everything is branch-free, and NaN comes out where NaN goes in.
@@ -33,7 +34,7 @@ struct Format<float> {
   static constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: x + shift rounds x to integer
   static constexpr float kLn2High = 0.693359375f;       // ln 2 in few bits: n * high is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr float kExpMax = 88.0f, kExpMin = -87.0f;  // keep 2^n a normal number
+  static constexpr float kExpMax = 89.0f, kExpMin = -87.0f;  // 2^n is infinite, or still normal
   static constexpr float kTanhMax = 10.0f;                   // tanh rounds to 1 before that
   static constexpr int kTerms = 7;                           // of the series of e^r - 1
 };
@@ -46,7 +47,7 @@ struct Format<double> {
   static constexpr double kRoundingShift = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
-  static constexpr double kExpMax = 709.0, kExpMin = -708.0;
+  static constexpr double kExpMax = 710.0, kExpMin = -708.0;
   static constexpr double kTanhMax = 22.0;
   static constexpr int kTerms = 13;
 };
@@ -105,7 +106,7 @@ FASTRNN_HD A expm1_series(A r) {
   return sum * r;
 }
 
-// e^x = scale + scale * minus_one with scale = 2^n, minus_one = e^r - 1, x = n ln 2 + r.
+// e^x = scale * (1 + minus_one) with scale = 2^n, minus_one = e^r - 1, x = n ln 2 + r.
 template <class A>
 FASTRNN_HD void exp_parts(A x, A& scale, A& minus_one) {
   using F = Format<typename Limits<A>::Real>;
@@ -117,14 +118,16 @@ FASTRNN_HD void exp_parts(A x, A& scale, A& minus_one) {
   minus_one = expm1_series(r);
 }
 
-// 1 / (1 + e^-x): keeps its relative accuracy in the negative tail.
+// 1 / (1 + e^-x): keeps its relative accuracy in the negative tail, and ends in an exact 0 as
+// torch's does, so that a closed gate makes NaN of an infinity. (An infinite scale times a positive
+// number: scale + scale * minus_one would be NaN.)
 template <class A>
 FASTRNN_HD A sigmoid(A x) {
   using Real = typename Limits<A>::Real;
   using F = Format<Real>;
   A scale, minus_one;
   exp_parts(clamp(-x, A(F::kExpMin), A(F::kExpMax)), scale, minus_one);
-  return A(Real(1)) / (A(Real(1)) + (scale + scale * minus_one));
+  return A(Real(1)) / (A(Real(1)) + scale * (A(Real(1)) + minus_one));
 }
 
 // With m = e^2|x| - 1, formed without cancellation: |tanh(x)| = m / (m + 2), which keeps its

@@ -6,27 +6,28 @@
 
 namespace fastrnn::cells {
 
-// f and, written with its value y = f(x), its derivative.
+// f, and what a gradient d at y = f(x) becomes at x: d f'(x), written with y.
 struct Tanh {  // f' = 1 - y^2
   template <class A>
   static FASTRNN_HD A value(A x) {
     return tanh(x);
   }
   template <class A>
-  static FASTRNN_HD A slope(A y) {
-    return A(typename Limits<A>::Real(1)) - y * y;
+  static FASTRNN_HD A gradient(A d, A y) {
+    return d * (A(typename Limits<A>::Real(1)) - y * y);
   }
 };
 
-struct Relu {  // f' = 1 where y > 0, else 0
+// f' = 0 where y <= 0, else 1. No product: as in torch, NaN passes d on, and 0 drops an infinite d.
+struct Relu {
   template <class A>
   static FASTRNN_HD A value(A x) {
     return relu(x);
   }
   template <class A>
-  static FASTRNN_HD A slope(A y) {
-    using Real = typename Limits<A>::Real;
-    return select(y > A(Real(0)), A(Real(1)), A(Real(0)));
+  static FASTRNN_HD A gradient(A d, A y) {
+    const A zero = A(typename Limits<A>::Real(0));
+    return select(zero >= y, zero, d);
   }
 };
 
@@ -36,8 +37,8 @@ struct Sigmoid {  // f' = y (1 - y)
     return sigmoid(x);
   }
   template <class A>
-  static FASTRNN_HD A slope(A y) {
-    return y * (A(typename Limits<A>::Real(1)) - y);
+  static FASTRNN_HD A gradient(A d, A y) {
+    return d * (y * (A(typename Limits<A>::Real(1)) - y));
   }
 };
 
@@ -64,7 +65,7 @@ struct Rnn {
   template <class A>
   static FASTRNN_HD void backward(const A* /*saved*/, const A* /*state0*/, const A* state1,
                                   const A* d_state1, A* d_pre, A* /*d_state0*/) {
-    d_pre[0] = d_state1[0] * F::slope(state1[0]);
+    d_pre[0] = F::gradient(d_state1[0], state1[0]);
   }
 };
 

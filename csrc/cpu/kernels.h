@@ -62,6 +62,11 @@ using ParallelFor = void (*)(std::int64_t n, void (*body)(std::int64_t, std::int
 
 constexpr int kMostDirections = 2;
 
+// A long call asks this function, about ten times per second and on the calling thread, whether to
+// give up; if so, the call throws std::runtime_error(kInterrupted). Null: it never asks.
+FASTRNN_EXPORT void set_interrupted(bool (*function)());
+constexpr const char* kInterrupted = "fastrnn: the call was interrupted by a signal.";
+
 // The whole sequence, forward or backward, of a layer's directions (1 or 2, which differ in nothing
 // but `reverse` and their pointers). T: float or double.
 template <class T>

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -26,9 +27,7 @@ std::size_t rounded(std::size_t bytes) {
 void* fresh(std::size_t bytes) {
   const bool huge = bytes >= 2 * kHugePage;
   void* buffer = ::operator new(bytes, std::align_val_t(huge ? kHugePage : 64));
-#if defined(MADV_HUGEPAGE)
-  if (huge) madvise(buffer, bytes, MADV_HUGEPAGE);  // one page fault where there were 512
-#endif
+  use_huge_pages(buffer, bytes);
   return buffer;
 }
 
@@ -104,6 +103,16 @@ void give_buffer(void* buffer, std::size_t wanted) noexcept {
   } catch (const std::bad_alloc&) {
     discard(buffer, bytes);
   }
+}
+
+void use_huge_pages(void* buffer, std::size_t bytes) noexcept {
+#if defined(MADV_HUGEPAGE)
+  if (bytes < 2 * kHugePage) return;
+  const auto begin = reinterpret_cast<std::uintptr_t>(buffer);
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 std::size_t kept_bytes() {

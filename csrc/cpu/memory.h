@@ -16,6 +16,10 @@ FASTRNN_EXPORT void* take_buffer(std::size_t bytes);
 // `bytes` as it was asked for.
 FASTRNN_EXPORT void give_buffer(void* buffer, std::size_t bytes) noexcept;
 
+// One page fault where there were 512, for large memory of another allocator that is about to be
+// written.
+FASTRNN_EXPORT void use_huge_pages(void* buffer, std::size_t bytes) noexcept;
+
 // Bytes that lie ready, and the way to give them all back to the system.
 FASTRNN_EXPORT std::size_t kept_bytes();
 FASTRNN_EXPORT void release_kept_buffers();

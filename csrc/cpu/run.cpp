@@ -1,4 +1,6 @@
 // One call: a plan, a workspace, a team, and the walk of the cell on the instruction set in use.
+#include <stdexcept>
+
 #include "memory.h"
 #include "plan.h"
 #include "threads.h"
@@ -23,9 +25,10 @@ class Job {
         plans_(plans),
         walk_(walk),
         second_(Layout(problems[0].shape, plans[0]).size),
-        workspace_((second_ + (count > 1 ? Layout(problems[1].shape, plans[1]).size : 0)) *
-                   sizeof(T)),
-        teams_{Team(plans[0].threads), Team(count > 1 ? plans[1].threads : 0)} {}
+        size_(second_ + (count > 1 ? Layout(problems[1].shape, plans[1]).size : 0)),
+        workspace_(size_ * sizeof(T) + Barrier::kBytes + count * plans[0].threads * Team::kBytes),
+        teams_{Team(plans[0].threads, team_memory(0), interruption_, true),
+               Team(count > 1 ? plans[1].threads : 0, team_memory(1), interruption_, false)} {}
 
   // The second one's input is what the first one makes.
   void stack() { teams_[1].below = &teams_[0]; }
@@ -36,9 +39,10 @@ class Job {
     const bool may_wait =
         plan.row_groups == 1 && (plan.unit_groups > 1 || teams_[1].below != nullptr);
     const auto begin = BusyMachine::Clock::now();
-    if (may_wait && busy_machine.noted(begin)) return run_team(1, parallel_for, run_rank, this);
-    run_team(count_ * plan.threads, parallel_for, run_rank, this);
-    if (!may_wait) return;
+    const bool alone = may_wait && busy_machine.noted(begin);
+    run_team(alone ? 1 : count_ * plan.threads, parallel_for, run_rank, this);
+    if (interruption_.requested()) throw std::runtime_error(kInterrupted);
+    if (!may_wait || alone) return;
     std::chrono::nanoseconds slept(0);
     for (int which = 0; which < count_; ++which)
       slept = std::max(slept, teams_[which].barrier.longest_sleep(plan.threads));
@@ -54,6 +58,7 @@ class Job {
     } else {
       for (int which = 0; which < job.count_; ++which) {
         job.teams_[which].below = nullptr;  // done by then
+        job.teams_[which].asks = true;
         job.walk(which, alone(job.plans_[which]), 0);
       }
     }
@@ -66,12 +71,21 @@ class Job {
     walk_(problem, plan, layout, workspace, teams_[which], rank);
   }
 
+  // Behind the layouts' values.
+  void* team_memory(int which) const {
+    const auto end = reinterpret_cast<std::uintptr_t>(workspace_.data()) + size_ * sizeof(T);
+    const std::uintptr_t first = (end + Barrier::kBytes - 1) / Barrier::kBytes * Barrier::kBytes;
+    return reinterpret_cast<void*>(first + which * plans_[0].threads * Team::kBytes);
+  }
+
   const Problem* const problems_;
   const int count_;
   const Plan* const plans_;
   const WalkRank<T, Layout, Problem> walk_;
   const std::int64_t second_;  // where the second one's workspace begins, in elements
+  const std::int64_t size_;    // of both
   Workspace workspace_;
+  Interruption interruption_;
   Team teams_[kMostDirections];
 };
 

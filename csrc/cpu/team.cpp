@@ -45,6 +45,9 @@ void wake_all(std::atomic<Word>& word) {
   syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
+std::atomic<bool (*)()> interrupted{nullptr};
+constexpr std::chrono::milliseconds kBetweenLooks(100);
+
 struct Call {
   int threads;
   void (*body)(void*, int, int);
@@ -107,6 +110,18 @@ std::chrono::nanoseconds Barrier::wait_for(int other, std::uint32_t goal) {
 }
 
 void Barrier::wake(int rank) { wake_all(flag(rank).count); }
+
+void set_interrupted(bool (*function)()) { interrupted.store(function); }
+
+void Interruption::look() {
+  left_ = kWorkPerLook;
+  const auto now = std::chrono::steady_clock::now();
+  if (last_ == std::chrono::steady_clock::time_point()) last_ = now;
+  if (now - last_ < kBetweenLooks) return;
+  last_ = now;
+  const auto ask = interrupted.load();
+  if (ask != nullptr && ask()) requested_.store(true, std::memory_order_relaxed);
+}
 
 void run_team(int threads, ParallelFor parallel_for, void (*body)(void*, int, int), void* context) {
   if (threads <= 1) return body(context, 0, 1);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <new>
 
@@ -19,7 +20,9 @@ constexpr int kMaxTeam = 256;
 // group.
 class Barrier {
  public:
-  explicit Barrier(int threads) {  // only the flags in use are touched
+  static constexpr std::size_t kBytes = 128;  // per rank, aligned to as many
+
+  Barrier(int threads, void* memory) : flags_(static_cast<Flag*>(memory)) {
     for (int rank = 0; rank < threads; ++rank) new (&flag(rank)) Flag;
   }
 
@@ -64,12 +67,10 @@ class Barrier {
     std::atomic<std::uint32_t> sleepers{0};  // who sleeps until this count changes
     std::chrono::nanoseconds slept{0};       // this rank, waiting for others
   };
-  FASTRNN_INLINE Flag& flag(int rank) { return reinterpret_cast<Flag*>(storage_)[rank]; }
-  FASTRNN_INLINE const Flag& flag(int rank) const {
-    return reinterpret_cast<const Flag*>(storage_)[rank];
-  }
+  static_assert(sizeof(Flag) == kBytes);
+  FASTRNN_INLINE Flag& flag(int rank) const { return flags_[rank]; }
 
-  alignas(Flag) unsigned char storage_[kMaxTeam * sizeof(Flag)];
+  Flag* const flags_;
 };
 
 // Work of a step that whoever has time may do: items 0 ... size-1 of each rank, which takes its own
@@ -77,7 +78,9 @@ class Barrier {
 // even steps and one for odd ones, so that one can be refilled while the other is in use.
 class Shares {
  public:
-  explicit Shares(int threads) {
+  static constexpr std::size_t kBytes = 128;  // per rank, aligned to as many
+
+  Shares(int threads, void* memory) : queues_(static_cast<Queue*>(memory)) {
     for (int rank = 0; rank < threads; ++rank) new (&queue(rank)) Queue;
   }
 
@@ -106,19 +109,58 @@ class Shares {
   struct alignas(128) Queue {
     std::atomic<Taken> taken[2] = {};
   };
-  FASTRNN_INLINE Queue& queue(int rank) { return reinterpret_cast<Queue*>(storage_)[rank]; }
+  static_assert(sizeof(Queue) == kBytes);
+  FASTRNN_INLINE Queue& queue(int rank) const { return queues_[rank]; }
 
-  alignas(Queue) unsigned char storage_[kMaxTeam * sizeof(Queue)];
+  Queue* const queues_;
+};
+
+// Whether a call is to be given up. Only the calling thread asks (set_interrupted), and only now
+// and then; every rank reads the answer.
+class Interruption {
+ public:
+  // Counts multiply-adds of the calling thread, and asks after enough of them.
+  FASTRNN_INLINE void ask(std::int64_t work) {
+    left_ -= work;
+    if (left_ <= 0) look();
+  }
+  FASTRNN_INLINE bool requested() const { return requested_.load(std::memory_order_relaxed); }
+
+ private:
+  static constexpr std::int64_t kWorkPerLook = 1 << 22;  // a millisecond of the slowest kernels
+  void look();
+
+  std::int64_t left_ = kWorkPerLook;
+  std::chrono::steady_clock::time_point last_{};
+  alignas(128) std::atomic<bool> requested_{false};  // away from what the calling thread writes
 };
 
 // What the ranks that walk together share.
 struct Team {
+  static constexpr std::size_t kBytes = Barrier::kBytes + Shares::kBytes;  // per rank
+
   Barrier barrier;
   Shares shares;
   const int threads;
   Team* below = nullptr;  // who makes this team's input, while it walks
 
-  explicit Team(int size) : barrier(size), shares(size), threads(size) {}
+  Interruption& interruption;
+  bool asks;  // whether rank 0 is the calling thread, which asks whether to give up
+
+  // memory: `size` times kBytes, aligned to Barrier::kBytes. A small stack could not hold it.
+  Team(int size, void* memory, Interruption& call, bool asks_)
+      : barrier(size, memory),
+        shares(size, static_cast<char*>(memory) + size * Barrier::kBytes),
+        threads(size),
+        interruption(call),
+        asks(asks_) {}
+
+  // Whether a rank gives the call up, which next does so many multiply-adds. It need not wait for
+  // other ranks then, but must arrive as often as if it went on: they may still wait for it.
+  FASTRNN_INLINE bool gives_up(int rank, std::int64_t work) {
+    if (asks && rank == 0) interruption.ask(work);
+    return interruption.requested();
+  }
 };
 
 // Runs body(context, rank, size) for every rank at once: with size = threads where the pool grants

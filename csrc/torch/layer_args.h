@@ -439,7 +439,7 @@ const S* input_of(const std::optional<Tensor>& t, int64_t d) {
   return t ? input_of<S>(*t, d) : nullptr;
 }
 
-// Where saved and d_pre come from: large, and seen by the backward pass alone.
+// Where large tensors come from.
 using Allocate = Tensor (*)(const std::vector<int64_t>& sizes, ScalarType dtype,
                             const Tensor& like);
 
@@ -508,8 +508,11 @@ struct BackwardOutputs {
 
   // All in the layer's compute type.
   BackwardOutputs(const Layer& layer, const Tensor& like, Allocate allocate = empty)
-      : d_pre(allocate({layer.directions, layer.rows, layer.cell->pre * layer.hidden_size},
-                       layer.compute, like)),
+      : BackwardOutputs(layer, like, allocate, allocate) {}
+  // d_pre from elsewhere: not every caller returns it.
+  BackwardOutputs(const Layer& layer, const Tensor& like, Allocate allocate, Allocate allocate_pre)
+      : d_pre(allocate_pre({layer.directions, layer.rows, layer.cell->pre * layer.hidden_size},
+                           layer.compute, like)),
         d_h0(empty(layer.state_sizes(layer.out()), layer.compute, like)) {
     if (layer.proj_size > 0)
       d_h_all = allocate({layer.directions, layer.rows, layer.proj_size}, layer.compute, like);

@@ -14,12 +14,24 @@ void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* contex
 
 int threads() { return int(torch::stable::get_num_threads()); }
 
-// Like empty(), from memory that is kept from one call to the next.
+int64_t bytes_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  int64_t bytes = dtype == ScalarType::Double ? 8 : 4;
+  for (const int64_t size : sizes) bytes *= size;
+  return bytes;
+}
+
+// What a caller gets to hold is a tensor of torch's allocator: its storage can be resized.
+Tensor ordinary(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  Tensor t = empty(sizes, dtype, like);
+  cpu::use_huge_pages(t.data_ptr(), bytes_of(sizes, dtype));
+  return t;
+}
+
+// Of memory that is kept from one call to the next, for what never leaves a call.
 Tensor recycled(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
   constexpr int64_t kWorthwhile =
       128 * 1024;  // bytes; below, the allocator's own memory stays warm
-  int64_t bytes = dtype == ScalarType::Double ? 8 : 4;
-  for (const int64_t size : sizes) bytes *= size;
+  const int64_t bytes = bytes_of(sizes, dtype);
   if (bytes < kWorthwhile) return empty(sizes, dtype, like);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
@@ -53,7 +65,7 @@ FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
   const ScalarType compute = accumulate_type(x.scalar_type());
   const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
   check_input(layer, x);
-  const ForwardOutputs outputs(layer, save, x, recycled);
+  const ForwardOutputs outputs(layer, save, x, ordinary);
   const Tensor input = layer.widened(x);
   compute == ScalarType::Double ? run<double>(layer, input, outputs, half_weights)
                                 : run<float>(layer, input, outputs, half_weights);
@@ -126,7 +138,7 @@ FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_
   const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, compute);
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardOutputs outputs(layer, y, recycled);
+  const BackwardOutputs outputs(layer, y, ordinary);
   compute == ScalarType::Double ? run<double>(layer, inputs, outputs)
                                 : run<float>(layer, inputs, outputs);
   return outputs.results(layer);
@@ -141,10 +153,10 @@ struct GradientOutputs {
   GradientOutputs(const Layer& layer, const Tensor& x, const std::vector<Tensor>& weights,
                   int64_t needs)
       : d_x(empty({0}, layer.compute, x)), count(int64_t(weights.size()) / layer.directions) {
-    if (needs & 1) d_x = recycled(sizes_of(x), layer.compute, x);
+    if (needs & 1) d_x = ordinary(sizes_of(x), layer.compute, x);
     for (size_t i = 0; i < weights.size(); ++i)
       d_weights.push_back(needs >> (1 + i) & 1
-                              ? recycled(sizes_of(weights[i]), layer.compute, weights[i])
+                              ? ordinary(sizes_of(weights[i]), layer.compute, weights[i])
                               : empty({0}, layer.compute, x));
   }
 
@@ -194,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_gradients(
   check_input(layer, x);
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardOutputs walked(layer, x, recycled);
+  const BackwardOutputs walked(layer, x, ordinary, recycled);
   GradientOutputs products(layer, x, weights, needs);
   const Rows x_rows(layer.widened(x));
   if (compute == ScalarType::Double) {
@@ -205,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_gradients(
     run<float>(layer, x_rows, inputs.y, walked.d_pre, products, needs & 1);
   }
   for (Tensor& d_weight : products.d_weights) d_weight = layer.narrowed(d_weight);
-  auto [d_pre, d_h_all, d_h0, d_c0] = walked.results(layer);
+  auto [_, d_h_all, d_h0, d_c0] = walked.results(layer);
   return {layer.narrowed(products.d_x), d_h0, d_c0, d_h_all, products.d_weights};
 }
 

@@ -240,7 +240,8 @@ class RecurrentBase(nn.RNNBase):
             y, h_n, c_n, _ = ops.forward(
                 input, h0, c0, weights, None, BY_MODE[self.mode].name, False
             )
-        except Exception:  # whatever it is, the long way meets it as well
+        except Exception as error:  # whatever it is, the long way meets it as well
+            ops.raise_interruption(error)  # but for this
             return None
         return y.transpose(0, 1) if self.batch_first else y, h_n if c0 is None else (h_n, c_n)
 

@@ -17,6 +17,7 @@ class BackwardWalk {
         plan_(plan),
         at_(layout),
         work_(workspace),
+        team_(team),
         barrier_(team.barrier),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
@@ -39,6 +40,7 @@ class BackwardWalk {
     barrier_.arrive(rank_);
     barrier_.wait(rank_, 0, plan_.threads);
     for (std::int64_t k = shape_.steps - 1; k >= 0; --k) {
+      if (team_.gives_up(rank_, step_work())) return arrive_for(k + 1);
       const std::int64_t t = shape_.step(k);
       const std::int64_t end = std::min(rows_.end, shape_.step_rows[t]);
       if (shape_.proj_size > 0) {
@@ -63,6 +65,17 @@ class BackwardWalk {
   using P = Pack<T>;
   static constexpr int kLanes = P::kLanes;
   static constexpr int kZero[] = {0};
+
+  // Multiply-adds of this rank in a step.
+  std::int64_t step_work() const {
+    return 1 +
+           rows_.size() * Cell::kGates * shape_.hidden_size * out_blocks_.size() * at_.out_block;
+  }
+  // As often as in so many steps, see Team::gives_up.
+  void arrive_for(std::int64_t steps) {
+    if (shape_.proj_size > 0) steps *= 2;
+    while (steps-- > 0) barrier_.arrive(rank_);
+  }
 
   void meet() {
     barrier_.arrive(rank_);
@@ -215,6 +228,7 @@ class BackwardWalk {
   const Plan& plan_;
   const BackwardLayout& at_;
   T* const work_;
+  Team& team_;
   Barrier& barrier_;
   const int rank_, group_first_;
   const Share rows_, out_blocks_, unit_blocks_;

@@ -17,6 +17,7 @@ class ForwardWalk {
         plan_(plan),
         at_(layout),
         work_(workspace),
+        team_(team),
         barrier_(team.barrier),
         shares_(team.shares),
         below_(team.below),
@@ -47,6 +48,7 @@ class ForwardWalk {
     barrier_.wait(rank_, 0, plan_.threads);  // panels are packed in shares by all row groups
     std::int64_t chunk_end = 0;              // steps before this one have their gates_x
     for (std::int64_t k = 0; k < shape_.steps; ++k) {
+      if (team_.gives_up(rank_, step_work())) return arrive_for(shape_.steps - k);
       if (plan_.input_fused)
         await_input(k + 1);
       else if (k == chunk_end)
@@ -61,6 +63,16 @@ class ForwardWalk {
   using P = Pack<T>;
   static constexpr int kLanes = P::kLanes;
   static constexpr int kZero[] = {0};
+
+  // Multiply-adds of this rank in a step.
+  std::int64_t step_work() const {
+    return 1 + rows_.size() * width_ * blocks_.size() * (shape_.input_size + out_);
+  }
+  // As often as in so many steps, see Team::gives_up.
+  void arrive_for(std::int64_t steps) {
+    if (shape_.proj_size > 0) steps *= 2;
+    while (steps-- > 0) barrier_.arrive(rank_);
+  }
 
   // Until the layer below, if it walks at the same time, has made the input of so many steps: its
   // ranks arrive once after packing and once a step.
@@ -281,6 +293,7 @@ class ForwardWalk {
   const Plan& plan_;
   const ForwardLayout& at_;
   T* const work_;
+  Team& team_;
   Barrier& barrier_;
   Shares& shares_;
   Team* const below_;

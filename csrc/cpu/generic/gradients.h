@@ -11,12 +11,13 @@ template <class Cell, class T>
 class GradientWalk {
  public:
   GradientWalk(const LayerGradients<T>& problem, const Plan& plan, const GradientLayout& layout,
-               T* workspace, int rank)
+               T* workspace, Team& team, int rank)
       : p_(problem),
         shape_(problem.shape),
         hidden_(shape_.hidden_size),
         width_(Cell::kPre * hidden_),
         rows_(shape_.rows()),
+        team_(team),
         rank_(rank),
         ranks_(plan.threads),
         a_(workspace + layout.a(rank)),
@@ -81,6 +82,7 @@ class GradientWalk {
         std::int64_t k = 0;
         do {
           const std::int64_t depth = std::min(kDepth, rows_ - k);
+          if (team_.gives_up(rank_, depth * count * columns)) return;
           take_transposed(p_.d_pre + k * width_ + from, depth, count,
                           d_b == nullptr ? nullptr : d_b + to, k == 0);
           for (std::int64_t j = 0; d_w != nullptr && j < columns; j += kColumns) {
@@ -111,6 +113,7 @@ class GradientWalk {
           take_panels([&](std::int64_t i) { return w + lie + i * p_.w_ih_stride; }, depth,
                       wide - lie);
           for (std::int64_t m = own.begin; m < own.end; m += kRows) {
+            if (team_.gives_up(rank_, kRows * depth * wide)) return;
             const T* a = p_.d_pre + m * width_ + run.pre * hidden_ + k;
             T* c = p_.d_x + m * columns + j;
             const std::int64_t count = std::min(kRows, own.end - m);
@@ -196,6 +199,7 @@ class GradientWalk {
   const LayerGradients<T>& p_;
   const LayerShape& shape_;
   const std::int64_t hidden_, width_, rows_;
+  Team& team_;
   const int rank_, ranks_;
   T* const a_;
   T* const b_;

@@ -109,6 +109,7 @@ struct Pack {
   friend FASTRNN_INLINE Pack operator/(Pack a, Pack b) { return a.v / b.v; }
   friend FASTRNN_INLINE Pack operator-(Pack a) { return -a.v; }
   friend FASTRNN_INLINE BitVector operator>(Pack a, Pack b) { return a.v > b.v; }
+  friend FASTRNN_INLINE BitVector operator>=(Pack a, Pack b) { return a.v >= b.v; }
   friend FASTRNN_INLINE Pack select(BitVector mask, Pack a, Pack b) { return mask ? a.v : b.v; }
   friend FASTRNN_INLINE Pack power_of_two(Pack shifted) {
     BitVector bits;

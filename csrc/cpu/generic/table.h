@@ -15,8 +15,8 @@ void backward_rank(const LayerBackward<T, T>& problem, const Plan& plan,
 
 template <class Cell, class T>
 void gradient_rank(const LayerGradients<T>& problem, const Plan& plan, const GradientLayout& layout,
-                   T* workspace, Team&, int rank) {
-  GradientWalk<Cell, T>(problem, plan, layout, workspace, rank).run();
+                   T* workspace, Team& team, int rank) {
+  GradientWalk<Cell, T>(problem, plan, layout, workspace, team, rank).run();
 }
 
 template <class T>
