@@ -67,14 +67,16 @@ void run_in(ScalarType dtype, const Arguments&... arguments) {
 FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                           std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
                           StringHandle cell_handle, bool save, bool half_weights) {
-  const std::string cell = take_text(cell_handle);
-  const DeviceGuard guard = on_device_of("x", x);
-  FASTRNN_CHECK(!half_weights, "half_weights is for the CPU, got tensors on a CUDA device.");
-  const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, x.scalar_type());
-  check_input(layer, x);
-  const ForwardOutputs outputs(layer, save, x);
-  run_in(layer.dtype, layer, x, outputs);
-  return outputs.results(layer);
+  return guarded([&] {
+    const std::string cell = take_text(cell_handle);
+    const DeviceGuard guard = on_device_of("x", x);
+    FASTRNN_CHECK(!half_weights, "half_weights is for the CPU, got tensors on a CUDA device.");
+    const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, checked_dtype("x", x));
+    check_input(layer, x);
+    const ForwardOutputs outputs(layer, save, x);
+    run_in(layer.dtype, layer, x, outputs);
+    return outputs.results(layer);
+  });
 }
 
 ThreeTensors layer(Tensor x, Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights,
@@ -87,14 +89,16 @@ FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_
                            std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
                            std::vector<Tensor> weights, std::optional<Tensor> batch_sizes, Tensor y,
                            Tensor saved, StringHandle cell_handle) {
-  const std::string cell = take_text(cell_handle);
-  const DeviceGuard guard = on_device_of("y", y);
-  const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, y.scalar_type());
-  check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardOutputs outputs(layer, y);
-  run_in(layer.dtype, layer, inputs, outputs);
-  return outputs.results(layer);
+  return guarded([&] {
+    const std::string cell = take_text(cell_handle);
+    const DeviceGuard guard = on_device_of("y", y);
+    const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, checked_dtype("y", y));
+    check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
+    const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
+    const BackwardOutputs outputs(layer, y);
+    run_in(layer.dtype, layer, inputs, outputs);
+    return outputs.results(layer);
+  });
 }
 
 }  // namespace
