@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +44,8 @@ def load() -> None:
     why_no_cuda = _reason_against_cuda()
     if not why_no_cuda:
         _load_library("libfastrnn_torch_cuda.so")
+        torch.ops.fastrnn.read_tf32_from(_tf32_address())
+        atexit.register(torch.ops.fastrnn.read_tf32_from, 0)
         cuda_kernels = True
 
 
@@ -54,6 +59,20 @@ def _reason_against_cuda() -> str:
     if _is_another_cuda(built_for, here):
         return f"fastrnn was built for CUDA {built_for} and torch has CUDA {here}"
     return ""
+
+
+def _is_tf32_allowed() -> int:
+    """Whether float32 layers on a GPU may use TF32: as ``nn.LSTM``, by cuDNN's switch for RNNs."""
+    rnn: Any = torch.backends.cudnn.rnn
+    return int(rnn.fp32_precision == "tf32")
+
+
+_callback = ctypes.CFUNCTYPE(ctypes.c_int)(_is_tf32_allowed)  # C++ has its address: it stays
+
+
+def _tf32_address() -> int:
+    """Where C++ finds `_is_tf32_allowed`, which it calls before each layer."""
+    return ctypes.cast(_callback, ctypes.c_void_p).value or 0
 
 
 def _is_another_cuda(built_for: str | None, here: str | None) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,31 @@ def test_any_other_pair_is_silent(
     monkeypatch: pytest.MonkeyPatch, built: str | None, here: str | None
 ) -> None:
     assert warned(monkeypatch, built, here) == []
+
+
+# --- TF32 on a GPU -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored_precision() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    before = cudnn.rnn.fp32_precision
+    yield
+    cudnn.allow_tf32 = True
+    cudnn.rnn.fp32_precision = before
+
+
+@pytest.mark.usefixtures("restored_precision")
+def test_cpp_reads_cudnn_s_switch_for_tf32() -> None:
+    """By the address that C++ gets, and not the switch of matrix products."""
+    ask = ctypes.CFUNCTYPE(ctypes.c_int)(_library._tf32_address())
+    assert ask() == 1  # cuDNN's default
+    torch.backends.cudnn.allow_tf32 = False
+    assert ask() == 0
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert ask() == 0
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    assert ask() == 1
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    assert ask() == 0

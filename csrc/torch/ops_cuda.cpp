@@ -4,12 +4,30 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
+
 #include "layer_args.h"
 
 namespace fastrnn {
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
+
+// Reads torch's switch for TF32 in cuDNN, whose layers these replace; the stable ABI does not offer
+// it, so fastrnn/_library.py brings the function. It is asked at each call: graphs that were made
+// before the switch was set obey it too. Without Python TF32 is used, as by cuDNN.
+using Switch = int (*)();
+std::atomic<Switch> tf32_switch{nullptr};
+
+bool is_tf32_allowed() {
+  const Switch ask = tf32_switch.load();
+  return ask == nullptr || ask() != 0;
+}
+
+// The address of a function without arguments, or 0; returns the one before it.
+int64_t read_tf32_from(int64_t address) {
+  return reinterpret_cast<int64_t>(tf32_switch.exchange(reinterpret_cast<Switch>(address)));
+}
 
 // One CUDA tensor among the arguments is enough to get here.
 DeviceGuard on_device_of(const char* name, const Tensor& t) {
@@ -24,7 +42,8 @@ template <class S, class Problem>
 void run_kernels(const Layer& layer, const Problem* problems, const Tensor& like) {
   cuda::Context context{};
   torch_call(aoti_torch_get_current_cuda_stream(layer.place.index, &context.stream));
-  // The handle of the current device and stream, in the math mode that torch's switches ask for.
+  context.tf32 = layer.dtype == ScalarType::Float && is_tf32_allowed();
+  // The handle of the current device and stream.
   torch_call(torch_get_current_cuda_blas_handle(&context.blas));
   const int directions = int(layer.directions);
   const cuda::Plan plan = cuda::plan<S>(problems, directions, context);
@@ -103,6 +122,11 @@ FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_
 
 }  // namespace
 }  // namespace fastrnn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn, m) { m.def("read_tf32_from(int address) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("read_tf32_from", TORCH_BOX(&fastrnn::read_tf32_from));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
   m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
