@@ -90,7 +90,7 @@ def run_layers(device: str) -> None:
     for shape, cell, dtype in LAYERS:
         print(f"{STARTED}{cell} {dtype} {shape.name}", flush=True)
         allowed = dtype == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
         torch.manual_seed(0)
         module: nn.Module = MODULES[cell](
             shape.input_size,

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -74,41 +76,65 @@ int element_bytes(const std::string& dtype) {
                         "'");
 }
 
-void check_size(const char* name, std::int64_t value, std::int64_t least) {
-  if (value < least)
-    throw py::value_error(std::string(name) + " must be at least " + std::to_string(least) +
-                          ", got " + std::to_string(value));
+constexpr std::int64_t kMostOfASize = std::numeric_limits<std::int32_t>::max();
+
+void check_size(const char* name, std::int64_t value, std::int64_t least,
+                std::int64_t most = kMostOfASize) {
+  if (value < least || value > most)
+    throw py::value_error(
+        std::string(name) + " must be at " + (value < least ? "least " : "most ") +
+        std::to_string(value < least ? least : most) + ", got " + std::to_string(value));
 }
 
-double fma_peak(int threads, double seconds) {
-  check_size("threads", threads, 1);
-  if (!(seconds > 0.0 && seconds <= 60.0))
-    throw py::value_error("seconds must be above 0 and at most 60, got " + std::to_string(seconds));
+// NaN is in no range.
+void check_range(const char* name, double value, double least, double most) {
+  if (value >= least && value <= most) return;
+  char text[160];
+  std::snprintf(text, sizeof(text), "%s must be from %g to %g, got %g", name, least, most, value);
+  throw py::value_error(text);
+}
+
+void set_max_threads(std::int64_t threads) {
+  check_size("threads", threads, 0);
+  fastrnn::cpu::set_max_threads(int(threads));
+}
+
+double fma_peak(std::int64_t threads, double seconds) {
+  check_size("threads", threads, 1, 4096);
+  check_range("seconds", seconds, 1e-6, 60.0);
   const py::gil_scoped_release others_may_run;
-  return fastrnn::cpu::fma_peak(threads, seconds);
+  return fastrnn::cpu::fma_peak(int(threads), seconds);
 }
 
 fastrnn::LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
                              std::int64_t input_size, std::int64_t hidden_size,
-                             std::int64_t proj_size, int directions) {
+                             std::int64_t proj_size, std::int64_t directions) {
   const CellInfo& info = find_cell(cell);
   check_size("steps", steps, 0);
   check_size("batch", batch, 0);
   check_size("input_size", input_size, 0);
   check_size("hidden_size", hidden_size, 1);
   check_size("proj_size", proj_size, 0);
-  check_size("directions", directions, 1);
+  check_size("directions", directions, 1, 2);
+  if (proj_size > 0 && info.states != 2)
+    throw py::value_error("proj_size must be 0 for " + cell + ", got " + std::to_string(proj_size));
+  const double products = double(steps) * double(batch) * double(info.gates) * double(hidden_size) *
+                          double(2 * input_size + hidden_size + proj_size + 1);
+  check_range("the number of multiply-adds", products, 0, double(std::int64_t(1) << 60));
   return {info.kind, false, steps, batch, input_size, hidden_size, proj_size, nullptr, nullptr};
 }
 
 py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
                    std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
-                   const std::string& dtype, bool training, int directions, bool tf32,
-                   const std::optional<std::string>& schedule, int capability, int multiprocessors,
-                   int shared_bytes) {
+                   const std::string& dtype, bool training, std::int64_t directions, bool tf32,
+                   const std::optional<std::string>& schedule, std::int64_t capability,
+                   std::int64_t multiprocessors, std::int64_t shared_bytes) {
   using namespace fastrnn::cuda;
   const fastrnn::LayerShape shape =
       shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
+  check_size("capability", capability, 0);
+  check_size("multiprocessors", multiprocessors, 0);
+  check_size("shared_bytes", shared_bytes, 0);
   Arithmetic arithmetic = tf32 ? Arithmetic::kTf32 : Arithmetic::kFloat32;
   if (element_bytes(dtype) == 2)
     arithmetic = dtype == "float16" ? Arithmetic::kFloat16 : Arithmetic::kBFloat16;
@@ -120,8 +146,8 @@ py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t bat
     throw py::value_error(error.what());
   }
   const Plan chosen =
-      make_plan({shape, directions, training ? Pass::kBackward : Pass::kForward, arithmetic,
-                 Chip{capability, multiprocessors, shared_bytes}, choice});
+      make_plan({shape, int(directions), training ? Pass::kBackward : Pass::kForward, arithmetic,
+                 Chip{int(capability), int(multiprocessors), int(shared_bytes)}, choice});
   py::dict result;
   result["schedule"] = chosen.schedule->name;
   result["chunk_rows"] = chosen.chunk_rows;
@@ -141,8 +167,8 @@ py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t bat
 
 py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
               std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
-              const std::string& dtype, int threads, bool training, int directions,
-              bool half_weights, int layers) {
+              const std::string& dtype, std::int64_t threads, bool training,
+              std::int64_t directions, bool half_weights, std::int64_t layers) {
   const fastrnn::LayerShape shape =
       shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
   const int bytes = element_bytes(dtype);
@@ -152,7 +178,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
   const fastrnn::cpu::Plan chosen =
       // half types: in float32
-      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), threads, directions,
+      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
                               half_weights && dtype == "float32");
   result["schedule"] = "persistent";
   result["isa"] = chosen.isa;
@@ -173,7 +199,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
     fastrnn::LayerShape upper = shape;
     upper.input_size = shape.output_size();
     fastrnn::cpu::Plan pair[2];
-    result["stacked"] = fastrnn::cpu::make_stacked_plans(shape, upper, bytes, threads, pair);
+    result["stacked"] = fastrnn::cpu::make_stacked_plans(shape, upper, bytes, int(threads), pair);
   }
   return result;
 }
@@ -187,7 +213,11 @@ std::vector<double> alone_after(const std::vector<std::pair<double, double>>& ca
   fastrnn::cpu::BusyMachine machine;
   Clock::time_point begin(ms(1));
   std::vector<double> result;
+  double total = 0;
   for (const auto& [lasted, slept] : calls) {
+    check_range("the time that a call took", lasted, 0, 1e9);
+    check_range("the time that a rank slept", slept, 0, 1e9);
+    check_range("the time that all calls took", total += lasted, 0, 1e9);
     const Clock::time_point end = begin + ms(lasted);
     machine.look(begin, end, ms(slept));
     double alone = 0;
@@ -265,7 +295,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("root") = "/sys/fs/cgroup",
         "CPUs that the control group's quota amounts to, rounded up; 0: no limit.");
   m.def("max_threads", &fastrnn::cpu::max_threads, "Upper bound of a call's threads, 0: none.");
-  m.def("set_max_threads", &fastrnn::cpu::set_max_threads, py::arg("threads"),
+  m.def("check_settings", &fastrnn::cpu::check_settings,
+        "Raises ValueError where an environment variable has a value that it cannot have.");
+  m.def("set_max_threads", &set_max_threads, py::arg("threads"),
         "Bounds the threads of every call; 0 takes the bound away.");
   m.def("kept_bytes", &fastrnn::cpu::kept_bytes,
         "Bytes of CPU buffers that are kept ready for the next call.");

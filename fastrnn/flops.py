@@ -92,7 +92,7 @@ def _gradients_flops(
     needs: int,
     **_: Any,
 ) -> int:
-    """Of layer_gradients: what goes back, and the gradients that are wanted."""
+    """Of layer_gradients and bidirectional_gradients: what goes back, and what is wanted."""
     directions = _directions(h0)
     count = len(weights) // directions
     total = 0
@@ -106,4 +106,6 @@ def _gradients_flops(
 register_flop_formula([torch.ops.fastrnn.layer, torch.ops.fastrnn.layer_forward])(_forward_flops)
 register_flop_formula(torch.ops.fastrnn.stack_forward)(_stack_flops)
 register_flop_formula(torch.ops.fastrnn.layer_backward)(_walk_flops)
-register_flop_formula(torch.ops.fastrnn.layer_gradients)(_gradients_flops)
+register_flop_formula(
+    [torch.ops.fastrnn.layer_gradients, torch.ops.fastrnn.bidirectional_gradients]
+)(_gradients_flops)

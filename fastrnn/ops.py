@@ -53,7 +53,10 @@ _forward = _interruptible(forward)
 _written = torch.ops.fastrnn.layer.default
 _backward = torch.ops.fastrnn.layer_backward.default
 _stack = _interruptible(torch.ops.fastrnn.stack_forward.default)
-_cpu_gradients = _interruptible(torch.ops.fastrnn.layer_gradients.default)
+_cpu_gradients = {
+    1: _interruptible(torch.ops.fastrnn.layer_gradients.default),
+    2: _interruptible(torch.ops.fastrnn.bidirectional_gradients.default),
+}
 
 #: what the kernels compute with; "meta" stands for tensors that have shapes only
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -87,10 +90,150 @@ def is_plain() -> bool:
     )
 
 
-def _state_sizes(h0: Tensor, c0: Tensor | None) -> tuple[int, int, int]:
-    """D, R and H."""
-    size = h0.shape[-1]
-    return h0.shape[0] if h0.dim() == 3 else 1, size, size if c0 is None else c0.shape[-1]
+def _expect(condition: Any, message: str) -> None:
+    """Checks something of a fake tensor; sizes without a value are checked when the graph runs."""
+    torch._check(condition, lambda: f"fastrnn: {message}.")
+
+
+def _expect_sizes(name: str, t: Tensor, sizes: Sequence[int]) -> None:
+    def message() -> str:
+        return f"fastrnn: {name} must have the shape {list(sizes)}, got {list(t.shape)}."
+
+    torch._check(t.dim() == len(sizes), message)
+    for size, expected in zip(t.shape, sizes, strict=True):
+        torch._check(size == expected, message)
+
+
+class _FakeLayer:
+    """The sizes of a layer that is traced, checked as csrc/torch/layer_args.h checks them."""
+
+    def __init__(
+        self,
+        name: str,
+        sequence: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        cell: str,
+    ) -> None:
+        _expect(cell in CELLS, f"cell must be one of {', '.join(CELLS)}, got '{cell}'")
+        self.spec = spec = CELLS[cell]
+        self.sequence = sequence
+        self.accumulate = _accumulate_dtype(sequence.dtype)
+        _expect(
+            sequence.dtype in DTYPES,
+            f"{name} must be float16, bfloat16, float32 or float64, got {sequence.dtype}",
+        )
+        packed = batch_sizes is not None
+        single = not packed and h0.dim() == 2
+        _expect(single or h0.dim() == 3, f"h0 must be [D, B, R], got {h0.dim()} dimensions")
+        dims = 2 if packed or single else 3
+        _expect(sequence.dim() == dims, f"{name} must have {dims} dimensions, got {sequence.dim()}")
+        self.directions = 1 if single else h0.shape[0]
+        _expect(self.directions in (1, 2), f"h0 must have 1 or 2 directions, got {self.directions}")
+        *_, batch, size = h0.shape
+        count = len(weights) // self.directions
+        _expect(
+            2 <= count <= 5 and count * self.directions == len(weights),
+            f"weights must hold 2 to 5 tensors a direction, got {len(weights)} for "
+            f"{self.directions} direction(s)",
+        )
+        self.is_projected = count in (3, 5)
+        _expect(
+            spec.has_cell_state or not self.is_projected,
+            f"weights must hold a projection for lstm only, got one for {cell}",
+        )
+        for w in weights:
+            self.expect_like("weights", w)
+        self.expect_like("h0", h0)
+        _expect(weights[0].dim() == 2, f"w_ih must be 2-D, got {weights[0].dim()} dimension(s)")
+        self.input_size, self.hidden = weights[0].shape[1], weights[0].shape[0] // spec.gates
+        self.size = size
+        if self.is_projected:
+            _expect(size > 0, "h0 must have a size of 1 or more with a projection, got 0")
+        else:
+            _expect_sizes("h0", h0, (*h0.shape[:-1], self.hidden))
+        _expect(
+            (c0 is not None) == spec.has_cell_state,
+            f"c0 must {'' if spec.has_cell_state else 'not '}be given for {cell}",
+        )
+        self.states = tuple(h0.shape[:-1])
+        if c0 is not None:
+            self.expect_like("c0", c0)
+            _expect_sizes("c0", c0, (*self.states, self.hidden))
+        rows = spec.gates * self.hidden
+        for own in split_weights(weights, self.directions):
+            _expect_sizes("w_ih", own.w_ih, (rows, self.input_size))
+            _expect_sizes("w_hh", own.w_hh, (rows, size))
+            if own.b_ih is not None and own.b_hh is not None:
+                _expect_sizes("b_ih", own.b_ih, (rows,))
+                _expect_sizes("b_hh", own.b_hh, (rows,))
+            if own.w_hr is not None:
+                _expect_sizes("w_hr", own.w_hr, (size, self.hidden))
+        if batch_sizes is None:
+            _expect(
+                sequence.shape[-2] == batch,
+                f"{name} must have the batch {batch} of h0, got {sequence.shape[-2]}",
+            )
+        else:
+            _expect(
+                batch_sizes.dim() == 1
+                and batch_sizes.device.type == "cpu"
+                and batch_sizes.dtype == torch.int64,
+                "batch_sizes must be a 1-D int64 tensor on the CPU, got another",
+            )
+        self.rows = tuple(sequence.shape[:-1])
+        self.outputs = (*self.rows, self.directions * size)
+
+    def expect_like(self, name: str, t: Tensor) -> None:
+        _expect(
+            t.device == self.sequence.device,
+            f"{name} must be on the device of the input, got another",
+        )
+        _expect(
+            t.dtype == self.sequence.dtype,
+            f"{name} must have the dtype {self.sequence.dtype} of the input, got {t.dtype}",
+        )
+
+    def expect_input(self, x: Tensor) -> None:
+        _expect(
+            x.shape[-1] == self.input_size,
+            f"x must have the input size {self.input_size} of w_ih, got {x.shape[-1]}",
+        )
+
+    def saved_sizes(self, rows: Sequence[int]) -> tuple[int, int, int]:
+        return self.directions, math.prod(rows), self.spec.saved * self.hidden
+
+    def expect_backward(
+        self,
+        d_y: Tensor | None,
+        d_h_n: Tensor | None,
+        d_c_n: Tensor | None,
+        c0: Tensor | None,
+        y: Tensor,
+        saved: Tensor,
+    ) -> None:
+        self.expect_like("y", y)
+        _expect_sizes("y", y, self.outputs)
+        if self.spec.saved > 0:
+            _expect_sizes("saved", saved, self.saved_sizes(self.rows))
+            _expect(
+                saved.dtype == self.accumulate and saved.device == self.sequence.device,
+                "saved must be what layer_forward returned, got another tensor",
+            )
+        _expect(
+            d_c_n is None or c0 is not None,
+            f"d_c_n must not be given for {self.spec.name}, got a tensor",
+        )
+        for name, t, sizes in (
+            ("d_y", d_y, self.outputs),
+            ("d_h_n", d_h_n, (*self.states, self.size)),
+            ("d_c_n", d_c_n, (*self.states, self.hidden)),
+        ):
+            if t is not None:
+                self.expect_like(name, t)
+                _expect_sizes(name, t, sizes)
 
 
 def _forward_fake(
@@ -103,24 +246,32 @@ def _forward_fake(
     save: bool,
     half_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    for t in (h0, c0, *weights):
-        if t is not None and (t.device != x.device or t.dtype != x.dtype):
-            raise RuntimeError(
-                f"fastrnn: all tensors must be {x.dtype} on {x.device} like x, "
-                f"got {t.dtype} on {t.device}."
-            )
-    spec = CELLS[cell]
-    directions, size, hidden = _state_sizes(h0, c0)
-    rows = x.shape[:-1]
-    y = x.new_empty(*rows, directions * size)
+    layer = _FakeLayer("x", x, h0, c0, weights, batch_sizes, cell)
+    layer.expect_input(x)
+    _expect(
+        x.device.type != "cuda" or not half_weights,
+        "half_weights is for the CPU, got tensors on a CUDA device",
+    )
+    y = x.new_empty(layer.outputs)
     h_n = x.new_empty(h0.shape)
     c_n = x.new_empty(0 if c0 is None else c0.shape)
-    accumulate = _accumulate_dtype(x.dtype)
-    if save and spec.saved > 0:
-        saved = x.new_empty(directions, math.prod(rows), spec.saved * hidden, dtype=accumulate)
-    else:
-        saved = x.new_empty(0, dtype=accumulate)
+    is_saved = save and layer.spec.saved > 0
+    saved = x.new_empty(layer.saved_sizes(layer.rows) if is_saved else 0, dtype=layer.accumulate)
     return y, h_n, c_n, saved
+
+
+def _backward_results(
+    layer: _FakeLayer, h0: Tensor, c0: Tensor | None, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = math.prod(layer.rows)
+    dtype = y.dtype if y.device.type == "cuda" else layer.accumulate
+    d_pre = y.new_empty(layer.directions, rows, layer.spec.pre * layer.hidden, dtype=dtype)
+    d_h_all = y.new_empty(
+        (layer.directions, rows, layer.size) if layer.is_projected else (0,), dtype=dtype
+    )
+    d_h0 = y.new_empty(h0.shape)
+    d_c0 = y.new_empty(0 if c0 is None else c0.shape)
+    return d_pre, d_h_all, d_h0, d_c0
 
 
 def _backward_fake(
@@ -135,19 +286,13 @@ def _backward_fake(
     saved: Tensor,
     cell: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    spec = CELLS[cell]
-    directions, size, hidden = _state_sizes(h0, c0)
-    rows = math.prod(y.shape[:-1])
-    dtype = y.dtype if y.device.type == "cuda" else _accumulate_dtype(y.dtype)
-    d_pre = y.new_empty(directions, rows, spec.pre * hidden, dtype=dtype)
-    has_projection = len(weights) // directions in (3, 5)
-    d_h_all = y.new_empty((directions, rows, size) if has_projection else (0,), dtype=dtype)
-    d_h0 = y.new_empty(h0.shape)
-    d_c0 = y.new_empty(0 if c0 is None else c0.shape)
-    return d_pre, d_h_all, d_h0, d_c0
+    layer = _FakeLayer("y", y, h0, c0, weights, batch_sizes, cell)
+    layer.expect_backward(d_y, d_h_n, d_c_n, c0, y, saved)
+    return _backward_results(layer, h0, c0, y)
 
 
 def _gradients_fake(
+    directions: int,
     d_y: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
@@ -160,12 +305,23 @@ def _gradients_fake(
     saved: Tensor,
     cell: str,
     needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    _, d_h_all, d_h0, d_c0 = _backward_fake(
-        d_y, d_h_n, d_c_n, h0, c0, weights, batch_sizes, y, saved, cell
+) -> tuple[Tensor, ...]:
+    layer = _FakeLayer("x", x, h0, c0, weights, batch_sizes, cell)
+    _expect(
+        layer.directions == directions,
+        f"h0 must hold the states of {directions} direction(s), got {layer.directions}",
     )
-    d_weights = [w.new_empty(w.shape if needs >> (1 + i) & 1 else 0) for i, w in enumerate(weights)]
-    return x.new_empty(x.shape if needs & 1 else 0), d_h0, d_c0, d_h_all, d_weights
+    layer.expect_input(x)
+    layer.expect_backward(d_y, d_h_n, d_c_n, c0, y, saved)
+    _, d_h_all, d_h0, d_c0 = _backward_results(layer, h0, c0, y)
+    count = len(weights) // directions
+    d_weights = []
+    for direction in range(directions):
+        for i in range(4):
+            index = direction * count + i
+            is_needed = i < (4 if count >= 4 else 2) and needs >> (1 + index) & 1
+            d_weights.append(x.new_empty(weights[index].shape if is_needed else 0))
+    return x.new_empty(x.shape if needs & 1 else 0), d_h0, d_c0, d_h_all, *d_weights
 
 
 def _stack_fake(
@@ -176,8 +332,30 @@ def _stack_fake(
     batch_sizes: Tensor | None,
     cell: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    y = x.new_empty(*x.shape[:-1], h0[-1].shape[-1])
-    return y, [x.new_empty(h.shape) for h in h0], [x.new_empty(c.shape) for c in c0]
+    layers = len(h0)
+    _expect(layers > 0, "h0 must hold a tensor for each layer, got none")
+    _expect(
+        len(c0) in (0, layers),
+        f"c0 must hold as many tensors as h0, {layers}, or none, got {len(c0)}",
+    )
+    _expect(
+        len(weights) % layers == 0,
+        f"weights must hold as many tensors for each of the {layers} layers, got {len(weights)}",
+    )
+    _expect(x.dtype not in HALF, f"x must be float32 or float64, got {x.dtype}")
+    each = len(weights) // layers
+    y, h_n, c_n = x, [], []
+    for i in range(layers):
+        own = weights[i * each : (i + 1) * each]
+        _expect(
+            h0[i].dim() == 2 or h0[i].shape[0] == 1, "h0 must hold states of one direction, got 2"
+        )
+        c = c0[i] if c0 else None
+        y, h, c_next, _ = _forward_fake(y, h0[i], c, own, batch_sizes, cell, False)
+        h_n.append(h)
+        if c0:
+            c_n.append(c_next)
+    return y, h_n, c_n
 
 
 def _layer_fake(
@@ -196,7 +374,10 @@ torch.library.register_fake("fastrnn::layer_forward", _forward_fake)
 torch.library.register_fake("fastrnn::layer", _layer_fake)
 torch.library.register_fake("fastrnn::stack_forward", _stack_fake)
 torch.library.register_fake("fastrnn::layer_backward", _backward_fake)
-torch.library.register_fake("fastrnn::layer_gradients", _gradients_fake)
+torch.library.register_fake("fastrnn::layer_gradients", functools.partial(_gradients_fake, 1))
+torch.library.register_fake(
+    "fastrnn::bidirectional_gradients", functools.partial(_gradients_fake, 2)
+)
 
 
 class Layer(torch.autograd.Function):
@@ -441,6 +622,14 @@ def _written_autocast(
         return y, h_n, c_n if c_cast is None else c_cast
 
 
+def _refuse_layout(*args: Any, **kwargs: Any) -> Any:
+    """Stands where a tensor is not a plain array in memory; dispatch looks at all arguments."""
+    raise RuntimeError(
+        "fastrnn: tensors must be dense, got a sparse, mkldnn, nested or quantized one. "
+        "Convert with input.to_dense()."
+    )
+
+
 _AUTOCAST_KEYS = {
     "cpu": torch._C.DispatchKey.AutocastCPU,
     "cuda": torch._C.DispatchKey.AutocastCUDA,
@@ -449,6 +638,19 @@ _implementations = torch.library.Library("fastrnn", "IMPL")
 _implementations.impl("layer", _written_autograd, "Autograd")
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _implementations.impl("layer", _written_autocast, _key)
+for _operator in (
+    "layer",
+    "layer_forward",
+    "layer_backward",
+    "layer_gradients",
+    "bidirectional_gradients",
+    "stack_forward",
+):
+    for _key in ("Sparse", "SparseCsr", "NestedTensor", "Quantized"):
+        for _device in ("CPU", "CUDA"):
+            _implementations.impl(_operator, _refuse_layout, _key + _device)
+    for _key in ("MkldnnCPU", "AutogradNestedTensor"):
+        _implementations.impl(_operator, _refuse_layout, _key)
 
 
 def can_stack(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
@@ -579,23 +781,29 @@ def _gradients_on_cpu(
     asked = int(need_x)
     for i, need in enumerate(need_weights):
         asked |= need << (1 + i)
-    d_x, d_h0, d_c0, d_h_all, made = _cpu_gradients(
+    directions = h0.shape[0] if h0.dim() == 3 else 1
+    d_x, d_h0, d_c0, d_h_all, *made = _cpu_gradients[directions](
         *d_outputs, x, h0, c0, weights, batch_sizes, y, saved, spec.name, asked
     )
-    d_weights = [d_w if need else None for d_w, need in zip(made, need_weights, strict=True)]
-    directions = saved.shape[0]
-    count = len(weights) // directions if spec.has_cell_state else 0
-    if count in (3, 5):
+    count = len(weights) // directions
+    if count in (3, 5):  # a projection, whose gradient is not among them
+        d_weights: list[Tensor | None] = []
         for direction in range(directions):
-            last = (direction + 1) * count - 1
-            if need_weights[last]:
+            d_weights += made[4 * direction : 4 * direction + count - 1]
+            d_w_hr = None
+            if need_weights[len(d_weights)]:
                 d_w_hr = _projection_gradient(d_h_all[direction], saved[direction])
-                d_weights[last] = _cast(d_w_hr, weights[last])
+                d_w_hr = _cast(d_w_hr, weights[len(d_weights)])
+            d_weights.append(d_w_hr)
+    elif count == 4:
+        d_weights = made
+    else:
+        d_weights = [made[4 * direction + i] for direction in range(directions) for i in range(2)]
     return (
         d_x if need_x else None,
         d_h0 if need_h0 else None,
         d_c0 if need_c0 else None,
-        *d_weights,
+        *[d_w if need else None for d_w, need in zip(d_weights, need_weights, strict=True)],
     )
 
 

@@ -443,7 +443,7 @@ def test_the_schedule_that_is_asked_for_runs(
     options = {"proj_size": proj} if proj > 0 else {}
     module = build(cell, 16, hidden, dtype=dtype, **options).cuda()
     x, hx = make(4, batch, 16, dtype=dtype), make_states(module, batch, dtype)
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
     if not tf32:
         check(module, x, hx)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -566,7 +566,7 @@ def test_persistent_in_tf32(
         both_passes(cell, args, dtype) for dtype in (torch.float64, torch.float32, torch.float16)
     )
     monkeypatch.setenv("FASTRNN_SCHEDULE", "persistent")
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
     fast = both_passes(cell, args, torch.float32)
     for name in ("y", "h_n", *([] if cell == "rnn_relu" else ["d_pre", "d_h0"])):
         found = error(fast[name], truth[name])
@@ -576,7 +576,8 @@ def test_persistent_in_tf32(
 
 @both_schedules
 @knows_tf32
-def test_tf32_follows_the_switch_of_matrix_products() -> None:
+def test_tf32_follows_the_switch_of_cudnn() -> None:
+    """As ``nn.LSTM``; and products by torch afterwards are as exact as before."""
     args = arguments("lstm", 3, 64, 512)
     truth_args = [
         [w.double() for w in a] if isinstance(a, list) else a.double() if a is not None else None
@@ -584,9 +585,14 @@ def test_tf32_follows_the_switch_of_matrix_products() -> None:
     ]
     with torch.no_grad():
         truth, *_ = reference.layer(*truth_args, None, args[5])
-        exact, *_ = ops.layer(*args)
         torch.backends.cuda.matmul.allow_tf32 = True
+        exact, *_ = ops.layer(*args)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        square = torch.randn(512, 512, device="cuda")
+        product = square @ square
+        torch.backends.cudnn.allow_tf32 = True
         fast, *_ = ops.layer(*args)
+        assert torch.equal(square @ square, product)
     assert not torch.equal(fast, exact)
     assert error(fast, truth) > 8 * error(exact, truth)  # 13 bits fewer in every product
 

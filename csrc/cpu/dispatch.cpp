@@ -1,11 +1,11 @@
 // Which instruction set runs: what was compiled in, what the machine has, what was asked for.
-#include <cstdlib>
 #include <mutex>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 #include "isa.h"
+#include "settings.h"
 
 namespace fastrnn::cpu {
 
@@ -60,11 +60,10 @@ const Isa* find(const std::string& name) {
   return nullptr;
 }
 
-// FASTRNN_ISA if it names one that runs here, else the best.
+// The one that FASTRNN_ISA names, else the best.
 const Isa* first_choice() {
-  const char* wish = std::getenv("FASTRNN_ISA");
-  if (wish != nullptr)
-    if (const Isa* found = find(wish)) return found;
+  const std::string name = isa_setting();
+  if (!name.empty()) return find(name);
   const Isa* best = nullptr;
   for (const Row& row : kRows)
     if (row.runs_here()) best = row.isa;
@@ -77,10 +76,7 @@ std::atomic<const Isa*>& choice() {
 }
 
 std::atomic<int>& thread_bound() {
-  static std::atomic<int> bound{[] {
-    const char* wish = std::getenv("FASTRNN_THREADS");
-    return wish != nullptr ? std::max(std::atoi(wish), 0) : 0;
-  }()};
+  static std::atomic<int> bound{threads_setting()};
   return bound;
 }
 
@@ -93,8 +89,8 @@ const Isa& isa() { return *choice().load(std::memory_order_relaxed); }
 bool widens_by_halves() {
 #if defined(__x86_64__)
   static const bool yes = [] {
-    const char* wish = std::getenv("FASTRNN_WIDEN_BYTES");
-    return wish != nullptr ? std::atoi(wish) == 32 : bool(__builtin_cpu_is("amd"));
+    const int bytes = widen_bytes_setting();
+    return bytes > 0 ? bytes == 32 : bool(__builtin_cpu_is("amd"));
   }();
   return yes;
 #else

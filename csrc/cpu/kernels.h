@@ -47,11 +47,16 @@ FASTRNN_EXPORT bool set_isa(const std::string& name);
 // All that were compiled in.
 FASTRNN_EXPORT std::vector<std::string> compiled_isas();
 
+// Throws std::invalid_argument where an environment variable of these kernels has a value that it
+// cannot have (csrc/cpu/settings.h). They take effect at first use.
+FASTRNN_EXPORT void check_settings();
+
 // An upper bound for the threads of every call: FASTRNN_THREADS at first use; 0 is no bound.
 FASTRNN_EXPORT int max_threads();
 FASTRNN_EXPORT void set_max_threads(int threads);
 
 // Float32 GFLOP/s that `threads` threads reach together on multiply-adds alone, over `seconds`.
+// Throws std::runtime_error if the system does not grant so many threads.
 FASTRNN_EXPORT double fma_peak(int threads, double seconds);
 
 // Runs body over [0, n) in pieces, several at once where it can: piece 0 on the calling thread.

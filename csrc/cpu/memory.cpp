@@ -3,12 +3,15 @@
 #include <sys/mman.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
+
+#include "settings.h"
 
 namespace fastrnn::cpu {
 namespace {
@@ -26,7 +29,10 @@ std::size_t rounded(std::size_t bytes) {
 
 void* fresh(std::size_t bytes) {
   const bool huge = bytes >= 2 * kHugePage;
-  void* buffer = ::operator new(bytes, std::align_val_t(huge ? kHugePage : 64));
+  void* buffer = ::operator new(bytes, std::align_val_t(huge ? kHugePage : 64), std::nothrow);
+  if (buffer == nullptr)
+    throw std::runtime_error("fastrnn: there is no memory for a buffer of " +
+                             std::to_string(bytes) + " bytes.");
   use_huge_pages(buffer, bytes);
   return buffer;
 }
@@ -37,11 +43,8 @@ void discard(void* buffer, std::size_t bytes) {
 
 // FASTRNN_POISON=1 fills every buffer with NaN before use: what is read unwritten shows.
 bool poisoned() {
-  static const bool wish = [] {
-    const char* value = std::getenv("FASTRNN_POISON");
-    return value != nullptr && std::strcmp(value, "1") == 0;
-  }();
-  return wish;
+  static const bool is_on = poison_setting();
+  return is_on;
 }
 
 struct Kept {

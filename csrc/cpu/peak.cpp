@@ -1,7 +1,10 @@
 // The peak of the instruction set in use, measured: every thread runs multiply-adds at once.
 #include <sched.h>
 
+#include <atomic>
 #include <chrono>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "isa.h"
@@ -49,14 +52,23 @@ double fma_peak(int threads, double seconds) {
   const auto end =
       start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   std::vector<std::thread> team;
-  for (int rank = 0; rank < threads; ++rank) {
-    team.emplace_back([&, rank] {
-      stay_on_core(rank);
-      std::this_thread::sleep_until(start);
-      operations[std::size_t(rank)] = work_until(loop, end);
-    });
+  std::atomic<bool> given_up{false};
+  team.reserve(std::size_t(threads));
+  try {
+    for (int rank = 0; rank < threads; ++rank) {
+      team.emplace_back([&, rank] {
+        stay_on_core(rank);
+        std::this_thread::sleep_until(start);
+        if (!given_up) operations[std::size_t(rank)] = work_until(loop, end);
+      });
+    }
+  } catch (const std::exception&) {  // no more threads, or no memory for one
+    given_up = true;
   }
   for (std::thread& thread : team) thread.join();
+  if (given_up)
+    throw std::runtime_error("fastrnn: the system grants " + std::to_string(team.size()) + " of " +
+                             std::to_string(threads) + " threads.");
   const double elapsed = std::chrono::duration<double>(Clock::now() - start).count();
   double total = 0.0;
   for (const double one : operations) total += one;

@@ -87,7 +87,7 @@ void run_on_new_threads(Call& call) {
     for (int rank = 1; rank < call.threads; ++rank)
       others.emplace_back([&call, rank] { run_piece(rank, rank + 1, &call); });
     run_piece(0, 1, &call);
-  } catch (const std::system_error&) {  // no more threads to be had
+  } catch (const std::exception&) {  // no more threads to be had, or no memory for one
     run_piece(0, call.threads, &call);
   }
   for (std::thread& other : others) other.join();

@@ -40,12 +40,17 @@ class Lines {
     line.clear();
     if (file_ == nullptr) return false;
     int c;
-    while ((c = std::fgetc(file_)) != EOF && c != '\n') line.push_back(char(c));
+    while ((c = std::fgetc(file_)) != EOF && c != '\n') {
+      if (++read_ > kMost) return false;  // no file of a control group
+      line.push_back(char(c));
+    }
     return c != EOF || !line.empty();
   }
 
  private:
+  static constexpr std::size_t kMost = 1 << 20;  // bytes
   std::FILE* file_;
+  std::size_t read_ = 0;
 };
 
 // What a folder of the control group's files allows, 0: no limit.
@@ -86,7 +91,8 @@ int quota_cpus(const std::string& membership, const std::string& root) {
       if (path.find('/') == std::string::npos) break;
     }
   }
-  return int(std::ceil(least));
+  constexpr double kMost = 1 << 20;  // CPUs
+  return int(std::ceil(std::min(least, kMost)));
 }
 
 int usable_cpus() {

@@ -139,11 +139,6 @@ class Gpu {
               "clear a product");
       return;
     }
-    // Half types are added in float32, also where cuBLAS splits k. (torch sets the mode anew for
-    // whoever takes the handle next.)
-    if constexpr (sizeof(C) == 2)
-      check(cublasSetMathMode(blas_, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION),
-            "set its math mode");
     const A alpha = 1, beta = p.add ? 1 : 0;
     const cublasComputeType_t compute =
         std::is_same_v<A, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;

@@ -30,12 +30,34 @@ Arithmetic arithmetic(const Context& context) {
   } else if constexpr (std::is_same_v<S, double>) {
     return Arithmetic::kFloat64;
   } else {
-    cublasMath_t mode = CUBLAS_DEFAULT_MATH;
-    check(cublasGetMathMode(static_cast<cublasHandle_t>(context.blas), &mode),
-          "tell its math mode");
-    constexpr int kModes = 0xf;  // the bits above are flags
-    return (mode & kModes) == CUBLAS_TF32_TENSOR_OP_MATH ? Arithmetic::kTf32 : Arithmetic::kFloat32;
+    return context.tf32 ? Arithmetic::kTf32 : Arithmetic::kFloat32;
   }
+}
+
+// The math mode of a call's products. The handle is torch's, which finds its own mode afterwards.
+class MathMode {
+ public:
+  MathMode(const Context& context, cublasMath_t mode)
+      : blas_(static_cast<cublasHandle_t>(context.blas)) {
+    check(cublasGetMathMode(blas_, &before_), "tell its math mode");
+    if (mode != before_) check(cublasSetMathMode(blas_, mode), "set its math mode");
+  }
+  ~MathMode() { cublasSetMathMode(blas_, before_); }
+  MathMode(const MathMode&) = delete;
+  MathMode& operator=(const MathMode&) = delete;
+
+ private:
+  cublasHandle_t blas_;
+  cublasMath_t before_ = CUBLAS_DEFAULT_MATH;
+};
+
+// Half types are added in float32, also where cuBLAS splits k.
+template <class S>
+cublasMath_t math_mode(const Context& context) {
+  if constexpr (sizeof(S) == 2) return CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+  if constexpr (std::is_same_v<S, float>)
+    return context.tf32 ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_DEFAULT_MATH;
+  return CUBLAS_DEFAULT_MATH;
 }
 
 template <class S, class Problem>
@@ -54,6 +76,7 @@ Plan choose(const Problem* problems, int directions, Pass pass, const Context& c
 template <class S, class Problem>
 void run_any(const Problem* problems, int directions, const Plan& plan, void* workspace,
              const Context& context) {
+  const MathMode mode(context, math_mode<S>(context));
   Gpu gpu(context);
   if constexpr (!std::is_same_v<S, double>) {
     if (plan.schedule->schedule == Schedule::kPersistent)

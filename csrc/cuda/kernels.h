@@ -3,7 +3,7 @@
 // stream) and the memory.
 //
 // Everything is put on the stream of the current device and nothing waits for it, so a call can be
-// captured in a CUDA graph. float32 products follow the handle's math mode (TF32 or not); half
+// captured in a CUDA graph. float32 products use TF32 where the caller allows it; half
 // types are added in float32. The environment's FASTRNN_SCHEDULE asks for a schedule. Failures are
 // thrown as std::runtime_error.
 #pragma once
@@ -17,7 +17,8 @@ namespace fastrnn::cuda {
 
 struct Context {
   void* stream;  // cudaStream_t
-  void* blas;    // cublasHandle_t
+  void* blas;    // cublasHandle_t, whose math mode a call sets and restores
+  bool tf32;     // whether float32 products may round their factors to TF32
 };
 
 // Pointers of problems are device pointers; S: Float16, BFloat16, float or double. One problem a

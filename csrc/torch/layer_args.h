@@ -14,6 +14,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <cstring>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -21,6 +24,9 @@
 #include <vector>
 
 #include "../problem.h"
+
+// Since torch 2.13; null where the torch that is loaded is older.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace fastrnn {
 
@@ -51,11 +57,21 @@ constexpr const char* kBackwardSchema =
     "Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell) "
     "-> (Tensor d_pre, Tensor d_h_all, Tensor d_h0, Tensor d_c0)";
 // CPU only: layer_backward and the products after it in one call. needs: bit 0 asks for d_x, bit
-// 1 + i for d_weights[i] (never for w_hr); what is not asked for comes back empty.
+// 1 + i for the gradient of weights[i]; an output that is not asked for is empty. w_hr has no
+// output here. (One output per weight: compiled C++ code cannot receive a list of tensors. The
+// outputs of the second direction have an operator of their own, so that one direction does not pay
+// for them.)
 constexpr const char* kGradientsSchema =
     "layer_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor h0, Tensor? c0, "
     "Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell, int needs) "
-    "-> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, Tensor[] d_weights)";
+    "-> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, "
+    "Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh)";
+constexpr const char* kBothGradientsSchema =
+    "bidirectional_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor h0, "
+    "Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor y, Tensor saved, str cell, "
+    "int needs) -> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, "
+    "Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, "
+    "Tensor d_w_ih_reverse, Tensor d_w_hh_reverse, Tensor d_b_ih_reverse, Tensor d_b_hh_reverse)";
 
 // Refuses an argument with one sentence. (STD_TORCH_CHECK would put the function, file and line of
 // the machine that compiled this before it.)
@@ -72,12 +88,44 @@ template <class... Parts>
 #define FASTRNN_CHECK(condition, ...) \
   if (!(condition)) ::fastrnn::refuse(__VA_ARGS__)
 
+// Raises what torch's C interface has reported. torch 2.13 and newer keep the message; older ones
+// have printed it on stderr.
+[[noreturn]] inline void refuse_as_torch() {
+  if (torch_exception_get_what_without_backtrace != nullptr) {
+    const char* message = torch_exception_get_what_without_backtrace();
+    if (message != nullptr && *message != 0) refuse("torch reports: ", std::string(message));
+  }
+  refuse("a call into torch failed, see the message above.");
+}
+
 // A function of torch's C interface reports failure; its headers' macro for this has another name
 // in each release.
 inline void torch_call(AOTITorchError code) {
-  if (code != AOTI_TORCH_SUCCESS) refuse("a call into torch failed, see the message above.");
+  if (code != AOTI_TORCH_SUCCESS) refuse_as_torch();
 }
 
+// Runs an operator. Errors that are not this library's own sentences become one: those of torch's
+// headers name a file of the machine that compiled them.
+template <class Operator>
+auto guarded(const Operator& run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc&) {
+    refuse("there is not enough memory for this call.");
+  } catch (const std::length_error&) {
+    refuse("there is not enough memory for this call.");
+  } catch (const std::exception& error) {
+    if (std::strncmp(error.what(), "fastrnn: ", 9) == 0) throw;
+    if (std::strstr(error.what(), "API call failed") != nullptr) refuse_as_torch();
+    refuse(std::string(error.what()));
+  }
+}
+
+inline int64_t value_bytes(ScalarType dtype) {
+  return dtype == ScalarType::Double || dtype == ScalarType::Long ? 8
+         : dtype == ScalarType::Float                             ? 4
+                                                                  : 2;
+}
 inline bool is_half(ScalarType dtype) {
   return dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
 }
@@ -119,14 +167,59 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
   return Tensor(handle);
 }
 
-// torch's number of a dtype; scalar_type() asks torch up to 22 times to translate it.
+// torch's number of a dtype; scalar_type() asks torch up to 22 times to translate it, and fails if
+// it does not know it.
 inline int32_t dtype_code(const Tensor& t) {
   int32_t code = 0;
   torch_call(aoti_torch_get_dtype(t.get(), &code));
   return code;
 }
+inline std::string dtype_name(const Tensor& t) {
+  try {
+    return torch::headeronly::toString(t.scalar_type());
+  } catch (const std::exception&) {
+    return "another dtype";
+  }
+}
+// The dtype of the tensor that the others have to be like.
+inline ScalarType checked_dtype(const char* name, const Tensor& t) {
+  const int32_t code = dtype_code(t);
+  if (code == aoti_torch_dtype_float32()) return ScalarType::Float;
+  if (code == aoti_torch_dtype_float64()) return ScalarType::Double;
+  if (code == aoti_torch_dtype_bfloat16()) return ScalarType::BFloat16;
+  if (code == aoti_torch_dtype_float16()) return ScalarType::Half;
+  refuse(name, " must be float16, bfloat16, float32 or float64, got ", dtype_name(t), ".");
+}
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// Bounds that keep every size of a buffer, padded to whole vectors, far below 2^63 bytes. Tensors
+// of no memory, expanded or without elements, reach them.
+constexpr int64_t kMostValues = int64_t(1) << 52;
+constexpr int64_t kPadding = 64;  // values of the widest block of units
+
+inline int64_t checked_product(int64_t a, int64_t b) {
+  FASTRNN_CHECK(a == 0 || (a <= kMostValues && b <= kMostValues / a),
+                "the sizes of a layer must multiply to at most 2^52 values, got ", a, " times ", b,
+                ".");
+  return a * b;
+}
+
+// A storage may have been resized after a tensor was made in it.
+inline void check_memory(const char* name, const Tensor& t, int64_t value_bytes) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t offset = 0, bytes = 0;
+  torch_call(aoti_torch_get_storage_offset(t.get(), &offset));
+  torch_call(aoti_torch_get_storage_size(t.get(), &bytes));
+  int64_t values = offset + 1;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return;
+    values += (sizes[i] - 1) * strides[i];
+  }
+  FASTRNN_CHECK(values <= bytes / value_bytes, name, " must have memory for all of its ", values,
+                " values, got a storage of ", bytes, " bytes.");
 }
 
 inline std::string text(const std::vector<int64_t>& sizes) {
@@ -234,7 +327,7 @@ struct Layer {
         const std::optional<Tensor>& batch_sizes, const std::string& cell_name,
         ScalarType compute_type)
       : cell(find_cell(cell_name)),
-        dtype(sequence.scalar_type()),
+        dtype(checked_dtype(sequence_name, sequence)),
         compute(compute_type),
         code(dtype_code(sequence)),
         place(sequence),
@@ -242,9 +335,6 @@ struct Layer {
         single(!packed && h0_.dim() == 2),
         h0(h0_),
         c0(c0_) {
-    FASTRNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || is_half(dtype),
-                  sequence_name, " must be float16, bfloat16, float32 or float64, got ",
-                  torch::headeronly::toString(dtype), ".");
     FASTRNN_CHECK(single || h0.dim() == 3, "h0 must be [D, B, R], got ", h0.dim(), " dimensions.");
     const int64_t dims = packed || single ? 2 : 3;
     FASTRNN_CHECK(sequence.dim() == dims, sequence_name, " must have ", dims, " dimensions ",
@@ -263,12 +353,16 @@ struct Layer {
     const bool bias = count >= 4, projected = count == 3 || count == 5;
     FASTRNN_CHECK(!projected || cell->states == 2,
                   "weights must hold a projection for lstm only, got one for ", cell->name, ".");
+    check_memory(sequence_name, sequence, value_bytes(dtype));
     for (const Tensor& w : weights) check_like("weights", w);
     FASTRNN_CHECK(weights[0].dim() == 2, "w_ih must be 2-D, got ", weights[0].dim(),
                   " dimension(s).");
     input_size = weights[0].size(1);
     hidden_size = weights[0].size(0) / cell->gates;
     const int64_t out = h0.size(single ? 1 : 2);
+    for (const int64_t size : {batch, input_size, hidden_size, out}) checked_product(size, 1);
+    FASTRNN_CHECK(!projected || out > 0,
+                  "h0 must have a size of 1 or more with a projection, got 0.");
     proj_size = projected ? out : 0;
     check_like("h0", h0);
     check_sizes("h0", h0, state_sizes(projected ? proj_size : hidden_size));
@@ -296,13 +390,14 @@ struct Layer {
                     projected ? std::optional(Rows(widened(w[count - 1]))) : std::nullopt});
     }
     read_steps(sequence_name, sequence, batch_sizes);
+    check_products();
   }
 
   int64_t out() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
 
   LayerShape shape(int64_t d) const {
-    return {cell->kind,         d == 1,          steps, batch, input_size, hidden_size, proj_size,
-            step_offset.data(), step_rows.data()};
+    return {cell->kind,  d == 1,    int64_t(step_rows.size()), batch,           input_size,
+            hidden_size, proj_size, step_offset.data(),        step_rows.data()};
   }
 
   // The shape of y: [T, B, D*R], packed [N, D*R], of one step [B, R].
@@ -319,8 +414,8 @@ struct Layer {
   void check_like(const char* name, const Tensor& t) const {
     FASTRNN_CHECK(Place(t) == place, name, " must be on the device of the input, got another.");
     FASTRNN_CHECK(dtype_code(t) == code, name, " must have the dtype ",
-                  torch::headeronly::toString(dtype), " of the input, got ",
-                  torch::headeronly::toString(t.scalar_type()), ".");
+                  torch::headeronly::toString(dtype), " of the input, got ", dtype_name(t), ".");
+    check_memory(name, t, value_bytes(dtype));
   }
 
   // What check_like has passed, in the type to compute in; what was computed, in the caller's.
@@ -353,12 +448,13 @@ struct Layer {
       const int64_t own_batch = sequence.size(single ? 0 : 1);
       FASTRNN_CHECK(own_batch == batch, name, " must have the batch ", batch, " of h0, got ",
                     own_batch, ".");
-      rows = steps * batch;
-      step_rows.assign(steps, batch);
+      rows = checked_product(steps, batch);
+      step_rows.assign(batch > 0 ? steps : 0, batch);  // T may be anything where nothing has rows
     } else {
       FASTRNN_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
-                        batch_sizes->scalar_type() == ScalarType::Long,
+                        dtype_code(*batch_sizes) == aoti_torch_dtype_int64(),
                     "batch_sizes must be a 1-D int64 tensor on the CPU, got another.");
+      check_memory("batch_sizes", *batch_sizes, value_bytes(ScalarType::Long));
       const Tensor sizes = dense(*batch_sizes);
       steps = sizes.size(0);
       const auto* values = static_cast<const int64_t*>(sizes.const_data_ptr());
@@ -371,13 +467,25 @@ struct Layer {
             "batch_sizes must start with the batch size ", batch,
             ", be positive and not increase, got ", step_rows[t], " at step ", t, ".");
         before = step_rows[t];
-        rows += step_rows[t];
+        rows = std::min(rows + step_rows[t], kMostValues);
       }
       FASTRNN_CHECK(rows == sequence.size(0), name, " must have the ", rows,
                     " rows that batch_sizes add up to, got ", sequence.size(0), ".");
     }
-    step_offset.resize(steps);
-    for (int64_t t = 0, offset = 0; t < steps; offset += step_rows[t++]) step_offset[t] = offset;
+    step_offset.reserve(step_rows.size());
+    int64_t offset = 0;
+    for (const int64_t size : step_rows) {
+      step_offset.push_back(offset);
+      offset += size;
+    }
+  }
+
+  // Of outputs, workspaces and what is saved; a chunk of rows has 4 times the batch at most.
+  void check_products() const {
+    const int64_t width = checked_product(4 * cell->pre + cell->saved, hidden_size + kPadding);
+    const int64_t most = std::max({input_size, out(), hidden_size}) + kPadding;
+    checked_product(width, most);
+    checked_product(checked_product(std::max(rows, 4 * batch), directions), std::max(width, most));
   }
 };
 
@@ -396,9 +504,12 @@ inline void check_backward(const Layer& layer, const Tensor& y, const Tensor& sa
   if (layer.cell->saved > 0) {
     check_sizes("saved", saved,
                 {layer.directions, layer.rows, layer.cell->saved * layer.hidden_size});
-    FASTRNN_CHECK(saved.scalar_type() == accumulate_type(layer.dtype) && saved.is_contiguous() &&
-                      Place(saved) == layer.place,
+    const ScalarType expected = accumulate_type(layer.dtype);
+    const int32_t code =
+        expected == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    FASTRNN_CHECK(dtype_code(saved) == code && saved.is_contiguous() && Place(saved) == layer.place,
                   "saved must be what layer_forward returned, got another tensor.");
+    check_memory("saved", saved, value_bytes(accumulate_type(layer.dtype)));
   }
   if (d_y) {
     layer.check_like("d_y", *d_y);

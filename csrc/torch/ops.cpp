@@ -61,15 +61,17 @@ void run(const Layer& layer, const BackwardInputs& inputs, const BackwardOutputs
 FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                           std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
                           StringHandle cell_handle, bool save, bool half_weights) {
-  const std::string cell = take_text(cell_handle);
-  const ScalarType compute = accumulate_type(x.scalar_type());
-  const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
-  check_input(layer, x);
-  const ForwardOutputs outputs(layer, save, x, ordinary);
-  const Tensor input = layer.widened(x);
-  compute == ScalarType::Double ? run<double>(layer, input, outputs, half_weights)
-                                : run<float>(layer, input, outputs, half_weights);
-  return outputs.results(layer);
+  return guarded([&] {
+    const std::string cell = take_text(cell_handle);
+    const ScalarType compute = accumulate_type(checked_dtype("x", x));
+    const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
+    check_input(layer, x);
+    const ForwardOutputs outputs(layer, save, x, ordinary);
+    const Tensor input = layer.widened(x);
+    compute == ScalarType::Double ? run<double>(layer, input, outputs, half_weights)
+                                  : run<float>(layer, input, outputs, half_weights);
+    return outputs.results(layer);
+  });
 }
 
 ThreeTensors layer(Tensor x, Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights,
@@ -94,76 +96,88 @@ void run(const std::vector<Layer>& layers, const Tensor& x,
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> stack_forward(
     Tensor x, std::vector<Tensor> h0, std::vector<Tensor> c0, std::vector<Tensor> weights,
     std::optional<Tensor> batch_sizes, StringHandle cell_handle) {
-  const std::string cell = take_text(cell_handle);
-  const ScalarType dtype = x.scalar_type();
-  const size_t count = h0.size();
-  FASTRNN_CHECK(!is_half(dtype), "x must be float32 or float64, got ",
-                torch::headeronly::toString(dtype), ".");
-  FASTRNN_CHECK(count > 0, "h0 must hold a tensor for each layer, got none.");
-  FASTRNN_CHECK(c0.empty() || c0.size() == count, "c0 must hold as many tensors as h0, ", count,
-                ", or none, got ", c0.size(), ".");
-  FASTRNN_CHECK(weights.size() % count == 0, "weights must hold as many tensors for each of the ",
-                count, " layers, got ", weights.size(), ".");
-  const size_t each = weights.size() / count;
-  std::vector<Layer> layers;
-  std::vector<ForwardOutputs> outputs;
-  layers.reserve(count);
-  outputs.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor& input = i == 0 ? x : outputs[i - 1].y;
-    layers.emplace_back(
-        "x", input, h0[i], c0.empty() ? std::nullopt : std::optional(c0[i]),
-        std::vector<Tensor>(weights.begin() + i * each, weights.begin() + (i + 1) * each),
-        batch_sizes, cell, dtype);
-    FASTRNN_CHECK(layers[i].directions == 1, "h0 must hold states of one direction, got ",
-                  layers[i].directions, ".");
-    check_input(layers[i], input);
-    outputs.emplace_back(layers[i], false, x);
-  }
-  dtype == ScalarType::Double ? run<double>(layers, x, outputs) : run<float>(layers, x, outputs);
-  std::vector<Tensor> h_n, c_n;
-  for (const ForwardOutputs& output : outputs) {
-    h_n.push_back(output.h_n);
-    if (output.c_n) c_n.push_back(*output.c_n);
-  }
-  return {outputs[count - 1].y, h_n, c_n};
+  return guarded([&] {
+    const std::string cell = take_text(cell_handle);
+    const ScalarType dtype = checked_dtype("x", x);
+    const size_t count = h0.size();
+    FASTRNN_CHECK(!is_half(dtype), "x must be float32 or float64, got ",
+                  torch::headeronly::toString(dtype), ".");
+    FASTRNN_CHECK(count > 0, "h0 must hold a tensor for each layer, got none.");
+    FASTRNN_CHECK(c0.empty() || c0.size() == count, "c0 must hold as many tensors as h0, ", count,
+                  ", or none, got ", c0.size(), ".");
+    FASTRNN_CHECK(weights.size() % count == 0, "weights must hold as many tensors for each of the ",
+                  count, " layers, got ", weights.size(), ".");
+    const size_t each = weights.size() / count;
+    std::vector<Layer> layers;
+    std::vector<ForwardOutputs> outputs;
+    layers.reserve(count);
+    outputs.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+      const Tensor& input = i == 0 ? x : outputs[i - 1].y;
+      layers.emplace_back(
+          "x", input, h0[i], c0.empty() ? std::nullopt : std::optional(c0[i]),
+          std::vector<Tensor>(weights.begin() + i * each, weights.begin() + (i + 1) * each),
+          batch_sizes, cell, dtype);
+      FASTRNN_CHECK(layers[i].directions == 1, "h0 must hold states of one direction, got ",
+                    layers[i].directions, ".");
+      check_input(layers[i], input);
+      outputs.emplace_back(layers[i], false, x);
+    }
+    dtype == ScalarType::Double ? run<double>(layers, x, outputs) : run<float>(layers, x, outputs);
+    std::vector<Tensor> h_n, c_n;
+    for (const ForwardOutputs& output : outputs) {
+      h_n.push_back(output.h_n);
+      if (output.c_n) c_n.push_back(*output.c_n);
+    }
+    return std::tuple(outputs[count - 1].y, h_n, c_n);
+  });
 }
 
 FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
                            std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
                            std::vector<Tensor> weights, std::optional<Tensor> batch_sizes, Tensor y,
                            Tensor saved, StringHandle cell_handle) {
-  const std::string cell = take_text(cell_handle);
-  const ScalarType compute = accumulate_type(y.scalar_type());
-  const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, compute);
-  check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardOutputs outputs(layer, y, ordinary);
-  compute == ScalarType::Double ? run<double>(layer, inputs, outputs)
-                                : run<float>(layer, inputs, outputs);
-  return outputs.results(layer);
+  return guarded([&] {
+    const std::string cell = take_text(cell_handle);
+    const ScalarType compute = accumulate_type(checked_dtype("y", y));
+    const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, compute);
+    check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
+    const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
+    const BackwardOutputs outputs(layer, y, ordinary);
+    compute == ScalarType::Double ? run<double>(layer, inputs, outputs)
+                                  : run<float>(layer, inputs, outputs);
+    return outputs.results(layer);
+  });
 }
 
-// The tensors that the products are written into, in the layer's compute type.
+// The tensors that the products are written into, in the layer's compute type; empty where they are
+// not needed. Each direction has d_w_ih, d_w_hh, d_b_ih and d_b_hh, biases or not.
 struct GradientOutputs {
+  static constexpr int64_t kEach = 4;
   Tensor d_x;
-  std::vector<Tensor> d_weights;  // as weights; empty where not needed
-  int64_t count;                  // of a direction's weights
+  std::vector<Tensor> d_weights;
 
   GradientOutputs(const Layer& layer, const Tensor& x, const std::vector<Tensor>& weights,
                   int64_t needs)
-      : d_x(empty({0}, layer.compute, x)), count(int64_t(weights.size()) / layer.directions) {
-    if (needs & 1) d_x = ordinary(sizes_of(x), layer.compute, x);
-    for (size_t i = 0; i < weights.size(); ++i)
-      d_weights.push_back(needs >> (1 + i) & 1
-                              ? ordinary(sizes_of(weights[i]), layer.compute, weights[i])
-                              : empty({0}, layer.compute, x));
+      : d_x(needs & 1 ? ordinary(sizes_of(x), layer.compute, x) : empty({0}, layer.compute, x)) {
+    const int64_t count = int64_t(weights.size()) / layer.directions;
+    const int64_t made = count >= kEach ? kEach : 2;  // never of w_hr
+    d_weights.reserve(layer.directions * kEach);
+    for (int64_t d = 0; d < layer.directions; ++d) {
+      for (int64_t i = 0; i < kEach; ++i) {
+        const int64_t index = d * count + i;
+        const bool is_needed = i < made && (needs >> (1 + index) & 1);
+        d_weights.push_back(is_needed
+                                ? ordinary(sizes_of(weights[index]), layer.compute, weights[index])
+                                : empty({0}, layer.compute, x));
+      }
+    }
   }
 
   // Null where it is not needed.
   template <class T>
   T* weight(int64_t d, int64_t i) const {
-    const Tensor& t = d_weights[d * count + i];
+    const Tensor& t = d_weights[d * kEach + i];
     return t.dim() == 1 && t.size(0) == 0 ? nullptr : static_cast<T*>(t.data_ptr());
   }
 };
@@ -171,6 +185,8 @@ struct GradientOutputs {
 template <class T>
 void run(const Layer& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
          const GradientOutputs& outputs, bool need_x) {
+  if (need_x && layer.hidden_size == 0)  // a product over no units writes nothing
+    std::memset(outputs.d_x.data_ptr(), 0, size_t(layer.rows * layer.input_size) * sizeof(T));
   LayerGradients<T> problems[cpu::kMostDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
     LayerGradients<T>& problem = problems[d] = {};
@@ -187,22 +203,28 @@ void run(const Layer& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
     problem.add_to_x = d > 0;
     problem.d_w_ih = outputs.weight<T>(d, 0);
     problem.d_w_hh = outputs.weight<T>(d, 1);
-    if (outputs.count >= 4) {
-      problem.d_b_ih = outputs.weight<T>(d, 2);
-      problem.d_b_hh = outputs.weight<T>(d, 3);
-    }
+    problem.d_b_ih = outputs.weight<T>(d, 2);
+    problem.d_b_hh = outputs.weight<T>(d, 3);
   }
   cpu::gradients(problems, int(layer.directions), threads(), parallel_for);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_gradients(
-    std::optional<Tensor> d_y, std::optional<Tensor> d_h_n, std::optional<Tensor> d_c_n, Tensor x,
-    Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights,
-    std::optional<Tensor> batch_sizes, Tensor y, Tensor saved, StringHandle cell_handle,
-    int64_t needs) {
-  const std::string cell = take_text(cell_handle);
-  const ScalarType compute = accumulate_type(x.scalar_type());
+// What layer_gradients returns, of a layer with so many directions.
+struct Gradients {
+  FourTensors first;  // d_x, d_h0, d_c0, d_h_all
+  std::vector<Tensor> d_weights;
+};
+
+Gradients gradients_of(int64_t directions, const std::optional<Tensor>& d_y,
+                       const std::optional<Tensor>& d_h_n, const std::optional<Tensor>& d_c_n,
+                       const Tensor& x, const Tensor& h0, const std::optional<Tensor>& c0,
+                       const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes,
+                       const Tensor& y, const Tensor& saved, const std::string& cell,
+                       int64_t needs) {
+  const ScalarType compute = accumulate_type(checked_dtype("x", x));
   const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
+  FASTRNN_CHECK(layer.directions == directions, "h0 must hold the states of ", directions,
+                " direction(s), got ", layer.directions, ".");
   check_input(layer, x);
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
@@ -217,8 +239,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_gradients(
     run<float>(layer, x_rows, inputs.y, walked.d_pre, products, needs & 1);
   }
   for (Tensor& d_weight : products.d_weights) d_weight = layer.narrowed(d_weight);
-  auto [_, d_h_all, d_h0, d_c0] = walked.results(layer);
-  return {layer.narrowed(products.d_x), d_h0, d_c0, d_h_all, products.d_weights};
+  auto [d_pre, d_h_all, d_h0, d_c0] = walked.results(layer);
+  return {{layer.narrowed(products.d_x), d_h0, d_c0, d_h_all}, std::move(products.d_weights)};
+}
+
+using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using TwelveTensors =
+    decltype(std::tuple_cat(std::declval<EightTensors>(), std::declval<FourTensors>()));
+
+FourTensors four(const std::vector<Tensor>& tensors, size_t first) {
+  return {tensors[first], tensors[first + 1], tensors[first + 2], tensors[first + 3]};
+}
+
+EightTensors layer_gradients(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
+                             std::optional<Tensor> d_c_n, Tensor x, Tensor h0,
+                             std::optional<Tensor> c0, std::vector<Tensor> weights,
+                             std::optional<Tensor> batch_sizes, Tensor y, Tensor saved,
+                             StringHandle cell_handle, int64_t needs) {
+  return guarded([&] {
+    const std::string cell = take_text(cell_handle);
+    auto [first, d_weights] =
+        gradients_of(1, d_y, d_h_n, d_c_n, x, h0, c0, weights, batch_sizes, y, saved, cell, needs);
+    return std::tuple_cat(first, four(d_weights, 0));
+  });
+}
+
+TwelveTensors bidirectional_gradients(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
+                                      std::optional<Tensor> d_c_n, Tensor x, Tensor h0,
+                                      std::optional<Tensor> c0, std::vector<Tensor> weights,
+                                      std::optional<Tensor> batch_sizes, Tensor y, Tensor saved,
+                                      StringHandle cell_handle, int64_t needs) {
+  return guarded([&] {
+    const std::string cell = take_text(cell_handle);
+    auto [first, d_weights] =
+        gradients_of(2, d_y, d_h_n, d_c_n, x, h0, c0, weights, batch_sizes, y, saved, cell, needs);
+    return std::tuple_cat(first, four(d_weights, 0), four(d_weights, 4));
+  });
 }
 
 }  // namespace
@@ -229,6 +285,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kLayerSchema);
   m.def(fastrnn::kBackwardSchema);
   m.def(fastrnn::kGradientsSchema);
+  m.def(fastrnn::kBothGradientsSchema);
   m.def(fastrnn::kStackSchema);
 }
 
@@ -238,4 +295,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
   m.impl("stack_forward", TORCH_BOX(&fastrnn::stack_forward));
   m.impl("layer_gradients", TORCH_BOX(&fastrnn::layer_gradients));
+  m.impl("bidirectional_gradients", TORCH_BOX(&fastrnn::bidirectional_gradients));
 }

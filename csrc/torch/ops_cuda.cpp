@@ -4,12 +4,30 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
+
 #include "layer_args.h"
 
 namespace fastrnn {
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
+
+// Reads torch's switch for TF32 in cuDNN, whose layers these replace; the stable ABI does not offer
+// it, so fastrnn/_library.py brings the function. It is asked at each call: graphs that were made
+// before the switch was set obey it too. Without Python TF32 is used, as by cuDNN.
+using Switch = int (*)();
+std::atomic<Switch> tf32_switch{nullptr};
+
+bool is_tf32_allowed() {
+  const Switch ask = tf32_switch.load();
+  return ask == nullptr || ask() != 0;
+}
+
+// The address of a function without arguments, or 0; returns the one before it.
+int64_t read_tf32_from(int64_t address) {
+  return reinterpret_cast<int64_t>(tf32_switch.exchange(reinterpret_cast<Switch>(address)));
+}
 
 // One CUDA tensor among the arguments is enough to get here.
 DeviceGuard on_device_of(const char* name, const Tensor& t) {
@@ -24,7 +42,8 @@ template <class S, class Problem>
 void run_kernels(const Layer& layer, const Problem* problems, const Tensor& like) {
   cuda::Context context{};
   torch_call(aoti_torch_get_current_cuda_stream(layer.place.index, &context.stream));
-  // The handle of the current device and stream, in the math mode that torch's switches ask for.
+  context.tf32 = layer.dtype == ScalarType::Float && is_tf32_allowed();
+  // The handle of the current device and stream.
   torch_call(torch_get_current_cuda_blas_handle(&context.blas));
   const int directions = int(layer.directions);
   const cuda::Plan plan = cuda::plan<S>(problems, directions, context);
@@ -67,14 +86,16 @@ void run_in(ScalarType dtype, const Arguments&... arguments) {
 FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                           std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
                           StringHandle cell_handle, bool save, bool half_weights) {
-  const std::string cell = take_text(cell_handle);
-  const DeviceGuard guard = on_device_of("x", x);
-  FASTRNN_CHECK(!half_weights, "half_weights is for the CPU, got tensors on a CUDA device.");
-  const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, x.scalar_type());
-  check_input(layer, x);
-  const ForwardOutputs outputs(layer, save, x);
-  run_in(layer.dtype, layer, x, outputs);
-  return outputs.results(layer);
+  return guarded([&] {
+    const std::string cell = take_text(cell_handle);
+    const DeviceGuard guard = on_device_of("x", x);
+    FASTRNN_CHECK(!half_weights, "half_weights is for the CPU, got tensors on a CUDA device.");
+    const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, checked_dtype("x", x));
+    check_input(layer, x);
+    const ForwardOutputs outputs(layer, save, x);
+    run_in(layer.dtype, layer, x, outputs);
+    return outputs.results(layer);
+  });
 }
 
 ThreeTensors layer(Tensor x, Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights,
@@ -87,18 +108,25 @@ FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_
                            std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
                            std::vector<Tensor> weights, std::optional<Tensor> batch_sizes, Tensor y,
                            Tensor saved, StringHandle cell_handle) {
-  const std::string cell = take_text(cell_handle);
-  const DeviceGuard guard = on_device_of("y", y);
-  const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, y.scalar_type());
-  check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardOutputs outputs(layer, y);
-  run_in(layer.dtype, layer, inputs, outputs);
-  return outputs.results(layer);
+  return guarded([&] {
+    const std::string cell = take_text(cell_handle);
+    const DeviceGuard guard = on_device_of("y", y);
+    const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, checked_dtype("y", y));
+    check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
+    const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
+    const BackwardOutputs outputs(layer, y);
+    run_in(layer.dtype, layer, inputs, outputs);
+    return outputs.results(layer);
+  });
 }
 
 }  // namespace
 }  // namespace fastrnn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn, m) { m.def("read_tf32_from(int address) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("read_tf32_from", TORCH_BOX(&fastrnn::read_tf32_from));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
   m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
