@@ -842,7 +842,7 @@ def _gradients_by_torch(
             w_ih = _cast(w.w_ih, pre)
             for part, gates in side_x:
                 w_part = w_ih if gates is None else w_ih[gates]
-                d_x = torch.mm(part, w_part) if d_x is None else d_x.addmm_(part, w_part)
+                d_x = torch.mm(part, w_part) if d_x is None else _add_product(d_x, part, w_part)
         if need[0]:
             if x_rows is None:
                 x_rows = _cast(x.reshape(rows, x.shape[-1]), pre)
@@ -904,6 +904,11 @@ def _bias_gradient(sums: Tensor, runs: Sequence[Run], hidden: int) -> Tensor:
     return torch.cat([sums[run.columns(hidden)] for run in runs])
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a @ b, by an operator whose products ``torch.utils.flop_counter`` counts."""
+    return torch.addmm(total, a, b, out=total)
+
+
 def _weight_gradient(side: Side, inputs: Tensor) -> Tensor:
     """d_w [G*H,K] = side^T [G*H,N] @ inputs [N,K]."""
     if len(side) == 1:
@@ -943,7 +948,7 @@ def _recurrent_gradient(
         rows_later, rows_first, h_later = slice(batch, None), slice(0, batch), y[:later]
     d_w = _weight_gradient([(part[rows_later], gates) for part, gates in side], h_later)
     for part, gates in side:
-        (d_w if gates is None else d_w[gates]).addmm_(part[rows_first].t(), h0)
+        _add_product(d_w if gates is None else d_w[gates], part[rows_first].t(), h0)
     return d_w
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tolerance import assert_same_in_double
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -63,7 +64,7 @@ def check(parallel: nn.Module, alone: nn.Module, what: str) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
         output, expected = parallel(x[:, own]), alone(x)
-        torch.testing.assert_close(output, expected[own])
+        assert_same_in_double(output, expected[own])
         output.square().mean().backward()
         expected.square().mean().backward()
         for name, parameter in parallel.named_parameters():
@@ -71,13 +72,13 @@ def check(parallel: nn.Module, alone: nn.Module, what: str) -> None:
             gradient = named[name.removeprefix("module.")].grad
             assert gradient is not None
             assert gradient.abs().max() > 0, name
-            torch.testing.assert_close(whole(parameter.grad), gradient)
+            assert_same_in_double(whole(parameter.grad), gradient)
         for optimizer in optimizers:
             optimizer.step()
         for name, parameter in parallel.named_parameters():
-            torch.testing.assert_close(whole(parameter), named[name.removeprefix("module.")])
+            assert_same_in_double(whole(parameter), named[name.removeprefix("module.")])
         with torch.no_grad():
-            torch.testing.assert_close(parallel(x), alone(x))
+            assert_same_in_double(parallel(x), alone(x))
     if rank == 0:
         print(f"same: {what}", flush=True)
 

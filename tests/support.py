@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_all_close
+from tolerance import Change, Exact, assert_agrees, widen
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -92,7 +92,13 @@ def pack(rows: Tensor, lengths: Sequence[int], enforce_sorted: bool) -> PackedSe
     return pack_sequence(list(rows.split(list(lengths))), enforce_sorted=enforce_sorted)
 
 
-def run(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str, Tensor]:
+def run(
+    module: nn.Module,
+    x: Any,
+    hx: Any = None,
+    seed: int = 0,
+    weigh: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> dict[str, Tensor]:
     """Forward and backward through ``module``: every output and every gradient by name.
 
     Args:
@@ -100,6 +106,7 @@ def run(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str, T
         x: its input; a leaf that requires a gradient gets one.
         hx: its initial state or states, or None.
         seed: of the weights that the outputs get in the loss, and of dropout.
+        weigh: changes these weights, so that those of the truth are the rounded ones.
     """
     torch.manual_seed(seed)
     outputs: dict[str, Tensor] = {}
@@ -107,7 +114,7 @@ def run(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str, T
     generator = torch.Generator().manual_seed(seed)
     # of one sign, lest the sums over steps and rows cancel and show nothing but rounding
     weights = [
-        (random(generator, *o.shape, dtype=torch.float64).abs() + 0.5).to(o.device, o.dtype)
+        weigh(random(generator, *o.shape, dtype=torch.float64).abs() + 0.5).to(o.device, o.dtype)
         for o in outputs.values()
     ]
     leaves: dict[str, Tensor] = dict(module.named_parameters())
@@ -220,13 +227,10 @@ def _flatten(value: Any, name: str, into: dict[str, Tensor]) -> None:
             _flatten(item, f"{name}{index}", into)
 
 
-def check(
-    module: nn.Module, x: Any, hx: Any = None, seed: int = 0, shakes: int = 0
-) -> dict[str, Tensor]:
+def check(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str, Tensor]:
     """Runs ``module``, torch's twin and the float64 truth, and compares all that comes out.
 
     Where torch has no such cell, the composite of torch operations in the same dtype stands in.
-    ``shakes`` is how many more truths, from slightly different inputs, show the conditioning.
     """
     ours = run(module, x, hx, seed)
     if isinstance(module, fastrnn.RNN | fastrnn.RNNCell) and module.nonlinearity == "sigmoid":
@@ -235,11 +239,44 @@ def check(
     else:
         with _cudnn_if_it_can(module, hx):
             theirs = run(torch_twin(module), x, hx, seed)
-    with reference_math():
-        truth = run(copy.deepcopy(module).double(), to_double(x), to_double(hx), seed)
-        shaken = [_run_shaken(module, x, hx, seed) for _ in range(shakes)]
-    assert_all_close(ours, theirs, truth, shaken)
+    assert_agrees(ours, theirs, exact_run(module, x, hx, seed))
     return ours
+
+
+def exact_run(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> Exact:
+    """For `assert_agrees`: `run` in float64, with the composite of torch operations."""
+    dtype = next(module.parameters()).dtype
+
+    def exact(change: Change) -> dict[str, Tensor]:
+        def weigh(weight: Tensor) -> Tensor:
+            return change(weight.to(dtype))
+
+        inputs = (to_double(x, change), to_double(hx, change))
+        with reference_math():
+            return run(changed(module, change), *inputs, seed, weigh)
+
+    return exact
+
+
+def exact_call(
+    module: nn.Module, *inputs: Any, call: Callable[..., Any] = nn.Module.__call__
+) -> Exact:
+    """For `assert_agrees`: ``call(module, *inputs)`` in float64, by torch's operations."""
+
+    def exact(change: Change) -> Any:
+        with reference_math():
+            return call(changed(module, change), *(to_double(value, change) for value in inputs))
+
+    return exact
+
+
+def changed(module: nn.Module, change: Change) -> nn.Module:
+    """A copy of the module in float64 whose parameters have gone through ``change``."""
+    wide = copy.deepcopy(module).double()
+    with torch.no_grad():
+        for parameter, own in zip(wide.parameters(), module.parameters(), strict=True):
+            parameter.copy_(change(own))
+    return wide
 
 
 @contextmanager
@@ -255,23 +292,12 @@ def _cudnn_if_it_can(module: nn.Module, hx: Any) -> Iterator[None]:
         torch.backends.cudnn.enabled = was
 
 
-def _run_shaken(module: nn.Module, x: Any, hx: Any, seed: int) -> dict[str, Tensor]:
-    eps = torch.finfo(next(module.parameters()).dtype).eps
-
-    def shake(value: Tensor) -> Tensor:
-        return value * (1 + eps * (2 * torch.rand_like(value) - 1))
-
-    wide = copy.deepcopy(module).double()
-    with torch.no_grad():
-        for parameter in wide.parameters():
-            parameter.copy_(shake(parameter))
-    return run(wide, to_double(x, shake), to_double(hx, shake), seed)
-
-
-def to_double(value: Any, change: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
-    """The same values in float64, perhaps with a ``change``, as new leaves."""
+def to_double(value: Any, change: Change = widen) -> Any:
+    """The same values in float64, perhaps changed a little, as new leaves."""
     if isinstance(value, Tensor):
-        return change(value.detach().double()).requires_grad_(value.requires_grad)
+        if not value.is_floating_point():
+            return value
+        return change(value).requires_grad_(value.requires_grad)
     if isinstance(value, PackedSequence):
         return PackedSequence(to_double(value.data, change), *value[1:])
     if isinstance(value, tuple | list):

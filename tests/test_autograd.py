@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import CELLS, Case, build, check, make_step, reference_math, run
+from tolerance import assert_same_in_double
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
@@ -70,7 +71,7 @@ def test_second_derivative_does_not_count_twice(cell: str) -> None:
     (ours,) = torch.autograd.grad(penalty(x), x)
     with reference_math():
         (expected,) = torch.autograd.grad(penalty(x), x)
-    torch.testing.assert_close(ours, expected)
+    assert_same_in_double(ours, expected)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -84,7 +85,7 @@ def test_any_subset_of_inputs(cell: str, packed: bool) -> None:
         alone = [t.detach() for t in case.inputs]
         alone[index].requires_grad_()
         (got,) = torch.autograd.grad(case(*alone), alone[index], weights)
-        torch.testing.assert_close(got, value)
+        assert_same_in_double(got, value)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_any_subset_of_outputs(cell: str, which: int) -> None:
     with reference_math():
         expected = torch.autograd.grad(case(*case.inputs)[which].square().sum(), case.inputs)
     for value, truth in zip(got, expected, strict=True):
-        torch.testing.assert_close(value, truth)
+        assert_same_in_double(value, truth)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -119,7 +120,7 @@ def test_expanded_gradients(cell: str, batch_first: bool) -> None:
         with reference_math():
             expected = torch.autograd.grad(loss(module(x)[0]), [x, *module.parameters()])
         for value, truth in zip(got, expected, strict=True):
-            torch.testing.assert_close(value, truth)
+            assert_same_in_double(value, truth)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -276,7 +277,7 @@ def test_anomaly_mode_and_checkpointing() -> None:
         got = run(Checkpointed(), x, seed=3)
     for name, value in expected.items():
         key = name.replace("d_", "d_inner.") if name not in ("d_x",) else name
-        torch.testing.assert_close(got[key], value)
+        assert_same_in_double(got[key], value)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -293,12 +294,12 @@ def test_forward_mode_is_never_silently_zero(cell: str, packed: bool) -> None:
             for block, t in zip(jacobian, tangents, strict=True)
         )
         _, derivative = jvp(lambda *a: case(*a)[output], tuple(primals), tuple(tangents))  # noqa: B023
-        torch.testing.assert_close(derivative.flatten(), expected)
+        assert_same_in_double(derivative.flatten(), expected)
         for enabled in (True, False):
             with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
                 duals = [forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
                 tangent = forward_ad.unpack_dual(case(*duals)[output]).tangent
-            torch.testing.assert_close(tangent.flatten(), expected)
+            assert_same_in_double(tangent.flatten(), expected)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -314,17 +315,17 @@ def test_func_transforms(cell: str) -> None:
     got = grad(loss)(parameters, x)
     expected = torch.autograd.grad(module(x)[0].square().sum(), list(module.parameters()))
     for value, truth in zip(got.values(), expected, strict=True):
-        torch.testing.assert_close(value, truth)
+        assert_same_in_double(value, truth)
 
     several = torch.randn(3, 4, 2, 2, dtype=F64)
-    torch.testing.assert_close(
+    assert_same_in_double(
         vmap(lambda x: module(x)[0])(several), torch.stack([module(x)[0] for x in several])
     )
     per_sample = vmap(grad(loss), in_dims=(None, 0))(parameters, several)
     for index, sample in enumerate(several):
         for name, value in grad(loss)(parameters, sample).items():
-            torch.testing.assert_close(per_sample[name][index], value)
+            assert_same_in_double(per_sample[name][index], value)
 
     second = hessian(lambda x: loss(parameters, x))(x)
-    torch.testing.assert_close(second, jacrev(jacrev(lambda x: loss(parameters, x)))(x))
+    assert_same_in_double(second, jacrev(jacrev(lambda x: loss(parameters, x)))(x))
     assert second.abs().max() > 0

@@ -21,10 +21,12 @@ from support import (
     CountOps,
     build,
     check,
+    exact_call,
     raised,
     reference_math,
     states,
 )
+from tolerance import Change, assert_agrees, assert_same_in_double
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.gradcheck import gradgradcheck
@@ -121,8 +123,8 @@ class TestLimitsOfCudnn:
             _, half = module(x[:35_000])
             second, expected = module(x[35_000:], half)
         output, end = module(x)
-        torch.testing.assert_close(output[35_000:], second)
-        torch.testing.assert_close(end, expected)
+        assert_same_in_double(output[35_000:], second)
+        assert_same_in_double(end, expected)
         output.sum().backward()
         assert all(p.grad.isfinite().all() for p in module.parameters())
 
@@ -144,10 +146,17 @@ class TestForwardModeAndVmap:
         """Along the input itself, beside a difference quotient in float64."""
         module = build(cell, 3, 4)
         x = torch.randn(5, 2, 3)
-        _, got = jvp(lambda x: module(x)[0], (x,), (x,))
-        module.double()
-        ends = [module(x.double() * (1 + step))[0] for step in (1e-6, -1e-6)]
-        torch.testing.assert_close(got, ((ends[0] - ends[1]) / 2e-6).float())
+
+        def derivative(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            return jvp(lambda x: module(x)[0], (x,), (x,))[1]
+
+        def quotient(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            ends = [module(x * (1 + step))[0] for step in (1e-6, -1e-6)]
+            return (ends[0] - ends[1]) / 2e-6
+
+        with reference_math():
+            theirs = derivative(module, x)
+        assert_agrees(derivative(module, x), theirs, exact_call(module, x, call=quotient))
 
     @pytest.mark.parametrize("over", ["input", "weights", "both"])
     @every_cell
@@ -166,8 +175,13 @@ class TestForwardModeAndVmap:
         )
         for index in range(3):
             own = {name: value[index] for name, value in many.items()} if p_dim == 0 else parameters
-            expected = call(own, xs[index] if x_dim == 0 else x)
-            torch.testing.assert_close(got[index], expected)
+            one = xs[index] if x_dim == 0 else x
+
+            def exact(change: Change, own: Any = own, one: torch.Tensor = one) -> torch.Tensor:
+                with reference_math():
+                    return call({name: change(p) for name, p in own.items()}, change(one))
+
+            assert_agrees(got[index], call(own, one), exact)
 
 
 class TestExportWithAnyLength:

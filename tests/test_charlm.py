@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import copy
 import dataclasses
 import io
 import json
@@ -27,7 +26,8 @@ pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from tolerance import FLOOR, assert_close, error
+from support import changed, exact_call
+from tolerance import Change, assert_agrees, widen
 
 from fastrnn.charlm import checkpoint, compare, plot, schedule
 from fastrnn.charlm import fit as fit_module
@@ -304,8 +304,8 @@ def test_the_carried_state_makes_chunks_one_sequence(cell: str, backend: str) ->
         )
         return losses.view(streams.chunks, -1).mean(1)
 
-    truth = unrolled(copy.deepcopy(trainer.model).double())
-    assert_close(torch.tensor(trainer.losses[:-1]), unrolled(trainer.model), truth)
+    exact = exact_call(trainer.model, call=unrolled)
+    assert_agrees(torch.tensor(trainer.losses[:-1]), unrolled(trainer.model), exact)
     assert trainer.losses[-1] == trainer.losses[0]  # the text began again, from a state of zeros
 
 
@@ -315,12 +315,15 @@ def test_gradients_stop_at_the_start_of_a_chunk(cell: str) -> None:
     trainer.run(2)
     model, streams = trainer.model, trainer.corpus.training
     (x0, _), (x1, y1) = streams.chunk(0), streams.chunk(1)
-    _, state = model(x0, model.zero_state(SMALL.batch_size))
-    logits, _ = model(x1, detach(state))
-    loss = functional.cross_entropy(logits.flatten(0, 1), y1.flatten())
-    expected = torch.autograd.grad(loss, list(model.parameters()))
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+
+    def gradients(model: CharRNN) -> tuple[torch.Tensor, ...]:
+        _, state = model(x0, model.zero_state(SMALL.batch_size))
+        logits, _ = model(x1, detach(state))
+        loss = functional.cross_entropy(logits.flatten(0, 1), y1.flatten())
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    found = tuple(parameter.grad for parameter in model.parameters())
+    assert_agrees(found, gradients(model), exact_call(model, call=gradients))
 
 
 def test_gradients_are_clipped() -> None:
@@ -333,8 +336,11 @@ def test_gradients_are_clipped() -> None:
     free, clipped = gradient(0.0), gradient(0.01)
     assert free.norm() > 0.1
     # torch divides by the norm plus this, so that a norm of 0 does no harm
-    truth = free.double() * (0.01 / (free.double().norm() + 1e-6))
-    assert error(clipped, truth) <= FLOOR[torch.float32]
+
+    def exact(change: Change) -> torch.Tensor:
+        return change(free) * (0.01 / (change(free).norm() + 1e-6))
+
+    assert_agrees(clipped, free * (0.01 / (free.norm() + 1e-6)), exact)
     assert torch.equal(gradient(1e6), free)
 
 
@@ -354,8 +360,8 @@ def test_evaluation_carries_the_state_and_leaves_the_training_alone(cell: str) -
             logits, _ = model(torch.cat(xs), model.zero_state(streams.batch_size))
         return functional.cross_entropy(logits.flatten(0, 1), torch.cat(ys).flatten())
 
-    truth = whole(copy.deepcopy(trainer.model).double())
-    assert_close(torch.tensor(loss), whole(trainer.model), truth)
+    exact = exact_call(trainer.model, call=whole)
+    assert_agrees(torch.tensor(loss), whole(trainer.model), exact)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -767,7 +773,18 @@ def test_both_backends_train_alike(cell: str) -> None:
     assert result.agrees
     assert (result.steps, result.first_steps) == (30, 20)
     first = [torch.tensor(trainer.losses[:20]) for trainer in (pair.fastrnn, pair.torch)]
-    assert_close(*first, torch.tensor(referee, dtype=torch.float64))
+
+    def exact(change: Change) -> torch.Tensor:
+        if change is widen:
+            return torch.tensor(referee, dtype=torch.float64)
+        fresh = compare.Pair.start(config, corpus_for(config))
+        with torch.no_grad():
+            wide = changed(fresh.torch.model, change)
+        trainer = Trainer(fresh.torch.config, fresh.torch.corpus, wide)
+        trainer.run(compare.FIRST_STEPS)
+        return torch.tensor(trainer.losses, dtype=torch.float64)
+
+    assert_agrees(*first, exact)
     assert result.first_difference <= result.largest_difference
     assert result.speed_ratio is not None
     assert result.speed_ratio > 0

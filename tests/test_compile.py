@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from support import CELLS, build, make_step, pack, run
+from support import CELLS, build, exact_call, exact_run, make_step, pack, run
+from tolerance import assert_agrees
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
@@ -575,12 +576,9 @@ def test_inductor(cell: str, options: dict[str, Any]) -> None:
     module = build(cell, 3, 4, **options)
     x = sequence(5, 2, 3)
     twin = compiled(module, "inductor")
-    got, expected = run(twin, x), run(module, x)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value)
+    assert_agrees(run(twin, x), run(module, x), exact_run(module, x))
     with torch.no_grad():
-        torch.testing.assert_close(twin(x)[0], expected["out0"])
+        assert_agrees(twin(x), module(x), exact_call(module, x))
 
 
 @pytest.mark.slow
@@ -592,9 +590,7 @@ def test_inductor_packed(is_sorted: bool) -> None:
         x = pack(torch.randn(sum(lengths), SIZE), lengths[:: 1 if is_sorted else -1], is_sorted)
         with torch._dynamo.config.patch(error_on_recompile=lengths[0] == 9):
             got = run(twin, x)
-        expected = run(module, x)
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value)
+        assert_agrees(got, run(module, x), exact_run(module, x))
 
 
 @pytest.mark.slow
@@ -605,5 +601,4 @@ def test_inductor_any_length() -> None:
         x = sequence(steps, batch, SIZE)
         with torch._dynamo.config.patch(error_on_recompile=steps != SIZES[0][0]):
             got = run(twin, x)
-        for name, value in run(module, x).items():
-            torch.testing.assert_close(got[name], value)
+        assert_agrees(got, run(module, x), exact_run(module, x))

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from support import CELLS, DTYPES, build, check, pack, random
-from tolerance import error
+from tolerance import Change, assert_agrees, assert_is_between
 from torch import Tensor, nn
 
 from fastrnn import ops, reference
@@ -462,7 +462,12 @@ def test_blocks_that_would_not_be_resident_are_not_launched(
         y, h_n, c_n, saved = results[-1]
         results[-1] += kernels.backward(y, h_n, c_n, h0, c0, weights, None, y, saved, "lstm")
     assert kernels.walked == [False, False, True, True]
-    torch.testing.assert_close(*results)
+
+    def exact(change: Change) -> tuple[Tensor, ...]:
+        wide = (*(change(t) for t in (x, h0, c0)), [change(w) for w in weights])
+        return tuple(both_passes(Kernels(library), "lstm", wide).values())
+
+    assert_agrees(*results, exact)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -481,7 +486,12 @@ def test_no_inputs(kernels: Kernels, cell: str) -> None:
     x = torch.empty(5, 2, 0)
     ours = ops.layer(x, h0, c0, weights, None, spec)
     theirs = reference.layer(x, h0, c0, weights, None, spec)
-    torch.testing.assert_close(ours, theirs)
+
+    def exact(change: Change) -> Any:
+        given = (x.double(), change(h0), None if c0 is None else change(c0))
+        return reference.layer(*given, [change(w) for w in weights], None, spec)
+
+    assert_agrees(ours, theirs, exact)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -669,18 +679,20 @@ def test_persistent_in_tf32(
     kernels.tf32, kernels.units = True, units
     layer = random_layer(cell, (steps, batch), batch, hidden, directions=1)
 
-    def run(dtype: torch.dtype) -> dict[str, Tensor]:
+    def run(change: Change) -> dict[str, Tensor]:
         x, h0, c0, weights = layer
-        tensors = [None if t is None else t.to(dtype) for t in (x, h0, c0)]
-        return both_passes(kernels, cell, (*tensors, [w.to(dtype) for w in weights]))
+        tensors = [None if t is None else change(t) for t in (x, h0, c0)]
+        return both_passes(kernels, cell, (*tensors, [change(w) for w in weights]))
 
-    fast = run(torch.float32)
+    fast = run(Tensor.float)
     kernels.tf32, kernels.choice = False, STEPWISE
-    truth, exact, halves = (run(dtype) for dtype in (torch.float64, torch.float32, torch.float16))
+    full, halves = run(Tensor.float), run(Tensor.half)
     for name in ("y", "h_n", *([] if cell == "rnn_relu" else ["d_pre", "d_h0"])):
-        found = error(fast[name], truth[name])
-        assert found > 8 * error(exact[name], truth[name]), name
-        assert found <= 2 * error(halves[name], truth[name]), name
+
+        def exact(change: Change, name: str = name) -> Tensor:
+            return run(change)[name]
+
+        assert_is_between(fast[name], full[name], halves[name], exact, name)
 
 
 def test_memory_does_not_grow_with_steps(library: ctypes.CDLL) -> None:
@@ -719,7 +731,9 @@ def test_half_types_round_as_torch_does(library: ctypes.CDLL, dtype: torch.dtype
         ctypes.c_void_p(wide.data_ptr()),
         ctypes.c_int64(len(halves)),
     )
-    torch.testing.assert_close(wide, halves.float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(wide.isnan(), halves.isnan())
+    numbers = ~wide.isnan()
+    assert torch.equal(wide[numbers].view(torch.int32), halves.float()[numbers].view(torch.int32))
 
     # every half number, the two floats beside it, the middle to the next one and its neighbours
     finite = halves[halves.isfinite()].float().unique()

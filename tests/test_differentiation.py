@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support import CELLS, Case, CountOps, build, make_step, pack, reference_math
+from tolerance import assert_same_in_double
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
@@ -64,7 +65,7 @@ def assert_all_close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """With something in it: nothing is all zero that ought not to be."""
     assert len(got) == len(expected) > 0
     for value, truth in zip(got, expected, strict=True):
-        torch.testing.assert_close(value, truth)
+        assert_same_in_double(value, truth)
     assert any(truth.abs().max() > 0 for truth in expected)
 
 
@@ -505,7 +506,7 @@ class TestEngine:
             alone = list(case.plain())
             alone[index].requires_grad_()
             (got,) = torch.autograd.grad(case.loss(*alone), alone[index])
-            torch.testing.assert_close(got, value)
+            assert_same_in_double(got, value)
 
     @every_subject
     def test_retained_graph(self, cell: str, form: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build, make_step, run_python
+from support import CELLS, build, exact_call, make_step, run_python
+from tolerance import assert_agrees
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
@@ -62,6 +63,11 @@ class Steps(nn.Module):
         return self.step(x, self.step(x))
 
 
+def leaves(module: nn.Module, *args: Tensor) -> list[Tensor]:
+    """Every output, as the ONNX runtime returns them."""
+    return tree_leaves(module(*args))
+
+
 def inputs(layer: nn.Module, steps: int, batch: int, states: bool) -> tuple[Tensor, ...]:
     """x [T,B,3] or [B,T,3], and the states that go with it if they are wanted."""
     x = torch.randn((batch, steps, 3) if layer.batch_first else (steps, batch, 3))
@@ -105,7 +111,7 @@ class TestExport:
         assert targets(program)["fastrnn.layer.default"] == model.layer.num_layers
         for steps, batch in SIZES:
             args = inputs(model.layer, steps, batch, states)
-            torch.testing.assert_close(program.module()(*args), model(*args))
+            assert_agrees(program.module()(*args), model(*args), exact_call(model, *args))
 
     @pytest.mark.parametrize("cell", ["lstm", "gru"])
     @pytest.mark.parametrize("grad", [True, False], ids=["gradients", "inference"])
@@ -116,7 +122,7 @@ class TestExport:
             program = exported(model, True, strict=True)
         for steps, batch in SIZES:
             args = inputs(model.layer, steps, batch, True)
-            torch.testing.assert_close(program.module()(*args), model(*args))
+            assert_agrees(program.module()(*args), model(*args), exact_call(model, *args))
 
     @pytest.mark.parametrize("cell", CELLS)
     def test_program_learns(self, cell: str) -> None:
@@ -128,11 +134,14 @@ class TestExport:
         args = inputs(model.layer, 6, 2, False)
         names = [name for name, _ in copied.named_parameters()]
         assert names == [name for name, _ in model.named_parameters()]
-        for module in (model, copied):
+
+        def gradients(module: nn.Module, *args: Tensor) -> dict[str, Tensor]:
+            module.zero_grad()
             sum(output.square().sum() for output in module(*args)).backward()
-        for name in names:
-            gradient = copied.get_parameter(name).grad
-            torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+            return {name: module.get_parameter(name).grad for name in names}
+
+        exact = exact_call(model, *args, call=gradients)
+        assert_agrees(gradients(copied, *args), gradients(model, *args), exact)
 
     def test_decompositions_keep_the_kernel(self) -> None:
         with torch.no_grad():
@@ -146,21 +155,22 @@ class TestExport:
         assert targets(program)["fastrnn.layer.default"] == 2
         for batch in (1, 5):
             x = torch.randn(batch, 3)
-            torch.testing.assert_close(program.module()(x), model(x))
+            assert_agrees(program.module()(x), model(x), exact_call(model, x))
 
     def test_fresh_process(self, tmp_path: Path) -> None:
         model = Model(build("gru", 3, 4, num_layers=2))
         args = inputs(model.layer, 9, 2, True)
         torch.export.save(exported(model, True), tmp_path / "model.pt2")
-        torch.save((args, model(*args)), tmp_path / "expected.pt")
+        torch.save(args, tmp_path / "args.pt")
         code = f"""
 import torch, fastrnn
-args, expected = torch.load({str(tmp_path / "expected.pt")!r})
+args = torch.load({str(tmp_path / "args.pt")!r})
 module = torch.export.load({str(tmp_path / "model.pt2")!r}).module()
-torch.testing.assert_close(module(*args), expected)
-print("same")
+torch.save(module(*args), {str(tmp_path / "found.pt")!r})
 """
-        assert run_python(code) == "same"
+        run_python(code)
+        found = torch.load(tmp_path / "found.pt")
+        assert_agrees(found, model(*args), exact_call(model, *args))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("grad", [True, False], ids=["gradients", "inference"])
@@ -172,16 +182,17 @@ print("same")
             path = str(tmp_path / "model.pt2")
             torch._inductor.aoti_compile_and_package(program, package_path=path)
         args = [inputs(model.layer, steps, batch, False) for steps, batch in SIZES]
-        with torch.no_grad():
-            torch.save([(a, model(*a)) for a in args], tmp_path / "expected.pt")
+        torch.save(args, tmp_path / "args.pt")
         code = f"""
 import torch, fastrnn
 model = torch._inductor.aoti_load_package({path!r})
-for args, expected in torch.load({str(tmp_path / "expected.pt")!r}):
-    torch.testing.assert_close(tuple(model(*args)), expected)
-print("same")
+args = torch.load({str(tmp_path / "args.pt")!r})
+torch.save([tuple(model(*a)) for a in args], {str(tmp_path / "found.pt")!r})
 """
-        assert run_python(code) == "same"
+        run_python(code)
+        for found, a in zip(torch.load(tmp_path / "found.pt"), args, strict=True):
+            with torch.no_grad():
+                assert_agrees(found, model(*a), exact_call(model, *a))
 
 
 def onnx_outputs(model: nn.Module, args: tuple[Tensor, ...], dynamo: bool) -> Any:
@@ -245,8 +256,8 @@ class TestOnnx:
         for steps, batch in SIZES:
             args = inputs(model.layer, steps, batch, states)
             with torch.no_grad():
-                expected = list(model(*args))
-            torch.testing.assert_close(run(*args), expected, rtol=1e-4, atol=1e-5)
+                expected = leaves(model, *args)
+            assert_agrees(run(*args), expected, exact_call(model, *args, call=leaves))
 
     @EXPORTERS
     def test_dropout_is_left_out(self, dynamo: bool) -> None:
@@ -254,7 +265,7 @@ class TestOnnx:
         args = inputs(model.layer, 4, 3, False)
         _, run = onnx_outputs(model, args, dynamo)
         with torch.no_grad():
-            torch.testing.assert_close(run(*args), list(model(*args)), rtol=1e-4, atol=1e-5)
+            assert_agrees(run(*args), leaves(model, *args), exact_call(model, *args, call=leaves))
 
     @EXPORTERS
     @pytest.mark.parametrize("cell", CELLS)
@@ -264,8 +275,8 @@ class TestOnnx:
         _, run = onnx_outputs(model, (torch.randn(3, 3),), dynamo)
         x = torch.randn(5, 3)
         with torch.no_grad():
-            expected = tree_leaves(model(x))
-        torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-5)
+            expected = leaves(model, x)
+        assert_agrees(run(x), expected, exact_call(model, x, call=leaves))
 
     def test_weights_are_constants_in_onnx_order(self) -> None:
         """Nothing is left in the graph that reorders gates in each call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import run_python
-from tolerance import assert_all_close
+from tolerance import Change, Exact, assert_agrees
 from torch import Tensor
 
 from fastrnn import _C, ops, reference
@@ -72,13 +73,13 @@ class Case:
         self.h0 = torch.randn(directions, batch, out)
         self.c0 = torch.randn(directions, batch, hidden) if spec.has_cell_state else None
 
-    def run(self, layer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    def run(self, layer: Any, change: Change) -> dict[str, Tensor]:
+        """All outputs and gradients; every number that goes in has gone through ``change``."""
         leaves = {"x": self.x, "h0": self.h0}
         if self.c0 is not None:
             leaves["c0"] = self.c0
         leaves |= {f"w{index}": w for index, w in enumerate(self.weights)}
-        # float32 values in every dtype: the truth is that of the same numbers
-        leaves = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
+        leaves = {name: change(leaf).requires_grad_() for name, leaf in leaves.items()}
         y, h_n, c_n = layer(
             leaves["x"],
             leaves["h0"],
@@ -89,17 +90,29 @@ class Case:
         )
         outputs = {"y": y, "h_n": h_n} | ({"c_n": c_n} if c_n is not None else {})
         generator = torch.Generator().manual_seed(3)
-        d_outputs = [torch.randn(o.shape, generator=generator).to(dtype) for o in outputs.values()]
+        d_outputs = [change(torch.randn(o.shape, generator=generator)) for o in outputs.values()]
         gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), d_outputs)
         result = {name: output.detach() for name, output in outputs.items()}
         return result | {f"d_{n}": g for n, g in zip(leaves, gradients, strict=True)}
 
+    def changed(self, change: Change) -> Case:
+        """The same case, whose numbers have gone through ``change``."""
+        other = copy.copy(self)
+        other.x, other.h0 = change(self.x), change(self.h0)
+        other.c0 = None if self.c0 is None else change(self.c0)
+        other.weights = [change(w) for w in self.weights]
+        return other
+
+    def compute(self, layer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        return self.run(layer, lambda value: value.to(dtype, copy=True))
+
+    def exact(self, dtype: torch.dtype) -> Exact:
+        """The truth of the numbers as ``dtype`` rounds them."""
+        return lambda change: self.run(reference.layer, lambda value: change(value.to(dtype)))
+
     def check(self, dtype: torch.dtype) -> None:
-        assert_all_close(
-            self.run(ops.layer, dtype),
-            self.run(reference.layer, dtype),
-            self.run(reference.layer, torch.float64),
-        )
+        ours, theirs = (self.compute(layer, dtype) for layer in (ops.layer, reference.layer))
+        assert_agrees(ours, theirs, self.exact(dtype))
 
 
 #           T   B   I   H   options
@@ -149,11 +162,7 @@ def test_projection(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_half_types_add_in_float32(isa: str, cell: str, dtype: torch.dtype) -> None:
-    case = Case(CELLS[cell], 9, 3, 5, 21, directions=2)
-    case.x, case.h0 = case.x.to(dtype).float(), case.h0.to(dtype).float()
-    case.c0 = None if case.c0 is None else case.c0.to(dtype).float()
-    case.weights = [w.to(dtype).float() for w in case.weights]
-    case.check(dtype)
+    Case(CELLS[cell], 9, 3, 5, 21, directions=2).check(dtype)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -215,8 +224,11 @@ def test_products_are_those_of_torch(cell: str, sizes: tuple[int, ...], options:
     needs = [True] * (1 + len(case.weights))
     ours = gradients_of(case, ops._gradients_on_cpu, needs)
     torchs = gradients_of(case, ops._gradients_by_torch, needs)
-    for own, other in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+    def exact(change: Change) -> list[Tensor | None]:
+        return gradients_of(case.changed(change), ops._gradients_by_torch, needs)
+
+    assert_agrees(ours, torchs, exact)
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -250,7 +262,7 @@ def test_only_products_that_are_needed_are_made(cell: str) -> None:
         needs = [i == index for i in range(count)]
         found = gradients_of(case, ops._gradients_on_cpu, needs)
         assert [g is not None for g in found] == needs
-        torch.testing.assert_close(found[index], everything[index], rtol=0, atol=0)
+        assert torch.equal(found[index], everything[index])
 
 
 def test_gradients_do_not_share_memory() -> None:
@@ -416,20 +428,23 @@ def test_activations_at_the_ends(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_repeat_to_the_bit(threads: int, cell: str) -> None:
     case = Case(CELLS[cell], 20, 9, 12, 70, directions=2)
-    first, second = (case.run(ops.layer, torch.float32) for _ in range(2))
+    first, second = (case.compute(ops.layer, torch.float32) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
 def test_many_python_threads_at_once() -> None:
     cases = [Case(CELLS[cell], 15, 8, 16, 64) for cell in CELLS for _ in range(2)]
-    expected = [case.run(ops.layer, torch.float32) for case in cases]
+    expected = [case.compute(ops.layer, torch.float32) for case in cases]
     wrong: list[str] = []
 
     def work(index: int) -> None:
         for _ in range(5):
-            found = cases[index].run(ops.layer, torch.float32)
-            wrong.extend(n for n, v in found.items() if not torch.allclose(v, expected[index][n]))
+            found = cases[index].compute(ops.layer, torch.float32)
+            try:
+                assert_agrees(found, expected[index], cases[index].exact(torch.float32))
+            except AssertionError as failure:
+                wrong.append(str(failure))
 
     workers = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
     for worker in workers:

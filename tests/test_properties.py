@@ -124,7 +124,7 @@ def test_any_layer_is_torch_nn(call: tuple[nn.Module, Any, Any]) -> None:
     module, x, hx = call
     if not needs_a_gradient(module, x, hx):
         module.weight_ih_l0.requires_grad_()
-    check(module, x, hx, shakes=3)
+    check(module, x, hx)
 
 
 @st.composite
@@ -146,7 +146,7 @@ def steps(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Any]:
 @settings(max_examples=100)
 @given(steps())
 def test_any_cell_is_torch_nn(call: tuple[nn.Module, Tensor, Any]) -> None:
-    check(*call, shakes=3)
+    check(*call)
 
 
 @settings(max_examples=50)
@@ -158,7 +158,7 @@ def test_dropout_is_torch_nn(call: tuple[nn.Module, Any, Any], seed: int) -> Non
     module.dropout = 0.5
     is_tensor = isinstance(x, Tensor)
     x = x.detach().double() if is_tensor else x._replace(data=x.data.detach().double())
-    check(module, x, None, seed, shakes=3)
+    check(module, x, None, seed)
 
 
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build
+from support import CELLS, build, exact_call
+from tolerance import assert_agrees, assert_same_in_double
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -31,13 +32,9 @@ def without_stack(module: torch.nn.Module, *inputs: Any) -> Any:
     return y, state
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    (y, state), (y_other, state_other) = ours, theirs
-    torch.testing.assert_close(getattr(y, "data", y), getattr(y_other, "data", y_other))
-    states = state if isinstance(state, tuple) else (state,)
-    others = state_other if isinstance(state_other, tuple) else (state_other,)
-    for own, other in zip(states, others, strict=True):
-        torch.testing.assert_close(own, other)
+def assert_stacked(module: torch.nn.Module, expected: Any, *inputs: Any) -> None:
+    with torch.no_grad():
+        assert_agrees(module(*inputs), expected, exact_call(module, *inputs))
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -48,9 +45,8 @@ def test_stack(threads: int, cell: str, sizes: tuple[int, int], layers: int) -> 
     module = build(cell, 24, 72, layers, dropout=0.5).eval()
     x = torch.randn(steps, batch, 24)
     expected = without_stack(module, x)
-    with torch.no_grad():
-        for _ in range(3):  # threads meet differently each time
-            assert_same(module(x), expected)
+    for _ in range(3):  # threads meet differently each time
+        assert_stacked(module, expected, x)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -58,16 +54,14 @@ def test_stack_of_packed_sequences(threads: int, cell: str) -> None:
     module = build(cell, 24, 72, 2)
     x = pack_padded_sequence(torch.randn(60, 3, 24), [60, 33, 2])
     expected = without_stack(module, x)
-    with torch.no_grad():
-        assert_same(module(x), expected)
+    assert_stacked(module, expected, x)
 
 
 def test_stack_takes_states_and_batch_first(threads: int) -> None:
     module = build("lstm", 24, 72, 2, batch_first=True)
     x, hx = torch.randn(1, 60, 24), (torch.randn(2, 1, 72), torch.randn(2, 1, 72))
     expected = without_stack(module, x, hx)
-    with torch.no_grad():
-        assert_same(module(x, hx), expected)
+    assert_stacked(module, expected, x, hx)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -78,9 +72,8 @@ def test_stack_of_strided_input(cell: str, batch_first: bool) -> None:
     x = torch.randn(6, 4, 5)
     strided = torch.stack([x, x + 1], dim=-1)[..., 0]
     expected = without_stack(module, x)
-    with torch.no_grad():
-        assert_same(module(strided), expected)
-        assert_same(module(x), expected)
+    for same in (strided, x):
+        assert_stacked(module, expected, same)
 
 
 def test_which_calls_are_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +106,7 @@ def test_projected_stack(threads: int) -> None:
     module = build("lstm", 24, 72, 3, proj_size=40)
     x = torch.randn(60, 1, 24)
     expected = without_stack(module, x)
-    with torch.no_grad():
-        assert_same(module(x), expected)
+    assert_stacked(module, expected, x)
 
 
 def test_operator_refuses_what_would_break_it() -> None:
@@ -162,7 +154,7 @@ def test_stack_against_the_reference() -> None:
     ours = ops.stack(x, h0, c0, weights, None, spec)
     theirs = reference.forward(x, h0, c0, weights, None, spec, 2, 0.0, reference.layer)
     for own, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own, other)
+        assert_same_in_double(own, other)
     assert functional.run(spec, x, None, h0, c0, weights, 2, 0.0)[0].equal(ours[0])
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import run_python
+from support import exact_call, run_python
+from tolerance import assert_agrees
 
 import fastrnn
 from fastrnn import _C
@@ -155,9 +156,8 @@ def test_calls_from_many_threads_are_correct(batch: int) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    for own, other in zip(found, expected, strict=True):
-        for a, b in zip(own, other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for own, other, layer, x in zip(found, expected, layers, inputs, strict=True):
+        assert_agrees(own, other, exact_call(layer, x, call=gradients))
 
 
 def test_inference_mode_from_a_thread() -> None:
@@ -174,7 +174,7 @@ def test_inference_mode_from_a_thread() -> None:
     thread.start()
     thread.join()
     assert found[0].is_inference()
-    torch.testing.assert_close(found[0], expected)
+    assert_agrees(found[0], expected, exact_call(layer, x, call=lambda layer, x: layer(x)[0]))
 
 
 def test_the_environment_sets_the_number_of_threads() -> None:
@@ -191,8 +191,8 @@ FORK = """
 import os, numpy, torch, fastrnn
 torch.set_num_threads(2)
 torch.manual_seed(0)
-layer = fastrnn.{cell}(96, 96, bidirectional={bidirectional})
-x = torch.randn(300, {batch}, 96)
+layer = fastrnn.{cell}(96, 96, bidirectional={bidirectional}).double()
+x = torch.randn(300, {batch}, 96).double()
 d_y = torch.randn_like(layer(x)[0])
 
 def work():
@@ -204,12 +204,14 @@ children = []
 for _ in range(2):
     pid = os.fork()
     if pid == 0:
-        same = [numpy.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(work(), expected)]
+        # float64: another number of threads may add in another order
+        same = [numpy.allclose(a, b, rtol=1e-7, atol=1e-7) for a, b in zip(work(), expected)]
         os._exit(0 if all(same) else 3)
     children.append(pid)
 for pid in children:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-assert torch.allclose(work()[0], expected[0])  # and the parent goes on as before
+# and the parent goes on as before
+assert torch.allclose(work()[0], expected[0], rtol=1e-7, atol=1e-7)
 print("done")
 """
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import run, torch_twin
+from tolerance import assert_same_in_double
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -77,10 +78,10 @@ def assert_same(ours: Module, theirs: Module) -> dict[str, Tensor]:
     for is_training in (True, False):
         ours.train(is_training)
         theirs.train(is_training)
-        torch.testing.assert_close(outputs(ours), outputs(theirs))
+        assert_same_in_double(outputs(ours), outputs(theirs))
         result, expected = run(ours, example(ours)), run(theirs, example(theirs))
         assert result.keys() == expected.keys()
-        torch.testing.assert_close(result, expected)
+        assert_same_in_double(result, expected)
     return result
 
 
@@ -171,7 +172,7 @@ class TestComputedWeights:
     def test_orthogonal(self, pair: tuple[Module, Module]) -> None:
         ours, theirs = compare(pair, lambda m: parametrizations.orthogonal(m, weight_hh(m)))
         w = getattr(ours, weight_hh(ours))
-        torch.testing.assert_close(w.T @ w, torch.eye(4, dtype=torch.float64))
+        assert_same_in_double(w.T @ w, torch.eye(4, dtype=torch.float64))
         compare((ours, theirs), unparametrize)
 
     def test_a_weight_is_computed_once_a_call(self, pair: tuple[Module, Module]) -> None:
@@ -223,7 +224,7 @@ class TestSharedWeights:
             result = [m(x) for m in (module, other)]
             sum(r.sum() if isinstance(r, Tensor) else r[0].sum() for r in result).backward()
             gradients.append({n: p.grad for n, p in module.named_parameters()})
-        torch.testing.assert_close(gradients[0], gradients[1])
+        assert_same_in_double(gradients[0], gradients[1])
         scale([pair[0], pair[1]])
         assert_same(*others)
 
@@ -238,9 +239,9 @@ class TestOptimizersTools:
     def test_clip_grad_norm(self, pair: tuple[Module, Module], foreach: bool) -> None:
         self.gradients(pair)
         norms = [nn.utils.clip_grad_norm_(m.parameters(), 1e-3, foreach=foreach) for m in pair]
-        torch.testing.assert_close(norms[0], norms[1])
+        assert_same_in_double(norms[0], norms[1])
         clipped = [[p.grad for p in module.parameters()] for module in pair]
-        torch.testing.assert_close(clipped[0], clipped[1])
+        assert_same_in_double(clipped[0], clipped[1])
         assert nn.utils.get_total_norm(clipped[0]) < 1.01e-3 < norms[0]
 
     def test_clip_grad_value(self, pair: tuple[Module, Module]) -> None:
@@ -248,7 +249,7 @@ class TestOptimizersTools:
         for module in pair:
             nn.utils.clip_grad_value_(module.parameters(), 1e-2)
         clipped = [[p.grad for p in module.parameters()] for module in pair]
-        torch.testing.assert_close(clipped[0], clipped[1])
+        assert_same_in_double(clipped[0], clipped[1])
         assert max(gradient.abs().max() for gradient in clipped[0]) == 1e-2
 
     def test_vector_and_back(self, pair: tuple[Module, Module]) -> None:
@@ -382,8 +383,8 @@ class TestFunctionalCall:
                 quick = torch.func.functional_call(module, others, (x,))
             results.append((result, gradients, quick))
             assert all(p.grad is None for p in module.parameters())
-        torch.testing.assert_close(results[0], results[1])
-        torch.testing.assert_close(results[0][0], results[0][2])
+        assert_same_in_double(results[0], results[1])
+        assert_same_in_double(results[0][0], results[0][2])
         assert_same(*pair)
 
     def test_some_weights(self, pair: tuple[Module, Module]) -> None:
@@ -395,7 +396,7 @@ class TestFunctionalCall:
                 results.append(
                     torch.func.functional_call(module, {name: other}, (example(module),))
                 )
-        torch.testing.assert_close(results[0], results[1])
+        assert_same_in_double(results[0], results[1])
         assert_same(*pair)
 
     @pytest.mark.filterwarnings("ignore:.*functional_call.*:FutureWarning")
@@ -405,7 +406,7 @@ class TestFunctionalCall:
             nn.utils.stateless.functional_call(module, others, (example(module),))
             for module in pair
         ]
-        torch.testing.assert_close(results[0], results[1])
+        assert_same_in_double(results[0], results[1])
         assert_same(*pair)
 
     def test_stacked_weights(self, pair: tuple[Module, Module]) -> None:
@@ -421,7 +422,7 @@ class TestFunctionalCall:
 
         together = torch.vmap(call)(params, buffers)
         for index, module in enumerate(ours):
-            torch.testing.assert_close(together[index], outputs(module)[0])
+            assert_same_in_double(together[index], outputs(module)[0])
 
 
 @pytest.fixture
@@ -485,7 +486,7 @@ class TestConversions:
             outputs(module)
             other = nn.Parameter(getattr(module, name).detach() * 0.5)
             module.register_parameter(name, other)
-        torch.testing.assert_close(outputs(ours), outputs(theirs))
+        assert_same_in_double(outputs(ours), outputs(theirs))
         assert_same(ours, theirs)
 
 

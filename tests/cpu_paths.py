@@ -1,0 +1,71 @@
+"""Runs the tests that compare numbers as other CPUs would: torch errs differently on each.
+
+    python tests/cpu_paths.py [pytest's arguments]
+
+Each path makes torch, MKL and oneDNN choose what they choose on an older or another CPU. A path
+that this CPU lacks is one that the libraries replace by the best they have. Ends with status 1 if
+a test fails on any path; about 2 minutes per path on 2 cores.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TESTS = ["test_modules.py", "test_stack.py", "test_textbook.py", "test_tolerance.py"]
+LONG = "long_sequences or half_types or several_blocks"  # of test_kernels.py
+
+# the oldest and the newest of each library, with one thread and with two
+PATHS: list[dict[str, str]] = [
+    {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_CBWR": "COMPATIBLE",
+        "OMP_NUM_THREADS": "1",
+    },
+    {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_CBWR": "AVX2",
+        "OMP_NUM_THREADS": "2",
+    },
+    {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "OMP_NUM_THREADS": "2",
+    },
+]
+
+
+def main(arguments: list[str]) -> int:
+    here = Path(__file__).resolve().parent
+    failed = []
+    for path in PATHS:
+        title = " ".join(f"{name}={value}" for name, value in path.items())
+        print(title, flush=True)
+        begin = time.monotonic()
+        for command in (
+            [*(str(here / name) for name in TESTS)],
+            [str(here / "test_kernels.py"), "-k", LONG],
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", *command, *arguments],
+                cwd=here.parent,
+                env={**os.environ, **path},
+                check=False,
+            )
+            if done.returncode != 0 and title not in failed:
+                failed.append(title)
+        print(f"{time.monotonic() - begin:.0f} s", flush=True)
+    for title in failed:
+        print(f"failed: {title}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
