@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import autocast, onnx_nodes, ops, reference
+from fastrnn import autocast, checks, onnx_nodes, ops, reference
 from fastrnn.spec import CELLS, CellSpec, split_weights
 from fastrnn.tracing import is_tracing, is_written_down, size, unrecorded
 
@@ -257,10 +257,17 @@ def lstm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = CELLS["lstm"]
     values = _arguments(spec, args, kwargs)
     hx = values["hx"]
-    if isinstance(hx, Tensor) or len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
-    values["hx"], cx = hx
-    return cast("tuple[Tensor, Tensor, Tensor]", _checked_run(spec, cx, values))
+    try:
+        if not isinstance(hx, (tuple, list)):
+            raise TypeError("lstm: hx must be a tuple of two tensors, h and c")
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        h0, c0 = hx
+        result = _checked_run(spec, c0, {**values, "hx": h0})
+    except Exception:
+        checks.explain_function(spec, values)
+        raise
+    return cast("tuple[Tensor, Tensor, Tensor]", result)
 
 
 _PADDED = (
@@ -279,10 +286,14 @@ _PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
 
 def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Gives the arguments of either form their names; "input" stands for "data" as well."""
-    if spec.has_cell_state:
-        packed = len(args) > 1 and isinstance(args[1], Tensor)
-    else:
-        packed = len(args) > 2 and isinstance(args[2], Tensor)
+    packed = False
+    if len(args) > 2 and isinstance(args[1], Tensor):
+        packed = (
+            # no state has a dtype like that of batch_sizes
+            (args[1].dim() == 1 and not (args[1].is_floating_point() or args[1].is_complex()))
+            or (not spec.has_cell_state and isinstance(args[2], Tensor))
+            or (spec.has_cell_state and isinstance(args[0], Tensor) and args[0].dim() == 2)
+        )
     names = _PACKED if packed or "data" in kwargs or "batch_sizes" in kwargs else _PADDED
     if len(args) > len(names):
         raise TypeError(f"{spec.name}() takes {len(names)} arguments but {len(args)} were given")
@@ -305,7 +316,11 @@ def _one_state(
     spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     values = _arguments(spec, args, kwargs)
-    output, h_n, _ = _checked_run(spec, None, values)
+    try:
+        output, h_n, _ = _checked_run(spec, None, values)
+    except Exception:
+        checks.explain_function(spec, values)
+        raise
     return output, h_n
 
 
@@ -313,6 +328,7 @@ def _checked_run(
     spec: CellSpec, cx: Tensor | None, values: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checks every shape, which `run` leaves to its callers, and runs."""
+    checks.check_options(spec, values)
     x: Tensor = values["input"]
     hx: Tensor = values["hx"]
     params: Sequence[Tensor] = list(values["params"])
@@ -418,7 +434,9 @@ def check_weight_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
     """
     if weight_dtype is None or weight_dtype is torch.float16:
         return weight_dtype
-    raise ValueError(f"weight_dtype must be None or torch.float16, got {weight_dtype!r}")
+    raise ValueError(
+        f"weight_dtype must be None or torch.float16, got {checks.describe(weight_dtype)}"
+    )
 
 
 def _expect(condition: bool, message: str) -> None:

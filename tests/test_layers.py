@@ -48,7 +48,7 @@ CELLS_STANDARD = {"cmath", "cstdint", "cstring", "type_traits", "utility"}
 PYTHON_ORDER = [
     {"_C"},
     {"_library", "spec", "tracing"},
-    {"autocast", "reference"},
+    {"autocast", "checks", "reference"},
     {"ops"},
     {"onnx_nodes"},
     {"functional"},

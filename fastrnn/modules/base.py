@@ -10,13 +10,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional, ops
+from fastrnn import checks, functional, ops
 from fastrnn.modules.left_out import warn_if_left_out
 from fastrnn.spec import BY_MODE
 from fastrnn.tracing import check_scriptable, is_tracing, leaf_call, unrecorded
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
 Hidden = Any
+
+# of nn.RNNBase after ``mode``
+_ARGUMENTS = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "proj_size",
+    "device",
+    "dtype",
+)
 
 
 class RecurrentBase(nn.RNNBase):
@@ -35,7 +49,14 @@ class RecurrentBase(nn.RNNBase):
         self, mode: str, *args: Any, weight_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         self.weight_dtype = weight_dtype
-        super().__init__(mode, *args, **kwargs)
+        try:
+            super().__init__(mode, *args, **kwargs)
+            if not checks.is_bool(self.bidirectional):  # torch.nn finds it at the first call
+                name = type(self.bidirectional).__name__
+                raise TypeError(f"bidirectional should be of type bool, got: {name}")
+        except Exception:
+            checks.explain_constructor(type(self).__name__, _ARGUMENTS, args, kwargs)
+            raise
 
     @property
     @torch.jit.unused
@@ -248,12 +269,22 @@ class RecurrentBase(nn.RNNBase):
     def _run(
         self, input: Tensor | PackedSequence, hx: Hidden
     ) -> tuple[Tensor | PackedSequence, Hidden]:
-        quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
-        if quick is not None:
-            return quick
-        node = leaf_call(self, input, hx)
-        if node is not None:
-            return node  # type: ignore[no-any-return]
+        try:
+            quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
+            if quick is not None:
+                return quick
+            node = leaf_call(self, input, hx)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+            return self._run_slowly(input, hx)
+        except Exception:
+            checks.explain_layer(self, input, hx)
+            raise
+
+    def _run_slowly(
+        self, input: Tensor | PackedSequence, hx: Hidden
+    ) -> tuple[Tensor | PackedSequence, Hidden]:
+        """As `_run`, for every call; raises more or less clear errors."""
         weights = self._weights()
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, weights)
@@ -281,6 +312,10 @@ class RecurrentBase(nn.RNNBase):
         self, packed: PackedSequence, hx: Hidden, weights: list[Tensor]
     ) -> tuple[PackedSequence, Hidden]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
+        for indices in (sorted_indices, unsorted_indices):
+            if indices is not None and indices.is_meta and not data.is_meta:
+                # torch would return memory that nobody has written
+                raise RuntimeError(f"sorted_indices must be on {data.device}, got meta.")
         is_compiling = torch.compiler.is_compiling()
         if hx is None:
             if is_compiling and sorted_indices is not None:

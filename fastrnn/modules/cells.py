@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
-from fastrnn import functional
+from fastrnn import checks, functional
 from fastrnn.modules.left_out import warn_if_left_out
 from fastrnn.spec import CELLS, CellSpec
 from fastrnn.tracing import check_scriptable, leaf_call
@@ -20,6 +20,15 @@ class CellBase(nn.RNNCellBase):
     """A single step. Derives from ``nn.RNNCellBase``, which brings parameters and their names."""
 
     _label: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except Exception:
+            checks.explain_constructor(
+                self._label, ("input_size", "hidden_size", "bias"), args, kwargs
+            )
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":
@@ -68,6 +77,12 @@ class CellBase(nn.RNNCellBase):
     def _zeros(self, input: Tensor) -> Tensor:
         return input.new_zeros(input.shape[0], self.hidden_size)
 
+    def _check_meta(self, input: Tensor, weights: list[Tensor]) -> None:
+        """Raises where torch's step would multiply a weight that has no memory."""
+        for weight in weights[:2]:
+            if weight.is_meta and not input.is_meta:
+                raise RuntimeError(checks.at_different_devices(input, weight, "parameter"))
+
     def _script_step(
         self, cell: str, input: Tensor, h: Tensor, c: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -93,19 +108,24 @@ class CellBase(nn.RNNCellBase):
         node = leaf_call(self, input, hx)
         if node is not None:
             return node  # type: ignore[no-any-return]
-        is_batched = self._check_dims(input)
-        if hx is not None and hx.dim() not in (1, 2):
-            raise ValueError(
-                f"{self._label}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead"
-            )
-        if not is_batched:
-            input = input.unsqueeze(0)
-        if hx is None:
-            hx = self._zeros(input)
-        elif not is_batched:
-            hx = hx.unsqueeze(0)
-        h, _ = functional.run_cell(spec, input, hx, None, self._weights())
-        return h if is_batched else h.squeeze(0)
+        try:
+            is_batched = self._check_dims(input)
+            if hx is not None and hx.dim() != input.dim():
+                raise checks.wrong_state(self._label, "hx", "hidden", hx, input.dim())
+            if not is_batched:
+                input = input.unsqueeze(0)
+            if hx is None:
+                hx = self._zeros(input)
+            elif not is_batched:
+                hx = hx.unsqueeze(0)
+            weights = self._weights()
+            if weights[0].is_meta or weights[1].is_meta:
+                self._check_meta(input, weights)
+            h, _ = functional.run_cell(spec, input, hx, None, weights)
+            return h if is_batched else h.squeeze(0)
+        except Exception:
+            checks.explain_cell(self, input, hx)
+            raise
 
 
 class RNNCell(CellBase):
@@ -159,7 +179,8 @@ class RNNCell(CellBase):
         else:  # noqa: RET505 - what follows an `if` would be compiled
             spec = CELLS.get(f"rnn_{self.nonlinearity}")
             if spec is None:
-                raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+                given = " ".join(str(self.nonlinearity).split())
+                raise RuntimeError(f"Unknown nonlinearity: {given}")
             return self._one_state(spec, input, hx)
 
 
@@ -238,26 +259,30 @@ class LSTMCell(CellBase):
         node = leaf_call(self, input, hx)
         if node is not None:
             return node  # type: ignore[no-any-return]
-        is_batched = self._check_dims(input)
-        if hx is not None:
-            for index, state in enumerate(hx):
-                if state.dim() not in (1, 2):
-                    raise ValueError(
-                        f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead"
-                    )
-            if len(hx) != 2:
-                raise RuntimeError("lstm_cell expects two hidden states")
-        if not is_batched:
-            input = input.unsqueeze(0)
-        if hx is None:
-            h = c = self._zeros(input)
-        elif is_batched:
-            h, c = hx
-        else:
-            h, c = hx[0].unsqueeze(0), hx[1].unsqueeze(0)
-        h, c_next = functional.run_cell(CELLS["lstm"], input, h, c, self._weights())
-        assert c_next is not None
-        return (h, c_next) if is_batched else (h.squeeze(0), c_next.squeeze(0))
+        try:
+            is_batched = self._check_dims(input)
+            if hx is not None:
+                if not isinstance(hx, (tuple, list)):
+                    raise TypeError("LSTMCell: hx must be a tuple of two tensors, h and c")
+                for index, state in enumerate(hx):
+                    if state.dim() != input.dim():
+                        name = f"hx[{index}]"
+                        raise checks.wrong_state("LSTMCell", name, name, state, input.dim())
+                if len(hx) != 2:
+                    raise RuntimeError("lstm_cell expects two hidden states")
+            x = input if is_batched else input.unsqueeze(0)
+            if hx is None:
+                h = c = self._zeros(x)
+            elif is_batched:
+                h, c = hx
+            else:
+                h, c = hx[0].unsqueeze(0), hx[1].unsqueeze(0)
+            h, c_next = functional.run_cell(CELLS["lstm"], x, h, c, self._weights())
+            assert c_next is not None
+            return (h, c_next) if is_batched else (h.squeeze(0), c_next.squeeze(0))
+        except Exception:
+            checks.explain_cell(self, input, hx)
+            raise
 
 
 class GRUCell(CellBase):

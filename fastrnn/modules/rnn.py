@@ -97,9 +97,10 @@ class RNN(OneState):
         args = _without_projection(args, kwargs)
         # nn.RNNBase knows no sigmoid; its parameters are those of the other two
         modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_TANH"}
-        if nonlinearity not in modes:
+        if not isinstance(nonlinearity, str) or nonlinearity not in modes:
+            given = " ".join(str(nonlinearity).split())
             raise ValueError(
-                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'sigmoid'."
+                f"Unknown nonlinearity '{given}'. Select from 'tanh', 'relu' or 'sigmoid'."
             )
         # before super().__init__ so that an overridden reset_parameters can read it
         self.nonlinearity = nonlinearity
@@ -236,6 +237,8 @@ class LSTM(TwoStates):
         return c.new_zeros(states, batch, self.proj_size), c
 
     def _states(self, hx: Hidden) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(hx, (tuple, list)):
+            raise TypeError("LSTM: hx must be a tuple of two tensors, h and c")
         if len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
         return hx[0], hx[1]

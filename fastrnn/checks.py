@@ -1,0 +1,463 @@
+"""Explains calls that have failed: one clear sentence that names the argument.
+
+The way to the kernels checks what keeps a kernel safe and no more, because a small call takes only
+12 us. Where a call fails on that way, an ``explain_*`` function below looks at its arguments one by
+one. It raises
+
+    <module or function>: <argument> must be <expected>, got <actual>.
+
+for the first one that is wrong. It returns where it finds nothing wrong, or where the error in
+flight names the mistake already, in the words of torch.nn; the caller then raises that error again.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.spec import BY_MODE, CellSpec
+
+#: what a layer can compute with, by the kernels or by torch
+_DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+)
+
+
+class _Found(Exception):
+    """Carries the error that explains a call."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+class _Known(Exception):
+    """Ends a search: the error in flight names the mistake."""
+
+
+def explain_layer(module: Any, input: Any, hx: Any) -> None:
+    """Raises what is wrong with a call of RNN, LSTM or GRU, or returns."""
+    _explain(_search_layer, module, input, hx)
+
+
+def explain_cell(module: Any, input: Any, hx: Any) -> None:
+    """Raises what is wrong with a call of RNNCell, LSTMCell or GRUCell, or returns."""
+    _explain(_search_cell, module, input, hx)
+
+
+def explain_function(spec: CellSpec, values: dict[str, Any]) -> None:
+    """Raises what is wrong with the arguments of a function of `fastrnn.functional`, or returns."""
+    _explain(_search_function, spec, values)
+
+
+def explain_constructor(name: str, names: Sequence[str], args: Any, kwargs: Any) -> None:
+    """Raises what is wrong with the arguments of a module's constructor, or returns.
+
+    Args:
+        name: the class.
+        names: of the positional arguments.
+        args, kwargs: as the constructor got them.
+    """
+    if str(sys.exc_info()[1]).partition(" ")[0] not in names:  # torch's words name it
+        _explain(_search_constructor, name, names, args, kwargs)
+
+
+def _explain(search: Callable[..., None], *arguments: Any) -> None:
+    try:
+        search(*arguments)
+    except _Found as found:
+        error = found.error
+    except Exception:  # the error in flight tells more than one of the search
+        return
+    else:
+        return
+    raise error from None
+
+
+def _wrong(cls: type[Exception], owner: str, argument: str, expected: str, actual: str) -> NoReturn:
+    raise _Found(cls(f"{owner}: {argument} must be {expected}, got {actual}."))
+
+
+def describe(value: Any) -> str:
+    """A value in a few words of one line."""
+    if isinstance(value, Tensor):
+        if value.is_nested:
+            return "a nested tensor"
+        return f"a tensor of shape {list(value.shape)}"
+    if value is None or isinstance(value, (bool, int, float, complex, torch.dtype, torch.device)):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 40 else "a long str"
+    if isinstance(value, (tuple, list, dict, set)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    cls = type(value)
+    module = "" if cls.__module__ == "builtins" else f"{cls.__module__}."
+    return f"{module}{cls.__name__}"
+
+
+def wrong_state(label: str, argument: str, torch_name: str, state: Tensor, dim: int) -> Exception:
+    """The error for a state that has other dimensions than a cell's input, which has ``dim``."""
+    if state.dim() not in (1, 2):
+        return ValueError(
+            f"{label}: Expected {torch_name} to be 1D or 2D, got {state.dim()}D instead"
+        )
+    return RuntimeError(f"{label}: {argument} must be {dim}-D like the input, got {state.dim()}-D.")
+
+
+# --- searches; each raises _Found or _Known or returns
+
+
+def _tensor(owner: str, argument: str, value: Any, expected: str = "a tensor") -> None:
+    if not isinstance(value, Tensor):
+        _wrong(TypeError, owner, argument, expected, describe(value))
+
+
+def _dense(owner: str, argument: str, t: Tensor) -> None:
+    """Raises unless a tensor has plain memory and a dtype to compute with."""
+    if t.is_nested:
+        _wrong(RuntimeError, owner, argument, "a dense tensor", "a nested one")
+    if t.is_quantized:
+        _wrong(RuntimeError, owner, argument, "a dense tensor", "a quantized one")
+    if t.layout != torch.strided:
+        layout = str(t.layout).removeprefix("torch.").removeprefix("_")
+        _wrong(RuntimeError, owner, argument, "a dense tensor", f"one of layout {layout}")
+
+
+def _computable(owner: str, argument: str, t: Tensor) -> None:
+    if t.dtype not in _DTYPES:
+        expected = "of float16, bfloat16, float32, float64 or a complex dtype"
+        _wrong(RuntimeError, owner, argument, expected, str(t.dtype))
+
+
+def _one_state(owner: str, hx: Any) -> list[tuple[str, Tensor]]:
+    _tensor(owner, "hx", hx)
+    return [("hx", hx)]
+
+
+def _two_states(owner: str, hx: Any, function: str) -> list[tuple[str, Tensor]]:
+    if not isinstance(hx, (tuple, list)) or isinstance(hx, PackedSequence):
+        _wrong(TypeError, owner, "hx", "a tuple of two tensors, h and c", describe(hx))
+    if len(hx) != 2:
+        raise _Found(RuntimeError(f"{function} expects two hidden states"))
+    for index, state in enumerate(hx):
+        _tensor(owner, f"hx[{index}]", state)
+    return [("hx[0]", hx[0]), ("hx[1]", hx[1])]
+
+
+def _alike(owner: str, argument: str, t: Tensor, x: Tensor) -> None:
+    if t.is_meta != x.is_meta:
+        role = "parameter" if argument.startswith(("weight", "bias", "params")) else "hidden"
+        raise _Found(RuntimeError(at_different_devices(x, t, role)))
+
+
+def at_different_devices(x: Tensor, other: Tensor, role: str) -> str:
+    """torch's words for tensors of two devices."""
+    return (
+        f"Input and {role} tensors are not at the same device, found input tensor at "
+        f"{x.device} and {role} tensor at {other.device}"
+    )
+
+
+def _shape(owner: str, argument: str, t: Tensor, expected: Sequence[int]) -> None:
+    if list(t.shape) != list(expected):
+        _wrong(RuntimeError, owner, argument, f"of shape {list(expected)}", f"{list(t.shape)}")
+
+
+def _steps(owner: str, batch_sizes: Any, rows: int) -> None:
+    """Raises unless these are the batch sizes of so many packed rows."""
+    expected = "an int64 vector on the CPU"
+    _tensor(owner, "batch_sizes", batch_sizes, expected)
+    _dense(owner, "batch_sizes", batch_sizes)
+    is_vector = batch_sizes.dim() == 1 and batch_sizes.dtype == torch.int64
+    if not is_vector or batch_sizes.device.type != "cpu":
+        actual = f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+        _wrong(RuntimeError, owner, "batch_sizes", expected, actual)
+    sizes = batch_sizes.tolist()
+    if not sizes:
+        raise _Found(RuntimeError("Expected sequence length to be larger than 0 in RNN"))
+    if sum(sizes) != rows or sizes != sorted(sizes, reverse=True) or sizes[-1] <= 0:
+        first = f"{sizes[:8]}" if len(sizes) <= 8 else f"{sizes[:8]} and {len(sizes) - 8} more"
+        expected = f"positive, descend and add up to the {rows} rows of data"
+        _wrong(RuntimeError, owner, "batch_sizes", expected, first)
+
+
+def _permutation(owner: str, argument: str, indices: Any, batch: int, x: Tensor) -> None:
+    expected = f"an int64 permutation of the {batch} sequences, or None"
+    if indices is None:
+        return
+    _tensor(owner, argument, indices, expected)
+    _dense(owner, argument, indices)
+    if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
+        _wrong(RuntimeError, owner, argument, expected, f"{indices.dim()}-D {indices.dtype}")
+    if indices.device != x.device:
+        _wrong(RuntimeError, owner, argument, f"on {x.device} like data", str(indices.device))
+    values = indices.tolist()
+    if sorted(values) != list(range(batch)):
+        _wrong(RuntimeError, owner, argument, expected, f"{values[:8]}")
+
+
+def _search_layer(module: Any, input: Any, hx: Any) -> None:
+    owner = module._get_name()
+    packed = isinstance(input, PackedSequence)
+    x: Any = input.data if packed else input
+    if packed:
+        _tensor(owner, "data", x)
+    else:
+        _tensor(owner, "input", x, "a tensor or a PackedSequence")
+    _dense(owner, "data" if packed else "input", x)
+    spec = BY_MODE.get(module.mode)
+    if spec is None:
+        _wrong(ValueError, owner, "mode", f"one of {', '.join(BY_MODE)}", describe(module.mode))
+    states: list[tuple[str, Tensor]] = []
+    if hx is not None:
+        states = _two_states(owner, hx, "lstm") if spec.has_cell_state else _one_state(owner, hx)
+    for argument, state in states:
+        _dense(owner, argument, state)
+    parameters = _layer_parameters(owner, module)
+    _layer_attributes(owner, module)
+    if packed:
+        _wrong_for_torch(module, x, None, input.batch_sizes, raised_before=False)
+        _steps(owner, input.batch_sizes, x.shape[0])
+        batch = int(input.batch_sizes[0])
+        if states and all(state.dim() == 3 and state.shape[1] == batch for _, state in states):
+            _permutation(owner, "sorted_indices", input.sorted_indices, batch, x)
+        _wrong_for_torch(module, x, hx, input.batch_sizes, raised_before=False)
+        _permutation(owner, "unsorted_indices", input.unsorted_indices, batch, x)
+    elif x.dim() not in (2, 3) or any(state.dim() != x.dim() for _, state in states):
+        raise _Known
+    else:
+        if x.dim() == 2:
+            x = x.unsqueeze(0 if module.batch_first else 1)
+            hx = [state.unsqueeze(1) for _, state in states]
+            hx = None if not states else hx if spec.has_cell_state else hx[0]
+        _wrong_for_torch(module, x, hx, None)
+    _layer_shapes(owner, module, spec, parameters)
+    _computable(owner, "data" if packed else "input", x)
+    for name, parameter in parameters.items():
+        _alike(owner, name, parameter, x)
+
+
+def _wrong_for_torch(
+    module: Any, x: Tensor, hx: Any, batch_sizes: Tensor | None, raised_before: bool = True
+) -> None:
+    """Ends the search where torch's own checks reject the call."""
+    try:
+        if hx is None:
+            module.check_input(x, batch_sizes)
+        else:
+            module.check_forward_args(x, hx, batch_sizes)
+    except Exception as error:
+        raise _Known if raised_before else _Found(error) from None
+
+
+def _layer_parameters(owner: str, module: Any) -> dict[str, Tensor]:
+    """The parameters that are there by name."""
+    parameters: dict[str, Tensor] = {}
+    for name in module._flat_weights_names:
+        parameter = getattr(module, name, None)
+        if parameter is None and name.startswith("bias"):
+            continue  # counts as zeros
+        if not isinstance(parameter, Tensor):
+            _wrong(RuntimeError, owner, name, "a tensor", describe(parameter))
+        _dense(owner, name, parameter)
+        parameters[name] = parameter
+    return parameters
+
+
+def _layer_attributes(owner: str, module: Any) -> None:
+    """Raises unless the attributes still describe the parameters that the constructor made."""
+    names = [name for name in module._flat_weights_names if name.startswith("weight_ih")]
+    directions = 2 if any(name.endswith("_reverse") for name in names) else 1
+    layers = len(names) // directions
+    if module.num_layers != layers:
+        expected = f"{layers} like the layers of the parameters"
+        _wrong(ValueError, owner, "num_layers", expected, describe(module.num_layers))
+    if bool(module.bidirectional) != (directions == 2):
+        expected = f"{directions == 2} like the directions of the parameters"
+        _wrong(ValueError, owner, "bidirectional", expected, describe(module.bidirectional))
+    for name in ("input_size", "hidden_size", "proj_size"):
+        if not isinstance(getattr(module, name), int):
+            _wrong(TypeError, owner, name, "an int", describe(getattr(module, name)))
+    projected = any(name.startswith("weight_hr") for name in module._flat_weights_names)
+    if projected != (module.proj_size > 0):
+        expected = "positive like the parameters" if projected else "0 like the parameters"
+        _wrong(ValueError, owner, "proj_size", expected, describe(module.proj_size))
+    dropout = module.dropout
+    if not isinstance(dropout, numbers.Real) or not 0 <= float(dropout) <= 1:
+        _wrong(ValueError, owner, "dropout", "a number from 0 to 1", describe(dropout))
+
+
+def _layer_shapes(owner: str, module: Any, spec: CellSpec, parameters: dict[str, Tensor]) -> None:
+    rows = spec.gates * module.hidden_size
+    size = module.proj_size or module.hidden_size
+    directions = 2 if module.bidirectional else 1
+    for name, parameter in parameters.items():
+        kind, _, place = name.rpartition("_l")
+        width = module.input_size if place.split("_")[0] == "0" else size * directions
+        shapes = {
+            "weight_ih": [rows, width],
+            "weight_hh": [rows, size],
+            "weight_hr": [size, module.hidden_size],
+        }
+        _shape(owner, name, parameter, shapes.get(kind, [rows]))
+
+
+def _search_cell(module: Any, input: Any, hx: Any) -> None:
+    owner = module._label
+    is_lstm = isinstance(module, nn.LSTMCell) or owner == "LSTMCell"
+    _tensor(owner, "input", input)
+    _dense(owner, "input", input)
+    states: list[tuple[str, Tensor]] = []
+    if hx is not None:
+        states = _two_states(owner, hx, "lstm_cell") if is_lstm else _one_state(owner, hx)
+    for argument, state in states:
+        _dense(owner, argument, state)
+    parameters: dict[str, Tensor] = {}
+    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        parameter = getattr(module, name, None)
+        if parameter is None and name.startswith("bias"):
+            continue  # counts as zeros
+        if not isinstance(parameter, Tensor):
+            _wrong(RuntimeError, owner, name, "a tensor", describe(parameter))
+        _dense(owner, name, parameter)
+        parameters[name] = parameter
+    if input.dim() not in (1, 2) or any(state.dim() != input.dim() for _, state in states):
+        raise _Known
+    gates = {"RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}[owner]
+    w_ih, w_hh = parameters["weight_ih"], parameters["weight_hh"]
+    biases = [b for name, b in parameters.items() if name.startswith("bias")]
+    is_consistent = (
+        w_ih.dim() == w_hh.dim() == 2
+        and w_ih.shape[0] == w_hh.shape[0] == gates * w_hh.shape[1]
+        and all(list(b.shape) == [w_hh.shape[0]] for b in biases)
+    )
+    if not is_consistent:
+        for name in ("input_size", "hidden_size"):
+            if not isinstance(getattr(module, name), int):
+                _wrong(TypeError, owner, name, "an int", describe(getattr(module, name)))
+        rows = gates * module.hidden_size
+        shapes = {
+            "weight_ih": [rows, module.input_size],
+            "weight_hh": [rows, module.hidden_size],
+        }
+        for name, parameter in parameters.items():
+            _shape(owner, name, parameter, shapes.get(name, [rows]))
+    if hx is None and not isinstance(module.hidden_size, int):
+        _wrong(TypeError, owner, "hidden_size", "an int", describe(module.hidden_size))
+    if len({t.dtype for t in (input, *(s for _, s in states), *parameters.values())}) == 1:
+        _computable(owner, "input", input)
+
+
+def _search_function(spec: CellSpec, values: dict[str, Any]) -> None:
+    owner = spec.name
+    x, hx, params = values["input"], values["hx"], values["params"]
+    batch_sizes = values["batch_sizes"]
+    first = "input" if batch_sizes is None else "data"
+    _tensor(owner, first, x)
+    _dense(owner, first, x)
+    if batch_sizes is not None:
+        _steps(owner, batch_sizes, x.shape[0] if x.dim() > 0 else 0)
+    states = _two_states(owner, hx, "lstm") if spec.has_cell_state else _one_state(owner, hx)
+    for argument, state in states:
+        _dense(owner, argument, state)
+    if not isinstance(params, (list, tuple)):
+        _wrong(TypeError, owner, "params", "a list or tuple of tensors", describe(params))
+    for index, parameter in enumerate(params):
+        _tensor(owner, f"params[{index}]", parameter)
+        _dense(owner, f"params[{index}]", parameter)
+    _search_options(owner, values)
+    if len({t.dtype for t in (x, *(s for _, s in states), *params)}) == 1:
+        _computable(owner, first, x)
+
+
+def check_options(spec: CellSpec, values: dict[str, Any]) -> None:
+    """Raises unless the options of a function are of the right types and in range."""
+    if (
+        type(values["has_biases"])
+        is type(values["train"])
+        is type(values["bidirectional"])
+        is type(values["batch_first"])
+        is bool
+        and type(values["num_layers"]) is int
+        and values["num_layers"] > 0
+        and type(values["dropout"]) is float
+        and 0 <= values["dropout"] <= 1
+    ):
+        return
+    try:
+        _search_options(spec.name, values)
+    except _Found as found:
+        error = found.error
+    else:
+        return
+    raise error
+
+
+def is_bool(value: Any) -> bool:
+    """Whether torch's operators take this as a bool."""
+    cls = type(value)
+    return isinstance(value, bool) or (cls.__module__ == "numpy" and cls.__name__[:4] == "bool")
+
+
+def _search_options(owner: str, values: dict[str, Any]) -> None:
+    for name in ("has_biases", "train", "bidirectional", "batch_first"):
+        if not is_bool(values[name]):
+            _wrong(TypeError, owner, name, "a bool", describe(values[name]))
+    num_layers, dropout = values["num_layers"], values["dropout"]
+    try:
+        layers = operator.index(num_layers)
+    except TypeError:
+        layers = 0
+    if layers <= 0:
+        _wrong(ValueError, owner, "num_layers", "a positive int", describe(num_layers))
+    if not isinstance(dropout, numbers.Real):
+        _wrong(TypeError, owner, "dropout", "a number from 0 to 1", describe(dropout))
+    if values["train"] and layers > 1 and not 0 <= float(dropout) <= 1:
+        _wrong(ValueError, owner, "dropout", "a number from 0 to 1", describe(dropout))
+
+
+def _search_constructor(
+    owner: str, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """In the words that torch.nn has for some of these."""
+    values = dict(zip(names, args, strict=False)) | kwargs
+    for name in ("bias", "batch_first", "bidirectional"):
+        value = values.get(name, False)
+        if not is_bool(value):
+            raise _Found(TypeError(f"{name} should be of type bool, got: {type(value).__name__}"))
+    for name in ("input_size", "hidden_size", "num_layers", "proj_size"):
+        value = values.get(name, 1)
+        try:
+            operator.index(value)
+        except TypeError:
+            raise _Found(
+                TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+            ) from None
+    for name in ("input_size", "hidden_size"):
+        if owner.endswith("Cell") and values.get(name, 1) < 0:  # torch has words for layers
+            _wrong(ValueError, owner, name, "0 or more", describe(values[name]))
+    dropout = values.get("dropout", 0.0)
+    if not isinstance(dropout, numbers.Real) or not 0 <= float(dropout) <= 1:
+        raise _Found(
+            ValueError(
+                "dropout should be a number in range [0, 1] representing the probability of an "
+                "element being zeroed"
+            )
+        )
+    dtype, device = values.get("dtype"), values.get("device")
+    is_dtype = isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+    if dtype is not None and dtype not in (float, complex) and not is_dtype:
+        expected = "a floating-point or complex torch.dtype"
+        _wrong(TypeError, owner, "dtype", expected, describe(dtype))
+    if device is not None and not isinstance(device, (torch.device, str, int)):
+        _wrong(TypeError, owner, "device", "a torch.device, str, int or None", describe(device))
