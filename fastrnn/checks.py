@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.spec import BY_MODE, CellSpec
@@ -71,6 +72,8 @@ def explain_constructor(name: str, names: Sequence[str], args: Any, kwargs: Any)
 
 
 def _explain(search: Callable[..., None], *arguments: Any) -> None:
+    if any(isinstance(argument, Proxy) for argument in arguments):
+        return  # torch.fx traces, and says itself what it cannot
     try:
         search(*arguments)
     except _Found as found:

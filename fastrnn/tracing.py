@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.jit._trace import is_tracing as _is_tracing
+from torch.nn.utils import parametrize
 
 _R = TypeVar("_R")
 
@@ -72,13 +73,21 @@ def check_scriptable(module: nn.Module, names: Iterable[str]) -> None:
     pruning, weight norm or spectral norm, would stay what it was when the module was compiled.
     """
     for name in names:
-        if name in module._parameters and module._parameters[name] is not None:
+        if module._parameters.get(name) is not None:
             continue
-        computed = getattr(module, name, None) is not None
-        found = "one that is computed (parametrization, pruning)" if computed else "None"
+        if parametrize.is_parametrized(module, name):
+            how = f"call torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+        elif f"{name}_mask" in module._buffers:
+            how = f"call torch.nn.utils.prune.remove(module, {name!r})"
+        elif f"{name}_g" in module._parameters:
+            how = f"call torch.nn.utils.remove_weight_norm(module, {name!r})"
+        elif f"{name}_u" in module._buffers:
+            how = f"call torch.nn.utils.remove_spectral_norm(module, {name!r})"
+        else:
+            how = f"set module.{name} = torch.nn.Parameter(...)"
+        found = "None" if getattr(module, name, None) is None else "a weight that is computed"
+        cls = parametrize.type_before_parametrizations(module)
         raise RuntimeError(
-            f"torch.jit.script: {type(module).__name__}.{name} must be a Parameter, got {found}. "
-            "Make it one first (torch.nn.utils.parametrize.remove_parametrizations, "
-            "torch.nn.utils.prune.remove), or use torch.jit.trace or torch.export, which capture "
-            "the computation."
+            f"torch.jit.script: {name} of {cls.__name__} must be a Parameter, got {found}. First "
+            f"{how}, or use torch.jit.trace or torch.export, which capture the computation."
         )

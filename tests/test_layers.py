@@ -37,7 +37,7 @@ OUTSIDE = {
     "cuda": CUDA_TOOLKIT,
     "torch": STABLE_TORCH,
     "torch_cuda": f"{STABLE_TORCH}|{CUDA_TOOLKIT}",
-    "bindings": r"pybind11/.+",
+    "bindings": r"pybind11/.+|unistd\.h|sys/syscall\.h",
 }
 # Headers of C++ have no dot in their name; cells compile for CUDA and on vector types, where hardly
 # any of them exist.

@@ -64,7 +64,7 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator, top_k: 
     """
     known = logits.clone()
     known[Vocabulary.UNKNOWN] = -torch.inf
-    if temperature == 0:
+    if temperature < torch.finfo(known.dtype).tiny:  # 0, or rounded to 0 in the division below
         return int(known.argmax())
     # The largest logit becomes 0 before the division, so a tiny temperature cannot overflow.
     known = (known - known.max()) / temperature
