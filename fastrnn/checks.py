@@ -67,7 +67,9 @@ def explain_constructor(name: str, names: Sequence[str], args: Any, kwargs: Any)
         names: of the positional arguments.
         args, kwargs: as the constructor got them.
     """
-    if str(sys.exc_info()[1]).partition(" ")[0] not in names:  # torch's words name it
+    message = str(sys.exc_info()[1])
+    is_clear = message.partition(" ")[0] in names or "unexpected keyword" in message
+    if not is_clear:  # torch's words do not name it
         _explain(_search_constructor, name, names, args, kwargs)
 
 

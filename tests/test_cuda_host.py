@@ -287,6 +287,7 @@ def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[K
     """The harness in place of the operators, for CPU tensors; it must have been used."""
     kernels = Kernels(library)
     monkeypatch.setattr(ops, "forward", kernels.forward)
+    monkeypatch.setattr(ops, "_forward", kernels.forward)
     monkeypatch.setattr(ops, "_backward", kernels.backward)
     yield kernels
     persistent = kernels.choice == PERSISTENT

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support import CELLS, Case, CountOps, build, make_step, pack, reference_math
-from tolerance import assert_same_in_double
+from tolerance import Change, assert_agrees, assert_same_in_double, widen
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
@@ -205,11 +205,13 @@ class TestForwardMode:
         case, wide = Case(cell, dtype=torch.float32), Case(cell)
         primals = case.plain()
         tangents = directions_like(primals)
-        _, got = jvp(case, primals, tangents)
-        _, expected = jvp(
-            wide, tuple(p.double() for p in primals), tuple(t.double() for t in tangents)
-        )
-        assert_all_close(got, [value.float() for value in expected])
+
+        def exact(change: Change) -> Any:
+            given = (tuple(change(t) for t in tensors) for tensors in (primals, tangents))
+            return list(jvp(wide, *given)[1])
+
+        got = list(jvp(case, primals, tangents)[1])
+        assert_agrees(got, [value.float() for value in exact(widen)], exact)
 
 
 class TestFunc:

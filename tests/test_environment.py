@@ -144,11 +144,12 @@ def test_any_other_pair_is_silent(
 
 @pytest.fixture
 def restored_precision() -> Iterator[None]:
-    cudnn = torch.backends.cudnn
-    before = cudnn.rnn.fp32_precision
-    yield
+    """Starts from cuDNN's default; the two switches are one to the older way of setting them."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     cudnn.allow_tf32 = True
-    cudnn.rnn.fp32_precision = before
+    yield
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 @pytest.mark.usefixtures("restored_precision")
