@@ -303,6 +303,8 @@ PYBIND11_MODULE(_C, m) {
         "Bytes of CPU buffers that are kept ready for the next call.");
   m.def("release_kept_buffers", &fastrnn::cpu::release_kept_buffers,
         "Gives the kept CPU buffers back to the system.");
+  m.def("fresh_buffers", &fastrnn::cpu::fresh_buffers,
+        "Number of CPU buffers that were allocated since the process started.");
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
         py::arg("threads") = 1, py::arg("training") = false, py::arg("directions") = 1,

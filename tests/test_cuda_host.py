@@ -25,7 +25,7 @@ from support import CELLS, DTYPES, build, check, pack, random
 from tolerance import Change, assert_agrees, assert_is_between
 from torch import Tensor, nn
 
-from fastrnn import ops, reference
+from fastrnn import functional, ops, reference
 from fastrnn.spec import CELLS as SPECS
 from fastrnn.spec import split_weights
 
@@ -288,6 +288,7 @@ def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[K
     kernels = Kernels(library)
     monkeypatch.setattr(ops, "forward", kernels.forward)
     monkeypatch.setattr(ops, "_forward", kernels.forward)
+    monkeypatch.setattr(functional, "torch_computes_half_step", lambda *_: False)
     monkeypatch.setattr(ops, "_backward", kernels.backward)
     yield kernels
     persistent = kernels.choice == PERSISTENT

@@ -149,6 +149,7 @@ def restored_precision() -> Iterator[None]:
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     cudnn.allow_tf32 = True
     yield
+    cudnn.allow_tf32 = True  # sets a flag of its own too
     cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 

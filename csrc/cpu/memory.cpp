@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -16,7 +18,12 @@
 namespace fastrnn::cpu {
 namespace {
 
-constexpr std::size_t kMostKept = std::size_t(256) << 20;  // bytes; the oldest go first
+// Limits of the kept bytes; see most_kept.
+constexpr std::size_t kMostKept = std::size_t(256) << 20;
+constexpr std::size_t kLeastKept = std::size_t(16) << 20;
+// A kept buffer that this many acquisitions have passed over is freed. A training step acquires
+// four buffers per layer, so the first of 16 layers still finds its buffers in the next step.
+constexpr std::uint64_t kPatience = 64;
 constexpr std::size_t kHugePage = std::size_t(2) << 20;
 
 // Sizes are rounded up to eighths of a power of two, so that a buffer fits the next call too if its
@@ -50,38 +57,88 @@ bool poisoned() {
 struct Kept {
   void* buffer;
   std::size_t bytes;
+  std::uint64_t released;  // number of acquisitions before its release
 };
 
-struct Shelf {
+std::atomic<std::size_t> used_bytes{0};  // of all acquired buffers
+std::atomic<std::size_t> fresh_count{0};
+
+struct BufferCache {
   std::mutex mutex;
   std::vector<Kept> kept;  // oldest first
-  std::size_t bytes = 0;
+  std::size_t bytes = 0;   // of kept
+  std::uint64_t acquisitions = 0;
+  // Largest used_bytes during the current kPatience acquisitions and during those before.
+  std::size_t peak = 0;
+  std::size_t last_peak = 0;
+
+  // Forward, backward and gradients each use one workspace, the last two beside d_pre. None of
+  // these uses exceeds the peak, so three times the peak holds all buffers of a training step.
+  std::size_t most_kept() const {
+    return std::clamp(3 * std::max(peak, last_peak), kLeastKept, kMostKept);
+  }
+
+  void count_acquisition() {
+    const std::size_t used = used_bytes.load(std::memory_order_relaxed);
+    if (acquisitions++ % kPatience == 0) {
+      last_peak = peak;
+      peak = 0;
+    }
+    peak = std::max(peak, used);
+  }
+
+  // Null if no kept buffer has this size.
+  void* acquire(std::size_t size) {
+    for (auto found = kept.rbegin(); found != kept.rend(); ++found) {  // the newest is warmest
+      if (found->bytes != size) continue;
+      void* buffer = found->buffer;
+      bytes -= size;
+      kept.erase(std::next(found).base());
+      return buffer;
+    }
+    return nullptr;
+  }
+
+  void discard_oldest() {
+    bytes -= kept.front().bytes;
+    discard(kept.front().buffer, kept.front().bytes);
+    kept.erase(kept.begin());
+  }
+
+  void discard_unused() {
+    while (!kept.empty() && acquisitions - kept.front().released > kPatience) discard_oldest();
+  }
 };
 
-Shelf& shelf() {
-  static Shelf* the_shelf = new Shelf;  // outlives every tensor that gives its buffer back at exit
-  return *the_shelf;
+BufferCache& buffer_cache() {
+  static BufferCache* the_cache = new BufferCache;  // outlives tensors that release at exit
+  return *the_cache;
 }
 
 }  // namespace
 
 void* take_buffer(std::size_t wanted) {
   const std::size_t bytes = rounded(wanted);
+  used_bytes.fetch_add(bytes, std::memory_order_relaxed);
   void* found = nullptr;
   {
-    Shelf& s = shelf();
-    const std::unique_lock lock(s.mutex, std::try_to_lock);
+    BufferCache& cache = buffer_cache();
+    const std::unique_lock lock(cache.mutex, std::try_to_lock);
     if (lock.owns_lock()) {
-      for (auto kept = s.kept.rbegin(); kept != s.kept.rend(); ++kept) {  // the newest is warmest
-        if (kept->bytes != bytes) continue;
-        found = kept->buffer;
-        s.bytes -= bytes;
-        s.kept.erase(std::next(kept).base());
-        break;
-      }
+      cache.count_acquisition();
+      found = cache.acquire(bytes);
+      cache.discard_unused();
     }
   }
-  if (found == nullptr) found = fresh(bytes);
+  if (found == nullptr) {
+    try {
+      found = fresh(bytes);
+    } catch (...) {
+      used_bytes.fetch_sub(bytes, std::memory_order_relaxed);
+      throw;
+    }
+    fresh_count.fetch_add(1, std::memory_order_relaxed);
+  }
   if (poisoned()) {
     const float nan = std::numeric_limits<float>::quiet_NaN();  // two of them: a double NaN as well
     for (std::size_t at = 0; at + 4 <= bytes; at += 4)
@@ -92,17 +149,14 @@ void* take_buffer(std::size_t wanted) {
 
 void give_buffer(void* buffer, std::size_t wanted) noexcept {
   const std::size_t bytes = rounded(wanted);
-  Shelf& s = shelf();
-  const std::unique_lock lock(s.mutex, std::try_to_lock);
-  if (!lock.owns_lock() || bytes > kMostKept) return discard(buffer, bytes);
-  while (s.bytes + bytes > kMostKept) {
-    s.bytes -= s.kept.front().bytes;
-    discard(s.kept.front().buffer, s.kept.front().bytes);
-    s.kept.erase(s.kept.begin());
-  }
+  used_bytes.fetch_sub(bytes, std::memory_order_relaxed);
+  BufferCache& cache = buffer_cache();
+  const std::unique_lock lock(cache.mutex, std::try_to_lock);
+  if (!lock.owns_lock() || bytes > cache.most_kept()) return discard(buffer, bytes);
+  while (cache.bytes + bytes > cache.most_kept()) cache.discard_oldest();
   try {
-    s.kept.push_back({buffer, bytes});
-    s.bytes += bytes;
+    cache.kept.push_back({buffer, bytes, cache.acquisitions});
+    cache.bytes += bytes;
   } catch (const std::bad_alloc&) {
     discard(buffer, bytes);
   }
@@ -119,17 +173,17 @@ void use_huge_pages(void* buffer, std::size_t bytes) noexcept {
 }
 
 std::size_t kept_bytes() {
-  Shelf& s = shelf();
-  const std::lock_guard lock(s.mutex);
-  return s.bytes;
+  BufferCache& cache = buffer_cache();
+  const std::lock_guard lock(cache.mutex);
+  return cache.bytes;
 }
 
+std::size_t fresh_buffers() { return fresh_count.load(std::memory_order_relaxed); }
+
 void release_kept_buffers() {
-  Shelf& s = shelf();
-  const std::lock_guard lock(s.mutex);
-  for (const Kept& kept : s.kept) discard(kept.buffer, kept.bytes);
-  s.kept.clear();
-  s.bytes = 0;
+  BufferCache& cache = buffer_cache();
+  const std::lock_guard lock(cache.mutex);
+  while (!cache.kept.empty()) cache.discard_oldest();
 }
 
 }  // namespace fastrnn::cpu

@@ -3,6 +3,10 @@
 // for the next one. Any number of graphs and threads may hold buffers at once. Nobody ever waits
 // here: where another thread is inside, a buffer comes straight from the system and goes straight
 // back, so a forked child cannot inherit a lock that nobody opens.
+//
+// A buffer that the last 64 acquisitions passed over is freed, and the kept buffers are limited to
+// three times the memory that recent calls used at once, within 16 and 256 MiB. So a training loop
+// keeps all its buffers, and a program of many shapes does not keep old ones.
 #pragma once
 
 #include <cstddef>
@@ -20,9 +24,12 @@ FASTRNN_EXPORT void give_buffer(void* buffer, std::size_t bytes) noexcept;
 // written.
 FASTRNN_EXPORT void use_huge_pages(void* buffer, std::size_t bytes) noexcept;
 
-// Bytes that lie ready, and the way to give them all back to the system.
+// Bytes of the buffers that are ready for the next call.
 FASTRNN_EXPORT std::size_t kept_bytes();
+// Frees them all.
 FASTRNN_EXPORT void release_kept_buffers();
+// Number of buffers that were allocated since the process started.
+FASTRNN_EXPORT std::size_t fresh_buffers();
 
 // A buffer for the length of a call.
 class Workspace {
