@@ -139,7 +139,8 @@ def used():
 
 def call():
     name = rng.choice(["RNN", "LSTM", "GRU"])
-    steps, batch, width, hidden = (rng.randint(1, n) for n in (30, 60, 128, 200))
+    # a single step in a half type is torch's own, for which oneDNN keeps what it has compiled
+    steps, batch, width, hidden = (rng.randint(2, n) for n in (30, 60, 128, 200))
     options = {"num_layers": rng.randint(1, 2), "bidirectional": rng.random() < 0.3}
     dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16])
     module = getattr(fastrnn, name)(width, hidden, dtype=dtype, **options)
