@@ -1,6 +1,7 @@
 """A character-level language model: the textbook's CharRNN, grown into a tool.
 
     errors      what goes wrong, said in one sentence
+    files       reading of regular files, and of nothing else
     config      every option of a training run, checked in one place
     data        text -> vocabulary -> parallel streams of characters
     model       embedding -> recurrent layers -> linear decoder

@@ -18,17 +18,18 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .config import Config
+from .config import Config, is_number
 from .data import Vocabulary
 from .errors import CharlmError, CheckpointError, TrainingError
+from .files import read_regular_file
 from .train import Evaluation, Trainer
 
 FORMAT: Final = "fastrnn-charlm"
@@ -166,58 +167,153 @@ def load(path: Path) -> Checkpoint:
     """
     document = _read_document(path)
     try:
-        reference = document["tensors"]
-        file = path.with_name(_plain_name(reference["file"]))
+        file, digest = _tensors_file(document)
+        vocabulary = Vocabulary(_list_of(str, document, "vocabulary"))
+        if not vocabulary.characters:
+            raise CheckpointError("'vocabulary' is empty")
         checkpoint = Checkpoint(
             path=path,
-            config=Config.from_json(document["config"]),
-            vocabulary=Vocabulary(document["vocabulary"]),
-            step=int(document["step"]),
-            text=dict(document["text"]),
-            evaluations=[Evaluation(**values) for values in document["evaluations"]],
-            seconds=float(document["seconds"]),
-            tensors=_read_tensors(file, str(reference["sha256"])),
+            config=Config.from_json(_value(dict, document, "config")),
+            vocabulary=vocabulary,
+            step=_value(int, document, "step"),
+            text=_text(document),
+            evaluations=[_evaluation(values) for values in _list_of(dict, document, "evaluations")],
+            seconds=_number(document, "seconds"),
+            tensors=_read_tensors(path.with_name(file), digest),
         )
-    except CheckpointError:
+        _check_sizes(checkpoint)
+    except _UnreadableTensors:
         raise
     except CharlmError as error:
         raise CheckpointError(f"{path}: is damaged or of another version: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error!r})") from error
     return checkpoint
 
 
-def _read_document(path: Path) -> Mapping[str, Any]:
+class _UnreadableTensors(CheckpointError):
+    """The file of the tensors is at fault, and the sentence names it."""
+
+
+def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        document = json.loads(read_regular_file(path, CheckpointError))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not a checkpoint (not JSON)") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a checkpoint of fastrnn charlm")
-    if document.get("version") != VERSION:
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:
         raise CheckpointError(
-            f"{path}: has version {document.get('version')}, this fastrnn reads version {VERSION}"
+            f"{path}: has version {version!r}, this fastrnn reads version {VERSION}"
         )
     return document
 
 
-def _plain_name(name: str) -> str:
-    """Refuses a name that leads out of the checkpoint's folder."""
-    if Path(name).name != name:
-        raise ValueError(f"{name!r} is not a file name")
-    return name
+# -- the values of the JSON, each of which can be missing or of a wrong type ----------------------
+
+_Value = TypeVar("_Value")
+_NAMES: Final = {dict: "an object", list: "a list", int: "a whole number", str: "a string"}
+
+
+def _value(kind: type[_Value], values: Mapping[str, Any], name: str) -> _Value:
+    """Returns one value of exactly this type (a bool is no int).
+
+    Raises:
+        CheckpointError: the value is missing or of another type.
+    """
+    if name not in values:
+        raise CheckpointError(f"{name!r} is missing")
+    value = values[name]
+    if type(value) is not kind:
+        raise CheckpointError(f"{name!r} must be {_NAMES[kind]}, got {_shortened(value)}")
+    return value
+
+
+def _list_of(kind: type[_Value], values: Mapping[str, Any], name: str) -> list[_Value]:
+    items = _value(list, values, name)
+    for item in items:
+        if type(item) is not kind:
+            raise CheckpointError(
+                f"{name!r} must be a list whose items are each {_NAMES[kind]}, "
+                f"got the item {_shortened(item)}"
+            )
+    return items
+
+
+def _number(values: Mapping[str, Any], name: str) -> float:
+    if name not in values:
+        raise CheckpointError(f"{name!r} is missing")
+    if not is_number(values[name]):
+        raise CheckpointError(f"{name!r} must be a finite number, got {_shortened(values[name])}")
+    return float(values[name])
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _text(document: Mapping[str, Any]) -> dict[str, Any]:
+    text = _value(dict, document, "text")
+    return {
+        "files": _list_of(str, text, "files"),
+        "encoding": _value(str, text, "encoding"),
+        "sha256": _value(str, text, "sha256"),
+    }
+
+
+def _evaluation(values: Mapping[str, Any]) -> Evaluation:
+    names = [field.name for field in fields(Evaluation) if field.name != "step"]
+    return Evaluation(
+        step=_value(int, values, "step"), **{name: _number(values, name) for name in names}
+    )
+
+
+def _tensors_file(document: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the name of the file of the tensors, and its SHA-256.
+
+    Raises:
+        CheckpointError: the name leads out of the checkpoint's folder.
+    """
+    reference = _value(dict, document, "tensors")
+    name = _value(str, reference, "file")
+    if Path(name).name != name or name in ("", ".."):
+        raise CheckpointError(f"'file' must be the name of a file, got {_shortened(name)}")
+    return name, _value(str, reference, "sha256")
+
+
+# -- the tensors ----------------------------------------------------------------------------------
 
 
 def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    data = read_regular_file(path, _UnreadableTensors)
     if hashlib.sha256(data).hexdigest() != digest:
-        raise CheckpointError(f"{path}: is damaged (its checksum differs)")
+        raise _UnreadableTensors(f"{path}: is damaged (its checksum differs)")
     try:
-        return safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: is damaged ({error})") from error
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
+        raise _UnreadableTensors(f"{path}: is damaged ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise _UnreadableTensors(
+                f"{path}: is damaged ({name!r} has values that are not finite)"
+            )
+    return tensors
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Compares the sizes in the options with the tensors, before a model of these sizes is built.
+
+    Raises:
+        CheckpointError: a tensor is missing or has the wrong shape.
+    """
+    config, symbols = checkpoint.config, len(checkpoint.vocabulary)
+    last = f"model.recurrent.weight_hh_l{config.layers - 1}"
+    shapes = {
+        "model.embedding.weight": (symbols, config.embedding_size),
+        "model.decoder.weight": (symbols, config.hidden),
+        last: (None, config.hidden),
+    }
+    for name, shape in shapes.items():
+        found = checkpoint.tensors[name].shape if name in checkpoint.tensors else ()
+        if len(found) != 2 or any(a not in (None, b) for a, b in zip(shape, found, strict=True)):
+            raise CheckpointError(f"{name!r} is missing or has the wrong shape")

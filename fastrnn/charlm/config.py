@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
@@ -98,20 +99,29 @@ def option_name(field: str) -> str:
     return _CHECKS[field][0]
 
 
+_DEVICE: Final = r"cpu|cuda(:(0|[1-9][0-9]?))?"
+
 _Check = tuple[str, Callable[[Any], bool], str]
 
 
-def _whole(option: str, least: int) -> _Check:
+def is_number(value: object) -> bool:
+    """Whether this is an int or a float that a float64 can hold: no bool, NaN or infinity."""
+    # The comparison is false for NaN, and exact for an int of any size.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+def _whole(option: str, least: int, most: int | None = None) -> _Check:
     def check(value: Any) -> bool:
         # 2**31 keeps every product of two options inside 64 bits.
-        return type(value) is int and least <= value < 2**31
+        return type(value) is int and least <= value <= (2**31 - 1 if most is None else most)
 
-    return option, check, f"a whole number from {least} up"
+    wanted = f"a whole number from {least} " + ("up" if most is None else f"to {most}")
+    return option, check, wanted
 
 
 def _real(option: str, allowed: Callable[[float], bool], wanted: str) -> _Check:
     def check(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value) and allowed(value)
+        return is_number(value) and allowed(value)
 
     return option, check, wanted
 
@@ -143,11 +153,8 @@ _CHECKS: Final[dict[str, _Check]] = {
     "backend": _choice("--backend", BACKENDS),
     "device": (
         "--device",
-        lambda value: (
-            isinstance(value, str)
-            and (value in ("cpu", "cuda") or (value.startswith("cuda:") and value[5:].isdecimal()))
-        ),
+        lambda value: isinstance(value, str) and re.fullmatch(_DEVICE, value) is not None,
         "cpu, cuda or cuda:N",
     ),
-    "threads": _whole("--threads", 0),
+    "threads": _whole("--threads", 0, 1024),
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
-import stat
 import sys
 import sysconfig
 import zlib
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
+from .files import read_regular_file
 
 STANDARD_LIBRARY_LIMIT: Final = 4_000_000  # characters; one pass of the default run
 RARE: Final = 100_000  # a character seen less often than once in so many is unknown
@@ -90,16 +90,7 @@ def read_files(paths: Sequence[str | os.PathLike[str]], encoding: str = "utf-8")
 
 
 def _read_file(path: Path, encoding: str) -> str:
-    try:
-        kind = path.stat().st_mode
-        if stat.S_ISDIR(kind):
-            raise DataError(f"{path}: is a folder, not a text file")
-        if not stat.S_ISREG(kind):
-            raise DataError(f"{path}: is not a regular file")
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"{path}: cannot be read ({reason})") from error
+    data = read_regular_file(path, DataError)
     if not data:
         raise DataError(f"{path}: is empty")
     if encoding == "utf-8" and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

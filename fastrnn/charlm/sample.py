@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .data import Vocabulary
+from .errors import TrainingError
 from .model import CharRNN
 
 
@@ -61,13 +62,20 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator, top_k: 
         temperature: as in `generate`.
         generator: CPU random numbers.
         top_k: as in `generate`.
+
+    Raises:
+        TrainingError: a logit is NaN or infinite.
     """
+    if not logits.isfinite().all():
+        raise TrainingError("the model's logits are not finite numbers, its weights are unusable")
     known = logits.clone()
     known[Vocabulary.UNKNOWN] = -torch.inf
-    if temperature < torch.finfo(known.dtype).tiny:  # 0, or rounded to 0 in the division below
+    if temperature == 0:
         return int(known.argmax())
-    # The largest logit becomes 0 before the division, so a tiny temperature cannot overflow.
-    known = (known - known.max()) / temperature
+    # The largest logit becomes 0 before the division, and float32 can hold the divisor: 0 / 0 and
+    # -inf / inf would be NaN.
+    limits = torch.finfo(known.dtype)
+    known = (known - known.max()) / min(max(temperature, limits.tiny), limits.max)
     if 0 < top_k < known.numel():
         known[known < known.topk(top_k).values[-1]] = -torch.inf
     return int(torch.multinomial(known.softmax(0), 1, generator=generator))

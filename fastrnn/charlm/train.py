@@ -215,13 +215,16 @@ class Trainer:
         """Puts back what `tensors` gave.
 
         Raises:
-            CheckpointError: names or shapes are not those of this model.
+            CheckpointError: names, shapes or types are not those of this model.
         """
         losses = tensors.get("losses")
-        expected = self._expected_shapes(trained=losses is not None and losses.numel() > 0)
-        for name, shape in expected.items():
-            if name not in tensors or (shape is not None and tensors[name].shape != shape):
-                raise CheckpointError(f"{name!r} is missing or has the wrong shape")
+        if losses is None or losses.dim() != 1 or losses.dtype != torch.float64:
+            raise CheckpointError("'losses' is missing or has the wrong shape")
+        expected = self._expected(trained=losses.numel() > 0)
+        for name, like in expected.items():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise CheckpointError(f"{name!r} is missing or has the wrong shape or type")
         load_weights(self.model, tensors)
         device = self.config.device
         state: dict[int, dict[str, Tensor]] = {}
@@ -243,18 +246,19 @@ class Trainer:
         self.evaluations = list(evaluations)
         self.seconds = seconds
 
-    def _expected_shapes(self, trained: bool) -> dict[str, torch.Size | None]:
-        shapes: dict[str, torch.Size | None] = {
-            f"model.{name}": value.shape for name, value in self.model.state_dict().items()
+    def _expected(self, trained: bool) -> dict[str, Tensor]:
+        """Tensors of the shapes and types that `tensors` returns, by name, without the losses."""
+        expected: dict[str, Tensor] = {
+            f"model.{name}": value for name, value in self.model.state_dict().items()
         }
         if trained:
             for name, parameter in self.model.named_parameters():
-                shapes[f"optimizer.{name}.step"] = torch.Size(())
-                shapes[f"optimizer.{name}.exp_avg"] = parameter.shape
-                shapes[f"optimizer.{name}.exp_avg_sq"] = parameter.shape
+                expected[f"optimizer.{name}.step"] = torch.tensor(0.0, dtype=torch.float32)
+                expected[f"optimizer.{name}.exp_avg"] = parameter
+                expected[f"optimizer.{name}.exp_avg_sq"] = parameter
         states = self.state if isinstance(self.state, tuple) else (self.state,)
-        shapes |= {f"state.{index}": value.shape for index, value in enumerate(states)}
-        return shapes | {"random.0": self._random[0].shape, "losses": None}
+        expected |= {f"state.{index}": value for index, value in enumerate(states)}
+        return expected | {"random.0": self._random[0]}
 
     # -- random numbers of its own -------------------------------------------------------------
 
