@@ -48,7 +48,7 @@ from torch.autograd import forward_ad
 
 from fastrnn import autocast, checks, onnx_nodes, ops, reference
 from fastrnn.spec import CELLS, CellSpec, split_weights
-from fastrnn.tracing import is_tracing, is_written_down, size, unrecorded
+from fastrnn.tracing import is_in_onnx_export, is_tracing, is_written_down, size, unrecorded
 
 __all__ = ["gru", "lstm", "rnn_relu", "rnn_sigmoid", "rnn_tanh"]
 
@@ -522,6 +522,8 @@ def _run_alike(
         return _native(spec, x, batch_sizes, h0, c0, params, num_layers, dropout, batch_first)
     if is_written_down():
         layer = _written(spec)
+        if layer in (None, onnx_nodes.layer) and c0 is not None:
+            onnx_nodes.check_projection(size(h0, -1), size(c0, -1))
         if layer is None:
             return _native(spec, x, batch_sizes, h0, c0, params, num_layers, dropout, batch_first)
     elif half_weights and layer is ops.layer:
@@ -688,7 +690,7 @@ def _run_cell_alike(
     layer = ops.layer if size(h, 1) > 0 and _route(x) is ops.layer else ops.composite
     if layer is ops.layer and is_written_down():
         # ONNX has no cells, but all that a step is made of
-        layer = ops.composite if torch.onnx.is_in_onnx_export() else ops.written_layer
+        layer = ops.composite if is_in_onnx_export() else ops.written_layer
     _, h_n, c_n = layer(x, h, c, params, None, spec)
     return h_n, c_n
 
@@ -761,7 +763,7 @@ def _written(spec: CellSpec) -> reference.Layer | None:
 
     For ONNX a layer is a node of its own; the older exporter makes that of torch's operators only.
     """
-    if not torch.onnx.is_in_onnx_export():
+    if not is_in_onnx_export():
         return ops.written_layer
     if not is_tracing():
         return onnx_nodes.layer

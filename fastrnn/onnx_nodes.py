@@ -43,11 +43,8 @@ def layer(
         )
     directions, batch, hidden = h0.shape[0], x.shape[1], h0.shape[2]
     ways = split_weights(weights, directions)
-    if ways[0].w_hr is not None:
-        raise RuntimeError(
-            "torch.onnx.export: ONNX has no LSTM with a projection, expected proj_size 0, "
-            f"got {hidden}"
-        )
+    if c0 is not None:
+        check_projection(hidden, c0.shape[2])
     inputs: list[Tensor | None] = [
         x,
         torch.stack([_in_order(w.w_ih, spec) for w in ways]),
@@ -83,6 +80,15 @@ def layer(
     )
     y = y.transpose(1, 2).reshape(x.shape[0], batch, directions * hidden)
     return y, states[0], states[1] if c0 is not None else None
+
+
+def check_projection(size: int, hidden: int) -> None:
+    """Raises for an LSTM whose outputs [..,R] are not as wide as its cell state [..,H]."""
+    if size != hidden:
+        raise RuntimeError(
+            "torch.onnx.export: ONNX has no LSTM with a projection, expected proj_size 0, "
+            f"got {size}"
+        )
 
 
 def _in_order(weight: Tensor, spec: CellSpec) -> Tensor:

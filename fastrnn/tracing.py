@@ -22,6 +22,17 @@ def is_written_down() -> bool:
     return torch.compiler.is_exporting() or is_tracing()
 
 
+def is_in_onnx_export() -> bool:
+    """Whether ``torch.onnx.export`` runs."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler. Dynamo takes torch's
+# own function for False, so the exporter's second attempt, through Dynamo, would hide the errors of
+# the first.
+is_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unrecorded(function: Callable[..., _R], *arguments: object) -> _R:
     """Calls a function in such a way that ``torch.jit.trace`` does not see it.
 

@@ -193,3 +193,54 @@ class TestNothingIsLeftOutInSilence:
             warnings.simplefilter("error")
             fastrnn.LSTM(4, 8).qconfig = None
             fastrnn.LSTMCell(4, 8).qconfig = torch.ao.quantization.default_dynamic_qconfig
+
+
+class TestStatic:
+    """`prepare` and `convert` have no quantized form for fastrnn's modules."""
+
+    class Model(nn.Module):
+        def __init__(self, recurrent: nn.Module, around: bool) -> None:
+            super().__init__()
+            self.quant, self.dequant = (
+                torch.ao.quantization.QuantStub(),
+                torch.ao.quantization.DeQuantStub(),
+            )
+            self.encoder, self.recurrent, self.decoder = nn.Linear(4, 4), recurrent, nn.Linear(8, 2)
+            self.before = torch.ao.quantization.DeQuantStub() if around else nn.Identity()
+            self.behind = torch.ao.quantization.QuantStub() if around else nn.Identity()
+            self.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.before(self.encoder(self.quant(x)))
+            result = self.recurrent(x)
+            h = result if isinstance(result, Tensor) else result[0]
+            return self.dequant(self.decoder(self.behind(h)))  # type: ignore[no-any-return]
+
+    @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
+    @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "LSTMCell", "GRUCell"])
+    def test_a_module_that_stays_float_is_named(self, name: str) -> None:
+        model = self.Model(getattr(fastrnn, name)(4, 8), around=False).eval()
+        x = torch.randn(3, 4) if name.endswith("Cell") else torch.randn(5, 3, 4)
+        expected = f"prepare leaves a fastrnn.{name} in floating point: torch looks for its own"
+        with pytest.warns(UserWarning, match=expected) as caught:
+            prepared = torch.ao.quantization.prepare(model)
+        assert any(entry.filename == __file__ for entry in caught)
+        prepared(x)
+        quantized = torch.ao.quantization.convert(prepared)
+        assert type(quantized.recurrent) is getattr(fastrnn, name)
+        with pytest.raises(RuntimeError, match="dense tensor, got a quantized one"):
+            quantized(x)
+
+    @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
+    def test_with_the_remedy(self) -> None:
+        model = self.Model(fastrnn.LSTM(4, 8), around=True).eval()
+        model.recurrent.qconfig = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prepared = torch.ao.quantization.prepare(model)
+        assert not any("floating point" in str(entry.message) for entry in caught)
+        x = torch.randn(5, 3, 4)
+        expected = prepared(x)
+        quantized = torch.ao.quantization.convert(prepared)
+        assert type(quantized.decoder) is not nn.Linear
+        assert (quantized(x) - expected).abs().max() < 0.1

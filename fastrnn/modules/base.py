@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import checks, functional, ops
-from fastrnn.modules.left_out import warn_if_left_out
+from fastrnn.modules.quantization_warning import warn_if_left_float
 from fastrnn.spec import BY_MODE
 from fastrnn.tracing import check_scriptable, is_tracing, leaf_call, unrecorded
 
@@ -100,7 +100,7 @@ class RecurrentBase(nn.RNNBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":
-            warn_if_left_out(self, value)
+            warn_if_left_float(self, value)
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
 from fastrnn import checks, functional
-from fastrnn.modules.left_out import warn_if_left_out
+from fastrnn.modules.quantization_warning import warn_if_left_float
 from fastrnn.spec import CELLS, CellSpec
 from fastrnn.tracing import check_scriptable, leaf_call
 
@@ -32,7 +32,7 @@ class CellBase(nn.RNNCellBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":
-            warn_if_left_out(self, value)
+            warn_if_left_float(self, value)
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> nn.Module:

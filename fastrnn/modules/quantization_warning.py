@@ -1,8 +1,8 @@
-"""A word where ``torch.ao.quantization.quantize_dynamic`` would pass over a module in silence.
+"""Warns where ``torch.ao.quantization`` would leave a module in floating point without a word.
 
-It looks for exact classes in a dictionary and leaves the rest in floating point. The one thing
-that a module sees of it is that its attribute ``qconfig`` is set; what was asked for stands in
-the arguments of the call.
+``quantize_dynamic`` and ``prepare`` look for exact classes in a dictionary and pass over the rest.
+The one thing that a module sees of them is that its attribute ``qconfig`` is set; what was asked
+for stands in the arguments of the call.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 
-def warn_if_left_out(module: nn.Module, qconfig: object) -> None:
-    """Warns if the ``quantize_dynamic`` that sets ``qconfig`` is asked for ``module`` in vain.
+def warn_if_left_float(module: nn.Module, qconfig: object) -> None:
+    """Warns if the call that sets ``qconfig`` leaves ``module`` in floating point.
 
     Args:
         module: a fastrnn module whose attribute ``qconfig`` is being set.
@@ -24,14 +24,24 @@ def warn_if_left_out(module: nn.Module, qconfig: object) -> None:
     """
     frame: FrameType | None = sys._getframe(1)
     level = 2
-    while frame is not None and not _is_quantize_dynamic(frame):
+    while frame is not None and not (_is_quantize_dynamic(frame) or _is_prepare(frame)):
         frame = frame.f_back
         level += 1
     if frame is None:
         return
-    arguments = frame.f_locals
     cls = parametrize.type_before_parametrizations(module)
     own = next((c for c in cls.__mro__ if c.__module__.startswith("fastrnn.")), cls)
+    name = f"fastrnn.{cls.__name__}" if cls is own else cls.__name__
+    if _is_prepare(frame):
+        if qconfig is not None:
+            reason = (
+                "torch looks for its own classes. Set its qconfig to None, and convert between the "
+                "types around it (DeQuantStub before, QuantStub behind), or use quantize_dynamic "
+                "with mapping=fastrnn.quantization_mapping()"
+            )
+            _warn("prepare", name, reason, frame, level)
+        return
+    arguments = frame.f_locals
     asked_for = qconfig is not None or any(
         isinstance(key, type)
         and key.__module__.startswith("torch.nn.")
@@ -52,11 +62,16 @@ def warn_if_left_out(module: nn.Module, qconfig: object) -> None:
         )
     else:
         reason = "torch does not look for subclasses"
+    _warn("quantize_dynamic", name, reason, frame, level)
+
+
+def _warn(function: str, name: str, reason: str, frame: FrameType | None, level: int) -> None:
+    """Warns at the line that called torch; ``frame`` is torch's, ``level`` frames up."""
     while frame is not None and _is_between(frame):
         frame = frame.f_back
         level += 1
-    name = f"fastrnn.{cls.__name__}" if cls is own else cls.__name__
-    warnings.warn(f"quantize_dynamic leaves a {name} in floating point: {reason}", stacklevel=level)
+    message = f"{function} leaves a {name} in floating point: {reason}"
+    warnings.warn(message, stacklevel=level + 1)
 
 
 def _is_quantize_dynamic(frame: FrameType) -> bool:
@@ -64,6 +79,14 @@ def _is_quantize_dynamic(frame: FrameType) -> bool:
         frame.f_code.co_name == "quantize_dynamic"
         and frame.f_globals.get("__name__") == "torch.ao.quantization.quantize"
         and {"model", "mapping", "qconfig_spec"} <= frame.f_locals.keys()
+    )
+
+
+def _is_prepare(frame: FrameType) -> bool:
+    """Whether this is the static quantization's ``prepare`` or ``prepare_qat``."""
+    return (
+        frame.f_code.co_name in ("prepare", "prepare_qat")
+        and frame.f_globals.get("__name__") == "torch.ao.quantization.quantize"
     )
 
 
