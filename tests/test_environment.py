@@ -146,10 +146,11 @@ def test_any_other_pair_is_silent(
 def restored_precision() -> Iterator[None]:
     """Starts from cuDNN's default; the two switches are one to the older way of setting them."""
     cudnn: Any = torch.backends.cudnn
+    allowed = cudnn.allow_tf32
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     cudnn.allow_tf32 = True
     yield
-    cudnn.allow_tf32 = True  # sets a flag of its own too
+    cudnn.allow_tf32 = allowed  # sets a flag of its own too
     cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
