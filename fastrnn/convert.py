@@ -83,9 +83,9 @@ def convert(model: M, *, return_report: bool = False) -> M | tuple[M, Conversion
     parametrizations, and references to a module from elsewhere. A model that is an ``nn.LSTM``
     itself works as well.
 
-    ``isinstance(module, nn.LSTM)`` is False of a converted module, so a loop that initialises layers
-    by their class skips it silently: look for ``nn.RNNBase`` (cells: ``nn.RNNCellBase``), for both
-    classes, or run the loop inside `patch`.
+    ``isinstance(module, nn.LSTM)`` is False of a converted module, so a loop that initialises
+    layers by their class skips it silently: look for ``nn.RNNBase`` (cells: ``nn.RNNCellBase``),
+    for both classes, or run the loop inside `patch`.
 
     Subclasses of ``nn.LSTM`` and its like are left alone, since their own ``forward`` may rely on
     torch's; a warning names them. Define such classes under `patch` instead.
