@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+import safetensors.torch
 from test_charlm import SMALL, trainer_for
 
 from fastrnn.charlm import checkpoint
@@ -150,6 +154,63 @@ def test_truncated_files(saved: Path, tmp_path: Path, keep: int) -> None:
             target.write_bytes(data[:keep] if target.name == damaged else data)
         with pytest.raises(CheckpointError):
             checkpoint.load(tmp_path / "latest.json")
+
+
+def replace_tensors(folder: Path, data: bytes) -> Path:
+    """Writes a checkpoint of these tensors, with their own checksum."""
+    path = folder / "latest.json"
+    document = json.loads(path.read_text())
+    document["tensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+    path.write_text(json.dumps(document))
+    (folder / document["tensors"]["file"]).write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"x",
+        b"{}",
+        b'{"a":3}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}',
+        b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,0]}}',
+    ],
+)
+def test_a_broken_header_with_the_right_checksum(
+    saved: Path, tmp_path: Path, header: bytes
+) -> None:
+    shutil.copy(saved, tmp_path)
+    path = replace_tensors(tmp_path, len(header).to_bytes(8, "little") + header + b"\0" * 3)
+    with pytest.raises(CheckpointError):
+        checkpoint.load(path)
+
+
+def test_every_tensor_may_be_missing_or_wrong(saved: Path, tmp_path: Path) -> None:
+    shutil.copy(saved, tmp_path)
+    file = saved.with_name(json.loads(saved.read_bytes())["tensors"]["file"])
+    tensors = safetensors.torch.load(file.read_bytes())
+    assert {name.partition(".")[0] for name in tensors} == {
+        *("model", "optimizer", "state", "random", "losses")
+    }
+    changes: list[Callable[[Tensor], Tensor | None]] = [
+        lambda tensor: None,
+        lambda tensor: tensor.unsqueeze(0),
+        lambda tensor: tensor.flatten()[:0],
+        lambda tensor: tensor.to(torch.int16),
+        lambda tensor: torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 255),
+    ]
+    trainer = trainer_for(SMALL)
+    for name, tensor in tensors.items():
+        for change in changes:
+            value = change(tensor)
+            others = {key: other for key, other in tensors.items() if key != name}
+            data = safetensors.torch.save({**others, **({} if value is None else {name: value})})
+            path = replace_tensors(tmp_path, data)
+            with pytest.raises(CheckpointError):
+                checkpoint.load(path).restore(trainer)
 
 
 def test_an_undamaged_one_resumes(saved: Path) -> None:

@@ -242,6 +242,11 @@ class Trainer:
         self._random = [
             tensors.get(f"random.{index}", fresh) for index, fresh in enumerate(self._seeded())
         ]
+        try:
+            with self._own_random_numbers():
+                pass
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError("'random' is not a state of torch's generator") from error
         self.losses = tensors["losses"].tolist()
         self.evaluations = list(evaluations)
         self.seconds = seconds
