@@ -232,6 +232,33 @@ class TestStatic:
             quantized(x)
 
     @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
+    def test_one_warning_where_prepare_qat_calls_prepare(self) -> None:
+        model = self.Model(fastrnn.GRU(4, 8), around=False).train()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.ao.quantization.prepare_qat(model)
+        messages = [str(entry.message) for entry in caught if entry.filename == __file__]
+        assert [m.partition(":")[0] for m in messages if "leaves" in m] == [
+            "prepare_qat leaves a fastrnn.GRU in floating point"
+        ]
+
+    @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
+    def test_no_warning_where_the_caller_replaces_the_class(self) -> None:
+        class Observed(nn.Module):
+            @classmethod
+            def from_float(cls, module: Any) -> Observed:
+                observed = cls()
+                observed.qconfig = module.qconfig
+                return observed
+
+        model = self.Model(fastrnn.GRU(4, 8), around=False).eval()
+        config = {"float_to_observed_custom_module_class": {fastrnn.GRU: Observed}}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*in floating point")
+            prepared = torch.ao.quantization.prepare(model, prepare_custom_config_dict=config)
+        assert type(prepared.recurrent) is Observed
+
+    @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
     def test_with_the_remedy(self) -> None:
         model = self.Model(fastrnn.LSTM(4, 8), around=True).eval()
         model.recurrent.qconfig = None

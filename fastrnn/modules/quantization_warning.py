@@ -33,13 +33,13 @@ def warn_if_left_float(module: nn.Module, qconfig: object) -> None:
     own = next((c for c in cls.__mro__ if c.__module__.startswith("fastrnn.")), cls)
     name = f"fastrnn.{cls.__name__}" if cls is own else cls.__name__
     if _is_prepare(frame):
-        if qconfig is not None:
+        if qconfig is not None and not _is_handled(cls, frame):
             reason = (
                 "torch looks for its own classes. Set its qconfig to None, and convert between the "
                 "types around it (DeQuantStub before, QuantStub behind), or use quantize_dynamic "
                 "with mapping=fastrnn.quantization_mapping()"
             )
-            _warn("prepare", name, reason, frame, level)
+            _warn(frame.f_code.co_name, name, reason, frame, level)
         return
     arguments = frame.f_locals
     asked_for = qconfig is not None or any(
@@ -88,6 +88,17 @@ def _is_prepare(frame: FrameType) -> bool:
         frame.f_code.co_name in ("prepare", "prepare_qat")
         and frame.f_globals.get("__name__") == "torch.ao.quantization.quantize"
     )
+
+
+def _is_handled(cls: type, prepare: FrameType) -> bool:
+    """Whether the caller replaces this class, or ``prepare`` runs in a ``prepare_qat``."""
+    config = prepare.f_locals.get("prepare_custom_config_dict") or {}
+    if cls in config.get("float_to_observed_custom_module_class", {}):
+        return True
+    outer = prepare.f_back
+    while outer is not None and not _is_prepare(outer):
+        outer = outer.f_back
+    return outer is not None
 
 
 def _is_between(frame: FrameType) -> bool:
