@@ -297,8 +297,8 @@ class TestOnnx:
 
     @EXPORTERS
     def test_projection(self, dynamo: bool) -> None:
-        model = Model(build(PROJECTED[0], 3, 4, **PROJECTED[1])).eval()
         """The exporter's error holds the sentence, and what to change."""
+        model = Model(build(PROJECTED[0], 3, 4, **PROJECTED[1])).eval()
         message = "ONNX has no LSTM with a projection, expected proj_size 0, got"
         with pytest.raises(Exception, match=message):
             onnx_outputs(model, inputs(model.layer, 4, 3, False), dynamo)
