@@ -612,9 +612,9 @@ def _written_autocast(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does when the operator in a graph is run: the types of `fastrnn.autocast`."""
     spec = CELLS.get(cell)  # the kernel refuses an unknown one
-    keys = torch._C.DispatchKeySet(_AUTOCAST_KEYS[x.device.type])
-    with torch._C._ExcludeDispatchKeyGuard(keys):
-        if spec is None:
+    is_cast = autocast.acts_on(x)  # not where x is on another device than the weights
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        if spec is None or not is_cast:
             return _written(x, h0, c0, weights, batch_sizes, cell)  # type: ignore[no-any-return]
         alike = autocast.cast_arguments(x, h0, c0, weights)
         y, h_n, c_n = _written(alike.x, alike.h0, alike.c0, alike.weights, batch_sizes, cell)
@@ -630,10 +630,9 @@ def _refuse_layout(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-_AUTOCAST_KEYS = {
-    "cpu": torch._C.DispatchKey.AutocastCPU,
-    "cuda": torch._C.DispatchKey.AutocastCUDA,
-}
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 _implementations = torch.library.Library("fastrnn", "IMPL")
 _implementations.impl("layer", _written_autograd, "Autograd")
 for _key in ("AutocastCPU", "AutocastCUDA"):
