@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
         ):
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q", *command, *arguments],
-                cwd=here.parent,
+                cwd=here,  # python -m puts this folder on sys.path: fastrnn/ must not lie in it
                 env={**os.environ, **path},
                 check=False,
             )
