@@ -1,9 +1,9 @@
 """Builds the native libraries of fastrnn; everything declarative lives in pyproject.toml.
 
-    csrc/cpu/*.cpp                  fastrnn/lib/libfastrnn_kernels.so     no torch, no Python
-    csrc/bindings.cpp               fastrnn/_C.<python abi>.so            pybind11, links kernels
+    csrc/cpu/**/*.cpp               fastrnn/lib/libfastrnn_kernels.so     no torch, no Python
+    csrc/bindings/*.cpp             fastrnn/_C.<python abi>.so            pybind11, links kernels
     csrc/torch/*.cpp                fastrnn/lib/libfastrnn_torch.so       stable ABI, links kernels
-    csrc/cuda/*.cu, ops_cuda.cpp    fastrnn/lib/libfastrnn_torch_cuda.so  where CUDA is wanted
+    csrc/cuda/**/*.cu, ops_cuda.cpp fastrnn/lib/libfastrnn_torch_cuda.so  where CUDA is wanted
 
 Environment variables:
     FASTRNN_CUDA          unset: CUDA is built if nvcc and a CUDA torch are there; 1: it has to be;
@@ -222,8 +222,12 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
     import pybind11
 
     user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
-    headers = files("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inc")
-    common: dict[str, Any] = {"language": "c++", "include_dirs": ["csrc"], "depends": headers}
+    headers = files("csrc/**/*.h", "csrc/**/*.cuh")
+    common: dict[str, Any] = {
+        "language": "c++",
+        "include_dirs": [str(ROOT / "csrc")],
+        "depends": headers,
+    }
     torch_macros = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
         # Names the torch on the command line, so that another torch means another build.
@@ -232,14 +236,14 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
 
     kernels = Extension(
         "fastrnn.lib.libfastrnn_kernels",
-        sources=files("csrc/cpu/*.cpp"),
+        sources=files("csrc/cpu/**/*.cpp"),
         extra_compile_args=[*CXX_FLAGS, *KERNEL_FLAGS, *user_flags],
         extra_link_args=[*LINK_FLAGS, NO_UNDEFINED, "-Wl,-soname,libfastrnn_kernels.so"],
         **common,
     )
     bindings = Extension(
         "fastrnn._C",
-        sources=["csrc/bindings.cpp"],
+        sources=files("csrc/bindings/*.cpp"),
         define_macros=[
             text_macro("FASTRNN_VERSION", version),
             text_macro("FASTRNN_TORCH_VERSION", torch.version),
@@ -270,7 +274,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
     system = system_include(torch.include, *cuda.include)
     cuda_ops = Extension(
         "fastrnn.lib.libfastrnn_torch_cuda",
-        sources=[*files("csrc/cuda/*.cu"), "csrc/torch/ops_cuda.cpp"],
+        sources=[*files("csrc/cuda/**/*.cu"), "csrc/torch/ops_cuda.cpp"],
         define_macros=[*torch_macros, ("USE_CUDA", "1")],
         library_dirs=[torch.lib],
         libraries=["torch_cpu", "torch_cuda"],

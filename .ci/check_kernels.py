@@ -1,6 +1,6 @@
 """Fails if the K loop of a CPU microkernel spills registers or holds more than it should.
 
-    check_kernels.py OBJECT...     objects of csrc/cpu/isa_*.cpp, for x86-64 or aarch64
+    check_kernels.py OBJECT...     objects of csrc/cpu/isa/*.cpp, for x86-64 or aarch64
 
 The loop is found in the disassembly: a backward jump with multiply-adds and no other jump between.
 It must hold a whole number of steps along K, no vector on the stack, and next to nothing but
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TILE_H = ROOT / "csrc" / "cpu" / "generic" / "tile.h"
+CSRC = ROOT / "csrc"
 MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine of the ELF header
 
 
@@ -223,21 +223,18 @@ def check(function: Function, chains: int) -> tuple[Loop | None, list[str]]:
 
 
 def shapes(isa: str, machine: str, kernel: Microkernel) -> dict[tuple[int, int], int]:
-    """(rows, vectors) -> chains of the tiles that there have to be, as tile.h's functions say."""
+    """(rows, vectors) -> chains of the tiles that tile_shape.h defines for an instruction set."""
     if not kernel.types:
         return {}
-    macros = (ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp").read_text(encoding="utf-8")
-    constants = re.findall(
-        r"^constexpr int (?:k\w+ = .*?;|\w+\([^)]*\) \{.*?\})$",
-        TILE_H.read_text(encoding="utf-8"),
-        re.DOTALL | re.MULTILINE,
-    )
+    macros = (CSRC / "cpu" / "isa" / f"{isa}.cpp").read_text(encoding="utf-8")
     program = [
         "#include <cstdio>",
         *(f"#undef __{name}__" for name in MACHINES.values()),
         f"#define __{machine}__ 1",
-        macros.replace('#include "generic/instantiate.h"', ""),
-        *constants,
+        macros.replace('#include "cpu/kernels/table.h"', ""),
+        "#define FASTRNN_KERNELS_BEGIN",
+        "#define FASTRNN_KERNELS_END",
+        '#include "cpu/kernels/product/tile_shape.h"',
         "int main() {",
         "  for (int n = 1; n <= kTileVectors; ++n)",
         f"    for (int m = 1; m <= {kernel.rows}(n); ++m)",
@@ -247,7 +244,7 @@ def shapes(isa: str, machine: str, kernel: Microkernel) -> dict[tuple[int, int],
     with tempfile.TemporaryDirectory() as folder:
         probe = str(Path(folder) / "probe")
         compiler = shlex.split(os.environ.get("CXX", "g++"))
-        command = [*compiler, "-w", "-std=c++17", "-x", "c++", "-", "-o", probe]
+        command = [*compiler, "-w", "-std=c++17", f"-I{CSRC}", "-x", "c++", "-", "-o", probe]
         subprocess.run(command, input="\n".join(program), text=True, check=True)
         said = subprocess.run([probe], capture_output=True, text=True, check=True).stdout
     lines = [[int(number) for number in line.split()] for line in said.splitlines()]

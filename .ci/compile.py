@@ -23,7 +23,7 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_under_ci")
 def kernels() -> dict[str, list[str]]:
     """Source -> flags"""
     flags = [*SETUP["CXX_FLAGS"], *SETUP["KERNEL_FLAGS"]]
-    return dict.fromkeys(SETUP["files"]("csrc/cpu/*.cpp"), flags)
+    return dict.fromkeys(SETUP["files"]("csrc/cpu/**/*.cpp"), flags)
 
 
 def torch_sources(folder: Path) -> dict[str, list[str]]:

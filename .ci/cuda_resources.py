@@ -1,6 +1,6 @@
 """Registers and shared memory of the CUDA kernels: the table in docs/cuda_kernels.md.
 
-    cuda_resources.py            compiles csrc/cuda/*.cu; fails if a kernel spills or has a stack,
+    cuda_resources.py            compiles all of csrc/cuda; fails if a kernel spills or has a stack,
                                  or if the table is not what this nvcc says (of another nvcc only
                                  the kernels' names are compared)
     cuda_resources.py --write    writes the table
@@ -94,13 +94,19 @@ def compile_all() -> tuple[str, str]:
             for include in cuda.include:
                 command += ["-isystem", include]
             command.append(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}")
-            command += ["-c", str(source), "-o", f"{folder}/{source.stem}-{arch}.o"]
+            command += [
+                "-c",
+                str(source),
+                "-o",
+                f"{folder}/{source.parent.name}-{source.stem}-{arch}.o",
+            ]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0 or "warning" in result.stderr:
                 raise SystemExit(f"{source.name} for {arch}:\n{result.stderr}")
             return result.stderr
 
-        jobs = [(source, arch) for source in sorted(ROOT.glob("csrc/cuda/*.cu")) for arch in ARCHS]
+        sources = sorted(ROOT.glob("csrc/cuda/**/*.cu"))
+        jobs = [(source, arch) for source in sources for arch in ARCHS]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             return version, "".join(pool.map(compile_one, jobs))
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 import fastrnn
-from fastrnn.compare.measure import machine
+from fastrnn.tools.benchmark.measure import machine
 
 VOCABULARY, SIZE, LAYERS, BATCH = 1000, 128, 2, 16
 COLUMNS = ("setup", "forward", "backward", "seconds", "nodes")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from grid import chosen_points
 
-from fastrnn.compare.measure import Measurement, measure
-from fastrnn.compare.peers import installed_libraries
-from fastrnn.compare.shapes import CELLS, MODES, Task
+from fastrnn.tools.benchmark.measure import Measurement, measure
+from fastrnn.tools.benchmark.peers import installed_libraries
+from fastrnn.tools.benchmark.shapes import CELLS, MODES, Task
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product, zip_longest
 from typing import Final
 
-from fastrnn.compare.shapes import CELLS, MODES, Point
+from fastrnn.tools.benchmark.shapes import CELLS, MODES, Point
 
 #: float32 without TF32, float32 with it, and the half types
 DTYPES: Final = ("bfloat16", "float32", "float16", "tf32")

@@ -50,8 +50,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
 from fastrnn import _C, _library
-from fastrnn.compare.agreement import FLOOR, TIMES_TORCH, error
-from fastrnn.compare.shapes import CELLS, MODES
+from fastrnn.tools.benchmark.agreement import FLOOR, TIMES_TORCH, error
+from fastrnn.tools.benchmark.shapes import CELLS, MODES
 
 SCHEDULES = ("stepwise", "persistent", "auto")
 ROUNDS = 5

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import fastrnn
-from fastrnn.compare.timing import interleaved
+from fastrnn.tools.benchmark.timing import interleaved
 
 T = 50
 CELLS: dict[str, type[nn.Module]] = {"rnn": fastrnn.RNN, "lstm": fastrnn.LSTM, "gru": fastrnn.GRU}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from fastrnn.compare.shapes import Point
+from fastrnn.tools.benchmark.shapes import Point
 
 
 def _points() -> Iterator[Point]:

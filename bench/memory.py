@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 import fastrnn
-from fastrnn.compare.measure import machine
-from fastrnn.compare.peers import Library, installed_libraries
-from fastrnn.compare.shapes import CELLS, Point, Task
+from fastrnn.tools.benchmark.measure import machine
+from fastrnn.tools.benchmark.peers import Library, installed_libraries
+from fastrnn.tools.benchmark.shapes import CELLS, Point, Task
 
 POINTS = (
     Point("training", 100, 16, 128, 128),

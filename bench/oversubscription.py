@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 import fastrnn
-from fastrnn.compare.measure import machine
-from fastrnn.compare.peers import FASTRNN
+from fastrnn.tools.benchmark.measure import machine
+from fastrnn.tools.benchmark.peers import FASTRNN
 
 #        cell   T    B   I = H
 SHAPES = [("LSTM", 100, 1, 128), ("GRU", 100, 16, 128), ("RNN", 1000, 1, 64), ("LSTM", 25, 64, 512)]

@@ -4,7 +4,8 @@
 
 Packed sequences of which half would be padding against padded ones, both directions against one,
 stacked layers against one (each for as many times the cost), and ten times the steps against the
-steps. Both take turns (`fastrnn.compare.timing`); above 1 the dearer shape costs more than that.
+steps. Both are interleaved (`fastrnn.tools.benchmark.timing`); above 1 the larger shape costs more
+per step.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from fastrnn.compare.measure import machine
-from fastrnn.compare.peers import FASTRNN
-from fastrnn.compare.shapes import CELLS, MODES, Point, Task
-from fastrnn.compare.timing import interleaved
+from fastrnn.tools.benchmark.measure import machine
+from fastrnn.tools.benchmark.peers import FASTRNN
+from fastrnn.tools.benchmark.shapes import CELLS, MODES, Point, Task
+from fastrnn.tools.benchmark.timing import interleaved
 
 Pair = tuple[str, Point, Point, int]  # what is asked, the shape, the dearer one, how many times
 LONGEST_TRAINING = 100_000  # steps, of which each keeps what backward needs

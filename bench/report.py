@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastrnn.compare.peers import FASTRNN, LIBRARIES, TORCH
+from fastrnn.tools.benchmark.peers import FASTRNN, LIBRARIES, TORCH
 
 REGRESSION = 1.10
 MARKS = ("<!-- speed -->", "<!-- /speed -->")

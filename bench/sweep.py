@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from fastrnn.compare.measure import machine
-from fastrnn.compare.peers import FASTRNN
-from fastrnn.compare.shapes import CELLS, MODES, Point, Task
+from fastrnn.tools.benchmark.measure import machine
+from fastrnn.tools.benchmark.peers import FASTRNN
+from fastrnn.tools.benchmark.shapes import CELLS, MODES, Point, Task
 
 AXES = ("H", "B", "I")
 SPIKE = 1.15

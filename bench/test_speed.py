@@ -13,9 +13,9 @@ from dataclasses import asdict
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastrnn.compare.measure import Measurement, machine, plan
-from fastrnn.compare.peers import Library, installed_libraries
-from fastrnn.compare.shapes import Task
+from fastrnn.tools.benchmark.measure import Measurement, machine, plan
+from fastrnn.tools.benchmark.peers import Library, installed_libraries
+from fastrnn.tools.benchmark.shapes import Task
 
 
 class ReplayClock:

@@ -39,11 +39,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from fastrnn.charlm import data
-from fastrnn.charlm.config import CELLS, Config
-from fastrnn.charlm.errors import CharlmError
-from fastrnn.charlm.model import build_model, detach
-from fastrnn.charlm.train import NATS_TO_BITS
+from fastrnn.tools.charlm import data
+from fastrnn.tools.charlm.config import CELLS, Config
+from fastrnn.tools.charlm.errors import CharlmError
+from fastrnn.tools.charlm.model import build_model, detach
+from fastrnn.tools.charlm.train import NATS_TO_BITS
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastrnn.cli import main
+from fastrnn.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

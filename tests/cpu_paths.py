@@ -15,7 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-TESTS = ["test_modules.py", "test_stack.py", "test_textbook.py", "test_tolerance.py"]
+TESTS = [
+    "modules/test_modules.py",
+    "kernels/test_stack.py",
+    "cells/test_textbook.py",
+    "package/test_tolerance.py",
+]
 LONG = "long_sequences or half_types or several_blocks"  # of test_kernels.py
 
 # the oldest and the newest of each library, with one thread and with two
@@ -51,7 +56,7 @@ def main(arguments: list[str]) -> int:
         begin = time.monotonic()
         for command in (
             [*(str(here / name) for name in TESTS)],
-            [str(here / "test_kernels.py"), "-k", LONG],
+            [str(here / "kernels" / "test_kernels.py"), "-k", LONG],
         ):
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q", *command, *arguments],

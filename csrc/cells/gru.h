@@ -2,7 +2,7 @@
 // product W_hn h + b_hn, so that product must arrive apart from the input's share.
 #pragma once
 
-#include "math.h"
+#include "cells/math.h"
 
 namespace fastrnn::cells {
 

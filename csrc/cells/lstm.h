@@ -2,7 +2,7 @@
 // With a projection (Sak et al. 2014) the schedule multiplies h' by w_hr; the cell does not change.
 #pragma once
 
-#include "math.h"
+#include "cells/math.h"
 
 namespace fastrnn::cells {
 

@@ -2,7 +2,7 @@
 // sigmoid (Elman, "Finding structure in time", 1990).
 #pragma once
 
-#include "math.h"
+#include "cells/math.h"
 
 namespace fastrnn::cells {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "cpu/api.h"
 
 namespace fastrnn::cpu {
 

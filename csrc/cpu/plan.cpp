@@ -1,5 +1,5 @@
 // How a layer's shape becomes a plan.
-#include "plan.h"
+#include "cpu/plan.h"
 
 namespace fastrnn::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // The rules by which a layer's shape becomes a plan, each one function so that each can be tested.
 #pragma once
 
-#include "isa.h"
+#include "cpu/isa/isa.h"
 
 namespace fastrnn::cpu {
 

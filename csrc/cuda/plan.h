@@ -18,7 +18,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../problem.h"
+#include "problem/layer.h"
 
 namespace fastrnn::cuda {
 

@@ -1,9 +1,9 @@
 // The operators' schemas and their CPU implementation. Half types are computed in float32: inputs
 // and weights are cast before, outputs after; saved, d_pre and d_h_all stay float32.
-#include "../cpu/kernels.h"
-#include "../cpu/memory.h"
+#include "cpu/api.h"
+#include "cpu/runtime/buffer_cache.h"
 
-#include "layer_args.h"
+#include "torch/arguments.h"
 
 namespace fastrnn {
 namespace {

@@ -1,12 +1,12 @@
 // The operators on CUDA tensors: checks, outputs and workspace as on the CPU, then kernels on the
 // current stream of the tensors' device. saved is float32 for half types, gradients have their own.
-#include "../cuda/kernels.h"
+#include "cuda/api.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
 #include <atomic>
 
-#include "layer_args.h"
+#include "torch/arguments.h"
 
 namespace fastrnn {
 namespace {

@@ -1,0 +1,194 @@
+// One call: a plan, a workspace, a team, and the walk of the cell on the instruction set in use.
+#include <stdexcept>
+
+#include "cpu/plan.h"
+#include "cpu/runtime/buffer_cache.h"
+#include "cpu/runtime/thread_budget.h"
+
+namespace fastrnn::cpu {
+namespace {
+
+BusyMachine busy_machine;
+
+template <class T, class Layout, class Problem>
+using WalkRank = void (*)(const Problem&, const Plan&, const Layout&, T*, Team&, int);
+
+// Two directions of a layer, or two layers of a stack, that walk at the same time, or one alone.
+// Each has a plan (of as many threads as the other's), a team and a workspace of its own: rank r of
+// the call is rank r % threads of problem r / threads.
+template <class T, class Layout, class Problem>
+class Job {
+ public:
+  Job(const Problem* problems, int count, const Plan* plans, WalkRank<T, Layout, Problem> walk)
+      : problems_(problems),
+        count_(count),
+        plans_(plans),
+        walk_(walk),
+        second_(Layout(problems[0].shape, plans[0]).size),
+        size_(second_ + (count > 1 ? Layout(problems[1].shape, plans[1]).size : 0)),
+        workspace_(size_ * sizeof(T) + Barrier::kBytes + count * plans[0].threads * Team::kBytes),
+        teams_{Team(plans[0].threads, team_memory(0), interruption_, true),
+               Team(count > 1 ? plans[1].threads : 0, team_memory(1), interruption_, false)} {}
+
+  // The second one's input is what the first one makes.
+  void stack() { teams_[1].below = &teams_[0]; }
+
+  void run(ParallelFor parallel_for) {
+    const Plan& plan = plans_[0];
+    // ... for one another; and would compute the same, bit for bit, if one walked alone
+    const bool may_wait =
+        plan.row_groups == 1 && (plan.unit_groups > 1 || teams_[1].below != nullptr);
+    const auto begin = BusyMachine::Clock::now();
+    const bool alone = may_wait && busy_machine.noted(begin);
+    run_team(alone ? 1 : count_ * plan.threads, parallel_for, run_rank, this);
+    if (interruption_.requested()) throw std::runtime_error(kInterrupted);
+    if (!may_wait || alone) return;
+    std::chrono::nanoseconds slept(0);
+    for (int which = 0; which < count_; ++which)
+      slept = std::max(slept, teams_[which].barrier.longest_sleep(plan.threads));
+    busy_machine.look(begin, BusyMachine::Clock::now(), slept);
+  }
+
+ private:
+  static void run_rank(void* pointer, int rank, int size) {
+    Job& job = *static_cast<Job*>(pointer);
+    const int threads = job.plans_[0].threads;
+    if (size == job.count_ * threads) {
+      job.walk(rank / threads, job.plans_[rank / threads], rank % threads);
+    } else {
+      for (int which = 0; which < job.count_; ++which) {
+        job.teams_[which].below = nullptr;  // done by then
+        job.teams_[which].asks = true;
+        job.walk(which, alone(job.plans_[which]), 0);
+      }
+    }
+  }
+
+  void walk(int which, const Plan& plan, int rank) {
+    const Problem& problem = problems_[which];
+    const Layout layout(problem.shape, plan);
+    T* workspace = static_cast<T*>(workspace_.data()) + which * second_;
+    walk_(problem, plan, layout, workspace, teams_[which], rank);
+  }
+
+  // Behind the layouts' values.
+  void* team_memory(int which) const {
+    const auto end = reinterpret_cast<std::uintptr_t>(workspace_.data()) + size_ * sizeof(T);
+    const std::uintptr_t first = (end + Barrier::kBytes - 1) / Barrier::kBytes * Barrier::kBytes;
+    return reinterpret_cast<void*>(first + which * plans_[0].threads * Team::kBytes);
+  }
+
+  const Problem* const problems_;
+  const int count_;
+  const Plan* const plans_;
+  const WalkRank<T, Layout, Problem> walk_;
+  const std::int64_t second_;  // where the second one's workspace begins, in elements
+  const std::int64_t size_;    // of both
+  Workspace workspace_;
+  Interruption interruption_;
+  Team teams_[kMostDirections];
+};
+
+template <class T>
+bool half_weights(const LayerForward<T, T>& problem) {
+  return problem.half_weights;
+}
+template <class Problem>
+bool half_weights(const Problem&) {
+  return false;
+}
+
+template <class T, class Layout, class Problem>
+void run(const Problem* problems, int count, Pass pass, int threads, ParallelFor parallel_for,
+         WalkRank<T, Layout, Problem> walk) {
+  const LayerShape& shape = problems[0].shape;
+  if (is_forked() && call_work(shape, pass) < kMinForkedWork) threads = 1;
+  const bool half = half_weights(problems[0]);
+  Plan plan = make_plan(shape, pass, sizeof(T), threads, count, half);
+  const int wanted = plan.threads * plan.together;
+  const Claim claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
+  if (claim.threads() < wanted)
+    plan = make_plan(shape, pass, sizeof(T), claim.threads(), count, half);
+  const Plan plans[kMostDirections] = {plan, plan};
+  for (int done = 0; done < count; done += plan.together)
+    Job<T, Layout, Problem>(problems + done, plan.together, plans, walk).run(parallel_for);
+}
+
+// Two layers of a stack at the same time, if that pays and there are threads for both.
+template <class T>
+bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor parallel_for) {
+  Plan plans[2];
+  if (!make_stacked_plans(layers[0].shape, layers[1].shape, sizeof(T), threads, plans))
+    return false;
+  const int wanted = 2 * plans[0].threads;
+  const Claim claim(wanted, std::min(threads, usable_cpus()));
+  if (claim.threads() < wanted) return false;
+  Job<T, ForwardLayout, LayerForward<T, T>> job(layers, 2, plans,
+                                                isa().walk<T>(layers[0].shape.cell).forward);
+  job.stack();
+  job.run(parallel_for);
+  return true;
+}
+
+}  // namespace
+
+Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads, int directions,
+               bool half_weights) {
+  const int bound = max_threads();
+  if (bound > 0) threads = std::min(threads, bound);
+  return make_plan_for(shape, pass, isa(), element_bytes, std::max(threads, 1), directions,
+                       half_weights);
+}
+
+bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int element_bytes,
+                        int threads, Plan* plans) {
+  plans[0] = make_plan(lower, Pass::kForward, element_bytes, threads, 2);
+  plans[1] = make_plan(upper, Pass::kForward, element_bytes, threads, 2);
+  if (!pick_stacked(upper, element_bytes, plans[0], plans[1])) return false;
+  plans[0].chunk_rows = pick_follow_rows(upper, plans[0]);
+  plans[1].chunk_rows = pick_follow_rows(upper, plans[1]);
+  return true;
+}
+
+template <class T>
+void forward(const LayerForward<T, T>* directions, int count, int threads,
+             ParallelFor parallel_for) {
+  run<T, ForwardLayout>(directions, count, Pass::kForward, threads, parallel_for,
+                        isa().walk<T>(directions[0].shape.cell).forward);
+}
+
+template <class T>
+void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
+                   ParallelFor parallel_for) {
+  for (int done = 0; done < count;) {
+    const bool pair =
+        !is_forked() && done + 1 < count && run_pair(layers + done, threads, parallel_for);
+    if (!pair) forward(layers + done, 1, threads, parallel_for);
+    done += pair ? 2 : 1;
+  }
+}
+
+template <class T>
+void backward(const LayerBackward<T, T>* directions, int count, int threads,
+              ParallelFor parallel_for) {
+  run<T, BackwardLayout>(directions, count, Pass::kBackward, threads, parallel_for,
+                         isa().walk<T>(directions[0].shape.cell).backward);
+}
+
+template <class T>
+void gradients(const LayerGradients<T>* directions, int count, int threads,
+               ParallelFor parallel_for) {
+  run<T, GradientLayout>(directions, count, Pass::kGradients, threads, parallel_for,
+                         isa().walk<T>(directions[0].shape.cell).gradients);
+}
+
+template void forward<float>(const LayerForward<float, float>*, int, int, ParallelFor);
+template void forward<double>(const LayerForward<double, double>*, int, int, ParallelFor);
+template void forward_stack<float>(const LayerForward<float, float>*, int, int, ParallelFor);
+template void backward<float>(const LayerBackward<float, float>*, int, int, ParallelFor);
+template void forward_stack<double>(const LayerForward<double, double>*, int, int, ParallelFor);
+template void backward<double>(const LayerBackward<double, double>*, int, int, ParallelFor);
+template void gradients<float>(const LayerGradients<float>*, int, int, ParallelFor);
+template void gradients<double>(const LayerGradients<double>*, int, int, ParallelFor);
+
+}  // namespace fastrnn::cpu

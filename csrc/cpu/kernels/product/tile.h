@@ -1,0 +1,131 @@
+// The microkernel: a tile of C += A B in registers.
+//
+//        k ->                   columns of one panel: n vectors of V lanes
+//   A  [m rows]  *  B [K][n*V], its rows b_stride apart   +->  C [m rows], its vector i at
+//   column[i]
+//
+// Per k it loads n vectors of B (a packed panel, mostly) and broadcasts m values of A for m*n
+// multiply-adds. C is memory (a scratch tile in L1, or a buffer), so whoever comes next, the cell's
+// pointwise text or another product, finds all gates of its units side by side. column[] lets the
+// two products of a GRU add into different columns (r,z,xn and r,z,hn). The sum starts from zero
+// and goes into C at the end, so whoever cuts K into pieces keeps its error small.
+#pragma once
+
+#include "cpu/kernels/product/tile_shape.h"
+#include "cpu/kernels/vector/pack.h"
+
+FASTRNN_KERNELS_BEGIN
+
+template <class T>
+using TileFunction = void (*)(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
+                              std::int64_t b_stride, T* c, std::int64_t c_stride,
+                              const int* column);
+
+template <class T, int M, int N>
+void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
+          std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column) {
+  using P = Pack<T>;
+  using Vector = typename P::Vector;
+  constexpr int V = P::kLanes;
+  constexpr int kChains = tile_chains(M, N);
+  // Held in registers are a step's vectors of B, or where these do not fit, its values of A.
+  constexpr int kOthers = FASTRNN_VECTOR_BYTES == 16 ? 2 : 1;  // a broadcast, SSE2's product
+  constexpr bool kHoldRows = M < N && kChains * M * N + N + kOthers > FASTRNN_REGISTERS;
+  Vector sum[kChains][M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 16
+      for (int chain = 0; chain < kChains; ++chain) sum[chain][m][n] = Vector{};
+    }
+  }
+  const T* row[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) row[m] = a + m * a_stride;
+
+  std::int64_t k = 0;
+  for (; k + kChains <= k_count; k += kChains) {
+#pragma GCC unroll 16
+    for (int chain = 0; chain < kChains; ++chain) {
+      if constexpr (kHoldRows) {
+        Vector value[M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) value[m] = P(row[m][k + chain]).v;
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+          const Vector weight = P::load(b + n * V).v;
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) sum[chain][m][n] += value[m] * weight;
+        }
+        b += b_stride;
+      } else {
+        Vector weight[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) weight[n] = P::load(b + n * V).v;
+        b += b_stride;  // here: behind the products, GCC loads a vector anew for each row
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const Vector value = P(row[m][k + chain]).v;
+#pragma GCC unroll 16
+          for (int n = 0; n < N; ++n) sum[chain][m][n] += value * weight[n];
+        }
+      }
+    }
+  }
+  if constexpr (kChains > 1) {
+    for (; k < k_count; ++k) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vector value = P(row[m][k]).v;
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sum[0][m][n] += value * P::load(b + n * V).v;
+      }
+      b += b_stride;
+    }
+  }
+
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      Vector total = sum[0][m][n];
+#pragma GCC unroll 16
+      for (int chain = 1; chain < kChains; ++chain) total += sum[chain][m][n];
+      T* at = c + m * c_stride + column[n];
+      (P::load(at) + P(total)).store(at);
+    }
+  }
+}
+
+// tile<T, m, n> for m = 1 ... tile_rows(n).
+template <class T, int N, std::size_t... M>
+constexpr std::array<TileFunction<T>, sizeof...(M)> tile_table(std::index_sequence<M...>) {
+  return {{tile<T, int(M) + 1, N>...}};
+}
+
+template <class T>
+FASTRNN_INLINE TileFunction<T> tile_function(int m, int n) {
+  static constexpr auto kOne = tile_table<T, 1>(std::make_index_sequence<tile_rows(1)>{});
+  static constexpr auto kTwo = tile_table<T, 2>(std::make_index_sequence<tile_rows(2)>{});
+  static constexpr auto kThree = tile_table<T, 3>(std::make_index_sequence<tile_rows(3)>{});
+  static constexpr auto kFour = tile_table<T, 4>(std::make_index_sequence<tile_rows(4)>{});
+  static constexpr const TileFunction<T>* kTables[] = {kOne.data(), kTwo.data(), kThree.data(),
+                                                       kFour.data()};
+  return kTables[n - 1][m - 1];
+}
+
+// Calls each(first, count) for the tiles of rows [begin, end): as few as fit, of even heights.
+template <class Each>
+FASTRNN_INLINE void for_each_tile(std::int64_t begin, std::int64_t end, int most, Each&& each) {
+  const std::int64_t rows = end - begin;
+  if (rows <= 0) return;
+  const std::int64_t tiles = (rows + most - 1) / most;
+  for (std::int64_t i = 0, first = begin; i < tiles; ++i) {
+    const std::int64_t count = rows / tiles + (i < rows % tiles ? 1 : 0);
+    each(first, int(count));
+    first += count;
+  }
+}
+
+FASTRNN_KERNELS_END

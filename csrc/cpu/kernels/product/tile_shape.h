@@ -1,0 +1,33 @@
+// Sizes of the microkernel's tiles. .ci/check_kernels.py compiles this header alone, with the
+// macros of each instruction set, and compares the result with the machine code.
+#pragma once
+
+#if !defined(FASTRNN_KERNELS_BEGIN)
+#include "cpu/kernels/target.h"
+#endif
+
+FASTRNN_KERNELS_BEGIN
+
+// Rows of a tile of n vectors: accumulators, one vector of B and a broadcast must fit the
+// registers. Vectors of 16 bytes need more: SSE2 has no FMA, so a product takes a register as well;
+// NEON multiplies by a lane, and compilers load the values of all rows ahead.
+constexpr int tile_rows(int n) {
+#if FASTRNN_REGISTERS >= 32 && FASTRNN_VECTOR_BYTES == 16
+  return n == 1 ? 12 : n == 2 ? 10 : n == 3 ? 7 : 5;
+#elif FASTRNN_REGISTERS >= 32
+  return n == 1 ? 12 : n == 2 ? 12 : n == 3 ? 8 : 6;
+#elif FASTRNN_VECTOR_BYTES == 16
+  return n == 1 ? 6 : n == 2 ? 6 : n == 3 ? 3 : 2;
+#else
+  return n == 1 ? 6 : n == 2 ? 6 : n == 3 ? 4 : 3;
+#endif
+}
+constexpr int kTileVectors = 4;
+constexpr int kTileRows = 12;
+// Steps along K that go into one sum.
+constexpr std::int64_t kTilePiece = 256;
+
+// Independent accumulator chains along K, so that small tiles do not wait for the adder.
+constexpr int tile_chains(int m, int n) { return m * n >= 8 ? 1 : m * n >= 4 ? 2 : 4; }
+
+FASTRNN_KERNELS_END

@@ -1,0 +1,317 @@
+// The forward walk of one rank through a sequence.
+//
+//            unit blocks ->
+//        +-----+-----+-----+-----+       A rank owns the blocks of its unit group (all gates of
+//   rows |  0  |  0  |  1  |  1  |       their units, weights packed by itself) and the rows of its
+//   of   +-----+-----+-----+-----+       row group. Within a row group each step needs all of
+//   B    |  2  |  2  |  3  |  3  |       h_{t-1}: one barrier a step. Row groups never meet again
+//        +-----+-----+-----+-----+       after packing.
+#pragma once
+
+#include "cpu/kernels/product/float16.h"
+#include "cpu/kernels/product/panels.h"
+
+FASTRNN_KERNELS_BEGIN
+
+template <class Cell, class T>
+class ForwardWalk {
+ public:
+  ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
+              T* workspace, Team& team, int rank)
+      : p_(problem),
+        shape_(problem.shape),
+        plan_(plan),
+        at_(layout),
+        work_(workspace),
+        team_(team),
+        barrier_(team.barrier),
+        shares_(team.shares),
+        below_(team.below),
+        rank_(rank),
+        group_first_(rank / plan.unit_groups * plan.unit_groups),
+        rows_(shape_.batch, rank / plan.unit_groups, plan.row_groups),
+        blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
+        proj_blocks_(layout.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
+        out_(shape_.output_size()),
+        width_(Cell::kPre * layout.unit_block),
+        columns_x_(Cell::kPreX, Cell::kGates, plan.unit_vectors, kLanes),
+        columns_h_(Cell::kPreH, Cell::kGates, plan.unit_vectors, kLanes),
+        columns_p_(kZero, 1, plan.back_vectors, kLanes),
+        w_ih_({problem.weights.w_ih, problem.weights.w_ih_stride, true, Cell::kGates,
+               shape_.hidden_size, shape_.input_size},
+              workspace + layout.panels_x, plan.unit_vectors, plan.packed),
+        w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, true, Cell::kGates,
+               shape_.hidden_size, out_},
+              workspace + layout.panels_h, plan.unit_vectors, plan.packed, plan.half_weights),
+        w_hr_(
+            {problem.weights.w_hr, problem.weights.w_hr_stride, true, 1, out_, shape_.hidden_size},
+            workspace + layout.panels_p, plan.back_vectors, plan.packed) {}
+
+  void run() {
+    pack();
+    start_states();
+    barrier_.arrive(rank_);
+    barrier_.wait(rank_, 0, plan_.threads);  // panels are packed in shares by all row groups
+    std::int64_t chunk_end = 0;              // steps before this one have their gates_x
+    for (std::int64_t k = 0; k < shape_.steps; ++k) {
+      if (team_.gives_up(rank_, step_work())) return arrive_for(shape_.steps - k);
+      if (plan_.input_fused)
+        await_input(k + 1);
+      else if (k == chunk_end)
+        chunk_end = project_ahead(k);
+      step(shape_.step(k), k % 2, k > 0);
+      barrier_.arrive(rank_);
+    }
+    if (shape_.steps == 0) finish_untouched();
+  }
+
+ private:
+  using P = Pack<T>;
+  static constexpr int kLanes = P::kLanes;
+  static constexpr int kZero[] = {0};
+
+  // Multiply-adds of this rank in a step.
+  std::int64_t step_work() const {
+    return 1 + rows_.size() * width_ * blocks_.size() * (shape_.input_size + out_);
+  }
+  // As often as in so many steps, see Team::gives_up.
+  void arrive_for(std::int64_t steps) {
+    if (shape_.proj_size > 0) steps *= 2;
+    while (steps-- > 0) barrier_.arrive(rank_);
+  }
+
+  // Until the layer below, if it walks at the same time, has made the input of so many steps: its
+  // ranks arrive once after packing and once a step.
+  void await_input(std::int64_t steps) {
+    if (below_ == nullptr) return;
+    for (int rank = 0; rank < below_->threads; ++rank)
+      barrier_.add_sleep(rank_, below_->barrier.await(rank, std::uint32_t(1 + steps)));
+  }
+
+  // Row groups share the panels of their blocks, and the work of packing them.
+  void pack() {
+    const int row_group = rank_ / plan_.unit_groups;
+    const Share blocks = blocks_.cut(row_group, plan_.row_groups);
+    w_ih_.pack(blocks);
+    w_hh_.pack(blocks);
+    for (std::int64_t block = blocks.begin; block < blocks.end; ++block) pack_bias(block);
+    if (shape_.proj_size > 0) w_hr_.pack(proj_blocks_.cut(row_group, plan_.row_groups));
+  }
+
+  // b_ih and b_hh of a block, added where their gates meet.
+  void pack_bias(std::int64_t block) {
+    T* bias = work_ + at_.bias + block * width_;
+    for (std::int64_t i = 0; i < width_; ++i) bias[i] = T(0);
+    if (p_.weights.b_ih == nullptr) return;
+    const std::int64_t first = block * at_.unit_block;
+    const std::int64_t present = std::min(at_.unit_block, shape_.hidden_size - first);
+    for (int gate = 0; gate < Cell::kGates; ++gate) {
+      for (std::int64_t u = 0; u < present; ++u) {
+        const std::int64_t row = gate * shape_.hidden_size + first + u;
+        bias[Cell::kPreX[gate] * at_.unit_block + u] += p_.weights.b_ih[row];
+        bias[Cell::kPreH[gate] * at_.unit_block + u] += p_.weights.b_hh[row];
+      }
+    }
+  }
+
+  // The hidden units and the units of h that this rank computes.
+  Share own_hidden() const { return blocks_.units(at_.unit_block, shape_.hidden_size); }
+  Share own_out() const {
+    return shape_.proj_size > 0 ? proj_blocks_.units(at_.proj_block, out_) : own_hidden();
+  }
+
+  // h0 goes into both buffers of h: a row that starts late finds it in whichever is read then.
+  void start_states() {
+    const Share out = own_out(), hidden = own_hidden();
+    for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
+      for (std::int64_t j = out.begin; j < out.end; ++j)
+        h(0)[b * out_ + j] = h(1)[b * out_ + j] = p_.h0[b * out_ + j];
+      if constexpr (Cell::kStates == 2)
+        for (std::int64_t j = hidden.begin; j < hidden.end; ++j)
+          p_.c_n[b * shape_.hidden_size + j] = p_.c0[b * shape_.hidden_size + j];
+    }
+  }
+
+  void finish_untouched() {
+    const Share out = own_out();
+    for (std::int64_t b = rows_.begin; b < rows_.end; ++b)
+      for (std::int64_t j = out.begin; j < out.end; ++j) p_.h_n[b * out_ + j] = p_.h0[b * out_ + j];
+  }
+
+  T* h(int parity) const { return work_ + at_.h + parity * shape_.batch * out_; }
+  const T* bias(std::int64_t block) const { return work_ + at_.bias + block * width_; }
+
+  // C += x[row...] w_ih^T for one block.
+  void add_input(std::int64_t block, std::int64_t row, int count, T* c, std::int64_t c_stride) {
+    w_ih_.multiply(block, count, p_.x + row * p_.x_stride, p_.x_stride, c, c_stride, columns_x_);
+  }
+
+  // gates_x of this rank's blocks for the steps from k on that fit the chunk (at least one);
+  // returns the first step beyond. Only this rank reads them, so nobody waits.
+  std::int64_t project_ahead(std::int64_t k) {
+    std::int64_t end = k, rows = 0;
+    do rows += shape_.step_rows[shape_.step(end++)];
+    while (end < shape_.steps && rows + shape_.step_rows[shape_.step(end)] <= plan_.chunk_rows);
+    await_input(end);
+    const std::int64_t first =
+        shape_.step_offset[shape_.reverse ? shape_.step(end - 1) : shape_.step(k)];
+    chunk_first_row_ = first;
+    for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+      for_each_tile(first, first + rows, w_hh_.tile_height(), [&](std::int64_t row, int count) {
+        T* c = gates_x(block, row);
+        for (int m = 0; m < count; ++m) copy_row(bias(block), c + m * gates_x_stride());
+        add_input(block, row, count, c, gates_x_stride());
+      });
+    }
+    return end;
+  }
+
+  std::int64_t gates_x_stride() const { return at_.unit_blocks * width_; }
+  T* gates_x(std::int64_t block, std::int64_t row) const {
+    return work_ + at_.gates_x + (row - chunk_first_row_) * gates_x_stride() + block * width_;
+  }
+  void copy_row(const T* from, T* to) const {
+    for (std::int64_t i = 0; i < width_; i += kLanes) P::load(from + i).store(to + i);
+  }
+
+  // This rank's blocks; where they are shared, then what the others of its group have not begun.
+  template <class Wait, class Body>
+  void for_each_block(int parity, Wait&& wait, Body&& body) {
+    if (!plan_.shared) {
+      for (std::int64_t i = 0; i < blocks_.size(); ++i) body(blocks_.zigzag(i, parity != 0));
+      return;
+    }
+    std::int64_t i;
+    while (shares_.take(rank_, parity, blocks_.size(), true, i))
+      body(blocks_.zigzag(i, parity != 0));
+    wait();  // all have left the step before: its counts are free, and these are filled
+    shares_.refill(rank_, 1 - parity);
+    for (int next = 1; next < plan_.unit_groups; ++next) {
+      const int group = (rank_ + next) % plan_.unit_groups;
+      const Share theirs(at_.unit_blocks, group, plan_.unit_groups);
+      while (shares_.take(group_first_ + group, parity, theirs.size(), false, i))
+        body(theirs.zigzag(i, parity != 0));
+    }
+  }
+
+  void step(std::int64_t t, int parity, bool others_wrote) {
+    const std::int64_t offset = shape_.step_offset[t];
+    const std::int64_t end = std::min(rows_.end, shape_.step_rows[t]);
+    const T* h_before = h(parity);
+    bool waited = !others_wrote;
+    auto wait = [&] {
+      if (!waited) barrier_.wait(rank_, group_first_, plan_.unit_groups);
+      waited = true;
+    };
+    alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
+    for_each_block(parity, wait, [&](std::int64_t block) {
+      for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
+        T* c = scratch;
+        std::int64_t c_stride = width_;
+        if (plan_.input_fused) {
+          for (int m = 0; m < count; ++m) copy_row(bias(block), c + m * width_);
+          add_input(block, offset + row, count, c, width_);
+        } else {
+          c = gates_x(block, offset + row);
+          c_stride = gates_x_stride();
+        }
+        wait();  // the input's share needs nobody: the others' h is awaited after it
+        w_hh_.multiply(block, count, h_before + row * out_, out_, c, c_stride, columns_h_);
+        pointwise(t, block, row, count, parity, c, c_stride);
+      });
+    });
+    wait();
+    if (shape_.proj_size > 0) project_state(t, end, parity);
+  }
+
+  // The cell's text on a tile: `count` rows from `first` on, one vector of units after the other.
+  void pointwise(std::int64_t t, std::int64_t block, std::int64_t first, int count, int parity,
+                 const T* c, std::int64_t c_stride) {
+    // Local copies: what is stored below could be any of the members, for all the compiler knows.
+    const std::int64_t hidden = shape_.hidden_size, unit_block = at_.unit_block;
+    const std::int64_t y_stride = p_.y_stride, ending = shape_.first_ending_row(t);
+    const std::int64_t row = shape_.step_offset[t] + first;
+    const bool projected = shape_.proj_size > 0, save = p_.saved != nullptr;
+    for (int u = 0; u < plan_.unit_vectors; ++u) {
+      const std::int64_t unit = block * unit_block + u * kLanes;
+      const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
+      if (lanes <= 0) break;
+      const T* gates = c + u * kLanes;
+      const T* h_before = h(parity) + first * hidden + unit;  // read by cells without projections
+      T* h_after = (projected ? work_ + at_.m : h(1 - parity)) + first * hidden + unit;
+      T* state = Cell::kStates == 2 ? p_.c_n + first * hidden + unit : nullptr;
+      T* saved_row = save ? p_.saved + row * Cell::kSaved * hidden + unit : nullptr;
+      T* y = p_.y + row * y_stride + unit;
+      T* h_n = p_.h_n + first * hidden + unit;
+      for (int m = 0; m < count; ++m) {
+        P pre[Cell::kPre], state0[2] = {}, saved[Cell::kSaved + 1], state1[2];
+        for (int q = 0; q < Cell::kPre; ++q) pre[q] = P::load(gates + q * unit_block);
+        if constexpr (Cell::kReadsH0) state0[0] = P::load(h_before + m * hidden, lanes);
+        if constexpr (Cell::kStates == 2) state0[1] = P::load(state + m * hidden, lanes);
+        Cell::forward(pre, state0, saved, state1);
+        state1[0].store(h_after + m * hidden, lanes);
+        if constexpr (Cell::kStates == 2) state1[1].store(state + m * hidden, lanes);
+        if (Cell::kSaved > 0 && save)
+          for (int s = 0; s < Cell::kSaved; ++s)
+            saved[s].store(saved_row + (m * Cell::kSaved + s) * hidden, lanes);
+        if (!projected) {
+          state1[0].store(y + m * y_stride, lanes);
+          if (first + m >= ending) state1[0].store(h_n + m * hidden, lanes);
+        }
+        gates += c_stride;
+      }
+    }
+  }
+
+  // h' goes into y, and into h_n at a sequence's last step.
+  void put_output(std::int64_t t, std::int64_t b, std::int64_t unit, std::int64_t lanes, P h_new) {
+    h_new.store(p_.y + (shape_.step_offset[t] + b) * p_.y_stride + unit, lanes);
+    if (b >= shape_.first_ending_row(t)) h_new.store(p_.h_n + b * out_ + unit, lanes);
+  }
+
+  // h' = m w_hr^T once all of m is there.
+  void project_state(std::int64_t t, std::int64_t end, int parity) {
+    barrier_.arrive(rank_);
+    barrier_.wait(rank_, group_first_, plan_.unit_groups);
+    alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
+    const std::int64_t hidden = shape_.hidden_size;
+    for (std::int64_t block = proj_blocks_.begin; block < proj_blocks_.end; ++block) {
+      for_each_tile(rows_.begin, end, w_hr_.tile_height(), [&](std::int64_t row, int count) {
+        for (std::int64_t i = 0; i < count * at_.proj_block; ++i) scratch[i] = T(0);
+        w_hr_.multiply(block, count, work_ + at_.m + row * hidden, hidden, scratch, at_.proj_block,
+                       columns_p_);
+        for (int m = 0; m < count; ++m) {
+          for (int u = 0; u < plan_.back_vectors; ++u) {
+            const std::int64_t unit = block * at_.proj_block + u * kLanes;
+            const std::int64_t lanes = std::min<std::int64_t>(kLanes, out_ - unit);
+            if (lanes <= 0) break;
+            const P h_new = P::load(scratch + m * at_.proj_block + u * kLanes);
+            h_new.store(h(1 - parity) + (row + m) * out_ + unit, lanes);
+            put_output(t, row + m, unit, lanes, h_new);
+          }
+        }
+      });
+    }
+  }
+
+  const LayerForward<T, T>& p_;
+  const LayerShape& shape_;
+  const Plan& plan_;
+  const ForwardLayout& at_;
+  T* const work_;
+  Team& team_;
+  Barrier& barrier_;
+  Shares& shares_;
+  Team* const below_;
+  const int rank_, group_first_;
+  const Share rows_, blocks_, proj_blocks_;
+  const std::int64_t out_;    // R
+  const std::int64_t width_;  // Q*U: a row of a tile
+  const Columns columns_x_, columns_h_, columns_p_;
+  const Weights<T> w_ih_;
+  const RecurrentWeights<T> w_hh_;
+  const Weights<T> w_hr_;
+  std::int64_t chunk_first_row_ = 0;
+};
+
+FASTRNN_KERNELS_END

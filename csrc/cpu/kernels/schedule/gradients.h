@@ -1,0 +1,214 @@
+// What is left after the walk back: products over the rows of all steps, which depend on nothing
+// but d_pre and so need no order.
+//
+//   d_w_ih = d_pre[x side]^T x        d_w_hh = d_pre[h side]^T h_prev       d_b = column sums of
+//   d_pre d_x    = d_pre[x side] w_ih
+//
+// A rank owns rows of the result: gate rows of d_w, rows of d_x. It copies what it multiplies into
+// blocks that stay in its cache (A [rows, depth], B in panels [depth, U]), so no rank ever waits.
+#pragma once
+
+#include "cpu/kernels/product/panels.h"
+
+FASTRNN_KERNELS_BEGIN
+
+template <class Cell, class T>
+class GradientWalk {
+ public:
+  GradientWalk(const LayerGradients<T>& problem, const Plan& plan, const GradientLayout& layout,
+               T* workspace, Team& team, int rank)
+      : p_(problem),
+        shape_(problem.shape),
+        hidden_(shape_.hidden_size),
+        width_(Cell::kPre * hidden_),
+        rows_(shape_.rows()),
+        team_(team),
+        rank_(rank),
+        ranks_(plan.threads),
+        a_(workspace + layout.a(rank)),
+        b_(workspace + layout.b(rank)) {}
+
+  void run() {
+    const Runs runs_x(Cell::kPreX), runs_h(Cell::kPreH);
+    auto x_row = [this](std::int64_t row) { return p_.x + row * p_.x_stride; };
+    weight_gradient(runs_x, x_row, shape_.input_size, p_.d_w_ih, p_.d_b_ih);
+    step_ = 0;
+    auto h_row = [this](std::int64_t row) { return state_before(row); };
+    weight_gradient(runs_h, h_row, shape_.output_size(), p_.d_w_hh, p_.d_b_hh);
+    if (p_.d_x != nullptr) input_gradient(runs_x);
+  }
+
+ private:
+  using P = Pack<T>;
+  static constexpr int kLanes = P::kLanes;
+  static constexpr std::int64_t kU = kTileVectors * kLanes;  // columns of a panel
+  static constexpr std::int64_t kCopyRows = 12;
+  static constexpr std::int64_t kRows = GradientLayout::kRows, kDepth = GradientLayout::kDepth,
+                                kColumns = GradientLayout::kColumns,
+                                kPitch = GradientLayout::kPitch;
+
+  // Gates whose columns of d_pre lie side by side.
+  struct Run {
+    int gate, pre, count;
+  };
+  struct Runs {
+    Run run[Cell::kGates];
+    int count = 0;
+    explicit Runs(const int* pre) {
+      for (int gate = 0; gate < Cell::kGates; ++gate) {
+        if (count > 0 && run[count - 1].pre + run[count - 1].count == pre[gate])
+          ++run[count - 1].count;
+        else
+          run[count++] = {gate, pre[gate], 1};
+      }
+    }
+    const Run* begin() const { return run; }
+    const Run* end() const { return run + count; }
+  };
+
+  // h from which row was reached. Rows are asked for in ascending order mostly.
+  const T* state_before(std::int64_t row) {
+    if (row < shape_.step_offset[step_]) step_ = 0;
+    while (row >= shape_.step_offset[step_] + shape_.step_rows[step_]) ++step_;
+    const std::int64_t b = row - shape_.step_offset[step_];
+    const std::int64_t before = shape_.previous_row(step_, b);
+    return before < 0 ? p_.h0 + b * shape_.output_size() : p_.y + before * p_.y_stride;
+  }
+
+  // d_w [gates*H, columns] = d_pre[side]^T input, d_b its column sums.
+  template <class InputRow>
+  void weight_gradient(const Runs& runs, InputRow input_row, std::int64_t columns, T* d_w, T* d_b) {
+    if (d_w == nullptr && d_b == nullptr) return;
+    for (const Run& run : runs) {
+      const Share own(run.count * hidden_, rank_, ranks_);
+      for (std::int64_t m = own.begin; m < own.end; m += kRows) {
+        const std::int64_t count = std::min(kRows, own.end - m);
+        const std::int64_t to = run.gate * hidden_ + m, from = run.pre * hidden_ + m;
+        std::int64_t k = 0;
+        do {
+          const std::int64_t depth = std::min(kDepth, rows_ - k);
+          if (team_.gives_up(rank_, depth * count * columns)) return;
+          take_transposed(p_.d_pre + k * width_ + from, depth, count,
+                          d_b == nullptr ? nullptr : d_b + to, k == 0);
+          for (std::int64_t j = 0; d_w != nullptr && j < columns; j += kColumns) {
+            const std::int64_t wide = std::min(kColumns, columns - j);
+            take_panels([&](std::int64_t i) { return input_row(k + i) + j; }, depth, wide);
+            multiply(a_, kPitch, count, depth, {b_, depth * kU, kU}, wide, d_w + to * columns + j,
+                     columns, k > 0);
+          }
+          k += depth;
+        } while (k < rows_);
+      }
+    }
+  }
+
+  // d_x [N, I] = d_pre[x side] w_ih.
+  void input_gradient(const Runs& runs) {
+    const Share own(rows_, rank_, ranks_);
+    const std::int64_t columns = shape_.input_size;
+    for (std::int64_t j = 0; j < columns; j += kColumns) {
+      const std::int64_t wide = std::min(kColumns, columns - j);
+      bool add = p_.add_to_x;
+      for (const Run& run : runs) {
+        for (std::int64_t k = 0; k < run.count * hidden_; k += kDepth) {
+          const std::int64_t depth = std::min(kDepth, run.count * hidden_ - k);
+          const T* w = p_.w_ih + (run.gate * hidden_ + k) * p_.w_ih_stride + j;
+          // For few rows a copy costs more than it gains: whole panels are read where they lie.
+          const std::int64_t lie = own.end - own.begin < kCopyRows ? wide / kU * kU : 0;
+          take_panels([&](std::int64_t i) { return w + lie + i * p_.w_ih_stride; }, depth,
+                      wide - lie);
+          for (std::int64_t m = own.begin; m < own.end; m += kRows) {
+            if (team_.gives_up(rank_, kRows * depth * wide)) return;
+            const T* a = p_.d_pre + m * width_ + run.pre * hidden_ + k;
+            T* c = p_.d_x + m * columns + j;
+            const std::int64_t count = std::min(kRows, own.end - m);
+            multiply(a, width_, count, depth, {w, kU, p_.w_ih_stride}, lie, c, columns, add);
+            multiply(a, width_, count, depth, {b_, depth * kU, kU}, wide - lie, c + lie, columns,
+                     add);
+          }
+          add = true;
+        }
+      }
+    }
+  }
+
+  // A [count, depth] = from^T, and the sums of from over depth.
+  void take_transposed(const T* from, std::int64_t depth, std::int64_t count, T* sums, bool first) {
+    std::int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes)
+      transpose_rows(from + k * width_, width_, kLanes, count, a_ + k, kPitch);
+    for (; k < depth; ++k)
+      for (std::int64_t m = 0; m < count; ++m) a_[m * kPitch + k] = from[k * width_ + m];
+    if (sums == nullptr) return;
+    for (std::int64_t m = 0; m < count; m += kLanes) {
+      const std::int64_t lanes = std::min<std::int64_t>(kLanes, count - m);
+      P sum = P(T(0));  // in pieces, as all sums
+      for (std::int64_t i = 0; i < depth; ++i) sum = sum + P::load(from + i * width_ + m, lanes);
+      if (!first) sum = P::load(sums + m, lanes) + sum;
+      sum.store(sums + m, lanes);
+    }
+  }
+
+  // B [columns / U][depth, U], zero beyond the last column.
+  template <class Row>
+  void take_panels(Row row, std::int64_t depth, std::int64_t columns) {
+    for (std::int64_t i = 0; i < depth; ++i) {
+      const T* from = row(i);
+      T* to = b_ + i * kU;
+      std::int64_t j = 0;
+      for (; j + kU <= columns; j += kU, to += depth * kU)
+#pragma GCC unroll 4
+        for (int n = 0; n < kTileVectors; ++n)
+          P::load(from + j + n * kLanes).store(to + n * kLanes);
+      if (j < columns)
+        for (int n = 0; n < kTileVectors; ++n)
+          P::load(from + j + n * kLanes, std::max<std::int64_t>(columns - j - n * kLanes, 0))
+              .store(to + n * kLanes);
+    }
+  }
+
+  // B as columns / U panels: one is panel_step after the other, its rows are stride apart.
+  struct Panels {
+    const T* first;
+    std::int64_t panel_step, stride;
+  };
+
+  // C [rows, columns] = or += A B. A sum is taken in pieces of kDepth, which keeps its error small.
+  void multiply(const T* a, std::int64_t a_stride, std::int64_t rows, std::int64_t depth,
+                const Panels& b, std::int64_t columns, T* c, std::int64_t c_stride,
+                bool add) const {
+    static constexpr int kColumn[kTileVectors] = {0, kLanes, 2 * kLanes, 3 * kLanes};
+    alignas(64) T scratch[kTileRows * kU];
+    for (std::int64_t j = 0; j < columns; j += kU) {
+      const std::int64_t wide = std::min(kU, columns - j);
+      const int vectors = int(divide_up(wide, kLanes));
+      for_each_tile(0, rows, tile_rows(vectors), [&](std::int64_t row, int count) {
+        T* to = c + row * c_stride + j;
+        for (int i = 0; i < count * kU; i += kLanes) P(T(0)).store(scratch + i);
+        tile_function<T>(count, vectors)(depth, a + row * a_stride, a_stride,
+                                         b.first + j / kU * b.panel_step, b.stride, scratch, kU,
+                                         kColumn);
+        for (int m = 0; m < count; ++m) {
+          for (int n = 0; n < vectors; ++n) {
+            P sum = P::load(scratch + m * kU + n * kLanes);
+            T* at = to + m * c_stride + n * kLanes;
+            const std::int64_t lanes = wide - n * kLanes;
+            if (add) sum = sum + P::load(at, lanes);
+            sum.store(at, lanes);
+          }
+        }
+      });
+    }
+  }
+
+  const LayerGradients<T>& p_;
+  const LayerShape& shape_;
+  const std::int64_t hidden_, width_, rows_;
+  Team& team_;
+  const int rank_, ranks_;
+  T* const a_;
+  T* const b_;
+  std::int64_t step_ = 0;
+};
+
+FASTRNN_KERNELS_END

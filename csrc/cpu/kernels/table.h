@@ -1,0 +1,48 @@
+// Everything above, instantiated for every cell and type: one instruction set's row of the
+// dispatch.
+#pragma once
+
+#include "cpu/kernels/peak.h"
+#include "cpu/kernels/schedule/backward.h"
+#include "cpu/kernels/schedule/forward.h"
+#include "cpu/kernels/schedule/gradients.h"
+
+FASTRNN_KERNELS_BEGIN
+
+template <class Cell, class T>
+void forward_rank(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
+                  T* workspace, Team& team, int rank) {
+  ForwardWalk<Cell, T>(problem, plan, layout, workspace, team, rank).run();
+}
+
+template <class Cell, class T>
+void backward_rank(const LayerBackward<T, T>& problem, const Plan& plan,
+                   const BackwardLayout& layout, T* workspace, Team& team, int rank) {
+  BackwardWalk<Cell, T>(problem, plan, layout, workspace, team, rank).run();
+}
+
+template <class Cell, class T>
+void gradient_rank(const LayerGradients<T>& problem, const Plan& plan, const GradientLayout& layout,
+                   T* workspace, Team& team, int rank) {
+  GradientWalk<Cell, T>(problem, plan, layout, workspace, team, rank).run();
+}
+
+template <class T>
+constexpr Walks<T> walks() {
+  return {{
+#define FASTRNN_CELL(kind, name, type) \
+  {forward_rank<type, T>, backward_rank<type, T>, gradient_rank<type, T>},
+      FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+  }};
+}
+
+#define FASTRNN_TEXT_OF(name) #name
+#define FASTRNN_TEXT(name) FASTRNN_TEXT_OF(name)
+extern const Isa kIsa;
+const Isa kIsa = {
+    FASTRNN_TEXT(FASTRNN_ISA),         FASTRNN_VECTOR_BYTES, walks<float>(), walks<double>(),
+    {multiply_add_chains, kPeakFlops}, kHalfWeights,
+};
+
+FASTRNN_KERNELS_END

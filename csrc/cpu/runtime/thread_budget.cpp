@@ -1,0 +1,143 @@
+#include "cpu/runtime/thread_budget.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <thread>
+
+namespace fastrnn::cpu {
+namespace {
+
+std::atomic<int> taken{0};       // threads in calls that are running
+std::atomic<int> most_taken{0};  // at once
+std::atomic<bool> forked{false};
+
+constexpr std::chrono::milliseconds kLeastSleep(1), kPatience(20), kLeastAlone(4), kMostAlone(50);
+
+// Nothing that ran in the parent runs here.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  taken.store(0);
+  forked.store(true);
+});
+
+// A file line by line. (C's: this library's own C++ streams would meet the process's other ones.)
+class Lines {
+ public:
+  explicit Lines(const std::string& path) : file_(std::fopen(path.c_str(), "r")) {}
+  ~Lines() {
+    if (file_ != nullptr) std::fclose(file_);
+  }
+  Lines(const Lines&) = delete;
+  Lines& operator=(const Lines&) = delete;
+
+  // False at the end.
+  bool next(std::string& line) {
+    line.clear();
+    if (file_ == nullptr) return false;
+    int c;
+    while ((c = std::fgetc(file_)) != EOF && c != '\n') {
+      if (++read_ > kMost) return false;  // no file of a control group
+      line.push_back(char(c));
+    }
+    return c != EOF || !line.empty();
+  }
+
+ private:
+  static constexpr std::size_t kMost = 1 << 20;  // bytes
+  std::FILE* file_;
+  std::size_t read_ = 0;
+};
+
+// What a folder of the control group's files allows, 0: no limit.
+double quota_of(const std::string& folder) {
+  double quota = 0, period = 0;
+  std::string line;
+  if (Lines(folder + "/cpu.max").next(line)) {  // "max 100000" or "200000 100000"
+    if (std::sscanf(line.c_str(), "%lf %lf", &quota, &period) != 2) return 0;
+  } else {
+    if (Lines(folder + "/cpu.cfs_quota_us").next(line)) std::sscanf(line.c_str(), "%lf", &quota);
+    if (Lines(folder + "/cpu.cfs_period_us").next(line)) std::sscanf(line.c_str(), "%lf", &period);
+  }
+  return quota > 0 && period > 0 ? quota / period : 0;
+}
+
+int affinity_cpus() {
+  cpu_set_t mask;
+  if (sched_getaffinity(0, sizeof(mask), &mask) == 0) return std::max(CPU_COUNT(&mask), 1);
+  return std::max(int(std::thread::hardware_concurrency()), 1);  // more CPUs than the mask holds
+}
+
+}  // namespace
+
+int quota_cpus(const std::string& membership, const std::string& root) {
+  Lines lines(membership);
+  double least = 0;
+  for (std::string line; lines.next(line);) {  // 0::/path or 4:cpu,cpuacct:/path
+    const std::size_t one = line.find(':'), two = line.find(':', one + 1);
+    if (one == std::string::npos || two == std::string::npos) continue;
+    const std::string controllers = line.substr(one + 1, two - one - 1);
+    const bool is_cpu = ("," + controllers + ",").find(",cpu,") != std::string::npos;
+    if (!controllers.empty() && !is_cpu) continue;
+    const std::string top = root + (controllers.empty() ? "" : "/" + controllers);
+    // Inside a container the path may be that of the host; its own limit is then at the top.
+    for (std::string path = line.substr(two + 1);; path.erase(path.rfind('/'))) {
+      const double quota = quota_of(top + path);
+      if (quota > 0 && (least == 0 || quota < least)) least = quota;
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  constexpr double kMost = 1 << 20;  // CPUs
+  return int(std::ceil(std::min(least, kMost)));
+}
+
+int usable_cpus() {
+  static const int quota = quota_cpus("/proc/self/cgroup", "/sys/fs/cgroup");
+  const int cpus = affinity_cpus();
+  return quota > 0 ? std::min(cpus, quota) : cpus;
+}
+
+Claim::Claim(int wanted, int all) {
+  int before = taken.load(std::memory_order_relaxed);
+  do {
+    threads_ = std::clamp(all - before, 1, wanted);
+  } while (!taken.compare_exchange_weak(before, before + threads_, std::memory_order_relaxed));
+  const int now = before + threads_;
+  int most = most_taken.load(std::memory_order_relaxed);
+  while (most < now && !most_taken.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+  }
+}
+
+int most_threads() { return most_taken.exchange(0, std::memory_order_relaxed); }
+
+Claim::~Claim() { taken.fetch_sub(threads_, std::memory_order_relaxed); }
+
+bool BusyMachine::noted(Clock::time_point now) const {
+  return now.time_since_epoch().count() < until_.load(std::memory_order_relaxed);
+}
+
+void BusyMachine::look(Clock::time_point begin, Clock::time_point now, Clock::duration slept) {
+  constexpr auto kOrder = std::memory_order_relaxed;  // races only blur the rule
+  if (slept < kLeastSleep || slept * 3 < now - begin) {
+    calls_.store(0, kOrder);
+    failures_.store(failures_.load(kOrder) / 2, kOrder);
+    return;
+  }
+  const int calls = calls_.load(kOrder) + 1;
+  calls_.store(calls, kOrder);
+  if (calls == 1) since_.store(begin.time_since_epoch().count(), kOrder);
+  const int failures = failures_.load(kOrder);
+  const bool lasts = now.time_since_epoch() - Clock::duration(since_.load(kOrder)) >= kPatience;
+  if (failures == 0 && (calls < 2 || !lasts)) return;
+  failures_.store(failures + 1, kOrder);
+  const auto alone = std::min(kMostAlone, kLeastAlone * (1 << std::min(failures, 4)));
+  until_.store((now + alone).time_since_epoch().count(), kOrder);
+}
+
+bool is_forked() { return forked.load(std::memory_order_relaxed); }
+
+}  // namespace fastrnn::cpu

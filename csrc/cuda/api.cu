@@ -1,0 +1,144 @@
+// A layer's call on a GPU: asks what the GPU is, has plan.h choose a schedule, and runs it.
+#include <cstdlib>
+
+#include "cuda/machine/gpu.cuh"
+
+namespace fastrnn::cuda {
+namespace {
+
+Chip current_chip() {
+  int device = 0, cooperative = 0;
+  Chip chip{};
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    check(cudaDeviceGetAttribute(&value, attribute, device), "describe the device");
+  };
+  check(cudaGetDevice(&device), "name the current device");
+  ask(chip.major, cudaDevAttrComputeCapabilityMajor);
+  ask(chip.multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(chip.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(cooperative, cudaDevAttrCooperativeLaunch);
+  if (cooperative == 0) chip.multiprocessors = 0;  // none for a persistent launch
+  return chip;
+}
+
+template <class S>
+Arithmetic arithmetic(const Context& context) {
+  if constexpr (std::is_same_v<S, Float16>) {
+    return Arithmetic::kFloat16;
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    return Arithmetic::kBFloat16;
+  } else if constexpr (std::is_same_v<S, double>) {
+    return Arithmetic::kFloat64;
+  } else {
+    return context.tf32 ? Arithmetic::kTf32 : Arithmetic::kFloat32;
+  }
+}
+
+// The math mode of a call's products. The handle is torch's, which finds its own mode afterwards.
+class MathMode {
+ public:
+  MathMode(const Context& context, cublasMath_t mode)
+      : blas_(static_cast<cublasHandle_t>(context.blas)) {
+    check(cublasGetMathMode(blas_, &before_), "tell its math mode");
+    if (mode != before_) check(cublasSetMathMode(blas_, mode), "set its math mode");
+  }
+  ~MathMode() { cublasSetMathMode(blas_, before_); }
+  MathMode(const MathMode&) = delete;
+  MathMode& operator=(const MathMode&) = delete;
+
+ private:
+  cublasHandle_t blas_;
+  cublasMath_t before_ = CUBLAS_DEFAULT_MATH;
+};
+
+// Half types are added in float32, also where cuBLAS splits k.
+template <class S>
+cublasMath_t math_mode(const Context& context) {
+  if constexpr (sizeof(S) == 2) return CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+  if constexpr (std::is_same_v<S, float>)
+    return context.tf32 ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_DEFAULT_MATH;
+  return CUBLAS_DEFAULT_MATH;
+}
+
+template <class S, class Problem>
+Plan choose(const Problem* problems, int directions, Pass pass, const Context& context) {
+  const Request request{
+      problems[0].shape,      directions,     pass,
+      arithmetic<S>(context), current_chip(), choice_named(std::getenv("FASTRNN_SCHEDULE"))};
+  if constexpr (std::is_same_v<S, double>) {
+    return make_plan(request);
+  } else {
+    Gpu gpu(context);
+    return plan_persistent<S>(request, gpu);
+  }
+}
+
+template <class S, class Problem>
+void run_any(const Problem* problems, int directions, const Plan& plan, void* workspace,
+             const Context& context) {
+  const MathMode mode(context, math_mode<S>(context));
+  Gpu gpu(context);
+  if constexpr (!std::is_same_v<S, double>) {
+    if (plan.schedule->schedule == Schedule::kPersistent)
+      return run_persistent<S>(problems, directions, plan, workspace, gpu);
+  }
+  for (int d = 0; d < directions; ++d) run_stepwise<S>(problems[d], plan, workspace, gpu);
+}
+
+template <class S>
+std::size_t persistent_bytes(const LayerShape& shape, int directions, const Plan& plan, Pass pass) {
+  return PersistentLayout<S>(shape, directions, plan, pass).bytes;
+}
+
+}  // namespace
+
+template <class S>
+Plan plan(const Forward<S>* problems, int directions, const Context& context) {
+  return choose<S>(problems, directions, Pass::kForward, context);
+}
+template <class S>
+Plan plan(const Backward<S>* problems, int directions, const Context& context) {
+  return choose<S>(problems, directions, Pass::kBackward, context);
+}
+
+template <class S>
+std::size_t workspace_bytes(const Forward<S>* problems, int directions, const Plan& plan) {
+  const LayerShape& shape = problems[0].shape;
+  if (plan.schedule->schedule == Schedule::kPersistent)
+    return persistent_bytes<S>(shape, directions, plan, Pass::kForward);
+  return StepwiseForwardLayout<S>(shape, plan).bytes;
+}
+template <class S>
+std::size_t workspace_bytes(const Backward<S>* problems, int directions, const Plan& plan) {
+  const LayerShape& shape = problems[0].shape;
+  if (plan.schedule->schedule == Schedule::kPersistent)
+    return persistent_bytes<S>(shape, directions, plan, Pass::kBackward);
+  return StepwiseBackwardLayout<S>(shape, plan).bytes;
+}
+
+template <class S>
+void run(const Forward<S>* problems, int directions, const Plan& plan, void* workspace,
+         const Context& context) {
+  run_any<S>(problems, directions, plan, workspace, context);
+}
+template <class S>
+void run(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
+         const Context& context) {
+  run_any<S>(problems, directions, plan, workspace, context);
+}
+
+#define FASTRNN_INSTANTIATE_FOR(Problem)                                  \
+  template Plan plan(const Problem*, int, const Context&);                \
+  template std::size_t workspace_bytes(const Problem*, int, const Plan&); \
+  template void run(const Problem*, int, const Plan&, void*, const Context&);
+#define FASTRNN_INSTANTIATE(S)        \
+  FASTRNN_INSTANTIATE_FOR(Forward<S>) \
+  FASTRNN_INSTANTIATE_FOR(Backward<S>)
+FASTRNN_INSTANTIATE(Float16)
+FASTRNN_INSTANTIATE(BFloat16)
+FASTRNN_INSTANTIATE(float)
+FASTRNN_INSTANTIATE(double)
+#undef FASTRNN_INSTANTIATE
+#undef FASTRNN_INSTANTIATE_FOR
+
+}  // namespace fastrnn::cuda

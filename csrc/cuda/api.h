@@ -1,0 +1,48 @@
+// The GPU's kernels as the layers above see them: a plan, its memory, a run, for all directions of
+// a layer at once. No torch in here; the caller brings the stream, the cuBLAS handle (set to that
+// stream) and the memory.
+//
+// Everything is put on the stream of the current device and nothing waits for it, so a call can be
+// captured in a CUDA graph. float32 products use TF32 where the caller allows it; half
+// types are added in float32. The environment's FASTRNN_SCHEDULE asks for a schedule. Failures are
+// thrown as std::runtime_error.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/math/half.h"
+#include "cuda/plan.h"
+
+namespace fastrnn::cuda {
+
+struct Context {
+  void* stream;  // cudaStream_t
+  void* blas;    // cublasHandle_t, whose math mode a call sets and restores
+  bool tf32;     // whether float32 products may round their factors to TF32
+};
+
+// Pointers of problems are device pointers; S: Float16, BFloat16, float or double. One problem a
+// direction, of the same shape but for `reverse`.
+template <class S>
+using Forward = LayerForward<S, Accumulate<S>>;
+template <class S>
+using Backward = LayerBackward<S, Accumulate<S>, S>;
+
+template <class S>
+Plan plan(const Forward<S>* problems, int directions, const Context& context);
+template <class S>
+Plan plan(const Backward<S>* problems, int directions, const Context& context);
+
+template <class S>
+std::size_t workspace_bytes(const Forward<S>* problems, int directions, const Plan& plan);
+template <class S>
+std::size_t workspace_bytes(const Backward<S>* problems, int directions, const Plan& plan);
+
+template <class S>
+void run(const Forward<S>* problems, int directions, const Plan& plan, void* workspace,
+         const Context& context);
+template <class S>
+void run(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
+         const Context& context);
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,222 @@
+// The machine of the schedules' texts: one stream of one GPU. And how the schedules are reached
+// from kernels.cu, each compiled in a source file of its own.
+#pragma once
+
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/machine/grid.h"
+#include "cuda/schedules/persistent/persistent.h"
+#include "cuda/schedules/stepwise/stepwise.h"
+
+namespace fastrnn::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // said here, and not once more by whoever asks CUDA next
+  throw std::runtime_error(std::string("fastrnn: CUDA failed to ") + what + ": " +
+                           cudaGetErrorString(status) + ".");
+}
+inline void check(cublasStatus_t status, const char* what) {
+  if (status != CUBLAS_STATUS_SUCCESS)
+    throw std::runtime_error(std::string("fastrnn: cuBLAS failed to ") + what + ": " +
+                             cublasGetStatusString(status) + ".");
+}
+
+template <class Body>
+__global__ void __launch_bounds__(kBlockThreads)
+    for_each_kernel(const __grid_constant__ Body body, const __grid_constant__ Grid grid) {
+  const Element at = element_of(grid, blockIdx.x, threadIdx.x, threadIdx.y);
+  if (at.is_inside) body(at.row, at.column);
+}
+
+// Values that come with the launch itself: kept by a graph, and nobody waits for a copy.
+template <class T>
+struct Payload {
+  static constexpr int kCount = 3584 / sizeof(T);  // a launch may carry 4 KB
+  T values[kCount];
+};
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads)
+    upload_kernel(const __grid_constant__ Payload<T> payload, T* to, int count) {
+  for (int i = int(threadIdx.x); i < count; i += kBlockThreads) to[i] = payload.values[i];
+}
+
+// What a kernel of the persistent schedule sees of its thread.
+class GpuThread {
+ public:
+  __device__ unsigned index() const { return threadIdx.x; }
+  __device__ unsigned block() const { return blockIdx.x; }
+  __device__ char* shared() const {
+    extern __shared__ uint4 memory[];
+    return reinterpret_cast<char*>(memory);
+  }
+  __device__ void sync() { __syncthreads(); }
+  __device__ void sync_warp() { __syncwarp(); }
+  __device__ float shuffle_xor(float value, unsigned mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+
+  // From the L2 cache, where other blocks' writes are.
+  __device__ Quad load(const void* p) {
+    Quad quad;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(quad.word[0]), "=r"(quad.word[1]), "=r"(quad.word[2]), "=r"(quad.word[3])
+                 : "l"(p));
+    return quad;
+  }
+  __device__ int uniform(int value) const { return __shfl_sync(0xffffffffu, value, 0); }
+
+#if __CUDA_ARCH__ >= 800
+  __device__ void wait(const std::uint64_t* flag, std::uint64_t at_least) {
+    std::uint64_t value;
+    do {
+      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+    } while (value < at_least);
+  }
+  __device__ void publish(std::uint64_t* flag, std::uint64_t value) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+  }
+
+  // d += a b of the warp, [16, k] times [k, 8], k = 8 for TF32 and 16 for half types
+  template <class S>
+  __device__ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+#define FASTRNN_MMA(kind)                                                         \
+  asm volatile("mma.sync.aligned." kind                                           \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+    if constexpr (std::is_same_v<S, Float16>)
+      FASTRNN_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+    else if constexpr (std::is_same_v<S, BFloat16>)
+      FASTRNN_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+    else
+      FASTRNN_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+#undef FASTRNN_MMA
+  }
+#else  // plan.h keeps older GPUs away
+  __device__ void wait(const std::uint64_t*, std::uint64_t) { __trap(); }
+  __device__ void publish(std::uint64_t*, std::uint64_t) { __trap(); }
+  template <class S>
+  __device__ void mma(float (&)[4], const std::uint32_t (&)[4], const std::uint32_t (&)[2]) {
+    __trap();
+  }
+#endif
+};
+
+template <class Body>
+__global__ void __launch_bounds__(kWalkThreads, 1) walk_kernel(const __grid_constant__ Body body) {
+  GpuThread thread;
+  body(thread);
+}
+
+template <class S>
+constexpr cudaDataType_t kDataType = CUDA_R_32F;
+template <>
+constexpr cudaDataType_t kDataType<double> = CUDA_R_64F;
+template <>
+constexpr cudaDataType_t kDataType<Float16> = CUDA_R_16F;
+template <>
+constexpr cudaDataType_t kDataType<BFloat16> = CUDA_R_16BF;
+
+class Gpu {
+ public:
+  explicit Gpu(const Context& context)
+      : stream_(static_cast<cudaStream_t>(context.stream)),
+        blas_(static_cast<cublasHandle_t>(context.blas)) {}
+
+  // cuBLAS counts columns first: it is asked for c^T [n, m] = w' a^T.
+  template <class S, class C>
+  void multiply(const Product<S, C>& p) {
+    using A = Accumulate<S>;
+    if (p.m == 0 || p.n == 0) return;
+    if (p.k == 0) {
+      if (!p.add)
+        check(cudaMemset2DAsync(p.c, p.c_stride * sizeof(C), 0, p.n * sizeof(C), p.m, stream_),
+              "clear a product");
+      return;
+    }
+    const A alpha = 1, beta = p.add ? 1 : 0;
+    const cublasComputeType_t compute =
+        std::is_same_v<A, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+    check(cublasGemmEx_64(blas_, p.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, p.n, p.m,
+                          p.k, &alpha, p.w, kDataType<S>, p.w_stride, p.a, kDataType<S>, p.a_stride,
+                          &beta, p.c, kDataType<C>, p.c_stride, compute, CUBLAS_GEMM_DEFAULT),
+          "multiply");
+  }
+
+  template <class Body>
+  void for_each(std::int64_t rows, std::int64_t columns, const Body& body) {
+    if (rows <= 0 || columns == 0) return;
+    const Grid grid = grid_for(rows, columns);
+    if (grid.blocks > 0x7fffffff)
+      throw std::runtime_error("fastrnn: a step must have fewer than 2^31 blocks of units.");
+    for_each_kernel<<<unsigned(grid.blocks), dim3(grid.width, grid.height), 0, stream_>>>(body,
+                                                                                          grid);
+    check(cudaGetLastError(), "launch a kernel");
+  }
+
+  void clear(void* memory, std::size_t bytes) {
+    check(cudaMemsetAsync(memory, 0, bytes, stream_), "clear memory");
+  }
+
+  template <class T>
+  void upload(T* to, const T* from, std::size_t count) {
+    for (std::size_t begin = 0; begin < count; begin += Payload<T>::kCount) {
+      const int part = int(std::min<std::size_t>(count - begin, Payload<T>::kCount));
+      Payload<T> payload{};
+      std::copy(from + begin, from + begin + part, payload.values);
+      upload_kernel<T><<<1, kBlockThreads, 0, stream_>>>(payload, to + begin, part);
+      check(cudaGetLastError(), "launch a kernel");
+    }
+  }
+
+  // Of the current device. From then on the kernel may have all the shared memory there is,
+  // whatever other threads ask for.
+  template <class Body>
+  int blocks_a_multiprocessor(std::int64_t shared_bytes, const Chip& chip) {
+    int blocks = 0;
+    if (cudaFuncSetAttribute(walk_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             chip.shared_bytes) != cudaSuccess ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, walk_kernel<Body>, kWalkThreads,
+                                                      std::size_t(shared_bytes)) != cudaSuccess) {
+      cudaGetLastError();  // it is no error of anybody's
+      return 0;
+    }
+    return blocks;
+  }
+
+  // Cooperatively: either all blocks run at once or CUDA refuses the launch.
+  template <class Body>
+  void walk(const Body& body, int blocks, std::int64_t shared_bytes) {
+    void* arguments[] = {const_cast<Body*>(&body)};
+    check(cudaLaunchCooperativeKernel(walk_kernel<Body>, dim3(unsigned(blocks)), dim3(kWalkThreads),
+                                      arguments, std::size_t(shared_bytes), stream_),
+          "launch all blocks of a persistent kernel at once (FASTRNN_SCHEDULE=stepwise does "
+          "without)");
+  }
+
+ private:
+  cudaStream_t stream_;
+  cublasHandle_t blas_;
+};
+
+// Compiled in stepwise.cu, for every S ...
+template <class S>
+void run_stepwise(const Forward<S>& problem, const Plan& plan, void* workspace, Gpu& gpu);
+template <class S>
+void run_stepwise(const Backward<S>& problem, const Plan& plan, void* workspace, Gpu& gpu);
+// ... and in persistent_<type>.cu, for every S but double. Problems: one a direction.
+template <class S>
+void run_persistent(const Forward<S>* problems, int directions, const Plan& plan, void* workspace,
+                    Gpu& gpu);
+template <class S>
+void run_persistent(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
+                    Gpu& gpu);
+template <class S>
+Plan plan_persistent(const Request& request, Gpu& gpu);  // stepwise, where it would not be resident
+
+}  // namespace fastrnn::cuda

@@ -1,8 +1,0 @@
-// The persistent kernels for bfloat16.
-#include "persistent.cuh"
-
-namespace fastrnn::cuda {
-
-FASTRNN_INSTANTIATE_PERSISTENT(BFloat16)
-
-}  // namespace fastrnn::cuda

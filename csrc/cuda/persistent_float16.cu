@@ -1,8 +1,0 @@
-// The persistent kernels for float16.
-#include "persistent.cuh"
-
-namespace fastrnn::cuda {
-
-FASTRNN_INSTANTIATE_PERSISTENT(Float16)
-
-}  // namespace fastrnn::cuda

@@ -1,0 +1,285 @@
+// The pointwise parts of a step: what a thread does for one row and one column. The cells' own
+// text (csrc/cells) between loads and stores; also compiled for the host, where the tests run it.
+//
+//                columns j: hidden units
+//   rows b:    ...[b,j]...      reads pre-activations, states and saved values of unit j,
+//   sequences                   writes the unit's outputs; nothing is shared between threads
+//
+// Every struct is a copyable bundle of pointers. The stepwise schedule calls it with (row, column),
+// after the recurrent product; the persistent one calls its parts: `load`, which waits for nothing,
+// before the product, then `compute`, and `store` when the other blocks have what they wait for.
+#pragma once
+
+#include <utility>
+
+#include "cuda/math/half.h"
+
+namespace fastrnn::cuda {
+
+// A static constexpr array of a cell cannot be indexed on the device, but its values can be named.
+template <const int* Map, int Gate>
+struct At {
+  static constexpr int kValue = Map[Gate];
+};
+
+// The hidden side's gates are the first pre-activations, in the order of w_hh's rows: so gradients
+// of these times w_hh are those of h.
+template <class Cell>
+constexpr bool hidden_gates_come_first() {
+  for (int gate = 0; gate < Cell::kGates; ++gate)
+    if (Cell::kPreH[gate] != gate) return false;
+  return true;
+}
+
+// pre[Map[g]] += values[g * stride] for the gates g of one side.
+template <const int* Map, class A, class V, int... Gate>
+FASTRNN_HD void add_side(A* pre, const V* values, std::int64_t stride,
+                         std::integer_sequence<int, Gate...>) {
+  ((pre[At<Map, Gate>::kValue] += widen(values[Gate * stride])), ...);
+}
+
+// h, c, h' and c' of one step forward. Rows from `first_new` on start at this step, from h0 and c0;
+// rows from `first_ending` on end at it.
+template <class Cell, class S>
+struct ForwardStep {
+  using A = Accumulate<S>;
+
+  std::int64_t hidden;  // H
+  std::int64_t first_new, first_ending;
+  const A* gates_x;   // [n, G*H] x_t w_ih^T
+  const A* gates_h;   // [n, G*H] h w_hh^T
+  const S* b_ih;      // [G*H] or null
+  const S* b_hh;      // [G*H] or null
+  const S* h_before;  // [first_new, H], h_before_stride apart (only cells that read h)
+  std::int64_t h_before_stride;
+  const S* h0;  // [B, H]
+  const S* c0;  // [B, H]
+  A* c;         // [B, H] the running cell state
+  S* h;         // [n, H], h_stride apart, or null: y, or what w_hr is to multiply
+  std::int64_t h_stride;
+  A* saved;  // [n, S*H] or null
+  S* h_n;    // [B, H] or null
+  S* c_n;    // [B, H]
+
+  // What a unit's step reads, its share of the recurrent product apart: as it lies in memory, so
+  // that nobody has to wait for it before it is used.
+  struct Inputs {
+    A gates_x[Cell::kGates];
+    S h;  // or h0 (only cells that read h)
+    A c;
+    S c0;
+    bool starts;  // from c0, not c
+  };
+  // The same at every step.
+  struct Biases {
+    A pre[Cell::kPre];
+  };
+  struct Outputs {
+    A state1[2];
+    A saved[Cell::kSaved + 1];
+  };
+
+  FASTRNN_HD Biases biases(std::int64_t unit) const {
+    Biases sums{};
+    if (b_ih != nullptr) {
+      add_side<Cell::kPreX>(sums.pre, b_ih + unit, hidden, kGates);
+      add_side<Cell::kPreH>(sums.pre, b_hh + unit, hidden, kGates);
+    }
+    return sums;
+  }
+
+  FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
+    const std::int64_t at = b * hidden + unit;
+    Inputs inputs{};
+    for (int gate = 0; gate < Cell::kGates; ++gate)
+      inputs.gates_x[gate] = gates_x[(b * Cell::kGates + gate) * hidden + unit];
+    inputs.starts = b >= first_new;
+    if constexpr (Cell::kDirect)
+      inputs.h = inputs.starts ? h0[at] : h_before[b * h_before_stride + unit];
+    if constexpr (Cell::kStates == 2) {
+      if (inputs.starts)
+        inputs.c0 = c0[at];
+      else
+        inputs.c = c[at];
+    }
+    return inputs;
+  }
+
+  // The unit's share of the recurrent product is product[0], product[stride], ..., one a gate.
+  FASTRNN_HD Outputs compute(const Inputs& inputs, const Biases& biases, const A* product,
+                             std::int64_t stride) const {
+    A pre[Cell::kPre], state0[2] = {};
+    for (int q = 0; q < Cell::kPre; ++q) pre[q] = biases.pre[q];
+    add_side<Cell::kPreX>(pre, inputs.gates_x, 1, kGates);
+    add_side<Cell::kPreH>(pre, product, stride, kGates);
+    if constexpr (Cell::kDirect) state0[0] = widen(inputs.h);
+    if constexpr (Cell::kStates == 2) state0[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c;
+    Outputs outputs{};
+    Cell::forward(pre, state0, outputs.saved, outputs.state1);
+    return outputs;
+  }
+
+  FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
+    const std::int64_t at = b * hidden + unit;
+    const S out = narrow<S>(outputs.state1[0]);
+    if (h != nullptr) h[b * h_stride + unit] = out;
+    if constexpr (Cell::kSaved > 0) {
+      if (saved != nullptr) {
+        for (int s = 0; s < Cell::kSaved; ++s)
+          saved[(b * Cell::kSaved + s) * hidden + unit] = outputs.saved[s];
+      }
+    }
+    if constexpr (Cell::kStates == 2) c[at] = outputs.state1[1];
+    if (b >= first_ending) {
+      if (h_n != nullptr) h_n[at] = out;
+      if constexpr (Cell::kStates == 2) c_n[at] = narrow<S>(outputs.state1[1]);
+    }
+  }
+
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
+    const A* product = gates_h + b * Cell::kGates * hidden + unit;
+    store(compute(load(b, unit), biases(unit), product, hidden), b, unit);
+  }
+
+ private:
+  static constexpr auto kGates = std::make_integer_sequence<int, Cell::kGates>{};
+};
+
+// One step backward. Rows from `first_ending` on end at this step, where the walk meets them first:
+// their gradients come from d_h_n and d_c_n. Rows before carry those that the step after left.
+template <class Cell, class S>
+struct BackwardStep {
+  using A = Accumulate<S>;
+  static_assert(hidden_gates_come_first<Cell>());
+
+  std::int64_t hidden;  // H
+  std::int64_t first_new, first_ending;
+  const A* d_m;    // [n, H] the gradient at o*tanh(c') with a projection, else null
+  A* d_h;          // [B, H] the running gradient at h' (left: its direct part at h)
+  const S* d_h_n;  // [B, H] or null
+  const S* d_y;    // [n, H], d_y_stride apart, or null
+  std::int64_t d_y_stride;
+  A* d_c;             // [B, H] the running gradient at c' (left: at c)
+  const S* d_c_n;     // [B, H] or null
+  const A* saved;     // [n, S*H]
+  const S* h;         // [n, H], h_stride apart: y of this step (only cells that read h'),
+  const S* h_before;  // and of the step before (only cells that read h)
+  std::int64_t h_stride;
+  const S* h0;            // [B, H]
+  const A* saved_before;  // [n, S*H] of the step before: its saved cell state is c
+  const S* c0;            // [B, H]
+  S* d_pre;               // [n, Q*H]
+
+  // What a unit's step reads, the gradient that the step after left apart; as it lies in memory.
+  struct Inputs {
+    A saved[Cell::kSaved + 1];
+    S h_before, h;  // (only cells that read them)
+    A c_before;
+    S c0;
+    S d_y, d_h_n;
+    A d_c;
+    S d_c_n;
+    bool starts, ends;  // from c0, not c_before; with d_h_n and d_c_n, not d_c
+  };
+  struct Outputs {
+    A d_pre[Cell::kPre];
+    A d_state0[2];
+  };
+
+  FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
+    const std::int64_t at = b * hidden + unit;
+    Inputs inputs{};
+    inputs.starts = b >= first_new;
+    inputs.ends = b >= first_ending;
+    if (inputs.ends && d_h_n != nullptr) inputs.d_h_n = d_h_n[at];
+    if (d_y != nullptr) inputs.d_y = d_y[b * d_y_stride + unit];
+    if constexpr (Cell::kStates == 2) {
+      if (!inputs.ends)
+        inputs.d_c = d_c[at];
+      else if (d_c_n != nullptr)
+        inputs.d_c_n = d_c_n[at];
+      if (inputs.starts)
+        inputs.c0 = c0[at];
+      else
+        inputs.c_before = saved_before[(b * Cell::kSaved + Cell::kSavedState) * hidden + unit];
+    }
+    if constexpr (Cell::kReadsH0)
+      inputs.h_before = inputs.starts ? h0[at] : h_before[b * h_stride + unit];
+    if constexpr (Cell::kReadsH1) inputs.h = h[b * h_stride + unit];
+    for (int s = 0; s < Cell::kSaved; ++s)
+      inputs.saved[s] = saved[(b * Cell::kSaved + s) * hidden + unit];
+    return inputs;
+  }
+
+  // d_left: what the step after left of the gradient at h', 0 where there is none.
+  FASTRNN_HD Outputs compute(const Inputs& inputs, A d_left) const {
+    A state0[2] = {}, state1[2] = {}, d_state1[2] = {};
+    d_state1[0] = d_left + widen(inputs.d_h_n) + widen(inputs.d_y);
+    if constexpr (Cell::kReadsH0) state0[0] = widen(inputs.h_before);
+    if constexpr (Cell::kReadsH1) state1[0] = widen(inputs.h);
+    if constexpr (Cell::kStates == 2) {
+      state0[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c_before;
+      d_state1[1] = inputs.ends ? A(widen(inputs.d_c_n)) : inputs.d_c;
+    }
+    Outputs outputs{};
+    Cell::backward(inputs.saved, state0, state1, d_state1, outputs.d_pre, outputs.d_state0);
+    return outputs;
+  }
+
+  FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
+    for (int q = 0; q < Cell::kPre; ++q)
+      d_pre[(b * Cell::kPre + q) * hidden + unit] = narrow<S>(outputs.d_pre[q]);
+    if constexpr (Cell::kDirect) d_h[b * hidden + unit] = outputs.d_state0[0];
+    if constexpr (Cell::kStates == 2) d_c[b * hidden + unit] = outputs.d_state0[1];
+  }
+
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
+    A d_left = A(0);
+    if (d_m != nullptr)
+      d_left = d_m[b * hidden + unit];
+    else if (b < first_ending)
+      d_left = d_h[b * hidden + unit];
+    store(compute(load(b, unit), d_left), b, unit);
+  }
+};
+
+// With a projection: d_h_all = d_h + d_y, the whole gradient at h' = m w_hr^T.
+template <class S>
+struct OutputGradient {
+  using A = Accumulate<S>;
+
+  std::int64_t size;  // P
+  std::int64_t first_ending;
+  const A* d_h;    // [B, P] the running gradient at h'
+  const S* d_h_n;  // [B, P] or null
+  const S* d_y;    // [n, P], d_y_stride apart, or null
+  std::int64_t d_y_stride;
+  S* d_h_all;  // [n, P]
+
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t j) const {
+    const std::int64_t at = b * size + j;
+    A sum = A(0);
+    if (b < first_ending)
+      sum = d_h[at];
+    else if (d_h_n != nullptr)
+      sum = widen(d_h_n[at]);
+    if (d_y != nullptr) sum += widen(d_y[b * d_y_stride + j]);
+    d_h_all[at] = narrow<S>(sum);
+  }
+};
+
+// to = S(from), or zero where there is nothing to copy from.
+template <class From, class S>
+struct Copy {
+  const From* from;  // [n, *], from_stride apart, or null
+  std::int64_t from_stride;
+  S* to;  // [n, *], to_stride apart
+  std::int64_t to_stride;
+
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t j) const {
+    to[b * to_stride + j] =
+        narrow<S>(from != nullptr ? widen(from[b * from_stride + j]) : Accumulate<S>(0));
+  }
+};
+
+}  // namespace fastrnn::cuda

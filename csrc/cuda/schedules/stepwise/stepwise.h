@@ -1,0 +1,324 @@
+// The stepwise schedule: every step is a matrix product and a pointwise part, put one after the
+// other on a stream.
+//
+//   forward   gates_x = x w_ih^T                  for a chunk of many steps at once
+//             for t:  gates_h = h w_hh^T          h: rows of y of the step before, or of h0
+//                     (h', c') = cell             [with a projection m, and y_t = m w_hr^T]
+//
+//   backward  for t:  dh = d_h + d_y_t            [with a projection kept as d_h_all, dm = dh w_hr]
+//                     d_pre_t, d_c, d_h = cell    d_h: what reaches h around the product
+//                     d_h += d_pre_t[hidden side] w_hh
+//
+// Rows of different lengths need no masks: the active rows of a step are its first ones. A row that
+// starts at a step reads h0 and c0 there, one that ends there writes h_n and c_n, both inside the
+// pointwise part; a row that a step does not have keeps its running values.
+//
+// The text is a template over the machine, which brings two operations:
+//
+//   machine.multiply(product)               c = a w  or  c += a w
+//   machine.for_each(rows, columns, body)   body(row, column) for all, in any order
+//
+// stepwise.cu has the GPU's; the tests bring one of plain loops.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "cuda/api.h"
+#include "cuda/machine/workspace.h"
+#include "cuda/schedules/step.h"
+
+namespace fastrnn::cuda {
+
+// c [m, n] = a [m, k] w^T for w [n, k] (transposed) or a w for w [k, n]; `add` keeps what c holds.
+// Everything is row-major with the given distances between rows. k = 0 makes zeros.
+template <class S, class C>
+struct Product {
+  std::int64_t m, n, k;
+  const S* a;
+  std::int64_t a_stride;
+  const S* w;
+  std::int64_t w_stride;
+  bool transposed;
+  C* c;
+  std::int64_t c_stride;
+  bool add;
+};
+
+// Rows of step t that come from the step before it in walking order; those after start at t.
+inline std::int64_t first_new_row(const LayerShape& shape, std::int64_t t) {
+  const std::int64_t before = shape.reverse ? t + 1 : t - 1;
+  if (before < 0 || before >= shape.steps) return 0;
+  return std::min(shape.step_rows[before], shape.step_rows[t]);
+}
+
+// gates_x = x w_ih^T for some rows of x.
+template <class S>
+Product<S, Accumulate<S>> input_product(const Forward<S>& problem, std::int64_t first,
+                                        std::int64_t rows, Accumulate<S>* gates_x) {
+  const LayerShape& shape = problem.shape;
+  const std::int64_t width = cell_info(shape.cell).gates * shape.hidden_size;
+  return {rows,
+          width,
+          shape.input_size,
+          problem.x + first * problem.x_stride,
+          problem.x_stride,
+          problem.weights.w_ih,
+          problem.weights.w_ih_stride,
+          true,
+          gates_x,
+          width,
+          false};
+}
+
+template <class S>
+struct StepwiseForwardLayout {
+  std::size_t gates_x, gates_h, c, m, bytes;
+
+  StepwiseForwardLayout(const LayerShape& shape, const Plan& plan) {
+    using A = Accumulate<S>;
+    const CellInfo& cell = cell_info(shape.cell);
+    const std::int64_t width = cell.gates * shape.hidden_size;
+    Parts parts;
+    const std::int64_t chunk = std::min(std::max(plan.chunk_rows, shape.batch), shape.rows());
+    gates_x = parts.add<A>(chunk * width);
+    gates_h = parts.add<A>(shape.batch * width);
+    c = parts.add<A>(cell.states == 2 ? shape.batch * shape.hidden_size : 0);
+    m = parts.add<S>(shape.proj_size > 0 ? shape.batch * shape.hidden_size : 0);
+    bytes = parts.bytes();
+  }
+};
+
+template <class S>
+struct StepwiseBackwardLayout {
+  std::size_t d_h, d_c, d_m, bytes;
+
+  StepwiseBackwardLayout(const LayerShape& shape, const Plan&) {
+    using A = Accumulate<S>;
+    Parts parts;
+    d_h = parts.add<A>(shape.batch * shape.output_size());
+    d_c = parts.add<A>(cell_info(shape.cell).states == 2 ? shape.batch * shape.hidden_size : 0);
+    d_m = parts.add<A>(shape.proj_size > 0 ? shape.batch * shape.hidden_size : 0);
+    bytes = parts.bytes();
+  }
+};
+
+template <class Cell, class S, class Machine>
+class StepwiseForward {
+ public:
+  StepwiseForward(const Forward<S>& problem, const Plan& plan, void* workspace, Machine& machine)
+      : p_(problem), shape_(problem.shape), plan_(plan), machine_(machine) {
+    const StepwiseForwardLayout<S> at(shape_, plan);
+    char* base = static_cast<char*>(workspace);
+    gates_x_ = reinterpret_cast<A*>(base + at.gates_x);
+    gates_h_ = reinterpret_cast<A*>(base + at.gates_h);
+    c_ = reinterpret_cast<A*>(base + at.c);
+    m_ = reinterpret_cast<S*>(base + at.m);
+  }
+
+  void run() {
+    if (shape_.steps == 0) {
+      copy(p_.h0, p_.h_n, shape_.batch, shape_.output_size());
+      if constexpr (Cell::kStates == 2) copy(p_.c0, p_.c_n, shape_.batch, shape_.hidden_size);
+    }
+    for (std::int64_t k = 0; k < shape_.steps;) {
+      const std::int64_t end = chunk_end(k);
+      // The chunk's rows lie together; walking back its last step has the first of them.
+      const std::int64_t low = std::min(shape_.step(k), shape_.step(end - 1));
+      const std::int64_t high = std::max(shape_.step(k), shape_.step(end - 1));
+      const std::int64_t first = shape_.step_offset[low];
+      const std::int64_t rows = shape_.step_offset[high] + shape_.step_rows[high] - first;
+      machine_.multiply(input_product(p_, first, rows, gates_x_));
+      for (; k < end; ++k) {
+        const std::int64_t t = shape_.step(k);
+        step(t, gates_x_ + (shape_.step_offset[t] - first) * width());
+      }
+    }
+  }
+
+ private:
+  using A = Accumulate<S>;
+
+  std::int64_t width() const { return Cell::kGates * shape_.hidden_size; }
+  bool is_projected() const { return shape_.proj_size > 0; }
+  S* y_row(std::int64_t row) const { return p_.y + row * p_.y_stride; }
+
+  // One step, and as many more as stay within the chunk's rows.
+  std::int64_t chunk_end(std::int64_t k) const {
+    std::int64_t rows = shape_.step_rows[shape_.step(k++)];
+    while (k < shape_.steps && rows + shape_.step_rows[shape_.step(k)] <= plan_.chunk_rows)
+      rows += shape_.step_rows[shape_.step(k++)];
+    return k;
+  }
+
+  // gates_h of rows [begin, end), whose states lie at h.
+  void multiply_state(const S* h, std::int64_t h_stride, std::int64_t begin, std::int64_t end) {
+    machine_.multiply(Product<S, A>{end - begin, width(), shape_.output_size(), h, h_stride,
+                                    p_.weights.w_hh, p_.weights.w_hh_stride, true,
+                                    gates_h_ + begin * width(), width(), false});
+  }
+
+  void step(std::int64_t t, const A* gates_x) {
+    const std::int64_t rows = shape_.step_rows[t], hidden = shape_.hidden_size;
+    const std::int64_t out = shape_.output_size(), row = shape_.step_offset[t];
+    const std::int64_t first_new = first_new_row(shape_, t);
+    const std::int64_t first_ending = shape_.first_ending_row(t);
+    const S* before = first_new > 0 ? y_row(shape_.previous_row(t, 0)) : nullptr;
+    multiply_state(before, p_.y_stride, 0, first_new);
+    multiply_state(p_.h0 + first_new * out, out, first_new, rows);
+
+    ForwardStep<Cell, S> body{};
+    body.hidden = hidden;
+    body.first_new = first_new;
+    body.first_ending = first_ending;
+    body.gates_x = gates_x;
+    body.gates_h = gates_h_;
+    body.b_ih = p_.weights.b_ih;
+    body.b_hh = p_.weights.b_hh;
+    body.h_before = before;
+    body.h_before_stride = p_.y_stride;
+    body.h0 = p_.h0;
+    body.c0 = p_.c0;
+    body.c = c_;
+    body.h = is_projected() ? m_ : y_row(row);
+    body.h_stride = is_projected() ? hidden : p_.y_stride;
+    if (p_.saved != nullptr) body.saved = p_.saved + row * Cell::kSaved * hidden;
+    if (!is_projected()) body.h_n = p_.h_n;
+    body.c_n = p_.c_n;
+    machine_.for_each(rows, hidden, body);
+
+    if (is_projected()) {
+      machine_.multiply(Product<S, S>{rows, out, hidden, m_, hidden, p_.weights.w_hr,
+                                      p_.weights.w_hr_stride, true, y_row(row), p_.y_stride,
+                                      false});
+      machine_.for_each(
+          rows - first_ending, out,
+          Copy<S, S>{y_row(row + first_ending), p_.y_stride, p_.h_n + first_ending * out, out});
+    }
+  }
+
+  void copy(const S* from, S* to, std::int64_t rows, std::int64_t columns) {
+    machine_.for_each(rows, columns, Copy<S, S>{from, columns, to, columns});
+  }
+
+  const Forward<S>& p_;
+  const LayerShape& shape_;
+  const Plan& plan_;
+  Machine& machine_;
+  A *gates_x_, *gates_h_, *c_;
+  S* m_;
+};
+
+template <class Cell, class S, class Machine>
+class StepwiseBackward {
+ public:
+  StepwiseBackward(const Backward<S>& problem, const Plan& plan, void* workspace, Machine& machine)
+      : p_(problem), shape_(problem.shape), machine_(machine) {
+    const StepwiseBackwardLayout<S> at(shape_, plan);
+    char* base = static_cast<char*>(workspace);
+    d_h_ = reinterpret_cast<A*>(base + at.d_h);
+    d_c_ = reinterpret_cast<A*>(base + at.d_c);
+    d_m_ = reinterpret_cast<A*>(base + at.d_m);
+  }
+
+  void run() {
+    const std::int64_t out = shape_.output_size(), hidden = shape_.hidden_size;
+    for (std::int64_t k = shape_.steps - 1; k >= 0; --k) step(shape_.step(k));
+    if (shape_.steps > 0) {
+      finish(d_h_, p_.d_h0, out);
+      if constexpr (Cell::kStates == 2) finish(d_c_, p_.d_c0, hidden);
+    } else {
+      finish(p_.d_h_n, p_.d_h0, out);
+      if constexpr (Cell::kStates == 2) finish(p_.d_c_n, p_.d_c0, hidden);
+    }
+  }
+
+ private:
+  using A = Accumulate<S>;
+
+  bool is_projected() const { return shape_.proj_size > 0; }
+
+  void step(std::int64_t t) {
+    const std::int64_t rows = shape_.step_rows[t], hidden = shape_.hidden_size;
+    const std::int64_t out = shape_.output_size(), row = shape_.step_offset[t];
+    const std::int64_t first_new = first_new_row(shape_, t);
+    const std::int64_t first_ending = shape_.first_ending_row(t);
+    const S* d_y = p_.d_y == nullptr ? nullptr : p_.d_y + row * p_.d_y_stride;
+    if (is_projected()) {
+      S* d_h_all = p_.d_h_all + row * out;
+      machine_.for_each(
+          rows, out,
+          OutputGradient<S>{out, first_ending, d_h_, p_.d_h_n, d_y, p_.d_y_stride, d_h_all});
+      machine_.multiply(Product<S, A>{rows, hidden, out, d_h_all, out, p_.weights.w_hr,
+                                      p_.weights.w_hr_stride, false, d_m_, hidden, false});
+    }
+
+    BackwardStep<Cell, S> body{};
+    body.hidden = hidden;
+    body.first_new = first_new;
+    body.first_ending = first_ending;
+    body.d_h = d_h_;
+    if (is_projected()) {
+      body.d_m = d_m_;
+    } else {
+      body.d_h_n = p_.d_h_n;
+      body.d_y = d_y;
+      body.d_y_stride = p_.d_y_stride;
+    }
+    body.d_c = d_c_;
+    body.d_c_n = p_.d_c_n;
+    if (p_.saved != nullptr) body.saved = p_.saved + row * Cell::kSaved * hidden;
+    body.h = p_.y + row * p_.y_stride;
+    if (first_new > 0) {
+      const std::int64_t before = shape_.previous_row(t, 0);
+      body.h_before = p_.y + before * p_.y_stride;
+      if (p_.saved != nullptr) body.saved_before = p_.saved + before * Cell::kSaved * hidden;
+    }
+    body.h_stride = p_.y_stride;
+    body.h0 = p_.h0;
+    body.c0 = p_.c0;
+    S* d_pre = p_.d_pre + row * Cell::kPre * hidden;
+    body.d_pre = d_pre;
+    machine_.for_each(rows, hidden, body);
+
+    machine_.multiply(Product<S, A>{rows, out, Cell::kGates * hidden, d_pre, Cell::kPre * hidden,
+                                    p_.weights.w_hh, p_.weights.w_hh_stride, false, d_h_, out,
+                                    Cell::kDirect});
+  }
+
+  template <class From>
+  void finish(const From* from, S* to, std::int64_t columns) {
+    machine_.for_each(shape_.batch, columns, Copy<From, S>{from, columns, to, columns});
+  }
+
+  const Backward<S>& p_;
+  const LayerShape& shape_;
+  Machine& machine_;
+  A *d_h_, *d_c_, *d_m_;
+};
+
+template <class S, class Machine>
+void stepwise_forward(const Forward<S>& problem, const Plan& plan, void* workspace,
+                      Machine& machine) {
+  switch (problem.shape.cell) {
+#define FASTRNN_CELL(kind, name, type) \
+  case CellKind::kind:                 \
+    return StepwiseForward<type, S, Machine>(problem, plan, workspace, machine).run();
+    FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+  }
+}
+
+template <class S, class Machine>
+void stepwise_backward(const Backward<S>& problem, const Plan& plan, void* workspace,
+                       Machine& machine) {
+  switch (problem.shape.cell) {
+#define FASTRNN_CELL(kind, name, type) \
+  case CellKind::kind:                 \
+    return StepwiseBackward<type, S, Machine>(problem, plan, workspace, machine).run();
+    FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+  }
+}
+
+}  // namespace fastrnn::cuda

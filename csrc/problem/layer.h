@@ -1,0 +1,119 @@
+// What a kernel is asked to do, as plain data: one direction of one layer. The same structs serve
+// the CPU and CUDA; pointers belong to the caller and live on the device that runs the kernel.
+//
+// Rows: the steps of a sequence batch are rows of [N, *] matrices. Step t owns the rows
+// step_offset[t] ... step_offset[t] + step_rows[t], and its row b belongs to sequence b. A padded
+// batch has step_rows[t] = B for all t; a packed one has step_rows descending. Either way the rows
+// of all steps follow one another without gaps, N = sum of step_rows.
+//
+//      t = 0   1   2   3                     direction of time:  forward   t = 0 ... T-1
+//  b=0     x   x   x   x   <- last row                           reverse   t = T-1 ... 0
+//  b=1     x   x   x         ends early      A sequence starts from h0[b] at its first active step
+//  in b=2     x                                 that direction and leaves h_n[b] at its last one.
+//
+// S is the type of the caller's tensors, A the type the kernel accumulates in (csrc/cpu: S = A).
+#pragma once
+
+#include <cstdint>
+
+#include "cells/registry.h"
+
+namespace fastrnn {
+
+struct LayerShape {
+  CellKind cell;
+  bool reverse;                     // walk from t = T-1 to 0
+  std::int64_t steps;               // T
+  std::int64_t batch;               // B
+  std::int64_t input_size;          // I
+  std::int64_t hidden_size;         // H
+  std::int64_t proj_size;           // P, 0: no projection
+  const std::int64_t* step_offset;  // [T] on the host
+  const std::int64_t* step_rows;    // [T] on the host
+
+  std::int64_t output_size() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
+  std::int64_t rows() const {                                                           // N
+    return steps == 0 ? 0 : step_offset[steps - 1] + step_rows[steps - 1];
+  }
+  // The step that is walked k-th.
+  std::int64_t step(std::int64_t k) const { return reverse ? steps - 1 - k : k; }
+  // Rows of step t from this one on end at t.
+  std::int64_t first_ending_row(std::int64_t t) const {
+    if (reverse) return t == 0 ? 0 : step_rows[t];
+    return t == steps - 1 ? 0 : step_rows[t + 1];
+  }
+  // The row of sequence b at the step before t in walking order, or -1 where it starts at t.
+  std::int64_t previous_row(std::int64_t t, std::int64_t b) const {
+    const std::int64_t before = reverse ? t + 1 : t - 1;
+    if (before < 0 || before >= steps || b >= step_rows[before]) return -1;
+    return step_offset[before] + b;
+  }
+};
+
+template <class S>
+struct LayerWeights {
+  const S* w_ih;                                       // [G*H, I]
+  const S* w_hh;                                       // [G*H, R]
+  const S* b_ih;                                       // [G*H] or null
+  const S* b_hh;                                       // [G*H] or null (both or none)
+  const S* w_hr;                                       // [P, H] or null
+  std::int64_t w_ih_stride, w_hh_stride, w_hr_stride;  // of a row; columns are contiguous
+};
+
+template <class S, class A>
+struct LayerForward {
+  LayerShape shape;
+  LayerWeights<S> weights;
+  const S* x;  // [N, I]
+  std::int64_t x_stride;
+  const S* h0;  // [B, R]
+  const S* c0;  // [B, H] or null
+  S* y;         // [N, R], y_stride apart: both directions share rows of D*R
+  std::int64_t y_stride;
+  S* h_n;    // [B, R]
+  S* c_n;    // [B, H] or null
+  A* saved;  // [N, S*H] what backward needs (columns in the order of the cell's saved), or null
+  bool half_weights;  // w_hh may be rounded to float16, where that is faster
+};
+
+template <class S, class A, class D = A>
+struct LayerBackward {
+  LayerShape shape;
+  LayerWeights<S> weights;
+  const S* h0;  // [B, R]
+  const S* c0;  // [B, H] or null
+  const S* y;   // [N, R], y_stride apart
+  std::int64_t y_stride;
+  const A* saved;  // [N, S*H] or null
+  const S* d_y;    // [N, R], d_y_stride apart, or null: zero
+  std::int64_t d_y_stride;
+  const S* d_h_n;  // [B, R] or null: zero
+  const S* d_c_n;  // [B, H] or null: zero
+  D* d_pre;        // [N, Q*H] gradients at the pre-activations
+  D* d_h_all;      // [N, P] gradients at the projected outputs, or null without projection
+  S* d_h0;         // [B, R]
+  S* d_c0;         // [B, H] or null
+};
+
+// The products over all steps that follow the walk back: gradients of the weights and of the input.
+template <class T>
+struct LayerGradients {
+  LayerShape shape;
+  const T* w_ih;  // [G*H, I], w_ih_stride apart
+  std::int64_t w_ih_stride;
+  const T* x;  // [N, I], x_stride apart
+  std::int64_t x_stride;
+  const T* h0;  // [B, R]
+  const T* y;   // [N, R], y_stride apart
+  std::int64_t y_stride;
+  const T* d_pre;  // [N, Q*H]
+  // What is wanted; null: not this.
+  T* d_x;         // [N, I]
+  bool add_to_x;  // d_x += instead of =: the other direction has been there
+  T* d_w_ih;      // [G*H, I]
+  T* d_w_hh;      // [G*H, R]
+  T* d_b_ih;      // [G*H]
+  T* d_b_hh;      // [G*H]
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,80 @@
+"""The command ``fastrnn``: ``charlm``, ``charlm sample``, ``compare`` and ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import fastrnn
+
+#: what ``fastrnn charlm`` needs besides torch
+CHARLM_PACKAGES = ("rich", "matplotlib", "safetensors", "numpy")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code.
+
+    Args:
+        arguments: without the program's name; by default those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a text may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return _run(given)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("fastrnn: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(given: list[str]) -> int:
+    if given[:1] == ["charlm"]:
+        missing = [name for name in CHARLM_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            print(
+                f"fastrnn charlm: {', '.join(missing)} not installed; "
+                "pip install 'fastrnn[charlm]' brings what it needs",
+                file=sys.stderr,
+            )
+            return 2
+        from fastrnn.tools.charlm import command
+
+        return command.main(given[1:], _Parser)
+
+    if given[:1] == ["compare"]:
+        from fastrnn.tools.benchmark import command as compare_command
+
+        return compare_command.main(given[1:], _Parser)
+
+    parser = _Parser(prog="fastrnn", description="Fast recurrent layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fastrnn {fastrnn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("charlm", help="train, compare and sample a character-level language model")
+    commands.add_parser("compare", help="fastrnn beside torch.nn and others, on your shape")
+    about = commands.add_parser("info", help="versions, CPU, CUDA, and what would run")
+    about.add_argument("--json", action="store_true", help="as JSON")
+    options = parser.parse_args(given)
+
+    from fastrnn.tools import info
+
+    if options.json:
+        print(json.dumps(info.info(), indent=1))
+    else:
+        print("\n".join(info.lines()))
+    return 0

@@ -1,0 +1,758 @@
+"""The GPU's schedules without a GPU: their text, compiled for the host, as the kernels.
+
+Cells, pointwise parts, the walk through time and the threads' share of it are the same C++ that
+nvcc compiles; the harness brings plain loops for cuBLAS and for the pointwise launches, and fibers
+in random order for the persistent kernels' threads: barriers, shuffles, marks of arrival, tensor
+cores. What this cannot show is cuBLAS itself, the launches, memory fences, and streams:
+`test_cuda.py` asks a GPU for these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import CELLS, DTYPES, build, check, pack, random
+from tolerance import Change, assert_agrees, assert_is_between
+from torch import Tensor, nn
+
+from fastrnn import functional, ops, reference
+from fastrnn.spec import CELLS as SPECS
+from fastrnn.spec import split_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+# in the order of the enumerations in csrc/cuda/plan.h; 2 is float32 in TF32
+ARITHMETIC = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 3, torch.float64: 4}
+TF32 = 2
+AUTOMATIC, PERSISTENT, STEPWISE = range(3)
+# what the harness's threads can leave out
+FORGET = ["sync of weights", "sync of products", "sync of arrival", "wait", "sync of a warp"]
+KINDS = list(SPECS)  # in the order of the kernels' registry
+H100 = {"multiprocessors": 132, "shared_bytes": 232448}
+
+
+class Call(ctypes.Structure):
+    """The harness's struct of the same name."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("arithmetic", "cell", "reverse", "steps", "batch")]
+        + [(name, ctypes.c_int64) for name in ("input_size", "hidden_size", "proj_size")]
+        + [(name, ctypes.c_int64) for name in ("choice", "multiprocessors", "shared_bytes")]
+        + [("resident", ctypes.c_int64)]
+        + [(name, ctypes.c_int64) for name in ("chunk_rows", "descending", "seed", "forget")]
+        + [(name, ctypes.c_void_p) for name in ("step_offset", "step_rows")]
+        + [(name, ctypes.c_void_p) for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+        + [(name, ctypes.c_int64) for name in ("w_ih_stride", "w_hh_stride", "w_hr_stride")]
+        + [("x", ctypes.c_void_p), ("x_stride", ctypes.c_int64)]
+        + [(name, ctypes.c_void_p) for name in ("h0", "c0", "y")]
+        + [("y_stride", ctypes.c_int64)]
+        + [(name, ctypes.c_void_p) for name in ("h_n", "c_n", "saved", "d_y")]
+        + [("d_y_stride", ctypes.c_int64)]
+        + [(name, ctypes.c_void_p) for name in ("d_h_n", "d_c_n")]
+        + [(name, ctypes.c_void_p) for name in ("d_pre", "d_h_all", "d_h0", "d_c0")]
+    )
+
+
+class Kernels:
+    """The two operators as the CUDA library implements them, on the harness."""
+
+    def __init__(self, library: ctypes.CDLL, choice: int = STEPWISE) -> None:
+        self.library = library
+        self.walked: list[bool] = []  # for every call, whether the persistent schedule did it
+        self.choice = choice
+        self.units = 0  # of a block, on a GPU with so few multiprocessors; 0: on an H100
+        self.resident = 1  # blocks of a walk that a multiprocessor holds
+        self.tf32 = False
+        self.chunk_rows = 0
+        self.descending = False
+        self.seed = 1
+        self.forget = 0
+
+    def run(self, name: str, calls: list[Call]) -> None:
+        """One call a direction, done at once."""
+        result = getattr(self.library, name)((Call * len(calls))(*calls), len(calls))
+        assert result >= 0, self.library.last_failure().decode()
+        self.walked.append(result == 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        cell: str,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        spec = SPECS[cell]
+        directions, batch, out = h0.shape
+        hidden = weights[0].shape[0] // spec.gates
+        rows = x.shape[:-1]
+        count = rows.numel()
+        x_rows = spread(x.reshape(count, x.shape[-1]))
+        y = margin(count, directions * out, x.dtype)
+        h_n = poison(directions, batch, out, dtype=x.dtype)
+        c_n = poison(directions, batch, hidden, dtype=x.dtype) if c0 is not None else x.new_empty(0)
+        saved = poison(
+            *((directions, count, spec.saved * hidden) if save and spec.saved else (0,)),
+            dtype=accumulate(x.dtype),
+        )
+        calls, kept = [], []
+        for d in range(directions):
+            call, tensors = self._call(spec.name, d, h0, c0, weights, batch_sizes, rows[0])
+            set_rows(call, "x", x_rows)
+            set_rows(call, "y", y[:, d * out :])
+            set_tensor(call, "h_n", h_n[d])
+            if c0 is not None:
+                set_tensor(call, "c_n", c_n[d])
+            if saved.numel() > 0:
+                set_tensor(call, "saved", saved[d])
+            calls.append(call)
+            kept.append(tensors)
+        self.run("run_forward", calls)
+        assert y[:, directions * out :].isnan().all(), "written beyond y"
+        return y[:, : directions * out].reshape(*rows, directions * out), h_n, c_n, saved
+
+    def backward(
+        self,
+        d_y: Tensor | None,
+        d_h_n: Tensor | None,
+        d_c_n: Tensor | None,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        y: Tensor,
+        saved: Tensor,
+        cell: str,
+    ) -> tuple[Tensor, ...]:
+        spec = SPECS[cell]
+        directions, batch, out = h0.shape
+        hidden = weights[0].shape[0] // spec.gates
+        projected = len(weights) // directions in (3, 5)
+        count = y.shape[:-1].numel()
+        y_rows = spread(y.reshape(count, -1) if count else y.new_empty(0, directions * out))
+        d_y_rows = None if d_y is None else spread(d_y.reshape(y_rows.shape))
+        d_pre = poison(directions, count, spec.pre * hidden, dtype=y.dtype)
+        d_h_all = poison(*((directions, count, out) if projected else (0,)), dtype=y.dtype)
+        d_h0 = poison(directions, batch, out, dtype=y.dtype)
+        d_c0 = (
+            poison(directions, batch, hidden, dtype=y.dtype) if c0 is not None else y.new_empty(0)
+        )
+        d_h_n = None if d_h_n is None else d_h_n.contiguous()
+        d_c_n = None if d_c_n is None else d_c_n.contiguous()
+        calls, kept = [], []
+        for d in range(directions):
+            call, tensors = self._call(spec.name, d, h0, c0, weights, batch_sizes, y.shape[0])
+            set_rows(call, "y", y_rows[:, d * out :])
+            if saved.numel() > 0:
+                set_tensor(call, "saved", saved[d])
+            if d_y_rows is not None:
+                set_rows(call, "d_y", d_y_rows[:, d * out :])
+            for name, given in (("d_h_n", d_h_n), ("d_c_n", d_c_n)):
+                if given is not None:
+                    set_tensor(call, name, given[d])
+            set_tensor(call, "d_pre", d_pre[d])
+            if projected:
+                set_tensor(call, "d_h_all", d_h_all[d])
+            set_tensor(call, "d_h0", d_h0[d])
+            if c0 is not None:
+                set_tensor(call, "d_c0", d_c0[d])
+            calls.append(call)
+            kept.append(tensors)
+        self.run("run_backward", calls)
+        return d_pre, d_h_all, d_h0, d_c0
+
+    def _call(
+        self,
+        cell: str,
+        direction: int,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        steps: int,
+    ) -> tuple[Call, list[Tensor]]:
+        """What both passes are told, and the tensors that must live as long as the call."""
+        directions, batch, out = h0.shape
+        hidden = weights[0].shape[0] // SPECS[cell].gates
+        w = split_weights(weights, directions)[direction]
+        step_rows = torch.full((steps,), batch)
+        if batch_sizes is not None:
+            step_rows = batch_sizes.contiguous()
+        step_offset = step_rows.cumsum(0) - step_rows
+        call = Call(
+            arithmetic=TF32 if self.tf32 else ARITHMETIC[h0.dtype],
+            cell=KINDS.index(cell),
+            reverse=direction,
+            steps=len(step_rows),
+            batch=batch,
+            input_size=w.w_ih.shape[1],
+            hidden_size=w.w_ih.shape[0] // SPECS[cell].gates,
+            proj_size=0 if w.w_hr is None else out,
+            choice=self.choice,
+            **(H100 | self._few(hidden, directions)),
+            resident=self.resident,
+            chunk_rows=self.chunk_rows,
+            descending=self.descending,
+            seed=self.seed,
+            forget=self.forget,
+        )
+        kept = [step_rows, step_offset, h0[direction].contiguous()]
+        for name, tensor in zip(("step_rows", "step_offset", "h0"), kept, strict=True):
+            set_tensor(call, name, tensor)
+        if c0 is not None:
+            kept.append(c0[direction].contiguous())
+            set_tensor(call, "c0", kept[-1])
+        for name in ("w_ih", "w_hh", "w_hr"):
+            matrix = getattr(w, name)
+            if matrix is not None:
+                kept.append(spread(matrix.detach()))
+                set_rows(call, name, kept[-1])
+        for name in ("b_ih", "b_hh"):
+            bias = getattr(w, name)
+            if bias is not None:
+                kept.append(bias.detach().contiguous())
+                set_tensor(call, name, kept[-1])
+        return call, kept
+
+    def _few(self, hidden: int, directions: int) -> dict[str, int]:
+        """As few multiprocessors as blocks of so many units, so that one walks all row tiles."""
+        if self.units == 0:
+            return {}
+        return {"multiprocessors": directions * math.ceil(hidden / self.units)}
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def poison(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def margin(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix of NaN with columns to spare, so that rows lie apart."""
+    return poison(rows, columns + 3, dtype=dtype)
+
+
+def spread(matrix: Tensor) -> Tensor:
+    """The same matrix with NaN between its rows: who reads there, shows it."""
+    wide = margin(matrix.shape[0], matrix.shape[1], matrix.dtype)
+    wide[:, : matrix.shape[1]] = matrix
+    return wide[:, : matrix.shape[1]]
+
+
+def set_tensor(call: Call, name: str, tensor: Tensor) -> None:
+    assert tensor.is_contiguous()
+    setattr(call, name, tensor.data_ptr() or None)
+
+
+def set_rows(call: Call, name: str, matrix: Tensor) -> None:
+    setattr(call, name, matrix.data_ptr() or None)
+    setattr(call, f"{name}_stride", matrix.stride(0))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The harness, compiled now."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("needs a C++ compiler")
+    path = tmp_path_factory.mktemp("cuda_host") / "harness.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    source = ROOT / "tests" / "cuda" / "host" / "harness.cpp"
+    folders = ["-I", str(ROOT / "csrc"), "-I", str(source.parent)]
+    subprocess.run([*compiler, *flags, *folders, str(source), "-o", str(path)], check=True)
+    library = ctypes.CDLL(str(path))
+    library.run_forward.restype = library.run_backward.restype = ctypes.c_int64
+    library.last_failure.restype = ctypes.c_char_p
+    library.partial_at.restype = ctypes.c_int64
+    library.call_bytes.restype = ctypes.c_int64
+    assert library.call_bytes() == ctypes.sizeof(Call)
+    return library
+
+
+@pytest.fixture
+def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
+    """The harness in place of the operators, for CPU tensors; it must have been used."""
+    kernels = Kernels(library)
+    monkeypatch.setattr(ops, "forward", kernels.forward)
+    monkeypatch.setattr(ops, "_forward", kernels.forward)
+    monkeypatch.setattr(functional, "torch_computes_half_step", lambda *_: False)
+    monkeypatch.setattr(ops, "_backward", kernels.backward)
+    yield kernels
+    persistent = kernels.choice == PERSISTENT
+    assert kernels.walked == [persistent] * max(len(kernels.walked), 1)
+
+
+def make_input(*shape: int, dtype: torch.dtype, seed: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return random(generator, *shape, dtype=dtype).requires_grad_()
+
+
+def make_states(module: nn.Module, batch: int, dtype: torch.dtype) -> Any:
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    h = make_input(count, batch, module.proj_size or module.hidden_size, dtype=dtype, seed=6)
+    if module.mode != "LSTM":
+        return h
+    return h, make_input(count, batch, module.hidden_size, dtype=dtype, seed=7)
+
+
+#          T, B, I, H
+SHAPES = [(1, 1, 1, 1), (6, 3, 4, 17), (3, 5, 2, 8), (11, 2, 5, 3), (2, 3, 1, 130)]
+# few rows, by dot products; then a tile of rows, two, and three; more groups of k than warps
+PERSISTENT_SHAPES = [(1, 1, 1, 1), (6, 3, 4, 17), (5, 6, 2, 33), (4, 19, 3, 8), (3, 40, 3, 20)]
+WIDE_SHAPES = [(3, 2, 2, 300), (3, 7, 2, 300)]
+LENGTHS = [[4], [5, 5, 3, 1], [1, 6, 2, 6, 3]]
+MANY_LENGTHS = [
+    9,
+    8,
+    8,
+    8,
+    7,
+    7,
+    6,
+    6,
+    6,
+    6,
+    5,
+    5,
+    5,
+    5,
+    4,
+    4,
+    4,
+    3,
+    3,
+    3,
+    3,
+    2,
+    2,
+    2,
+    2,
+    2,
+    1,
+    1,
+    1,
+]
+HALF_AND_FLOAT = [torch.float16, torch.bfloat16, torch.float32]
+
+# units of a block, 0: on an H100, whose row tiles then lie in blocks of their own
+persistent = pytest.mark.parametrize("units", [0, 8, 16])
+
+
+def check_padded(cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    steps, batch, inputs, hidden = shape
+    module = build(cell, inputs, hidden, bidirectional=True, dtype=dtype)
+    check(module, make_input(steps, batch, inputs, dtype=dtype), make_states(module, batch, dtype))
+
+
+def check_lengths(cell: str, lengths: list[int], hidden: int, dtype: torch.dtype) -> None:
+    module = build(cell, 3, hidden, bidirectional=True, dtype=dtype)
+    x = pack(make_input(sum(lengths), 3, dtype=dtype), lengths, enforce_sorted=False)
+    check(module, x, make_states(module, len(lengths), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_padded(
+    kernels: Kernels, cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    check_padded(cell, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_of_different_lengths(
+    kernels: Kernels, cell: str, lengths: list[int], dtype: torch.dtype
+) -> None:
+    check_lengths(cell, lengths, 7, dtype)
+
+
+@persistent
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
+@pytest.mark.parametrize("shape", PERSISTENT_SHAPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_persistent_padded(
+    kernels: Kernels,
+    cell: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    units: int,
+) -> None:
+    kernels.choice, kernels.units = PERSISTENT, units
+    check_padded(cell, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
+@pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_persistent_wide(
+    kernels: Kernels, cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    kernels.choice = PERSISTENT
+    check_padded(cell, shape, dtype)
+
+
+@persistent
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
+@pytest.mark.parametrize("lengths", [*LENGTHS, MANY_LENGTHS], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_persistent_rows_of_different_lengths(
+    kernels: Kernels, cell: str, lengths: list[int], dtype: torch.dtype, units: int
+) -> None:
+    kernels.choice, kernels.units = PERSISTENT, units
+    check_lengths(cell, lengths, 12, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": False, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_projection(
+    kernels: Kernels, packed: bool, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    module = build("lstm", 4, 9, proj_size=5, dtype=dtype, **options)
+    lengths = [5, 3, 3, 1]
+    x: Any = make_input(6, 4, 4, dtype=dtype)
+    if packed:
+        x = pack(make_input(sum(lengths), 4, dtype=dtype), lengths, enforce_sorted=True)
+    check(module, x, make_states(module, 4, dtype))
+
+
+@persistent
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
+@pytest.mark.parametrize(("hidden", "proj"), [(9, 5), (40, 33), (24, 1)])
+@pytest.mark.parametrize("lengths", [None, [5, 3, 3, 1], MANY_LENGTHS], ids=["20 rows", "4", "29"])
+def test_persistent_projection(
+    kernels: Kernels,
+    lengths: list[int] | None,
+    hidden: int,
+    proj: int,
+    dtype: torch.dtype,
+    units: int,
+) -> None:
+    kernels.choice, kernels.units = PERSISTENT, units
+    module = build("lstm", 4, hidden, proj_size=proj, bidirectional=True, dtype=dtype)
+    batch = 20 if lengths is None else len(lengths)
+    x: Any = make_input(4, 20, 4, dtype=dtype)
+    if lengths is not None:
+        x = pack(make_input(sum(lengths), 4, dtype=dtype), lengths, enforce_sorted=True)
+    check(module, x, make_states(module, batch, dtype))
+
+
+@pytest.mark.parametrize("proj", [0, 5])
+def test_blocks_that_would_not_be_resident_are_not_launched(
+    library: ctypes.CDLL, proj: int
+) -> None:
+    kernels = Kernels(library, PERSISTENT)
+    x, h0, c0, weights = random_layer("lstm", (4, 3), 3, 9, proj=proj)
+    results = []
+    for kernels.resident in (0, 1):
+        results.append(kernels.forward(x, h0, c0, weights, None, "lstm", True))
+        y, h_n, c_n, saved = results[-1]
+        results[-1] += kernels.backward(y, h_n, c_n, h0, c0, weights, None, y, saved, "lstm")
+    assert kernels.walked == [False, False, True, True]
+
+    def exact(change: Change) -> tuple[Tensor, ...]:
+        wide = (*(change(t) for t in (x, h0, c0)), [change(w) for w in weights])
+        return tuple(both_passes(Kernels(library), "lstm", wide).values())
+
+    assert_agrees(*results, exact)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_rows(kernels: Kernels, cell: str) -> None:
+    module = build(cell, 3, 6, bidirectional=True, dtype=torch.float32)
+    x = make_input(4, 0, 3, dtype=torch.float32)
+    check(module, x, make_states(module, 0, torch.float32))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_inputs(kernels: Kernels, cell: str) -> None:
+    spec = SPECS[cell]
+    weights = [torch.randn(spec.gates * 4, size) for size in (0, 4)]
+    h0 = torch.randn(1, 2, 4)
+    c0 = torch.randn(1, 2, 4) if spec.has_cell_state else None
+    x = torch.empty(5, 2, 0)
+    ours = ops.layer(x, h0, c0, weights, None, spec)
+    theirs = reference.layer(x, h0, c0, weights, None, spec)
+
+    def exact(change: Change) -> Any:
+        given = (x.double(), change(h0), None if c0 is None else change(c0))
+        return reference.layer(*given, [change(w) for w in weights], None, spec)
+
+    assert_agrees(ours, theirs, exact)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_steps_hand_the_state_through(library: ctypes.CDLL, cell: str) -> None:
+    kernels = Kernels(library)
+    gates = SPECS[cell].gates
+    weights = [torch.randn(gates * 4, 3), torch.randn(gates * 4, 4)]
+    h0 = torch.randn(1, 2, 4)
+    c0 = torch.randn(1, 2, 4) if cell == "lstm" else None
+    x = torch.empty(0, 2, 3)
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, None, cell, True)
+    assert y.shape == (0, 2, 4)
+    assert torch.equal(h_n, h0)
+    d_h_n = torch.randn(1, 2, 4)
+    d_c_n = torch.randn(1, 2, 4) if cell == "lstm" else None
+    _, _, d_h0, d_c0 = kernels.backward(None, d_h_n, d_c_n, h0, c0, weights, None, y, saved, cell)
+    assert torch.equal(d_h0, d_h_n)
+    if c0 is not None:
+        assert torch.equal(c_n, c0)
+        assert torch.equal(d_c0, d_c_n)
+    _, _, d_h0, d_c0 = kernels.backward(None, None, None, h0, c0, weights, None, y, saved, cell)
+    assert not d_h0.any()
+    assert not d_c0.any()
+
+
+def random_layer(
+    cell: str, rows: tuple[int, ...], batch: int, hidden: int, directions: int = 2, proj: int = 0
+) -> tuple[Any, ...]:
+    """x of so many rows with 3 values each, h0, c0, weights."""
+    outputs = proj or hidden
+    spec = SPECS[cell]
+    generator = torch.Generator().manual_seed(3)
+    gates = spec.gates * hidden
+    weights = [
+        torch.randn(size, generator=generator) / hidden**0.5
+        for _ in range(directions)
+        for size in (
+            (gates, 3),
+            (gates, outputs),
+            (gates,),
+            (gates,),
+            *[(proj, hidden)] * (proj > 0),
+        )
+    ]
+    x = torch.randn(*rows, 3, generator=generator)
+    h0 = torch.randn(directions, batch, outputs, generator=generator)
+    c0 = torch.randn(directions, batch, hidden, generator=generator)
+    return x, h0, c0 if spec.has_cell_state else None, weights
+
+
+def both_passes(
+    kernels: Kernels, cell: str, layer: tuple[Any, ...], sizes: Tensor | None = None
+) -> dict[str, Tensor]:
+    x, h0, c0, weights = layer
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, sizes, cell, True)
+    d_c_n = c_n if c0 is not None else None
+    gradients = kernels.backward(y, h_n, d_c_n, h0, c0, weights, sizes, y, saved, cell)
+    names = "y h_n c_n saved d_pre d_h_all d_h0 d_c0".split()
+    return dict(zip(names, [y, h_n, c_n, saved, *gradients], strict=True))
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+WAYS = [(STEPWISE, False), (PERSISTENT, False), (PERSISTENT, True)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "tf32"), WAYS, ids=["stepwise", "persistent", "persistent, tensor cores"]
+)
+@pytest.mark.parametrize("batch_sizes", [None, [6, 6, 3, 1, 1]], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 11)], ids=[*CELLS, "projected"]
+)
+def test_chunks_and_order_change_no_bit(
+    library: ctypes.CDLL,
+    cell: str,
+    proj: int,
+    batch_sizes: list[int] | None,
+    choice: int,
+    tf32: bool,
+) -> None:
+    """How many steps the input's product takes at a time, and which thread comes first."""
+    kernels = Kernels(library, choice)
+    kernels.tf32 = tf32
+    sizes = None if batch_sizes is None else torch.tensor(batch_sizes)
+    rows = (5, 6) if sizes is None else (int(sizes.sum()),)
+    layer = random_layer(cell, rows, 6, 20, proj=proj)
+    expected = both_passes(kernels, cell, layer, sizes)
+    assert not any(tensor.isnan().any() for tensor in expected.values())
+    for kernels.chunk_rows in (1, 7, 12):
+        assert_same(both_passes(kernels, cell, layer, sizes), expected)
+    kernels.descending = True
+    for kernels.seed in range(2, 7):
+        assert_same(both_passes(kernels, cell, layer, sizes), expected)
+    assert all(walked == (choice == PERSISTENT) for walked in kernels.walked)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_row_tiles_of_one_block_or_of_several_change_no_bit(
+    library: ctypes.CDLL, cell: str
+) -> None:
+    kernels = Kernels(library, PERSISTENT)
+    kernels.tf32 = True  # tensor cores
+    sizes = torch.tensor([35, 33, 20, 3, 1])
+    layer = random_layer(cell, (int(sizes.sum()),), 35, 20)
+    expected = both_passes(kernels, cell, layer, sizes)
+    kernels.units = 8
+    assert_same(both_passes(kernels, cell, layer, sizes), expected)
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["dot products", "tensor cores"])
+@pytest.mark.parametrize("forget", range(1, 6), ids=FORGET)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("cell", "proj"), [("gru", 0), ("lstm", 33)], ids=["gru", "projected"])
+def test_every_barrier_is_needed(
+    library: ctypes.CDLL, cell: str, proj: int, backward: bool, forget: int, tf32: bool
+) -> None:
+    """And the order of threads is random enough to show it when one is missing."""
+    if backward and proj == 0 and FORGET[forget - 1] == "sync of weights":
+        pytest.skip("the first step back multiplies nothing, and its arrival is a barrier as well")
+    kernels = Kernels(library, PERSISTENT)
+    kernels.tf32 = tf32
+    sizes = torch.tensor([20, 18, 18, 5, 2])
+    x, h0, c0, weights = random_layer(cell, (int(sizes.sum()),), 20, 70, proj=proj)
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, sizes, cell, True)
+    d_c_n = c_n if c0 is not None else None
+
+    def walk() -> Tensor:
+        if not backward:
+            return kernels.forward(x, h0, c0, weights, sizes, cell, False)[0]
+        return kernels.backward(y, h_n, d_c_n, h0, c0, weights, sizes, y, saved, cell)[0]
+
+    expected = walk()
+    kernels.forget = forget
+    for kernels.seed in range(1, 6):
+        try:
+            if not torch.equal(walk(), expected):
+                return
+        except AssertionError:  # threads that wait at different barriers
+            return
+    pytest.fail("nobody has missed it")
+
+
+@pytest.mark.parametrize(("units", "gates"), [(8, 1), (8, 3), (8, 4), (16, 1), (16, 3), (16, 4)])
+def test_partial_sums_have_no_bank_conflicts(library: ctypes.CDLL, units: int, gates: int) -> None:
+    tiles = units // 8 * gates
+    at = {
+        (row, column): library.partial_at(*map(ctypes.c_int64, (tiles, row, column)))
+        for row in range(16)
+        for column in range(8 * tiles)
+    }
+    assert sorted(at.values()) == list(range(16 * 8 * tiles))
+
+    def banks(positions: Iterable[tuple[int, int]]) -> set[int]:
+        return {at[position] % 32 for position in positions}
+
+    for tile in range(tiles):
+        for rows in (
+            range(4),
+            range(4, 8),
+            range(8, 12),
+            range(12, 16),
+        ):  # half a warp writes pairs
+            written = [(row, 8 * tile + column) for row in rows for column in range(8)]
+            assert len(banks(written)) == 32
+    for gate in range(gates):
+        for first in range(0, 16, 32 // units):  # a warp reads a row and unit a lane
+            rows = range(first, first + 32 // units)
+            read = [(row, gate * units + unit) for row in rows for unit in range(units)]
+            assert len(banks(read)) == 32
+
+
+@persistent
+@pytest.mark.parametrize("shape", [(6, 7, 17), (4, 33, 40)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_persistent_in_tf32(
+    library: ctypes.CDLL, cell: str, shape: tuple[int, int, int], units: int
+) -> None:
+    """Operands of recurrent products have float16's 10 bits; the input's product is exact here."""
+    steps, batch, hidden = shape
+    kernels = Kernels(library, PERSISTENT)
+    kernels.tf32, kernels.units = True, units
+    layer = random_layer(cell, (steps, batch), batch, hidden, directions=1)
+
+    def run(change: Change) -> dict[str, Tensor]:
+        x, h0, c0, weights = layer
+        tensors = [None if t is None else change(t) for t in (x, h0, c0)]
+        return both_passes(kernels, cell, (*tensors, [change(w) for w in weights]))
+
+    fast = run(Tensor.float)
+    kernels.tf32, kernels.choice = False, STEPWISE
+    full, halves = run(Tensor.float), run(Tensor.half)
+    for name in ("y", "h_n", *([] if cell == "rnn_relu" else ["d_pre", "d_h0"])):
+
+        def exact(change: Change, name: str = name) -> Tensor:
+            return run(change)[name]
+
+        assert_is_between(fast[name], full[name], halves[name], exact, name)
+
+
+def test_memory_does_not_grow_with_steps(library: ctypes.CDLL) -> None:
+    def plan(steps: int, batch: int, hidden: int) -> tuple[int, int]:
+        rows = torch.full((steps,), batch)
+        offset = rows.cumsum(0) - rows
+        call = Call(
+            cell=KINDS.index("lstm"),
+            steps=steps,
+            batch=batch,
+            input_size=8,
+            hidden_size=hidden,
+            step_rows=rows.data_ptr(),
+            step_offset=offset.data_ptr(),
+        )
+        chunk_rows, workspace = ctypes.c_int64(), ctypes.c_int64()
+        library.plan_forward(ctypes.byref(call), ctypes.byref(chunk_rows), ctypes.byref(workspace))
+        return chunk_rows.value, workspace.value
+
+    rows, small = plan(1_000, 16, 512)
+    assert rows == (24 << 20) // (4 * 512 * 4)
+    assert plan(100_000, 16, 512) == (rows, plan(10_000, 16, 512)[1])
+    assert small <= 32 << 20
+    assert plan(10, 1, 8)[1] < 4096  # and a small problem asks for little
+    assert plan(2, 4096, 512)[1] >= 2 * 4096 * 4 * 512 * 4  # at least one step at a time
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_round_as_torch_does(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    code = ARITHMETIC[dtype]
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    wide = torch.empty(len(halves))
+    library.widen_all(
+        ctypes.c_int64(code),
+        ctypes.c_void_p(halves.data_ptr()),
+        ctypes.c_void_p(wide.data_ptr()),
+        ctypes.c_int64(len(halves)),
+    )
+    assert torch.equal(wide.isnan(), halves.isnan())
+    numbers = ~wide.isnan()
+    assert torch.equal(wide[numbers].view(torch.int32), halves.float()[numbers].view(torch.int32))
+
+    # every half number, the two floats beside it, the middle to the next one and its neighbours
+    finite = halves[halves.isfinite()].float().unique()
+    middles = (finite[1:].double() + finite[:-1].double()).div(2).float()
+    largest = torch.tensor([65504.0, 65519.996, 65520.0, 1e5, 1e-9, 3e38, float("inf")])
+    floats = torch.cat([finite, middles, largest, -largest, torch.tensor([-0.0])])
+    up, down = torch.tensor(float("inf")), torch.tensor(float("-inf"))
+    floats = torch.cat([floats, floats.nextafter(up), floats.nextafter(down)])
+    floats = torch.cat([floats, torch.tensor([float("nan")])])
+    narrowed = torch.empty(len(floats), dtype=dtype)
+    library.narrow_all(
+        ctypes.c_int64(code),
+        ctypes.c_void_p(floats.data_ptr()),
+        ctypes.c_void_p(narrowed.data_ptr()),
+        ctypes.c_int64(len(floats)),
+    )
+    expected = floats.to(dtype)
+    assert torch.equal(narrowed.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(narrowed.view(torch.int16)[numbers], expected.view(torch.int16)[numbers])

@@ -1,0 +1,99 @@
+"""The examples in the documentation run."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves
+
+import fastrnn
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+#: every fenced block of Python, also one that is indented as part of a list
+BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+EXAMPLES = [
+    pytest.param(textwrap.dedent(match[2]), id=f"{page.name}-{number}")
+    for page in sorted(DOCS.glob("*.md"))
+    for number, match in enumerate(BLOCK.finditer(page.read_text()))
+]
+
+
+@pytest.fixture(autouse=True)
+def switches_as_they_were() -> Iterator[None]:
+    switches = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    yield
+    for switch, precision in zip(switches, before, strict=True):
+        switch.fp32_precision = precision
+    fastrnn.unpatch()
+
+
+def test_there_are_examples() -> None:
+    fences = sum(page.read_text().count("```python") for page in DOCS.glob("*.md"))
+    assert len(EXAMPLES) == fences >= 5
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example(code: str) -> None:
+    exec(compile(code, "an example", "exec"), {})
+
+
+def test_loops_by_class() -> None:
+    """What the page says of `isinstance`, of the base classes and of `patch`."""
+    assert not isinstance(fastrnn.LSTM(3, 4), nn.LSTM)
+    assert isinstance(fastrnn.LSTM(3, 4), nn.RNNBase)
+    assert isinstance(fastrnn.LSTMCell(3, 4), nn.RNNCellBase)
+    with fastrnn.patch():
+        assert isinstance(nn.LSTM(3, 4), nn.LSTM)
+        assert isinstance(nn.LSTM(3, 4), fastrnn.LSTM)
+
+
+def test_what_raises_here() -> None:
+    x, state = torch.randn(5, 2, 3), torch.zeros(2, 1, 2, 4)
+    with pytest.raises(TypeError, match="hx"):
+        fastrnn.LSTM(3, 4)(x, state)
+    with pytest.raises(RuntimeError, match="hx"):
+        fastrnn.RNNCell(3, 4)(torch.zeros(3), torch.zeros(4, 4))
+    with pytest.raises(RuntimeError, match="dense"):
+        fastrnn.GRU(3, 4)(x.to_sparse())
+    assert nn.RNNCell(3, 4)(torch.zeros(3), torch.zeros(4, 4)).shape == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_types_under_autocast(name: str) -> None:
+    """Of the results, on the CPU: those of torch.nn."""
+    x = torch.randn(5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = getattr(fastrnn, name)(3, 4)(x), getattr(nn, name)(3, 4)(x)
+    assert [t.dtype for t in tree_leaves(ours)] == [t.dtype for t in tree_leaves(theirs)]
+
+
+def test_in_place_and_biases_in_torch() -> None:
+    """What the page says that torch.nn raises."""
+    x = torch.randn(5, 2, 3)
+    output, _ = nn.LSTM(3, 4)(x)
+    with pytest.raises(RuntimeError, match="inplace"):
+        functional.relu(output, inplace=True).sum().backward()
+    layer = nn.GRU(3, 4)
+    layer.bias_hh_l0 = None
+    with pytest.raises(TypeError, match="NoneType"):
+        layer(x)
+    layer = fastrnn.GRU(3, 4)
+    zeros = copy.deepcopy(layer)
+    nn.init.zeros_(zeros.bias_hh_l0)
+    layer.bias_hh_l0 = None
+    torch.testing.assert_close(layer(x), zeros(x))
+
+
+def test_whole_modules_need_fastrnn() -> None:
+    assert b"fastrnn.modules" in pickle.dumps(fastrnn.convert(nn.LSTM(3, 4)))
+    assert b"fastrnn" not in pickle.dumps(fastrnn.LSTM(3, 4).state_dict())

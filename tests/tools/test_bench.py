@@ -1,0 +1,191 @@
+"""``bench/``: the grid, the clock that replays, the report and the search for cliffs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import compile_time
+import differentiation
+import report
+import sweep
+from grid import GRID, SHORT, chosen_points
+
+from fastrnn.tools.benchmark.shapes import Point
+
+POINT = Point("latency", 100, 1, 64, 64)
+
+
+def write_run(path: Path, *tasks: tuple[str, str, Point, dict[str, float]]) -> Path:
+    """A file like pytest-benchmark's: cell, mode, point and milliseconds of each library."""
+    entries = [
+        {
+            "group": f"{cell} {mode} {point.label}",
+            "stats": {"median": ms * 1e-3},
+            "extra_info": {
+                "library": library,
+                "cell": cell,
+                "mode": mode,
+                "label": point.label,
+                "point": asdict(point),
+                "flops": point.flops(cell, mode),
+                "intensity": point.intensity(cell),
+                "fma_peak": 100.0,
+                "machine": {"cpu": "a machine", "threads": 2},
+            },
+        }
+        for cell, mode, point, times in tasks
+        for library, ms in times.items()
+    ]
+    document = {
+        "benchmarks": entries,
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
+        "datetime": "2030-01-02T03:04:05",
+    }
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    return write_run(
+        tmp_path / "result.json",
+        ("rnn", "forward", POINT, {"fastrnn": 1, "torch": 9, "onnxruntime": 4}),
+        ("gru", "forward", POINT, {"fastrnn": 2, "torch": 1}),
+        ("gru", "training", POINT, {"fastrnn": 1, "torch": 3}),
+        ("gru", "forward", Point("", 9, 1, 8, 8), {"fastrnn": 1, "torch": 2}),
+    )
+
+
+def test_the_grid() -> None:
+    assert chosen_points("short") == SHORT
+    assert chosen_points("all") == GRID
+    assert len(set(GRID)) == len(GRID)
+    assert {point.block for point in chosen_points("overhead")} == {"overhead"}
+    with pytest.raises(ValueError, match="there is no block 'none'; choose short, all or one of "):
+        chosen_points("none")
+
+
+def test_the_clock_replays() -> None:
+    pytest.importorskip("pytest_benchmark")
+    from test_speed import ReplayClock
+
+    clock = ReplayClock()
+    clock.load([0.1, 2.5])
+    assert [-clock() + clock() for _ in range(2)] == [0.1, 2.5]
+
+
+def test_the_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
+    assert report.main([str(result), "--out", str(tmp_path / "out"), "--readme", str(readme)]) == 0
+    out = capsys.readouterr().out
+    assert "a machine, threads 2, commit 0123456789+, 2030-01-02" in out
+    lines = out.splitlines()
+    start = lines.index("|---|---|---|--:|--:|--:|--:|--:|--:|")
+    assert "fastrnn ms | torch.nn ms | ONNX Runtime ms | ratio" in lines[start - 1]
+    ratios = [float(line.split("|")[7]) for line in lines[start + 1 : start + 5]]
+    assert ratios == [0.5, 2, 3, 4]  # the worst first, against the best peer
+    gflops = POINT.flops("rnn", "forward") / 1e-3 * 1e-9
+    assert lines[start + 4].endswith(f"| 4.00 | {gflops:.1f} | {gflops:.0f} |")
+    assert "| gru | forward | 2 | 0.50 | 1.00 |" in lines
+    assert readme.read_text() == f"before\n<!-- speed -->\n{out}<!-- /speed -->\nafter\n"
+    assert out in (tmp_path / "out/report.md").read_text()
+    for name in ("ratio", "roofline"):
+        assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_regressions(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(result), "--baseline", str(result)]) == 0
+    assert "4 tasks, 0 slower by more than 10%, on average +0.0%" in capsys.readouterr().out
+    # A machine of half the speed, where one task became 20% slower against torch.
+    other = write_run(
+        tmp_path / "other.json",
+        ("rnn", "forward", POINT, {"fastrnn": 2, "torch": 18}),
+        ("gru", "training", POINT, {"fastrnn": 2.4, "torch": 6}),
+    )
+    assert report.main([str(other), "--baseline", str(result)]) == 1
+    out = capsys.readouterr().out
+    [first, second] = [line for line in out.splitlines() if POINT.label in line]
+    assert first.split() == [*"gru training T100 B1 I64 H64 0.333 0.400 +20% slower".split()]
+    assert second.endswith("+0%")
+    assert "2 tasks, 1 slower by more than 10%" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot be read (No such file"),
+        ("{}", "is no result of pytest bench"),
+        ("[1", "is no result of pytest bench"),
+        ('{"benchmarks": []}', "is no result of pytest bench"),
+    ],
+)
+def test_what_is_no_result(tmp_path: Path, text: str | None, sentence: str) -> None:
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=r"x\.json: ") as stop:
+        report.main([str(path)])
+    assert sentence in str(stop.value)
+
+
+def test_a_page_without_marks() -> None:
+    with pytest.raises(SystemExit, match="the page does not have <!-- speed --> and <!-- /speed"):
+        report.insert("nothing", "text")
+
+
+def test_what_a_sweep_runs_over() -> None:
+    assert sweep.sizes("H", 128, 1) == [*range(1, 301), 511, 512, 513, 1023, 1024, 1025]
+    assert sweep.sizes("H", 128, 100) == [1, 101, 201, 511, 512, 513, 1023, 1024, 1025]
+    assert sweep.sizes("B", 128, 1) == list(range(1, 41))
+    assert sweep.sizes("I", 5, 2) == [1, 3, 5]
+    shapes = {axis: sweep.point(axis, 7, 50, 16, 128).label for axis in sweep.AXES}
+    assert shapes == {"H": "T50 B16 I7 H7", "B": "T50 B7 I128 H128", "I": "T50 B16 I7 H128"}
+
+
+def test_spikes() -> None:
+    falling = [100 / size for size in range(1, 50)]
+    assert sweep.spikes(falling) == {}
+    falling[20] *= 1.3
+    found: dict[int, Any] = sweep.spikes(falling)
+    assert found.keys() == {20}
+    assert found[20] == pytest.approx(1.3, abs=0.02)
+    assert sweep.spikes([1.0]) == {}
+
+
+def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--axis I --cell rnn --T 2 --B 1 --H 4 --passes 1 --threads 1 --out".split()
+    monkeypatch.setattr("sys.argv", ["sweep.py", *options, str(tmp_path)])
+    sweep.main()
+    document = json.loads((tmp_path / "sweep-I-rnn-forward.json").read_text())
+    assert [result["size"] for result in document["results"]] == [1, 2, 3, 4]
+    assert all(result["ms"] > 0 for result in document["results"])
+    assert (tmp_path / "sweep-I-rnn-forward.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("cell", differentiation.CELLS)
+def test_every_derivative_is_measured(cell: str) -> None:
+    measured = differentiation.ratios(cell, 2, 3, 2, seconds=0.0)
+    assert measured.keys() == differentiation.RATIOS.keys()
+    assert all(ratio > 0 for ratio in measured.values())
+
+
+def test_compile_time_gives_up() -> None:
+    assert compile_time.fastest("fastrnn", 3, False, limit=0.01, repeat=1) is None
+
+
+@pytest.mark.slow
+def test_compile_time() -> None:
+    static, dynamic = (
+        compile_time.measure_apart("fastrnn", 3, dynamic, limit=300) for dynamic in (False, True)
+    )
+    assert static.keys() == dynamic.keys() == set(compile_time.COLUMNS)
+    assert static["seconds"] == pytest.approx(static["forward"] + static["backward"])
+    assert static["nodes"] > 0
