@@ -2,6 +2,7 @@
 // product W_hn h + b_hn, so that product must arrive apart from the input's share.
 #pragma once
 
+#include "cells/contract.h"
 #include "cells/math.h"
 
 namespace fastrnn::cells {
@@ -14,33 +15,39 @@ struct Gru {
   static constexpr int kSavedState = -1;     // no cell state
   static constexpr int kPreX[] = {0, 1, 3};  // the input side adds into r, z, xn
   static constexpr int kPreH[] = {0, 1, 2};  // the hidden side into r, z, hn
-  static constexpr bool kReadsH0 = true;
-  static constexpr bool kReadsH1 = false;
-  static constexpr bool kDirect = true;
+  static constexpr bool kForwardReadsH = true;
+  static constexpr bool kBackwardReadsH = true;
+  static constexpr bool kBackwardReadsNextH = false;
+  static constexpr bool kDirectPath = true;
 
   // r = sigmoid(pre_r)   z = sigmoid(pre_z)   n = tanh(xn + r hn)   h' = n + z (h - n)
   template <class A>
-  static FASTRNN_HD void forward(const A* pre, const A* state0, A* saved, A* state1) {
+  static FASTRNN_HD void forward(const StepInputs<A>& inputs, const StepOutputs<A>& outputs) {
+    const A *pre = inputs.pre, *state = inputs.state;
+    A *saved = outputs.saved, *next_state = outputs.next_state;
     const A r = sigmoid(pre[0]), z = sigmoid(pre[1]), hn = pre[2];
     const A n = tanh(pre[3] + r * hn);
     saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = hn;
-    state1[0] = n + z * (state0[0] - n);
+    next_state[0] = n + z * (state[0] - n);
   }
 
   // h' = (1 - z) n + z h    dn = dh' - dh' z     dz = dh' (h - n)     dh = dh' z  (the direct part)
   // n = tanh(xn + r hn)     d_xn = dn (1 - n^2)  d_hn = d_xn r        dr = d_xn hn
   template <class A>
-  static FASTRNN_HD void backward(const A* saved, const A* state0, const A* /*state1*/,
-                                  const A* d_state1, A* d_pre, A* d_state0) {
-    const A one = A(typename Limits<A>::Real(1));
+  static FASTRNN_HD void backward(const StepGradientInputs<A>& inputs,
+                                  const StepGradientOutputs<A>& outputs) {
+    const A *saved = inputs.saved, *state = inputs.state, *d_next_state = inputs.d_next_state;
+    A *d_pre = outputs.d_pre, *d_state = outputs.d_state;
+    const A one = A(ScalarOf<A>(1));
     const A r = saved[0], z = saved[1], n = saved[2], hn = saved[3];
-    const A d_h = d_state1[0] * z;  // of an infinite dh', dn is NaN: torch has no (1 - z) either
-    const A d_xn = (d_state1[0] - d_h) * (one - n * n);
+    const A d_h =
+        d_next_state[0] * z;  // of an infinite dh', dn is NaN: torch has no (1 - z) either
+    const A d_xn = (d_next_state[0] - d_h) * (one - n * n);
     d_pre[0] = d_xn * hn * r * (one - r);
-    d_pre[1] = d_state1[0] * (state0[0] - n) * z * (one - z);
+    d_pre[1] = d_next_state[0] * (state[0] - n) * z * (one - z);
     d_pre[2] = d_xn * r;
     d_pre[3] = d_xn;
-    d_state0[0] = d_h;
+    d_state[0] = d_h;
   }
 };
 

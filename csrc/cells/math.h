@@ -2,7 +2,7 @@
 // with: float and double (scalar code and CUDA threads) and the SIMD packs of csrc/cpu.
 //
 // A value type brings, beside + - * / and unary minus:
-//   Limits<A>::Real           the scalar it is made of, and A(Real) to broadcast one
+//   ScalarOf<A>               the scalar it is made of, and A(scalar) to broadcast one
 //   a > b, a >= b             masks, false where a or b is NaN
 //   select(mask, a, b)        mask ? a : b
 //   power_of_two(shifted)     2^n for shifted = kRoundingShift + n, n an integer (see exp_parts)
@@ -24,10 +24,10 @@ namespace fastrnn::cells {
 
 // What the arithmetic below needs to know of a floating point format.
 template <class Real>
-struct Format;
+struct FloatFormat;
 
 template <>
-struct Format<float> {
+struct FloatFormat<float> {
   using Bits = std::int32_t;
   static constexpr int kMantissaBits = 23;
   static constexpr Bits kExponentBias = 127;
@@ -40,7 +40,7 @@ struct Format<float> {
 };
 
 template <>
-struct Format<double> {
+struct FloatFormat<double> {
   using Bits = std::int64_t;
   static constexpr int kMantissaBits = 52;
   static constexpr Bits kExponentBias = 1023;
@@ -52,19 +52,21 @@ struct Format<double> {
   static constexpr int kTerms = 13;
 };
 
-// The scalar inside a value type: a pack names its own.
+// The scalar that a value type is made of: a pack names its own.
 template <class A>
-struct Limits {
-  using Real = typename A::Real;
+struct Scalar {
+  using Type = typename A::Real;
 };
 template <>
-struct Limits<float> {
-  using Real = float;
+struct Scalar<float> {
+  using Type = float;
 };
 template <>
-struct Limits<double> {
-  using Real = double;
+struct Scalar<double> {
+  using Type = double;
 };
+template <class A>
+using ScalarOf = typename Scalar<A>::Type;
 
 FASTRNN_HD float select(bool mask, float a, float b) { return mask ? a : b; }
 FASTRNN_HD double select(bool mask, double a, double b) { return mask ? a : b; }
@@ -72,11 +74,11 @@ FASTRNN_HD double select(bool mask, double a, double b) { return mask ? a : b; }
 // The low bits of kRoundingShift + n hold n; moved into the exponent field they make 2^n.
 template <class Real>
 FASTRNN_HD Real scalar_power_of_two(Real shifted) {
-  typename Format<Real>::Bits bits;
+  typename FloatFormat<Real>::Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   using Unsigned = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
-  const auto moved = (static_cast<Unsigned>(bits) + Unsigned(Format<Real>::kExponentBias))
-                     << Format<Real>::kMantissaBits;
+  const auto moved = (static_cast<Unsigned>(bits) + Unsigned(FloatFormat<Real>::kExponentBias))
+                     << FloatFormat<Real>::kMantissaBits;
   Real result;
   std::memcpy(&result, &moved, sizeof(result));
   return result;
@@ -93,8 +95,8 @@ FASTRNN_HD A clamp(A x, A low, A high) {
 // sum_{k=1}^{terms} r^k / k!  =  e^r - 1  for |r| <= ln(2)/2, by Horner's rule from the last term.
 template <class A>
 FASTRNN_HD A expm1_series(A r) {
-  using F = Format<typename Limits<A>::Real>;
-  using Real = typename Limits<A>::Real;
+  using F = FloatFormat<ScalarOf<A>>;
+  using Real = ScalarOf<A>;
   Real reciprocal_factorial = Real(1);
   for (int k = 2; k <= F::kTerms; ++k) reciprocal_factorial /= Real(k);
   A sum = A(reciprocal_factorial);
@@ -109,8 +111,8 @@ FASTRNN_HD A expm1_series(A r) {
 // e^x = scale * (1 + minus_one) with scale = 2^n, minus_one = e^r - 1, x = n ln 2 + r.
 template <class A>
 FASTRNN_HD void exp_parts(A x, A& scale, A& minus_one) {
-  using F = Format<typename Limits<A>::Real>;
-  using Real = typename Limits<A>::Real;
+  using F = FloatFormat<ScalarOf<A>>;
+  using Real = ScalarOf<A>;
   const A shifted = x * A(Real(1.4426950408889634)) + A(F::kRoundingShift);
   const A n = shifted - A(F::kRoundingShift);
   const A r = (x - n * A(F::kLn2High)) - n * A(F::kLn2Low);
@@ -123,8 +125,8 @@ FASTRNN_HD void exp_parts(A x, A& scale, A& minus_one) {
 // number: scale + scale * minus_one would be NaN.)
 template <class A>
 FASTRNN_HD A sigmoid(A x) {
-  using Real = typename Limits<A>::Real;
-  using F = Format<Real>;
+  using Real = ScalarOf<A>;
+  using F = FloatFormat<Real>;
   A scale, minus_one;
   exp_parts(clamp(-x, A(F::kExpMin), A(F::kExpMax)), scale, minus_one);
   return A(Real(1)) / (A(Real(1)) + scale * (A(Real(1)) + minus_one));
@@ -136,8 +138,8 @@ FASTRNN_HD A sigmoid(A x) {
 // both.
 template <class A>
 FASTRNN_HD A tanh(A x) {
-  using Real = typename Limits<A>::Real;
-  using F = Format<Real>;
+  using Real = ScalarOf<A>;
+  using F = FloatFormat<Real>;
   const A zero = A(Real(0)), one = A(Real(1)), two = A(Real(2));
   const A magnitude = select(zero > x, -x, x);
   const A bounded = select(magnitude > A(F::kTanhMax), A(F::kTanhMax), magnitude);
@@ -151,7 +153,7 @@ FASTRNN_HD A tanh(A x) {
 
 template <class A>
 FASTRNN_HD A relu(A x) {
-  using Real = typename Limits<A>::Real;
+  using Real = ScalarOf<A>;
   return select(A(Real(0)) > x, A(Real(0)), x);
 }
 

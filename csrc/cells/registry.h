@@ -1,4 +1,4 @@
-// The registry: every cell fastrnn knows, one line each.
+// The registry: one line per cell.
 #pragma once
 
 #include "cells/gru.h"
@@ -21,27 +21,32 @@ enum class CellKind : int {
 #undef FASTRNN_CELL
 };
 
-// What a schedule has to know of a cell to size its buffers.
+// The traits of a cell (contract.h) that are needed to size buffers and to combine weights.
 struct CellInfo {
   CellKind kind;
   const char* name;
   int gates;         // G
-  int pre;           // Q: pre-activations a unit
-  int saved;         // S: values saved a unit and step
+  int pre;           // Q, per unit
+  int saved;         // S, per unit and step
   int states;        // 1: h; 2: h and c
-  const int* pre_x;  // [G] where gate g of the input side adds into
-  const int* pre_h;  // [G] the same for the hidden side
+  int saved_state;   // index of c' in saved, or -1
+  const int* pre_x;  // [G]
+  const int* pre_h;  // [G]
 };
 
 inline constexpr CellInfo kCells[] = {
-#define FASTRNN_CELL(kind, name, type)                              \
-  CellInfo{CellKind::kind, name,          type::kGates, type::kPre, \
-           type::kSaved,   type::kStates, type::kPreX,  type::kPreH},
+#define FASTRNN_CELL(kind, name, type)                                                            \
+  CellInfo{CellKind::kind,    name,        type::kGates, type::kPre, type::kSaved, type::kStates, \
+           type::kSavedState, type::kPreX, type::kPreH},
     FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
 };
 
-// On the host alone. Inlined for good: a copy of its own would belong to one instruction set.
+#define FASTRNN_CELL(kind, name, type) static_assert(cells::check_cell<type>());
+FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+
+// Host only. Always inlined, so that no copy is compiled for one instruction set.
 inline constexpr __attribute__((always_inline)) const CellInfo& cell_info(CellKind kind) {
   return kCells[static_cast<int>(kind)];
 }

@@ -22,15 +22,6 @@ struct At {
   static constexpr int kValue = Map[Gate];
 };
 
-// The hidden side's gates are the first pre-activations, in the order of w_hh's rows: so gradients
-// of these times w_hh are those of h.
-template <class Cell>
-constexpr bool hidden_gates_come_first() {
-  for (int gate = 0; gate < Cell::kGates; ++gate)
-    if (Cell::kPreH[gate] != gate) return false;
-  return true;
-}
-
 // pre[Map[g]] += values[g * stride] for the gates g of one side.
 template <const int* Map, class A, class V, int... Gate>
 FASTRNN_HD void add_side(A* pre, const V* values, std::int64_t stride,
@@ -43,6 +34,7 @@ FASTRNN_HD void add_side(A* pre, const V* values, std::int64_t stride,
 template <class Cell, class S>
 struct ForwardStep {
   using A = Accumulate<S>;
+  static constexpr int kSavedValues = Cell::kSaved > 0 ? Cell::kSaved : 1;
 
   std::int64_t hidden;  // H
   std::int64_t first_new, first_ending;
@@ -75,8 +67,8 @@ struct ForwardStep {
     A pre[Cell::kPre];
   };
   struct Outputs {
-    A state1[2];
-    A saved[Cell::kSaved + 1];
+    A next_state[Cell::kStates];
+    A saved[kSavedValues];
   };
 
   FASTRNN_HD Biases biases(std::int64_t unit) const {
@@ -94,7 +86,7 @@ struct ForwardStep {
     for (int gate = 0; gate < Cell::kGates; ++gate)
       inputs.gates_x[gate] = gates_x[(b * Cell::kGates + gate) * hidden + unit];
     inputs.starts = b >= first_new;
-    if constexpr (Cell::kDirect)
+    if constexpr (Cell::kForwardReadsH)
       inputs.h = inputs.starts ? h0[at] : h_before[b * h_before_stride + unit];
     if constexpr (Cell::kStates == 2) {
       if (inputs.starts)
@@ -108,20 +100,21 @@ struct ForwardStep {
   // The unit's share of the recurrent product is product[0], product[stride], ..., one a gate.
   FASTRNN_HD Outputs compute(const Inputs& inputs, const Biases& biases, const A* product,
                              std::int64_t stride) const {
-    A pre[Cell::kPre], state0[2] = {};
+    A pre[Cell::kPre], state[Cell::kStates] = {};
     for (int q = 0; q < Cell::kPre; ++q) pre[q] = biases.pre[q];
     add_side<Cell::kPreX>(pre, inputs.gates_x, 1, kGates);
     add_side<Cell::kPreH>(pre, product, stride, kGates);
-    if constexpr (Cell::kDirect) state0[0] = widen(inputs.h);
-    if constexpr (Cell::kStates == 2) state0[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c;
+    if constexpr (Cell::kForwardReadsH) state[0] = widen(inputs.h);
+    if constexpr (Cell::kStates == 2) state[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c;
     Outputs outputs{};
-    Cell::forward(pre, state0, outputs.saved, outputs.state1);
+    Cell::forward(cells::StepInputs<A>{pre, state},
+                  cells::StepOutputs<A>{outputs.saved, outputs.next_state});
     return outputs;
   }
 
   FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
     const std::int64_t at = b * hidden + unit;
-    const S out = narrow<S>(outputs.state1[0]);
+    const S out = narrow<S>(outputs.next_state[0]);
     if (h != nullptr) h[b * h_stride + unit] = out;
     if constexpr (Cell::kSaved > 0) {
       if (saved != nullptr) {
@@ -129,10 +122,10 @@ struct ForwardStep {
           saved[(b * Cell::kSaved + s) * hidden + unit] = outputs.saved[s];
       }
     }
-    if constexpr (Cell::kStates == 2) c[at] = outputs.state1[1];
+    if constexpr (Cell::kStates == 2) c[at] = outputs.next_state[1];
     if (b >= first_ending) {
       if (h_n != nullptr) h_n[at] = out;
-      if constexpr (Cell::kStates == 2) c_n[at] = narrow<S>(outputs.state1[1]);
+      if constexpr (Cell::kStates == 2) c_n[at] = narrow<S>(outputs.next_state[1]);
     }
   }
 
@@ -150,8 +143,7 @@ struct ForwardStep {
 template <class Cell, class S>
 struct BackwardStep {
   using A = Accumulate<S>;
-  static_assert(hidden_gates_come_first<Cell>());
-
+  static constexpr int kSavedValues = Cell::kSaved > 0 ? Cell::kSaved : 1;
   std::int64_t hidden;  // H
   std::int64_t first_new, first_ending;
   const A* d_m;    // [n, H] the gradient at o*tanh(c') with a projection, else null
@@ -172,7 +164,7 @@ struct BackwardStep {
 
   // What a unit's step reads, the gradient that the step after left apart; as it lies in memory.
   struct Inputs {
-    A saved[Cell::kSaved + 1];
+    A saved[kSavedValues];
     S h_before, h;  // (only cells that read them)
     A c_before;
     S c0;
@@ -183,7 +175,7 @@ struct BackwardStep {
   };
   struct Outputs {
     A d_pre[Cell::kPre];
-    A d_state0[2];
+    A d_state[Cell::kStates];
   };
 
   FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
@@ -203,9 +195,9 @@ struct BackwardStep {
       else
         inputs.c_before = saved_before[(b * Cell::kSaved + Cell::kSavedState) * hidden + unit];
     }
-    if constexpr (Cell::kReadsH0)
+    if constexpr (Cell::kBackwardReadsH)
       inputs.h_before = inputs.starts ? h0[at] : h_before[b * h_stride + unit];
-    if constexpr (Cell::kReadsH1) inputs.h = h[b * h_stride + unit];
+    if constexpr (Cell::kBackwardReadsNextH) inputs.h = h[b * h_stride + unit];
     for (int s = 0; s < Cell::kSaved; ++s)
       inputs.saved[s] = saved[(b * Cell::kSaved + s) * hidden + unit];
     return inputs;
@@ -213,24 +205,25 @@ struct BackwardStep {
 
   // d_left: what the step after left of the gradient at h', 0 where there is none.
   FASTRNN_HD Outputs compute(const Inputs& inputs, A d_left) const {
-    A state0[2] = {}, state1[2] = {}, d_state1[2] = {};
-    d_state1[0] = d_left + widen(inputs.d_h_n) + widen(inputs.d_y);
-    if constexpr (Cell::kReadsH0) state0[0] = widen(inputs.h_before);
-    if constexpr (Cell::kReadsH1) state1[0] = widen(inputs.h);
+    A state[Cell::kStates] = {}, next_state[Cell::kStates] = {}, d_next_state[Cell::kStates] = {};
+    d_next_state[0] = d_left + widen(inputs.d_h_n) + widen(inputs.d_y);
+    if constexpr (Cell::kBackwardReadsH) state[0] = widen(inputs.h_before);
+    if constexpr (Cell::kBackwardReadsNextH) next_state[0] = widen(inputs.h);
     if constexpr (Cell::kStates == 2) {
-      state0[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c_before;
-      d_state1[1] = inputs.ends ? A(widen(inputs.d_c_n)) : inputs.d_c;
+      state[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c_before;
+      d_next_state[1] = inputs.ends ? A(widen(inputs.d_c_n)) : inputs.d_c;
     }
     Outputs outputs{};
-    Cell::backward(inputs.saved, state0, state1, d_state1, outputs.d_pre, outputs.d_state0);
+    Cell::backward(cells::StepGradientInputs<A>{inputs.saved, state, next_state, d_next_state},
+                   cells::StepGradientOutputs<A>{outputs.d_pre, outputs.d_state});
     return outputs;
   }
 
   FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
     for (int q = 0; q < Cell::kPre; ++q)
       d_pre[(b * Cell::kPre + q) * hidden + unit] = narrow<S>(outputs.d_pre[q]);
-    if constexpr (Cell::kDirect) d_h[b * hidden + unit] = outputs.d_state0[0];
-    if constexpr (Cell::kStates == 2) d_c[b * hidden + unit] = outputs.d_state0[1];
+    if constexpr (Cell::kDirectPath) d_h[b * hidden + unit] = outputs.d_state[0];
+    if constexpr (Cell::kStates == 2) d_c[b * hidden + unit] = outputs.d_state[1];
   }
 
   FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {

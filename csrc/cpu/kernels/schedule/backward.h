@@ -196,20 +196,22 @@ class BackwardWalk {
   // The cell's text on a vector of hidden units.
   FASTRNN_INLINE void pointwise(const Row& row, std::int64_t unit, P d_h) {
     const std::int64_t lanes = std::min<std::int64_t>(kLanes, row.hidden - unit);
-    P saved[Cell::kSaved + 1], state0[2] = {}, state1[2] = {}, d_state1[2] = {d_h, d_h};
-    P d_pre[Cell::kPre], d_state0[2];
+    P saved[std::max(Cell::kSaved, 1)], state[Cell::kStates] = {}, next_state[Cell::kStates] = {};
+    P d_next_state[Cell::kStates], d_pre[Cell::kPre], d_state[Cell::kStates];
+    d_next_state[0] = d_h;
     for (int s = 0; s < Cell::kSaved; ++s)
       saved[s] = P::load(row.saved + s * row.hidden + unit, lanes);
-    if constexpr (Cell::kReadsH1) state1[0] = P::load(row.y + unit, lanes);
-    if constexpr (Cell::kReadsH0) state0[0] = P::load(row.h_before + unit, lanes);
+    if constexpr (Cell::kBackwardReadsNextH) next_state[0] = P::load(row.y + unit, lanes);
+    if constexpr (Cell::kBackwardReadsH) state[0] = P::load(row.h_before + unit, lanes);
     if constexpr (Cell::kStates == 2) {
-      state0[1] = P::load(row.c_before + unit, lanes);
-      d_state1[1] = P::load(row.d_c + unit, lanes);
+      state[1] = P::load(row.c_before + unit, lanes);
+      d_next_state[1] = P::load(row.d_c + unit, lanes);
     }
-    Cell::backward(saved, state0, state1, d_state1, d_pre, d_state0);
+    Cell::backward(cells::StepGradientInputs<P>{saved, state, next_state, d_next_state},
+                   cells::StepGradientOutputs<P>{d_pre, d_state});
     for (int q = 0; q < Cell::kPre; ++q) d_pre[q].store(row.d_pre + q * row.hidden + unit, lanes);
-    if constexpr (Cell::kStates == 2) d_state0[1].store(row.d_c + unit, lanes);
-    if (row.d_h != nullptr) (Cell::kDirect ? d_state0[0] : P(T(0))).store(row.d_h + unit);
+    if constexpr (Cell::kStates == 2) d_state[1].store(row.d_c + unit, lanes);
+    if (row.d_h != nullptr) (Cell::kDirectPath ? d_state[0] : P(T(0))).store(row.d_h + unit);
   }
 
   // carry += d_pre[hidden side] w_hh. The hidden side's columns of d_pre come first (kPreH = 0...).

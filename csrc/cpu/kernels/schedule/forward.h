@@ -226,7 +226,7 @@ class ForwardWalk {
 
   // The cell's text on a tile: `count` rows from `first` on, one vector of units after the other.
   void pointwise(std::int64_t t, std::int64_t block, std::int64_t first, int count, int parity,
-                 const T* c, std::int64_t c_stride) {
+                 const T* pre_tile, std::int64_t tile_stride) {
     // Local copies: what is stored below could be any of the members, for all the compiler knows.
     const std::int64_t hidden = shape_.hidden_size, unit_block = at_.unit_block;
     const std::int64_t y_stride = p_.y_stride, ending = shape_.first_ending_row(t);
@@ -236,29 +236,30 @@ class ForwardWalk {
       const std::int64_t unit = block * unit_block + u * kLanes;
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
       if (lanes <= 0) break;
-      const T* gates = c + u * kLanes;
+      const T* gates = pre_tile + u * kLanes;
       const T* h_before = h(parity) + first * hidden + unit;  // read by cells without projections
       T* h_after = (projected ? work_ + at_.m : h(1 - parity)) + first * hidden + unit;
-      T* state = Cell::kStates == 2 ? p_.c_n + first * hidden + unit : nullptr;
+      T* c = Cell::kStates == 2 ? p_.c_n + first * hidden + unit : nullptr;
       T* saved_row = save ? p_.saved + row * Cell::kSaved * hidden + unit : nullptr;
       T* y = p_.y + row * y_stride + unit;
       T* h_n = p_.h_n + first * hidden + unit;
       for (int m = 0; m < count; ++m) {
-        P pre[Cell::kPre], state0[2] = {}, saved[Cell::kSaved + 1], state1[2];
+        P pre[Cell::kPre], state[Cell::kStates] = {}, next_state[Cell::kStates];
+        P saved[std::max(Cell::kSaved, 1)];
         for (int q = 0; q < Cell::kPre; ++q) pre[q] = P::load(gates + q * unit_block);
-        if constexpr (Cell::kReadsH0) state0[0] = P::load(h_before + m * hidden, lanes);
-        if constexpr (Cell::kStates == 2) state0[1] = P::load(state + m * hidden, lanes);
-        Cell::forward(pre, state0, saved, state1);
-        state1[0].store(h_after + m * hidden, lanes);
-        if constexpr (Cell::kStates == 2) state1[1].store(state + m * hidden, lanes);
+        if constexpr (Cell::kForwardReadsH) state[0] = P::load(h_before + m * hidden, lanes);
+        if constexpr (Cell::kStates == 2) state[1] = P::load(c + m * hidden, lanes);
+        Cell::forward(cells::StepInputs<P>{pre, state}, cells::StepOutputs<P>{saved, next_state});
+        next_state[0].store(h_after + m * hidden, lanes);
+        if constexpr (Cell::kStates == 2) next_state[1].store(c + m * hidden, lanes);
         if (Cell::kSaved > 0 && save)
           for (int s = 0; s < Cell::kSaved; ++s)
             saved[s].store(saved_row + (m * Cell::kSaved + s) * hidden, lanes);
         if (!projected) {
-          state1[0].store(y + m * y_stride, lanes);
-          if (first + m >= ending) state1[0].store(h_n + m * hidden, lanes);
+          next_state[0].store(y + m * y_stride, lanes);
+          if (first + m >= ending) next_state[0].store(h_n + m * hidden, lanes);
         }
-        gates += c_stride;
+        gates += tile_stride;
       }
     }
   }

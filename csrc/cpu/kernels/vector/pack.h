@@ -119,7 +119,7 @@ struct Pack {
   friend FASTRNN_INLINE Pack power_of_two(Pack shifted) {
     BitVector bits;
     __builtin_memcpy(&bits, &shifted.v, sizeof(bits));
-    bits = (bits + cells::Format<T>::kExponentBias) << cells::Format<T>::kMantissaBits;
+    bits = (bits + cells::FloatFormat<T>::kExponentBias) << cells::FloatFormat<T>::kMantissaBits;
     Pack p;
     __builtin_memcpy(&p.v, &bits, sizeof(bits));
     return p;

@@ -307,7 +307,7 @@ struct ForwardWalk {
           for (int gate = 0; gate < Cell::kGates; ++gate)
             gates_h[gate] = product.at(mine.row, gate * kUnits + mine.column);
           outputs = body.compute(inputs, biases, gates_h, 1);
-          on.exchange.template row<S>(k, b)[unit] = Math::operand(outputs.state1[0]);
+          on.exchange.template row<S>(k, b)[unit] = Math::operand(outputs.next_state[0]);
         }
         on.exchange.arrive(thread, tile, place.unit_block, k + 1);
         if (is_mine) body.store(outputs, b, unit);  // what no other block waits for
@@ -392,7 +392,7 @@ struct BackwardWalk {
         typename BackwardStep<Cell, S>::Inputs inputs;
         if (is_step) inputs = body.load(b, unit);
         float d_left = 0;
-        if constexpr (Cell::kDirect) {
+        if constexpr (Cell::kDirectPath) {
           if (is_mine && b < rows_after) d_left = on.d_h[b * hidden + unit];
         }
 

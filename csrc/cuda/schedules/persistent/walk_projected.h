@@ -88,7 +88,7 @@ struct ProjectedForwardWalk {
           for (int gate = 0; gate < Cell::kGates; ++gate)
             gates_h[gate] = gates.at(mine.row, gate * kUnits + mine.column);
           const auto cell = body.compute(inputs, biases, gates_h, 1);
-          by.exchange.template row<S>(k, b)[unit] = Math::operand(cell.state1[0]);
+          by.exchange.template row<S>(k, b)[unit] = Math::operand(cell.next_state[0]);
           body.store(cell, b, unit);
         }
         by.exchange.arrive(thread, tile, place.unit_block, k + 1);

@@ -283,7 +283,7 @@ class StepwiseBackward {
 
     machine_.multiply(Product<S, A>{rows, out, Cell::kGates * hidden, d_pre, Cell::kPre * hidden,
                                     p_.weights.w_hh, p_.weights.w_hh_stride, false, d_h_, out,
-                                    Cell::kDirect});
+                                    Cell::kDirectPath});
   }
 
   template <class From>

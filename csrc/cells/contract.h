@@ -1,0 +1,90 @@
+// The contract between a cell and the schedules that run it through time.
+//
+// A cell is a struct of constants (its traits) and two functions over a value type A, which is a
+// scalar on CUDA and a vector of units on the CPU (cells/math.h lists what A offers). The functions
+// compute one hidden unit. They must be free of branches and must not know the time loop.
+//
+//     x_t  --w_ih, b_ih-->  gates of the input side  --kPreX-->  +
+//                                                                |--> pre --> forward --> h', c'
+//     h    --w_hh, b_hh-->  gates of the hidden side --kPreH-->  +
+//
+// Sizes of weights: w_ih [kGates*H, I], w_hh [kGates*H, R], biases [kGates*H].
+//
+//   kGates               gates: row blocks of H rows in w_ih and w_hh
+//   kPre                 pre-activations per unit that forward reads
+//   kPreX[kGates]        index of the pre-activation that gate g of the input side is added to
+//   kPreH[kGates]        the same for the hidden side; must be 0, 1, ..., kGates - 1, because
+//   backward
+//                        multiplies the first kGates columns of d_pre by w_hh
+//   kSaved               values per unit and step that forward leaves for backward
+//   kStates              1: the state is h; 2: the states are h and c. State 0 is the output.
+//   kSavedState          index in `saved` of c', so that backward finds c; -1 if kStates is 1
+//   kForwardReadsH       forward reads state[0]
+//   kBackwardReadsH      backward reads state[0]
+//   kBackwardReadsNextH  backward reads next_state[0]
+//   kDirectPath          h reaches h' around the recurrent product: backward writes d_state[0].
+//                        Otherwise backward leaves it alone.
+//
+// A schedule loads only what the flags name; the other entries of an array are zero.
+//
+// To come, each with a place here and in the schedules: per-unit parameters (a further pointer in
+// the inputs, summed over rows in backward), more states (kMostStates), and a recurrence that is
+// diagonal or absent (no product with w_hh). A stage that needs all gates of a row at once, such as
+// layer normalisation, runs between the product and forward and belongs to the schedules.
+#pragma once
+
+namespace fastrnn::cells {
+
+constexpr int kMostStates = 2;
+
+template <class A>
+struct StepInputs {
+  const A* pre;    // [kPre]
+  const A* state;  // [kStates] h, c
+};
+template <class A>
+struct StepOutputs {
+  A* saved;       // [kSaved]
+  A* next_state;  // [kStates] h', c'
+};
+
+// Gradients have the name of the value with d_ before it.
+template <class A>
+struct StepGradientInputs {
+  const A* saved;         // [kSaved]
+  const A* state;         // [kStates] h, c
+  const A* next_state;    // [kStates] h', c'
+  const A* d_next_state;  // [kStates]
+};
+template <class A>
+struct StepGradientOutputs {
+  A* d_pre;    // [kPre]
+  A* d_state;  // [kStates]
+};
+
+// Fails to compile where a cell's traits contradict each other.
+template <class Cell>
+constexpr bool check_cell() {
+  static_assert(Cell::kGates >= 1 && Cell::kPre >= Cell::kGates,
+                "every gate needs a pre-activation");
+  static_assert(Cell::kStates >= 1 && Cell::kStates <= kMostStates, "a cell has h, or h and c");
+  static_assert(
+      (Cell::kStates == 2) == (Cell::kSavedState >= 0) && Cell::kSavedState < Cell::kSaved,
+      "kSavedState must be the index of c' in saved, or -1 without a cell state");
+  static_assert(sizeof(Cell::kPreX) / sizeof(int) == Cell::kGates &&
+                    sizeof(Cell::kPreH) / sizeof(int) == Cell::kGates,
+                "kPreX and kPreH must have an entry for each gate");
+  constexpr auto is_valid = [] {
+    for (int gate = 0; gate < Cell::kGates; ++gate) {
+      if (Cell::kPreH[gate] != gate) return false;
+      if (Cell::kPreX[gate] < 0 || Cell::kPreX[gate] >= Cell::kPre) return false;
+      if (gate > 0 && Cell::kPreX[gate] <= Cell::kPreX[gate - 1]) return false;
+    }
+    return true;
+  };
+  static_assert(is_valid(),
+                "kPreH must be 0, 1, ..., kGates - 1, and kPreX must ascend within kPre");
+  return true;
+}
+
+}  // namespace fastrnn::cells
