@@ -228,6 +228,7 @@ def shapes(isa: str, machine: str, kernel: Microkernel) -> dict[tuple[int, int],
         return {}
     macros = (CSRC / "cpu" / "isa" / f"{isa}.cpp").read_text(encoding="utf-8")
     program = [
+        "#include <cstdint>",
         "#include <cstdio>",
         *(f"#undef __{name}__" for name in MACHINES.values()),
         f"#define __{machine}__ 1",

@@ -121,7 +121,8 @@ fastrnn::LayerShape shape_of(const std::string& cell, std::int64_t steps, std::i
   const double products = double(steps) * double(batch) * double(info.gates) * double(hidden_size) *
                           double(2 * input_size + hidden_size + proj_size + 1);
   check_range("the number of multiply-adds", products, 0, double(std::int64_t(1) << 60));
-  return {info.kind, false, steps, batch, input_size, hidden_size, proj_size, nullptr, nullptr};
+  const fastrnn::Sequence sequence = {steps, batch, false, nullptr, nullptr};
+  return {info.kind, sequence, input_size, hidden_size, proj_size};
 }
 
 py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t batch,

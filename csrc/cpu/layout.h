@@ -78,8 +78,8 @@ struct ForwardLayout {
     panels_h = carver.take(panels * (plan.half_weights ? divide_up(values_h, 2) : values_h));
     panels_p = carver.take(panels * proj_blocks * shape.hidden_size * proj_block);
     bias = carver.take(unit_blocks * cell.pre * unit_block);
-    h = carver.take(2 * shape.batch * shape.output_size());
-    m = carver.take(projected ? shape.batch * shape.hidden_size : 0);
+    h = carver.take(2 * shape.sequence.batch * shape.output_size());
+    m = carver.take(projected ? shape.sequence.batch * shape.hidden_size : 0);
     gates_x =
         carver.take(plan.input_fused ? 0 : plan.chunk_rows * unit_blocks * cell.pre * unit_block);
     size = carver.size();
@@ -102,7 +102,7 @@ struct BackwardLayout {
     Carver carver;
     panels_h = carver.take(out_blocks * cell.gates * shape.hidden_size * out_block);
     panels_p = carver.take(unit_blocks * shape.proj_size * unit_block);
-    carry = carver.take(shape.batch * out_blocks * out_block);
+    carry = carver.take(shape.sequence.batch * out_blocks * out_block);
     size = carver.size();
   }
 };

@@ -15,7 +15,7 @@ std::int64_t step_weights(const LayerShape& shape, Pass pass) {
 }  // namespace
 
 std::int64_t call_work(const LayerShape& shape, Pass pass) {
-  const std::int64_t rows = std::max<std::int64_t>(shape.steps * shape.batch, 1);
+  const std::int64_t rows = std::max<std::int64_t>(shape.sequence.steps * shape.sequence.batch, 1);
   if (pass != Pass::kGradients) return rows * (step_weights(shape, pass) + 1);
   return rows * cell_info(shape.cell).gates * shape.hidden_size *
          (2 * shape.input_size + shape.output_size());
@@ -25,9 +25,10 @@ std::int64_t call_work(const LayerShape& shape, Pass pass) {
 int pick_threads(const LayerShape& shape, Pass pass, int max_threads) {
   const std::int64_t work = call_work(shape, pass);
   if (work < kMinCallWork) return 1;
-  const std::int64_t share = pass == Pass::kGradients
-                                 ? work / kMinCallWork
-                                 : work / std::max<std::int64_t>(shape.steps, 1) / kMinStepWork;
+  const std::int64_t share =
+      pass == Pass::kGradients
+          ? work / kMinCallWork
+          : work / std::max<std::int64_t>(shape.sequence.steps, 1) / kMinStepWork;
   return int(std::clamp<std::int64_t>(share, 1, std::min(max_threads, kMaxTeam)));
 }
 
@@ -38,7 +39,7 @@ int pick_threads(const LayerShape& shape, Pass pass, int max_threads) {
 int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                     int threads) {
   const std::int64_t vectors = divide_up(shape.hidden_size, isa.vector_bytes / element_bytes);
-  const std::int64_t rows = shape.batch / threads;
+  const std::int64_t rows = shape.sequence.batch / threads;
   if (rows >= 1 && vectors < threads) return threads;  // too few units to cut
   const bool cached = step_weights(shape, pass) * element_bytes <= kPrivateCacheBytes;
   const bool cheap = pass == Pass::kBackward || cached;
@@ -74,26 +75,28 @@ int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int elemen
 
 // A panel is read faster than rows of weights, but must be made first.
 bool pick_packed(const LayerShape& shape, Pass pass) {
-  if (pass == Pass::kBackward) return shape.steps >= kPackedBackSteps;
-  const std::int64_t units_per_row = shape.steps == 1                ? kUnitsPerRowOfOneStep
-                                     : shape.batch >= kManySequences ? kUnitsPerRowOfMany
-                                                                     : kUnitsPerRow;
-  return shape.steps * shape.batch * units_per_row >= std::min(shape.output_size(), kMostUnits);
+  if (pass == Pass::kBackward) return shape.sequence.steps >= kPackedBackSteps;
+  const std::int64_t units_per_row = shape.sequence.steps == 1 ? kUnitsPerRowOfOneStep
+                                     : shape.sequence.batch >= kManySequences ? kUnitsPerRowOfMany
+                                                                              : kUnitsPerRow;
+  return shape.sequence.steps * shape.sequence.batch * units_per_row >=
+         std::min(shape.output_size(), kMostUnits);
 }
 
 // w_hh as float16, for those who allow it: where a step does little but fetch it. Rows that share a
 // fetched weight would widen it again each.
 bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes) {
   const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
-  return pass == Pass::kForward && shape.batch == 1 && shape.steps >= kMinHalfSteps &&
-         element_bytes == 4 && values >= kMinHalfWeights && isa.half_weights;
+  return pass == Pass::kForward && shape.sequence.batch == 1 &&
+         shape.sequence.steps >= kMinHalfSteps && element_bytes == 4 && values >= kMinHalfWeights &&
+         isa.half_weights;
 }
 
 // x_t w_ih^T goes into the step's own tile where rows enough share the weights and they stay
 // cached.
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups) {
   if (row_groups > 1) return true;  // rows ahead of time are not contiguous for a part of the batch
-  return shape.batch >= kFusedBatch &&
+  return shape.sequence.batch >= kFusedBatch &&
          step_weights(shape, Pass::kForward) * element_bytes <= kSharedCacheBytes;
 }
 
@@ -103,12 +106,12 @@ bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_
                   const Plan& upper_plan) {
   return step_weights(upper, Pass::kForward) * element_bytes <= kStackedBytes &&
          lower_plan.together == 2 && upper_plan.together == 2 && upper.proj_size == 0 &&
-         lower_plan.threads == upper_plan.threads && upper.steps >= 2 * kFollowParts;
+         lower_plan.threads == upper_plan.threads && upper.sequence.steps >= 2 * kFollowParts;
 }
 
 // Few rows ahead of time in both, so that the upper layer starts soon.
 std::int64_t pick_follow_rows(const LayerShape& upper, const Plan& plan) {
-  const std::int64_t part = divide_up(upper.steps, kFollowParts) * upper.batch;
+  const std::int64_t part = divide_up(upper.sequence.steps, kFollowParts) * upper.sequence.batch;
   return std::min(plan.chunk_rows, part);
 }
 
@@ -118,8 +121,8 @@ std::int64_t pick_follow_rows(const LayerShape& upper, const Plan& plan) {
 bool pick_shared(const LayerShape& shape, const Plan& plan) {
   if (plan.unit_groups == 1 || !plan.input_fused || !plan.packed) return false;
   const std::int64_t units = std::int64_t(plan.unit_vectors) * plan.vector_lanes;
-  return shape.batch / plan.row_groups * step_weights(shape, Pass::kForward) / shape.hidden_size *
-             units >=
+  return shape.sequence.batch / plan.row_groups * step_weights(shape, Pass::kForward) /
+             shape.hidden_size * units >=
          kMinSharedWork;
 }
 
@@ -142,7 +145,8 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
   plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups);
   plan.shared = pass == Pass::kForward && pick_shared(shape, plan);
   // A hundred rows or so reuse each loaded weight well, and their gates stay in the cache.
-  plan.chunk_rows = std::max<std::int64_t>(shape.batch, shape.batch > 16 ? 4 * shape.batch : 96);
+  plan.chunk_rows = std::max<std::int64_t>(
+      shape.sequence.batch, shape.sequence.batch > 16 ? 4 * shape.sequence.batch : 96);
   return plan;
 }
 

@@ -109,8 +109,8 @@ inline Tiling make_tiling(const Request& request) {
   const Chip& chip = request.chip;
   const int gates = cell_info(shape.cell).gates;
   constexpr std::int64_t kMostRows = std::int64_t(1) << 24;
-  if (request.arithmetic == Arithmetic::kFloat64 || chip.major < 8 || shape.steps == 0 ||
-      shape.hidden_size == 0 || shape.batch == 0 || shape.batch > kMostRows)
+  if (request.arithmetic == Arithmetic::kFloat64 || chip.major < 8 || shape.sequence.steps == 0 ||
+      shape.hidden_size == 0 || shape.sequence.batch == 0 || shape.sequence.batch > kMostRows)
     return {};
   const bool forward = request.pass == Pass::kForward;
   const auto groups_of = [&](std::int64_t values) {
@@ -125,7 +125,8 @@ inline Tiling make_tiling(const Request& request) {
     Tiling tiling;
     const std::int64_t unit_blocks = (shape.hidden_size + units - 1) / units;
     if (unit_blocks * request.directions > chip.multiprocessors) continue;
-    tiling.tensor_cores = request.arithmetic != Arithmetic::kFloat32 && shape.batch > kFewRows;
+    tiling.tensor_cores =
+        request.arithmetic != Arithmetic::kFloat32 && shape.sequence.batch > kFewRows;
     tiling.units = units;
     tiling.unit_blocks = int(unit_blocks);
     tiling.output_blocks = int((shape.output_size() + units - 1) / units);
@@ -137,7 +138,7 @@ inline Tiling make_tiling(const Request& request) {
       tiling.shared_bytes += bytes_of(tiling.second_groups, units / kColumnTile);
     }
     if (tiling.shared_bytes > chip.shared_bytes) continue;
-    tiling.row_tiles = int((shape.batch - 1) / kRowTile + 1);
+    tiling.row_tiles = int((shape.sequence.batch - 1) / kRowTile + 1);
     const int most_groups = chip.multiprocessors / (tiling.unit_blocks * request.directions);
     tiling.tiles_a_block = (tiling.row_tiles - 1) / most_groups + 1;
     tiling.row_groups = (tiling.row_tiles - 1) / tiling.tiles_a_block + 1;
@@ -158,7 +159,7 @@ inline constexpr int kManyTiles = 4, kManyTilesOfDots = 2;
 inline bool fits_persistent(const Request& request, const Tiling& tiling) {
   if (tiling.blocks == 0) return false;
   return request.choice == Choice::kPersistent ||
-         (request.shape.steps >= kFewSteps &&
+         (request.shape.sequence.steps >= kFewSteps &&
           tiling.tiles_a_block <= (tiling.tensor_cores ? kManyTiles : kManyTilesOfDots));
 }
 inline bool fits_always(const Request&, const Tiling&) { return true; }

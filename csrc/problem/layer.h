@@ -1,53 +1,24 @@
-// What a kernel is asked to do, as plain data: one direction of one layer. The same structs serve
-// the CPU and CUDA; pointers belong to the caller and live on the device that runs the kernel.
+// What a kernel computes, as plain data: one direction of one layer. The same structs serve the CPU
+// and CUDA. Pointers belong to the caller and refer to memory of the device that runs the kernel.
 //
-// Rows: the steps of a sequence batch are rows of [N, *] matrices. Step t owns the rows
-// step_offset[t] ... step_offset[t] + step_rows[t], and its row b belongs to sequence b. A padded
-// batch has step_rows[t] = B for all t; a packed one has step_rows descending. Either way the rows
-// of all steps follow one another without gaps, N = sum of step_rows.
-//
-//      t = 0   1   2   3                     direction of time:  forward   t = 0 ... T-1
-//  b=0     x   x   x   x   <- last row                           reverse   t = T-1 ... 0
-//  b=1     x   x   x         ends early      A sequence starts from h0[b] at its first active step
-//  in b=2     x                                 that direction and leaves h_n[b] at its last one.
-//
-// S is the type of the caller's tensors, A the type the kernel accumulates in (csrc/cpu: S = A).
+// S is the type of the caller's tensors, A the type the kernel accumulates in (on the CPU S = A).
 #pragma once
 
 #include <cstdint>
 
 #include "cells/registry.h"
+#include "problem/sequence.h"
 
 namespace fastrnn {
 
 struct LayerShape {
   CellKind cell;
-  bool reverse;                     // walk from t = T-1 to 0
-  std::int64_t steps;               // T
-  std::int64_t batch;               // B
-  std::int64_t input_size;          // I
-  std::int64_t hidden_size;         // H
-  std::int64_t proj_size;           // P, 0: no projection
-  const std::int64_t* step_offset;  // [T] on the host
-  const std::int64_t* step_rows;    // [T] on the host
+  Sequence sequence;
+  std::int64_t input_size;   // I
+  std::int64_t hidden_size;  // H
+  std::int64_t proj_size;    // P, 0: no projection
 
   std::int64_t output_size() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
-  std::int64_t rows() const {                                                           // N
-    return steps == 0 ? 0 : step_offset[steps - 1] + step_rows[steps - 1];
-  }
-  // The step that is walked k-th.
-  std::int64_t step(std::int64_t k) const { return reverse ? steps - 1 - k : k; }
-  // Rows of step t from this one on end at t.
-  std::int64_t first_ending_row(std::int64_t t) const {
-    if (reverse) return t == 0 ? 0 : step_rows[t];
-    return t == steps - 1 ? 0 : step_rows[t + 1];
-  }
-  // The row of sequence b at the step before t in walking order, or -1 where it starts at t.
-  std::int64_t previous_row(std::int64_t t, std::int64_t b) const {
-    const std::int64_t before = reverse ? t + 1 : t - 1;
-    if (before < 0 || before >= steps || b >= step_rows[before]) return -1;
-    return step_offset[before] + b;
-  }
 };
 
 template <class S>

@@ -396,8 +396,9 @@ struct Layer {
   int64_t out() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
 
   LayerShape shape(int64_t d) const {
-    return {cell->kind,  d == 1,    int64_t(step_rows.size()), batch,           input_size,
-            hidden_size, proj_size, step_offset.data(),        step_rows.data()};
+    const Sequence sequence = {int64_t(step_rows.size()), batch, d == 1, step_offset.data(),
+                               step_rows.data()};
+    return {cell->kind, sequence, input_size, hidden_size, proj_size};
   }
 
   // The shape of y: [T, B, D*R], packed [N, D*R], of one step [B, R].

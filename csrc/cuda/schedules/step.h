@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "cuda/math/half.h"
+#include "problem/sequence.h"
 
 namespace fastrnn::cuda {
 
@@ -29,20 +30,19 @@ FASTRNN_HD void add_side(A* pre, const V* values, std::int64_t stride,
   ((pre[At<Map, Gate>::kValue] += widen(values[Gate * stride])), ...);
 }
 
-// h, c, h' and c' of one step forward. Rows from `first_new` on start at this step, from h0 and c0;
-// rows from `first_ending` on end at it.
+// h, c, h' and c' of one step forward. Rows that start at this step start from h0 and c0.
 template <class Cell, class S>
 struct ForwardStep {
   using A = Accumulate<S>;
   static constexpr int kSavedValues = Cell::kSaved > 0 ? Cell::kSaved : 1;
 
   std::int64_t hidden;  // H
-  std::int64_t first_new, first_ending;
+  StepRows at;
   const A* gates_x;   // [n, G*H] x_t w_ih^T
   const A* gates_h;   // [n, G*H] h w_hh^T
   const S* b_ih;      // [G*H] or null
   const S* b_hh;      // [G*H] or null
-  const S* h_before;  // [first_new, H], h_before_stride apart (only cells that read h)
+  const S* h_before;  // [at.first_starting, H], h_before_stride apart (only cells that read h)
   std::int64_t h_before_stride;
   const S* h0;  // [B, H]
   const S* c0;  // [B, H]
@@ -81,18 +81,18 @@ struct ForwardStep {
   }
 
   FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
-    const std::int64_t at = b * hidden + unit;
+    const std::int64_t i = b * hidden + unit;
     Inputs inputs{};
     for (int gate = 0; gate < Cell::kGates; ++gate)
       inputs.gates_x[gate] = gates_x[(b * Cell::kGates + gate) * hidden + unit];
-    inputs.starts = b >= first_new;
+    inputs.starts = at.starts(b);
     if constexpr (Cell::kForwardReadsH)
-      inputs.h = inputs.starts ? h0[at] : h_before[b * h_before_stride + unit];
+      inputs.h = inputs.starts ? h0[i] : h_before[b * h_before_stride + unit];
     if constexpr (Cell::kStates == 2) {
       if (inputs.starts)
-        inputs.c0 = c0[at];
+        inputs.c0 = c0[i];
       else
-        inputs.c = c[at];
+        inputs.c = c[i];
     }
     return inputs;
   }
@@ -113,7 +113,7 @@ struct ForwardStep {
   }
 
   FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
-    const std::int64_t at = b * hidden + unit;
+    const std::int64_t i = b * hidden + unit;
     const S out = narrow<S>(outputs.next_state[0]);
     if (h != nullptr) h[b * h_stride + unit] = out;
     if constexpr (Cell::kSaved > 0) {
@@ -122,10 +122,10 @@ struct ForwardStep {
           saved[(b * Cell::kSaved + s) * hidden + unit] = outputs.saved[s];
       }
     }
-    if constexpr (Cell::kStates == 2) c[at] = outputs.next_state[1];
-    if (b >= first_ending) {
-      if (h_n != nullptr) h_n[at] = out;
-      if constexpr (Cell::kStates == 2) c_n[at] = narrow<S>(outputs.next_state[1]);
+    if constexpr (Cell::kStates == 2) c[i] = outputs.next_state[1];
+    if (at.ends(b)) {
+      if (h_n != nullptr) h_n[i] = out;
+      if constexpr (Cell::kStates == 2) c_n[i] = narrow<S>(outputs.next_state[1]);
     }
   }
 
@@ -138,14 +138,14 @@ struct ForwardStep {
   static constexpr auto kGates = std::make_integer_sequence<int, Cell::kGates>{};
 };
 
-// One step backward. Rows from `first_ending` on end at this step, where the walk meets them first:
-// their gradients come from d_h_n and d_c_n. Rows before carry those that the step after left.
+// One step backward. Rows that end at this step take their gradients from d_h_n and d_c_n, the
+// others take those that the step after left.
 template <class Cell, class S>
 struct BackwardStep {
   using A = Accumulate<S>;
   static constexpr int kSavedValues = Cell::kSaved > 0 ? Cell::kSaved : 1;
   std::int64_t hidden;  // H
-  std::int64_t first_new, first_ending;
+  StepRows at;
   const A* d_m;    // [n, H] the gradient at o*tanh(c') with a projection, else null
   A* d_h;          // [B, H] the running gradient at h' (left: its direct part at h)
   const S* d_h_n;  // [B, H] or null
@@ -179,24 +179,24 @@ struct BackwardStep {
   };
 
   FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
-    const std::int64_t at = b * hidden + unit;
+    const std::int64_t i = b * hidden + unit;
     Inputs inputs{};
-    inputs.starts = b >= first_new;
-    inputs.ends = b >= first_ending;
-    if (inputs.ends && d_h_n != nullptr) inputs.d_h_n = d_h_n[at];
+    inputs.starts = at.starts(b);
+    inputs.ends = at.ends(b);
+    if (inputs.ends && d_h_n != nullptr) inputs.d_h_n = d_h_n[i];
     if (d_y != nullptr) inputs.d_y = d_y[b * d_y_stride + unit];
     if constexpr (Cell::kStates == 2) {
       if (!inputs.ends)
-        inputs.d_c = d_c[at];
+        inputs.d_c = d_c[i];
       else if (d_c_n != nullptr)
-        inputs.d_c_n = d_c_n[at];
+        inputs.d_c_n = d_c_n[i];
       if (inputs.starts)
-        inputs.c0 = c0[at];
+        inputs.c0 = c0[i];
       else
         inputs.c_before = saved_before[(b * Cell::kSaved + Cell::kSavedState) * hidden + unit];
     }
     if constexpr (Cell::kBackwardReadsH)
-      inputs.h_before = inputs.starts ? h0[at] : h_before[b * h_stride + unit];
+      inputs.h_before = inputs.starts ? h0[i] : h_before[b * h_stride + unit];
     if constexpr (Cell::kBackwardReadsNextH) inputs.h = h[b * h_stride + unit];
     for (int s = 0; s < Cell::kSaved; ++s)
       inputs.saved[s] = saved[(b * Cell::kSaved + s) * hidden + unit];
@@ -230,7 +230,7 @@ struct BackwardStep {
     A d_left = A(0);
     if (d_m != nullptr)
       d_left = d_m[b * hidden + unit];
-    else if (b < first_ending)
+    else if (!at.ends(b))
       d_left = d_h[b * hidden + unit];
     store(compute(load(b, unit), d_left), b, unit);
   }
@@ -242,7 +242,7 @@ struct OutputGradient {
   using A = Accumulate<S>;
 
   std::int64_t size;  // P
-  std::int64_t first_ending;
+  StepRows at;
   const A* d_h;    // [B, P] the running gradient at h'
   const S* d_h_n;  // [B, P] or null
   const S* d_y;    // [n, P], d_y_stride apart, or null
@@ -250,14 +250,14 @@ struct OutputGradient {
   S* d_h_all;  // [n, P]
 
   FASTRNN_HD void operator()(std::int64_t b, std::int64_t j) const {
-    const std::int64_t at = b * size + j;
+    const std::int64_t i = b * size + j;
     A sum = A(0);
-    if (b < first_ending)
-      sum = d_h[at];
+    if (!at.ends(b))
+      sum = d_h[i];
     else if (d_h_n != nullptr)
-      sum = widen(d_h_n[at]);
+      sum = widen(d_h_n[i]);
     if (d_y != nullptr) sum += widen(d_y[b * d_y_stride + j]);
-    d_h_all[at] = narrow<S>(sum);
+    d_h_all[i] = narrow<S>(sum);
   }
 };
 

@@ -158,9 +158,10 @@ void put(T*& to, const void* from) {
 // What both passes are asked in the same words.
 template <class Problem>
 void fill(const Call& call, Problem& problem) {
-  problem.shape = {CellKind(call.cell), call.reverse != 0, call.steps,
-                   call.batch,          call.input_size,   call.hidden_size,
-                   call.proj_size,      call.step_offset,  call.step_rows};
+  const Sequence sequence = {call.steps, call.batch, call.reverse != 0, call.step_offset,
+                             call.step_rows};
+  problem.shape = {CellKind(call.cell), sequence, call.input_size, call.hidden_size,
+                   call.proj_size};
   put(problem.weights.w_ih, call.w_ih);
   put(problem.weights.w_hh, call.w_hh);
   put(problem.weights.b_ih, call.b_ih);

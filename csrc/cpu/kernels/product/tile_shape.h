@@ -2,6 +2,8 @@
 // macros of each instruction set, and compares the result with the machine code.
 #pragma once
 
+#include <cstdint>
+
 #if !defined(FASTRNN_KERNELS_BEGIN)
 #include "cpu/kernels/target.h"
 #endif

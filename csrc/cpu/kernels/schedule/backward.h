@@ -4,8 +4,9 @@
 //   d_pre_t = the cell's backward step            for this rank's own units        -> barrier
 //   carry   = direct part + d_pre_t[hidden side] w_hh   for this rank's own units of h
 //
-// carry starts as d_h_n and ends as d_h0; a row that a step does not have keeps what it carries.
-// The gradients of the weights and of x are products over all steps, made by the layers above.
+// A row's carry starts as d_h_n at the step where the row ends, and is its d_h0 after the step
+// where it starts (csrc/problem/sequence.h). The gradients of the weights and of x are products
+// over all steps, made by the layers above.
 #pragma once
 
 #include "cpu/kernels/product/panels.h"
@@ -26,7 +27,7 @@ class BackwardWalk {
         barrier_(team.barrier),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
-        rows_(shape_.batch, rank / plan.unit_groups, plan.row_groups),
+        rows_(shape_.sequence.batch, rank / plan.unit_groups, plan.row_groups),
         out_blocks_(layout.out_blocks, rank % plan.unit_groups, plan.unit_groups),
         unit_blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
         out_(shape_.output_size()),
@@ -41,29 +42,30 @@ class BackwardWalk {
 
   void run() {
     pack();
-    start_carry();
     barrier_.arrive(rank_);
     barrier_.wait(rank_, 0, plan_.threads);
-    for (std::int64_t k = shape_.steps - 1; k >= 0; --k) {
+    for (std::int64_t k = shape_.sequence.steps - 1; k >= 0; --k) {
       if (team_.gives_up(rank_, step_work())) return arrive_for(k + 1);
-      const std::int64_t t = shape_.step(k);
-      const std::int64_t end = std::min(rows_.end, shape_.step_rows[t]);
+      const StepRows at = shape_.sequence.at(shape_.sequence.step(k));
+      const std::int64_t end = std::min(rows_.end, at.rows);
+      begin_rows(at, end);
       if (shape_.proj_size > 0) {
-        put_output_gradients(t, end);
-        meet();
-        through_projection(t, end);
+        store_output_gradients(at, end);
+        synchronise();
+        through_projection(at, end);
       } else {
         const Share own = own_out();
         for (std::int64_t b = rows_.begin; b < end; ++b) {
-          const Row row(*this, t, b);
+          const Row row(*this, at, b);
           for (std::int64_t unit = own.begin; unit < own.end; unit += kLanes)
-            pointwise(row, unit, output_gradient(t, b, unit));
+            pointwise(row, unit, output_gradient(at, b, unit));
         }
       }
-      meet();
-      hand_on(t, end);
+      synchronise();
+      propagate(k, at, end);
+      finish_rows(at, end);
     }
-    finish();
+    if (shape_.sequence.steps == 0) finish_untouched();
   }
 
  private:
@@ -82,7 +84,7 @@ class BackwardWalk {
     while (steps-- > 0) barrier_.arrive(rank_);
   }
 
-  void meet() {
+  void synchronise() {
     barrier_.arrive(rank_);
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
   }
@@ -103,56 +105,67 @@ class BackwardWalk {
                                 : own_out();
   }
 
-  void start_carry() {
-    const std::int64_t begin = out_blocks_.begin * at_.out_block;
-    const std::int64_t end = out_blocks_.end * at_.out_block;
+  // Rows that end at this step begin with the gradients of the final states.
+  void begin_rows(const StepRows& at, std::int64_t end) {
     const Share hidden = own_hidden();
-    for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
-      for (std::int64_t j = begin; j < end; ++j)
-        carry(b)[j] = p_.d_h_n != nullptr && j < out_ ? p_.d_h_n[b * out_ + j] : T(0);
+    const std::int64_t last = out_blocks_.end * at_.out_block;
+    for (std::int64_t b = std::max(rows_.begin, at.first_ending); b < end; ++b) {
+      load_state(p_.d_h_n, b, out_, own_out(), carry(b));
+      std::fill(carry(b) + own_out().end, carry(b) + last, T(0));  // units that pad the last block
       if constexpr (Cell::kStates == 2)
-        for (std::int64_t j = hidden.begin; j < hidden.end; ++j)
-          p_.d_c0[b * shape_.hidden_size + j] =
-              p_.d_c_n != nullptr ? p_.d_c_n[b * shape_.hidden_size + j] : T(0);
+        load_state(p_.d_c_n, b, shape_.hidden_size, hidden, p_.d_c0 + b * shape_.hidden_size);
+    }
+  }
+  // Rows that start at this step leave the gradient of their initial state. (d_c is kept in d_c0.)
+  void finish_rows(const StepRows& at, std::int64_t end) {
+    for (std::int64_t b = std::max(rows_.begin, at.first_starting); b < end; ++b)
+      load_state(carry(b), 0, out_, own_out(), p_.d_h0 + b * out_);
+  }
+  // Without steps the initial states are the final ones.
+  void finish_untouched() {
+    for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
+      load_state(p_.d_h_n, b, out_, own_out(), p_.d_h0 + b * out_);
+      if constexpr (Cell::kStates == 2)
+        load_state(p_.d_c_n, b, shape_.hidden_size, own_hidden(), p_.d_c0 + b * shape_.hidden_size);
     }
   }
 
-  void finish() {
-    const Share own = own_out();
-    for (std::int64_t b = rows_.begin; b < rows_.end; ++b)
-      for (std::int64_t j = own.begin; j < own.end; ++j) p_.d_h0[b * out_ + j] = carry(b)[j];
+  // Copies units of row b of from [*, size], which is zero where it is null.
+  static void load_state(const T* from, std::int64_t b, std::int64_t size, const Share& units,
+                         T* to) {
+    for (std::int64_t j = units.begin; j < units.end; ++j)
+      to[j] = from == nullptr ? T(0) : from[b * size + j];
   }
 
   // carry + d_y at R-units from `unit` on.
-  P output_gradient(std::int64_t t, std::int64_t b, std::int64_t unit) const {
+  P output_gradient(const StepRows& at, std::int64_t b, std::int64_t unit) const {
     P d_h = P::load(carry(b) + unit);
     if (p_.d_y != nullptr) {
-      const std::int64_t row = shape_.step_offset[t] + b;
-      d_h = d_h + P::load(p_.d_y + row * p_.d_y_stride + unit,
+      d_h = d_h + P::load(p_.d_y + (at.first + b) * p_.d_y_stride + unit,
                           std::min<std::int64_t>(kLanes, out_ - unit));
     }
     return d_h;
   }
 
-  void put_output_gradients(std::int64_t t, std::int64_t end) {
+  void store_output_gradients(const StepRows& at, std::int64_t end) {
     const Share own = own_out();
     for (std::int64_t b = rows_.begin; b < end; ++b) {
-      T* to = p_.d_h_all + (shape_.step_offset[t] + b) * out_;
+      T* to = p_.d_h_all + (at.first + b) * out_;
       for (std::int64_t unit = own.begin; unit < own.end; unit += kLanes)
-        output_gradient(t, b, unit).store(to + unit, std::min<std::int64_t>(kLanes, out_ - unit));
+        output_gradient(at, b, unit).store(to + unit, std::min<std::int64_t>(kLanes, out_ - unit));
     }
   }
 
   // dm = dh w_hr, then the cell.
-  void through_projection(std::int64_t t, std::int64_t end) {
+  void through_projection(const StepRows& at, std::int64_t end) {
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     for (std::int64_t block = unit_blocks_.begin; block < unit_blocks_.end; ++block) {
       for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
         for (std::int64_t i = 0; i < count * at_.unit_block; ++i) scratch[i] = T(0);
-        w_hr_.multiply(block, count, p_.d_h_all + (shape_.step_offset[t] + row) * out_, out_,
-                       scratch, at_.unit_block, columns_);
+        w_hr_.multiply(block, count, p_.d_h_all + (at.first + row) * out_, out_, scratch,
+                       at_.unit_block, columns_);
         for (int m = 0; m < count; ++m) {
-          const Row pointers(*this, t, row + m);
+          const Row pointers(*this, at, row + m);
           for (int u = 0; u < plan_.back_vectors; ++u) {
             const std::int64_t unit = block * at_.unit_block + u * kLanes;
             if (unit >= shape_.hidden_size) break;
@@ -175,17 +188,16 @@ class BackwardWalk {
     T* d_pre;           // [Q*H]
     T* d_h;             // [R] the carry, or null with a projection
 
-    Row(const BackwardWalk& walk, std::int64_t t, std::int64_t b)
+    Row(const BackwardWalk& walk, const StepRows& at, std::int64_t b)
         : hidden(walk.shape_.hidden_size) {
       const auto& p = walk.p_;
-      const std::int64_t row = walk.shape_.step_offset[t] + b;
-      const std::int64_t before = walk.shape_.previous_row(t, b);
+      const std::int64_t row = at.first + b;
       saved = p.saved + row * Cell::kSaved * hidden;
       y = p.y + row * p.y_stride;
-      h_before = before < 0 ? p.h0 + b * hidden : p.y + before * p.y_stride;
+      h_before = at.state_before(b, p.y, p.y_stride, p.h0, walk.out_);
       if constexpr (Cell::kStates == 2) {
-        c_before = before < 0 ? p.c0 + b * hidden
-                              : p.saved + (before * Cell::kSaved + Cell::kSavedState) * hidden;
+        c_before = at.state_before(b, p.saved + Cell::kSavedState * hidden, Cell::kSaved * hidden,
+                                   p.c0, hidden);
         d_c = p.d_c0 + b * hidden;
       }
       d_pre = p.d_pre + row * Cell::kPre * hidden;
@@ -215,11 +227,11 @@ class BackwardWalk {
   }
 
   // carry += d_pre[hidden side] w_hh. The hidden side's columns of d_pre come first (kPreH = 0...).
-  void hand_on(std::int64_t t, std::int64_t end) {
+  void propagate(std::int64_t k, const StepRows& at, std::int64_t end) {
     const std::int64_t width = Cell::kPre * shape_.hidden_size;
-    const T* d_pre = p_.d_pre + shape_.step_offset[t] * width;
+    const T* d_pre = p_.d_pre + at.first * width;
     for (std::int64_t i = 0; i < out_blocks_.size(); ++i) {
-      const std::int64_t block = out_blocks_.zigzag(i, t % 2 != 0);
+      const std::int64_t block = out_blocks_.zigzag(i, k % 2 != 0);
       for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
         T* c = carry(row) + block * at_.out_block;
         if (shape_.proj_size > 0)  // dh went through w_hr whole: nothing direct is left

@@ -29,7 +29,7 @@ class ForwardWalk {
         below_(team.below),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
-        rows_(shape_.batch, rank / plan.unit_groups, plan.row_groups),
+        rows_(shape_.sequence.batch, rank / plan.unit_groups, plan.row_groups),
         blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
         proj_blocks_(layout.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
         out_(shape_.output_size()),
@@ -49,20 +49,22 @@ class ForwardWalk {
 
   void run() {
     pack();
-    start_states();
+    if (shape_.sequence.steps > 0) start_rows(shape_.sequence.at(shape_.sequence.step(0)), 0);
     barrier_.arrive(rank_);
     barrier_.wait(rank_, 0, plan_.threads);  // panels are packed in shares by all row groups
     std::int64_t chunk_end = 0;              // steps before this one have their gates_x
-    for (std::int64_t k = 0; k < shape_.steps; ++k) {
-      if (team_.gives_up(rank_, step_work())) return arrive_for(shape_.steps - k);
+    for (std::int64_t k = 0; k < shape_.sequence.steps; ++k) {
+      if (team_.gives_up(rank_, step_work())) return arrive_for(shape_.sequence.steps - k);
       if (plan_.input_fused)
         await_input(k + 1);
       else if (k == chunk_end)
         chunk_end = project_ahead(k);
-      step(shape_.step(k), k % 2, k > 0);
+      step(shape_.sequence.at(shape_.sequence.step(k)), k % 2, k > 0);
+      if (k + 1 < shape_.sequence.steps)
+        start_rows(shape_.sequence.at(shape_.sequence.step(k + 1)), (k + 1) % 2);
       barrier_.arrive(rank_);
     }
-    if (shape_.steps == 0) finish_untouched();
+    if (shape_.sequence.steps == 0) finish_untouched();
   }
 
  private:
@@ -120,25 +122,32 @@ class ForwardWalk {
     return shape_.proj_size > 0 ? proj_blocks_.units(at_.proj_block, out_) : own_hidden();
   }
 
-  // h0 goes into both buffers of h: a row that starts late finds it in whichever is read then.
-  void start_states() {
+  // Rows that start at a step find their initial states where the step before would have left them:
+  // h in the buffer that the step reads, c in c_n.
+  void start_rows(const StepRows& at, int parity) {
     const Share out = own_out(), hidden = own_hidden();
-    for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
-      for (std::int64_t j = out.begin; j < out.end; ++j)
-        h(0)[b * out_ + j] = h(1)[b * out_ + j] = p_.h0[b * out_ + j];
-      if constexpr (Cell::kStates == 2)
-        for (std::int64_t j = hidden.begin; j < hidden.end; ++j)
-          p_.c_n[b * shape_.hidden_size + j] = p_.c0[b * shape_.hidden_size + j];
+    for (std::int64_t b = std::max(rows_.begin, at.first_starting);
+         b < std::min(rows_.end, at.rows); ++b) {
+      copy_state(p_.h0, b, out_, out, h(parity));
+      if constexpr (Cell::kStates == 2) copy_state(p_.c0, b, shape_.hidden_size, hidden, p_.c_n);
     }
   }
-
+  // Without steps the initial states are the final ones.
   void finish_untouched() {
-    const Share out = own_out();
-    for (std::int64_t b = rows_.begin; b < rows_.end; ++b)
-      for (std::int64_t j = out.begin; j < out.end; ++j) p_.h_n[b * out_ + j] = p_.h0[b * out_ + j];
+    for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
+      copy_state(p_.h0, b, out_, own_out(), p_.h_n);
+      if constexpr (Cell::kStates == 2)
+        copy_state(p_.c0, b, shape_.hidden_size, own_hidden(), p_.c_n);
+    }
+  }
+  // Copies units of row b of [B, size].
+  static void copy_state(const T* from, std::int64_t b, std::int64_t size, const Share& units,
+                         T* to) {
+    std::copy(from + b * size + units.begin, from + b * size + units.end,
+              to + b * size + units.begin);
   }
 
-  T* h(int parity) const { return work_ + at_.h + parity * shape_.batch * out_; }
+  T* h(int parity) const { return work_ + at_.h + parity * shape_.sequence.batch * out_; }
   const T* bias(std::int64_t block) const { return work_ + at_.bias + block * width_; }
 
   // C += x[row...] w_ih^T for one block.
@@ -149,19 +158,18 @@ class ForwardWalk {
   // gates_x of this rank's blocks for the steps from k on that fit the chunk (at least one);
   // returns the first step beyond. Only this rank reads them, so nobody waits.
   std::int64_t project_ahead(std::int64_t k) {
-    std::int64_t end = k, rows = 0;
-    do rows += shape_.step_rows[shape_.step(end++)];
-    while (end < shape_.steps && rows + shape_.step_rows[shape_.step(end)] <= plan_.chunk_rows);
+    const std::int64_t end = shape_.sequence.chunk_end(k, plan_.chunk_rows);
+    const RowRange chunk = shape_.sequence.rows_between(k, end);
     await_input(end);
-    const std::int64_t first =
-        shape_.step_offset[shape_.reverse ? shape_.step(end - 1) : shape_.step(k)];
-    chunk_first_row_ = first;
+    chunk_first_row_ = chunk.first;
     for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      for_each_tile(first, first + rows, w_hh_.tile_height(), [&](std::int64_t row, int count) {
-        T* c = gates_x(block, row);
-        for (int m = 0; m < count; ++m) copy_row(bias(block), c + m * gates_x_stride());
-        add_input(block, row, count, c, gates_x_stride());
-      });
+      for_each_tile(chunk.first, chunk.first + chunk.count, w_hh_.tile_height(),
+                    [&](std::int64_t row, int count) {
+                      T* c = gates_x(block, row);
+                      for (int m = 0; m < count; ++m)
+                        copy_row(bias(block), c + m * gates_x_stride());
+                      add_input(block, row, count, c, gates_x_stride());
+                    });
     }
     return end;
   }
@@ -194,9 +202,8 @@ class ForwardWalk {
     }
   }
 
-  void step(std::int64_t t, int parity, bool others_wrote) {
-    const std::int64_t offset = shape_.step_offset[t];
-    const std::int64_t end = std::min(rows_.end, shape_.step_rows[t]);
+  void step(const StepRows& at, int parity, bool others_wrote) {
+    const std::int64_t end = std::min(rows_.end, at.rows);
     const T* h_before = h(parity);
     bool waited = !others_wrote;
     auto wait = [&] {
@@ -210,27 +217,27 @@ class ForwardWalk {
         std::int64_t c_stride = width_;
         if (plan_.input_fused) {
           for (int m = 0; m < count; ++m) copy_row(bias(block), c + m * width_);
-          add_input(block, offset + row, count, c, width_);
+          add_input(block, at.first + row, count, c, width_);
         } else {
-          c = gates_x(block, offset + row);
+          c = gates_x(block, at.first + row);
           c_stride = gates_x_stride();
         }
         wait();  // the input's share needs nobody: the others' h is awaited after it
         w_hh_.multiply(block, count, h_before + row * out_, out_, c, c_stride, columns_h_);
-        pointwise(t, block, row, count, parity, c, c_stride);
+        pointwise(at, block, row, count, parity, c, c_stride);
       });
     });
     wait();
-    if (shape_.proj_size > 0) project_state(t, end, parity);
+    if (shape_.proj_size > 0) project_state(at, end, parity);
   }
 
   // The cell's text on a tile: `count` rows from `first` on, one vector of units after the other.
-  void pointwise(std::int64_t t, std::int64_t block, std::int64_t first, int count, int parity,
+  void pointwise(const StepRows& at, std::int64_t block, std::int64_t first, int count, int parity,
                  const T* pre_tile, std::int64_t tile_stride) {
     // Local copies: what is stored below could be any of the members, for all the compiler knows.
     const std::int64_t hidden = shape_.hidden_size, unit_block = at_.unit_block;
-    const std::int64_t y_stride = p_.y_stride, ending = shape_.first_ending_row(t);
-    const std::int64_t row = shape_.step_offset[t] + first;
+    const std::int64_t y_stride = p_.y_stride, ending = at.first_ending;
+    const std::int64_t row = at.first + first;
     const bool projected = shape_.proj_size > 0, save = p_.saved != nullptr;
     for (int u = 0; u < plan_.unit_vectors; ++u) {
       const std::int64_t unit = block * unit_block + u * kLanes;
@@ -265,13 +272,14 @@ class ForwardWalk {
   }
 
   // h' goes into y, and into h_n at a sequence's last step.
-  void put_output(std::int64_t t, std::int64_t b, std::int64_t unit, std::int64_t lanes, P h_new) {
-    h_new.store(p_.y + (shape_.step_offset[t] + b) * p_.y_stride + unit, lanes);
-    if (b >= shape_.first_ending_row(t)) h_new.store(p_.h_n + b * out_ + unit, lanes);
+  void store_output(const StepRows& at, std::int64_t b, std::int64_t unit, std::int64_t lanes,
+                    P h_new) {
+    h_new.store(p_.y + (at.first + b) * p_.y_stride + unit, lanes);
+    if (at.ends(b)) h_new.store(p_.h_n + b * out_ + unit, lanes);
   }
 
   // h' = m w_hr^T once all of m is there.
-  void project_state(std::int64_t t, std::int64_t end, int parity) {
+  void project_state(const StepRows& at, std::int64_t end, int parity) {
     barrier_.arrive(rank_);
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
@@ -288,7 +296,7 @@ class ForwardWalk {
             if (lanes <= 0) break;
             const P h_new = P::load(scratch + m * at_.proj_block + u * kLanes);
             h_new.store(h(1 - parity) + (row + m) * out_ + unit, lanes);
-            put_output(t, row + m, unit, lanes, h_new);
+            store_output(at, row + m, unit, lanes, h_new);
           }
         }
       });

@@ -21,7 +21,7 @@ class GradientWalk {
         shape_(problem.shape),
         hidden_(shape_.hidden_size),
         width_(Cell::kPre * hidden_),
-        rows_(shape_.rows()),
+        rows_(shape_.sequence.total_rows()),
         team_(team),
         rank_(rank),
         ranks_(plan.threads),
@@ -66,13 +66,13 @@ class GradientWalk {
     const Run* end() const { return run + count; }
   };
 
-  // h from which row was reached. Rows are asked for in ascending order mostly.
+  // The h from which a row of [N, *] was computed. Callers ask for rows in ascending order mostly.
   const T* state_before(std::int64_t row) {
-    if (row < shape_.step_offset[step_]) step_ = 0;
-    while (row >= shape_.step_offset[step_] + shape_.step_rows[step_]) ++step_;
-    const std::int64_t b = row - shape_.step_offset[step_];
-    const std::int64_t before = shape_.previous_row(step_, b);
-    return before < 0 ? p_.h0 + b * shape_.output_size() : p_.y + before * p_.y_stride;
+    const Sequence& sequence = shape_.sequence;
+    if (row < sequence.offset(step_)) step_ = 0;
+    while (row >= sequence.offset(step_) + sequence.rows(step_)) ++step_;
+    const StepRows at = sequence.at(step_);
+    return at.state_before(row - at.first, p_.y, p_.y_stride, p_.h0, shape_.output_size());
   }
 
   // d_w [gates*H, columns] = d_pre[side]^T input, d_b its column sums.

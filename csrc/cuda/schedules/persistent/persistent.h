@@ -27,19 +27,19 @@
 
 namespace fastrnn::cuda {
 
-// The steps of a layer as the device sees them.
+// The steps of a layer, for SegmentedSequence.
 inline std::vector<Segment> segments_of(const LayerShape& shape) {
   std::vector<Segment> segments;
-  for (std::int64_t t = 0; t < shape.steps; ++t) {
-    if (segments.empty() || segments.back().rows != shape.step_rows[t])
-      segments.push_back({t, shape.step_offset[t], shape.step_rows[t]});
+  for (std::int64_t t = 0; t < shape.sequence.steps; ++t) {
+    if (segments.empty() || segments.back().rows != shape.sequence.rows(t))
+      segments.push_back({t, shape.sequence.offset(t), shape.sequence.rows(t)});
   }
-  segments.push_back({shape.steps, shape.rows(), 0});
+  segments.push_back({shape.sequence.steps, shape.sequence.total_rows(), 0});
   return segments;
 }
 // No more than these: a segment has fewer rows than the one before it, and at least one step.
 inline std::int64_t most_segments(const LayerShape& shape) {
-  return std::min(shape.batch, shape.steps) + 1;
+  return std::min(shape.sequence.batch, shape.sequence.steps) + 1;
 }
 
 // Where everything lies in the workspace, for both directions. The exchanges and their marks of
@@ -56,7 +56,7 @@ struct PersistentLayout {
     const Tiling& tiling = plan.tiling;
     const CellInfo& cell = cell_info(shape.cell);
     const bool is_forward = pass == Pass::kForward;
-    const std::int64_t state = directions * shape.batch * shape.hidden_size;
+    const std::int64_t state = directions * shape.sequence.batch * shape.hidden_size;
     const std::int64_t rows = std::int64_t(kRowTile) * tiling.row_tiles;
     first_bytes = (is_forward ? 3 : 2) * rows * tiling.groups * kGroupBytes;
     second_bytes = 2 * rows * tiling.second_groups * kGroupBytes;
@@ -65,7 +65,7 @@ struct PersistentLayout {
     second_marks =
         std::int64_t(tiling.row_tiles) * (is_forward ? tiling.unit_blocks : tiling.output_blocks);
     if (tiling.second_groups == 0) second_marks = 0;
-    chunk = std::min(std::max(plan.chunk_rows, shape.batch), shape.rows());
+    chunk = std::min(std::max(plan.chunk_rows, shape.sequence.batch), shape.sequence.total_rows());
     Parts parts;
     first = parts.add<char>(directions * first_bytes);
     first_arrived = parts.add<std::uint64_t>(directions * first_marks);
@@ -180,11 +180,12 @@ class Persistent {
   }
 
   WalkShape walk_shape() const {
-    return {shape_.steps, shape_.hidden_size, plan_.tiling.unit_blocks, plan_.tiling.row_groups};
+    return {shape_.sequence.steps, shape_.hidden_size, plan_.tiling.unit_blocks,
+            plan_.tiling.row_groups};
   }
 
   void begin_side(WalkSide& side, int direction) const {
-    side.reverse = problems_[direction].shape.reverse;
+    side.reverse = problems_[direction].shape.sequence.reverse;
     side.segments = part<Segment>(at_.segments);
     side.exchange = {part<char>(at_.first) + direction * at_.first_bytes,
                      part<std::uint64_t>(at_.first_arrived) + direction * at_.first_marks,
@@ -198,7 +199,7 @@ class Persistent {
             int(at_.second_marks / plan_.tiling.row_tiles)};
   }
   std::int64_t state_offset(int direction) const {
-    return direction * shape_.batch * shape_.hidden_size;
+    return direction * shape_.sequence.batch * shape_.hidden_size;
   }
 
   void prepare() {
@@ -232,7 +233,7 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
   template <class Cell, class Math, int kUnits, bool kProjected>
   void run() {
     ForwardWalkOf<Cell, S, Math, kUnits, kProjected> body{};
-    const std::int64_t batch = this->shape_.batch, outputs = this->shape_.output_size();
+    const std::int64_t batch = this->shape_.sequence.batch, outputs = this->shape_.output_size();
     body.shape = this->walk_shape();
     this->prepare();
     for (int d = 0; d < this->directions_; ++d) {
@@ -262,7 +263,7 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
           CopyOperand<Math, S>{p.h0, initial, outputs,
                                side.exchange.row_bytes() / std::int64_t(sizeof(S))});
     }
-    for (std::int64_t k = 0; k < this->shape_.steps; k = body.end) {
+    for (std::int64_t k = 0; k < this->shape_.sequence.steps; k = body.end) {
       body.begin = k;
       body.end = chunk_end(k);
       for (int d = 0; d < this->directions_; ++d)
@@ -277,32 +278,20 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
            d * this->at_.chunk * cell_info(this->shape_.cell).gates * this->shape_.hidden_size;
   }
 
-  // One step, and as many more as stay within the chunk's rows in every direction.
+  // The first step after a chunk whose rows fit the workspace in every direction.
   std::int64_t chunk_end(std::int64_t begin) const {
-    std::int64_t end = begin, rows[2] = {};
-    while (end < this->shape_.steps) {
-      bool fits = true;
-      for (int d = 0; d < this->directions_; ++d) {
-        const LayerShape& shape = this->problems_[d].shape;
-        rows[d] += shape.step_rows[shape.step(end)];
-        fits = fits && rows[d] <= this->at_.chunk;
-      }
-      if (!fits && end > begin) break;
-      ++end;
-    }
+    std::int64_t end = this->shape_.sequence.steps;
+    for (int d = 0; d < this->directions_; ++d)
+      end = std::min(end, this->problems_[d].shape.sequence.chunk_end(begin, this->at_.chunk));
     return end;
   }
 
   // Returns the first of the chunk's rows, which lie together.
   std::int64_t multiply_input(int d, std::int64_t begin, std::int64_t end) {
     const Forward<S>& p = this->problems_[d];
-    const LayerShape& shape = p.shape;
-    const std::int64_t low = std::min(shape.step(begin), shape.step(end - 1));
-    const std::int64_t high = std::max(shape.step(begin), shape.step(end - 1));
-    const std::int64_t first = shape.step_offset[low];
-    const std::int64_t rows = shape.step_offset[high] + shape.step_rows[high] - first;
-    this->machine_.multiply(input_product(p, first, rows, gates_x(d)));
-    return first;
+    const RowRange chunk = p.shape.sequence.rows_between(begin, end);
+    this->machine_.multiply(input_product(p, chunk.first, chunk.count, gates_x(d)));
+    return chunk.first;
   }
 };
 

@@ -26,52 +26,6 @@
 
 namespace fastrnn::cuda {
 
-// Steps with the same number of rows. A layer's end with {T, N, 0}, so that the next can be asked.
-struct Segment {
-  std::int64_t first_step, first_row, rows;
-};
-
-// The rows of a step. "Before" and "after" are in walking order.
-struct StepRows {
-  std::int64_t row;         // the first one in [N, *]
-  std::int64_t row_before;  // that of the step before, if any
-  int rows;                 // (the plan allows no more than 2^24)
-  int first_new;            // rows from here on start at this step
-  int first_ending;         // rows from here on end at it
-};
-
-// Finds the rows of steps that are asked one after the other, and reads memory only where their
-// number changes.
-class Steps {
- public:
-  FASTRNN_HD Steps(const Segment* segments, bool reverse) : segment_(segments), reverse_(reverse) {}
-
-  FASTRNN_HD StepRows at(std::int64_t t) {
-    if (t < here_.first_step || t >= end_) find(t);
-    const int rows = int(here_.rows), next = t + 1 < end_ ? rows : rows_next_;
-    const std::int64_t row = here_.first_row + (t - here_.first_step) * rows;
-    if (reverse_) return {row, row + rows, rows, next, t == 0 ? 0 : rows};
-    const int last = t > here_.first_step ? rows : rows_last_;
-    return {row, row - last, rows, t == 0 ? 0 : rows, next};
-  }
-
- private:
-  FASTRNN_HD void find(std::int64_t t) {
-    while (t < segment_->first_step) --segment_;
-    while (t >= segment_[1].first_step) ++segment_;
-    here_ = *segment_;
-    end_ = segment_[1].first_step;
-    rows_next_ = int(segment_[1].rows);
-    rows_last_ = here_.first_step > 0 ? int(segment_[-1].rows) : 0;
-  }
-
-  const Segment* segment_;
-  bool reverse_;
-  Segment here_{};
-  std::int64_t end_ = 0;               // the first step after it
-  int rows_next_ = 0, rows_last_ = 0;  // of the segments beside it
-};
-
 // What all walks are told, alike for both directions.
 struct WalkShape {
   std::int64_t steps, hidden;
@@ -279,15 +233,14 @@ struct ForwardWalk {
     typename ForwardStep<Cell, S>::Biases biases{};
     if (unit < hidden) biases = body.biases(unit);
 
-    Steps steps(on.segments, on.reverse);
+    SegmentedSequence sequence(on.segments, on.reverse);
     for (std::int64_t k = begin; k < end; ++k) {
-      const StepRows at = steps.at(on.reverse ? shape.steps - 1 - k : k);
-      body.first_new = at.first_new;
-      body.first_ending = at.first_ending;
-      body.gates_x = on.gates_x + (at.row - on.first_row) * Cell::kGates * hidden;
-      body.h_before = on.y + at.row_before * on.y_stride;
-      body.h = on.y + at.row * on.y_stride;
-      if (on.saved != nullptr) body.saved = on.saved + at.row * Cell::kSaved * hidden;
+      const StepRowsOf<int> at = sequence.at(on.reverse ? shape.steps - 1 - k : k);
+      body.at = at;
+      body.gates_x = on.gates_x + (at.first - on.first_row) * Cell::kGates * hidden;
+      body.h_before = on.y + at.first_before * on.y_stride;
+      body.h = on.y + at.first * on.y_stride;
+      if (on.saved != nullptr) body.saved = on.saved + at.first * Cell::kSaved * hidden;
 
       for (int tile = place.row_group; tile * kRowTile < at.rows; tile += shape.row_groups) {
         const int first = tile * kRowTile, b = first + mine.row;
@@ -295,9 +248,9 @@ struct ForwardWalk {
         typename ForwardStep<Cell, S>::Inputs inputs;
         if (is_mine) inputs = body.load(b, unit);
 
-        if (at.first_new > first) product.wait(tile, k);
+        if (at.first_starting > first) product.wait(tile, k);
         product.multiply(TileRows{on.exchange.slot(k - 1), on.exchange.initial(), first,
-                                  at.first_new, on.exchange.row_bytes()},
+                                  at.first_starting, on.exchange.row_bytes()},
                          at.rows - first);
 
         typename ForwardStep<Cell, S>::Outputs outputs;
@@ -366,22 +319,21 @@ struct BackwardWalk {
     body.h0 = on.h0;
     body.c0 = on.c0;
 
-    Steps steps(on.segments, on.reverse);
+    SegmentedSequence sequence(on.segments, on.reverse);
     int rows_after = 0;  // of the step that was walked last
     for (std::int64_t k = 0; k <= shape.steps; ++k) {
-      StepRows at{};  // the last time round none is left
+      StepRowsOf<int> at{};  // the last time round none is left
       if (k < shape.steps) {
-        at = steps.at(on.reverse ? k : shape.steps - 1 - k);
-        body.first_new = at.first_new;
-        body.first_ending = at.first_ending;
-        body.h = on.y + at.row * on.y_stride;
-        body.h_before = on.y + at.row_before * on.y_stride;
-        if (on.d_y != nullptr) body.d_y = on.d_y + at.row * on.d_y_stride;
+        at = sequence.at(on.reverse ? k : shape.steps - 1 - k);
+        body.at = at;
+        body.h = on.y + at.first * on.y_stride;
+        body.h_before = on.y + at.first_before * on.y_stride;
+        if (on.d_y != nullptr) body.d_y = on.d_y + at.first * on.d_y_stride;
         if (on.saved != nullptr) {
-          body.saved = on.saved + at.row * Cell::kSaved * hidden;
-          body.saved_before = on.saved + at.row_before * Cell::kSaved * hidden;
+          body.saved = on.saved + at.first * Cell::kSaved * hidden;
+          body.saved_before = on.saved + at.first_before * Cell::kSaved * hidden;
         }
-        body.d_pre = on.d_pre + at.row * Cell::kPre * hidden;
+        body.d_pre = on.d_pre + at.first * Cell::kPre * hidden;
       }
 
       const int rows = at.rows > rows_after ? at.rows : rows_after;

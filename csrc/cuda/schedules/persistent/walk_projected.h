@@ -63,13 +63,12 @@ struct ProjectedForwardWalk {
     typename ForwardStep<Cell, S>::Biases biases{};
     if (unit < hidden) biases = body.biases(unit);
 
-    Steps steps(on.segments, on.reverse);
+    SegmentedSequence sequence(on.segments, on.reverse);
     for (std::int64_t k = begin; k < end; ++k) {
-      const StepRows at = steps.at(on.reverse ? shape.steps - 1 - k : k);
-      body.first_new = at.first_new;
-      body.first_ending = at.first_ending;
-      body.gates_x = on.gates_x + (at.row - on.first_row) * Cell::kGates * hidden;
-      if (on.saved != nullptr) body.saved = on.saved + at.row * Cell::kSaved * hidden;
+      const StepRowsOf<int> at = sequence.at(on.reverse ? shape.steps - 1 - k : k);
+      body.at = at;
+      body.gates_x = on.gates_x + (at.first - on.first_row) * Cell::kGates * hidden;
+      if (on.saved != nullptr) body.saved = on.saved + at.first * Cell::kSaved * hidden;
 
       for (int tile = place.row_group; tile * kRowTile < at.rows; tile += shape.row_groups) {
         const int first = tile * kRowTile, b = first + mine.row;
@@ -77,9 +76,9 @@ struct ProjectedForwardWalk {
         typename ForwardStep<Cell, S>::Inputs inputs;
         if (is_mine) inputs = body.load(b, unit);
 
-        if (at.first_new > first) gates.wait(tile, k);
-        gates.multiply(TileRows{on.exchange.slot(k - 1), on.exchange.initial(), first, at.first_new,
-                                on.exchange.row_bytes()},
+        if (at.first_starting > first) gates.wait(tile, k);
+        gates.multiply(TileRows{on.exchange.slot(k - 1), on.exchange.initial(), first,
+                                at.first_starting, on.exchange.row_bytes()},
                        at.rows - first);
 
         if (is_mine) {
@@ -106,7 +105,7 @@ struct ProjectedForwardWalk {
         }
         on.exchange.arrive(thread, tile, place.unit_block, k + 1);
         if (is_output) {
-          on.y[(at.row + b) * on.y_stride + output] = narrow<S>(y);
+          on.y[(at.first + b) * on.y_stride + output] = narrow<S>(y);
           if (b >= at.first_ending) on.h_n[b * outputs + output] = narrow<S>(y);
         }
       }
@@ -146,19 +145,18 @@ struct ProjectedBackwardWalk {
     body.d_c_n = on.d_c_n;
     body.c0 = on.c0;
 
-    Steps steps(on.segments, on.reverse);
+    SegmentedSequence sequence(on.segments, on.reverse);
     int rows_after = 0;  // of the step that was walked last
     for (std::int64_t k = 0; k <= shape.steps; ++k) {
-      StepRows at{};  // the last time round none is left
+      StepRowsOf<int> at{};  // the last time round none is left
       if (k < shape.steps) {
-        at = steps.at(on.reverse ? k : shape.steps - 1 - k);
-        body.first_new = at.first_new;
-        body.first_ending = at.first_ending;
+        at = sequence.at(on.reverse ? k : shape.steps - 1 - k);
+        body.at = at;
         if (on.saved != nullptr) {
-          body.saved = on.saved + at.row * Cell::kSaved * hidden;
-          body.saved_before = on.saved + at.row_before * Cell::kSaved * hidden;
+          body.saved = on.saved + at.first * Cell::kSaved * hidden;
+          body.saved_before = on.saved + at.first_before * Cell::kSaved * hidden;
         }
-        body.d_pre = on.d_pre + at.row * Cell::kPre * hidden;
+        body.d_pre = on.d_pre + at.first * Cell::kPre * hidden;
       }
 
       const int rows = at.rows > rows_after ? at.rows : rows_after;
@@ -175,7 +173,7 @@ struct ProjectedBackwardWalk {
           if (is_output && b < at.rows) {
             if (b >= at.first_ending && on.d_h_n != nullptr)
               d_h = widen(on.d_h_n[b * outputs + output]);
-            if (on.d_y != nullptr) d_h += widen(on.d_y[(at.row + b) * on.d_y_stride + output]);
+            if (on.d_y != nullptr) d_h += widen(on.d_y[(at.first + b) * on.d_y_stride + output]);
           }
           if (rows_after > first) {
             recurrent.wait(tile, k);
@@ -189,8 +187,8 @@ struct ProjectedBackwardWalk {
             by.exchange.template row<S>(k, b)[output] = Math::operand(d_h);
           by.exchange.arrive(thread, tile, place.unit_block, k + 1);
           if (is_output) {
-            S* to =
-                b < at.rows ? d_h_all[place.side] + (at.row + b) * outputs : on.d_h0 + b * outputs;
+            S* to = b < at.rows ? d_h_all[place.side] + (at.first + b) * outputs
+                                : on.d_h0 + b * outputs;
             to[output] = narrow<S>(d_h);
           }
         }

@@ -45,13 +45,6 @@ struct Product {
   bool add;
 };
 
-// Rows of step t that come from the step before it in walking order; those after start at t.
-inline std::int64_t first_new_row(const LayerShape& shape, std::int64_t t) {
-  const std::int64_t before = shape.reverse ? t + 1 : t - 1;
-  if (before < 0 || before >= shape.steps) return 0;
-  return std::min(shape.step_rows[before], shape.step_rows[t]);
-}
-
 // gates_x = x w_ih^T for some rows of x.
 template <class S>
 Product<S, Accumulate<S>> input_product(const Forward<S>& problem, std::int64_t first,
@@ -80,11 +73,12 @@ struct StepwiseForwardLayout {
     const CellInfo& cell = cell_info(shape.cell);
     const std::int64_t width = cell.gates * shape.hidden_size;
     Parts parts;
-    const std::int64_t chunk = std::min(std::max(plan.chunk_rows, shape.batch), shape.rows());
+    const std::int64_t chunk =
+        std::min(std::max(plan.chunk_rows, shape.sequence.batch), shape.sequence.total_rows());
     gates_x = parts.add<A>(chunk * width);
-    gates_h = parts.add<A>(shape.batch * width);
-    c = parts.add<A>(cell.states == 2 ? shape.batch * shape.hidden_size : 0);
-    m = parts.add<S>(shape.proj_size > 0 ? shape.batch * shape.hidden_size : 0);
+    gates_h = parts.add<A>(shape.sequence.batch * width);
+    c = parts.add<A>(cell.states == 2 ? shape.sequence.batch * shape.hidden_size : 0);
+    m = parts.add<S>(shape.proj_size > 0 ? shape.sequence.batch * shape.hidden_size : 0);
     bytes = parts.bytes();
   }
 };
@@ -96,9 +90,10 @@ struct StepwiseBackwardLayout {
   StepwiseBackwardLayout(const LayerShape& shape, const Plan&) {
     using A = Accumulate<S>;
     Parts parts;
-    d_h = parts.add<A>(shape.batch * shape.output_size());
-    d_c = parts.add<A>(cell_info(shape.cell).states == 2 ? shape.batch * shape.hidden_size : 0);
-    d_m = parts.add<A>(shape.proj_size > 0 ? shape.batch * shape.hidden_size : 0);
+    d_h = parts.add<A>(shape.sequence.batch * shape.output_size());
+    d_c = parts.add<A>(cell_info(shape.cell).states == 2 ? shape.sequence.batch * shape.hidden_size
+                                                         : 0);
+    d_m = parts.add<A>(shape.proj_size > 0 ? shape.sequence.batch * shape.hidden_size : 0);
     bytes = parts.bytes();
   }
 };
@@ -117,21 +112,18 @@ class StepwiseForward {
   }
 
   void run() {
-    if (shape_.steps == 0) {
-      copy(p_.h0, p_.h_n, shape_.batch, shape_.output_size());
-      if constexpr (Cell::kStates == 2) copy(p_.c0, p_.c_n, shape_.batch, shape_.hidden_size);
+    if (shape_.sequence.steps == 0) {
+      copy(p_.h0, p_.h_n, shape_.sequence.batch, shape_.output_size());
+      if constexpr (Cell::kStates == 2)
+        copy(p_.c0, p_.c_n, shape_.sequence.batch, shape_.hidden_size);
     }
-    for (std::int64_t k = 0; k < shape_.steps;) {
-      const std::int64_t end = chunk_end(k);
-      // The chunk's rows lie together; walking back its last step has the first of them.
-      const std::int64_t low = std::min(shape_.step(k), shape_.step(end - 1));
-      const std::int64_t high = std::max(shape_.step(k), shape_.step(end - 1));
-      const std::int64_t first = shape_.step_offset[low];
-      const std::int64_t rows = shape_.step_offset[high] + shape_.step_rows[high] - first;
-      machine_.multiply(input_product(p_, first, rows, gates_x_));
+    for (std::int64_t k = 0; k < shape_.sequence.steps;) {
+      const std::int64_t end = shape_.sequence.chunk_end(k, plan_.chunk_rows);
+      const RowRange chunk = shape_.sequence.rows_between(k, end);
+      machine_.multiply(input_product(p_, chunk.first, chunk.count, gates_x_));
       for (; k < end; ++k) {
-        const std::int64_t t = shape_.step(k);
-        step(t, gates_x_ + (shape_.step_offset[t] - first) * width());
+        const StepRows at = shape_.sequence.at(shape_.sequence.step(k));
+        step(at, gates_x_ + (at.first - chunk.first) * width());
       }
     }
   }
@@ -143,14 +135,6 @@ class StepwiseForward {
   bool is_projected() const { return shape_.proj_size > 0; }
   S* y_row(std::int64_t row) const { return p_.y + row * p_.y_stride; }
 
-  // One step, and as many more as stay within the chunk's rows.
-  std::int64_t chunk_end(std::int64_t k) const {
-    std::int64_t rows = shape_.step_rows[shape_.step(k++)];
-    while (k < shape_.steps && rows + shape_.step_rows[shape_.step(k)] <= plan_.chunk_rows)
-      rows += shape_.step_rows[shape_.step(k++)];
-    return k;
-  }
-
   // gates_h of rows [begin, end), whose states lie at h.
   void multiply_state(const S* h, std::int64_t h_stride, std::int64_t begin, std::int64_t end) {
     machine_.multiply(Product<S, A>{end - begin, width(), shape_.output_size(), h, h_stride,
@@ -158,19 +142,15 @@ class StepwiseForward {
                                     gates_h_ + begin * width(), width(), false});
   }
 
-  void step(std::int64_t t, const A* gates_x) {
-    const std::int64_t rows = shape_.step_rows[t], hidden = shape_.hidden_size;
-    const std::int64_t out = shape_.output_size(), row = shape_.step_offset[t];
-    const std::int64_t first_new = first_new_row(shape_, t);
-    const std::int64_t first_ending = shape_.first_ending_row(t);
-    const S* before = first_new > 0 ? y_row(shape_.previous_row(t, 0)) : nullptr;
-    multiply_state(before, p_.y_stride, 0, first_new);
-    multiply_state(p_.h0 + first_new * out, out, first_new, rows);
+  void step(const StepRows& at, const A* gates_x) {
+    const std::int64_t hidden = shape_.hidden_size, out = shape_.output_size();
+    const S* before = y_row(at.first_before);
+    multiply_state(before, p_.y_stride, 0, at.first_starting);
+    multiply_state(p_.h0 + at.first_starting * out, out, at.first_starting, at.rows);
 
     ForwardStep<Cell, S> body{};
     body.hidden = hidden;
-    body.first_new = first_new;
-    body.first_ending = first_ending;
+    body.at = at;
     body.gates_x = gates_x;
     body.gates_h = gates_h_;
     body.b_ih = p_.weights.b_ih;
@@ -180,20 +160,20 @@ class StepwiseForward {
     body.h0 = p_.h0;
     body.c0 = p_.c0;
     body.c = c_;
-    body.h = is_projected() ? m_ : y_row(row);
+    body.h = is_projected() ? m_ : y_row(at.first);
     body.h_stride = is_projected() ? hidden : p_.y_stride;
-    if (p_.saved != nullptr) body.saved = p_.saved + row * Cell::kSaved * hidden;
+    if (p_.saved != nullptr) body.saved = p_.saved + at.first * Cell::kSaved * hidden;
     if (!is_projected()) body.h_n = p_.h_n;
     body.c_n = p_.c_n;
-    machine_.for_each(rows, hidden, body);
+    machine_.for_each(at.rows, hidden, body);
 
     if (is_projected()) {
-      machine_.multiply(Product<S, S>{rows, out, hidden, m_, hidden, p_.weights.w_hr,
-                                      p_.weights.w_hr_stride, true, y_row(row), p_.y_stride,
+      machine_.multiply(Product<S, S>{at.rows, out, hidden, m_, hidden, p_.weights.w_hr,
+                                      p_.weights.w_hr_stride, true, y_row(at.first), p_.y_stride,
                                       false});
-      machine_.for_each(
-          rows - first_ending, out,
-          Copy<S, S>{y_row(row + first_ending), p_.y_stride, p_.h_n + first_ending * out, out});
+      machine_.for_each(at.rows - at.first_ending, out,
+                        Copy<S, S>{y_row(at.first + at.first_ending), p_.y_stride,
+                                   p_.h_n + at.first_ending * out, out});
     }
   }
 
@@ -223,8 +203,9 @@ class StepwiseBackward {
 
   void run() {
     const std::int64_t out = shape_.output_size(), hidden = shape_.hidden_size;
-    for (std::int64_t k = shape_.steps - 1; k >= 0; --k) step(shape_.step(k));
-    if (shape_.steps > 0) {
+    for (std::int64_t k = shape_.sequence.steps - 1; k >= 0; --k)
+      step(shape_.sequence.at(shape_.sequence.step(k)));
+    if (shape_.sequence.steps > 0) {
       finish(d_h_, p_.d_h0, out);
       if constexpr (Cell::kStates == 2) finish(d_c_, p_.d_c0, hidden);
     } else {
@@ -238,25 +219,20 @@ class StepwiseBackward {
 
   bool is_projected() const { return shape_.proj_size > 0; }
 
-  void step(std::int64_t t) {
-    const std::int64_t rows = shape_.step_rows[t], hidden = shape_.hidden_size;
-    const std::int64_t out = shape_.output_size(), row = shape_.step_offset[t];
-    const std::int64_t first_new = first_new_row(shape_, t);
-    const std::int64_t first_ending = shape_.first_ending_row(t);
-    const S* d_y = p_.d_y == nullptr ? nullptr : p_.d_y + row * p_.d_y_stride;
+  void step(const StepRows& at) {
+    const std::int64_t hidden = shape_.hidden_size, out = shape_.output_size();
+    const S* d_y = p_.d_y == nullptr ? nullptr : p_.d_y + at.first * p_.d_y_stride;
     if (is_projected()) {
-      S* d_h_all = p_.d_h_all + row * out;
-      machine_.for_each(
-          rows, out,
-          OutputGradient<S>{out, first_ending, d_h_, p_.d_h_n, d_y, p_.d_y_stride, d_h_all});
-      machine_.multiply(Product<S, A>{rows, hidden, out, d_h_all, out, p_.weights.w_hr,
+      S* d_h_all = p_.d_h_all + at.first * out;
+      machine_.for_each(at.rows, out,
+                        OutputGradient<S>{out, at, d_h_, p_.d_h_n, d_y, p_.d_y_stride, d_h_all});
+      machine_.multiply(Product<S, A>{at.rows, hidden, out, d_h_all, out, p_.weights.w_hr,
                                       p_.weights.w_hr_stride, false, d_m_, hidden, false});
     }
 
     BackwardStep<Cell, S> body{};
     body.hidden = hidden;
-    body.first_new = first_new;
-    body.first_ending = first_ending;
+    body.at = at;
     body.d_h = d_h_;
     if (is_projected()) {
       body.d_m = d_m_;
@@ -267,28 +243,25 @@ class StepwiseBackward {
     }
     body.d_c = d_c_;
     body.d_c_n = p_.d_c_n;
-    if (p_.saved != nullptr) body.saved = p_.saved + row * Cell::kSaved * hidden;
-    body.h = p_.y + row * p_.y_stride;
-    if (first_new > 0) {
-      const std::int64_t before = shape_.previous_row(t, 0);
-      body.h_before = p_.y + before * p_.y_stride;
-      if (p_.saved != nullptr) body.saved_before = p_.saved + before * Cell::kSaved * hidden;
-    }
+    if (p_.saved != nullptr) body.saved = p_.saved + at.first * Cell::kSaved * hidden;
+    body.h = p_.y + at.first * p_.y_stride;
+    body.h_before = p_.y + at.first_before * p_.y_stride;
+    if (p_.saved != nullptr) body.saved_before = p_.saved + at.first_before * Cell::kSaved * hidden;
     body.h_stride = p_.y_stride;
     body.h0 = p_.h0;
     body.c0 = p_.c0;
-    S* d_pre = p_.d_pre + row * Cell::kPre * hidden;
+    S* d_pre = p_.d_pre + at.first * Cell::kPre * hidden;
     body.d_pre = d_pre;
-    machine_.for_each(rows, hidden, body);
+    machine_.for_each(at.rows, hidden, body);
 
-    machine_.multiply(Product<S, A>{rows, out, Cell::kGates * hidden, d_pre, Cell::kPre * hidden,
+    machine_.multiply(Product<S, A>{at.rows, out, Cell::kGates * hidden, d_pre, Cell::kPre * hidden,
                                     p_.weights.w_hh, p_.weights.w_hh_stride, false, d_h_, out,
                                     Cell::kDirectPath});
   }
 
   template <class From>
   void finish(const From* from, S* to, std::int64_t columns) {
-    machine_.for_each(shape_.batch, columns, Copy<From, S>{from, columns, to, columns});
+    machine_.for_each(shape_.sequence.batch, columns, Copy<From, S>{from, columns, to, columns});
   }
 
   const Backward<S>& p_;
