@@ -17,12 +17,12 @@ import report
 import sweep
 from grid import GRID, SHORT, chosen_points
 
-from fastrnn.tools.benchmark.shapes import Point
+from fastrnn.tools.benchmark.shapes import Shape
 
-POINT = Point("latency", 100, 1, 64, 64)
+POINT = Shape("latency", 100, 1, 64, 64)
 
 
-def write_run(path: Path, *tasks: tuple[str, str, Point, dict[str, float]]) -> Path:
+def write_run(path: Path, *tasks: tuple[str, str, Shape, dict[str, float]]) -> Path:
     """A file like pytest-benchmark's: cell, mode, point and milliseconds of each library."""
     entries = [
         {
@@ -59,7 +59,7 @@ def result(tmp_path: Path) -> Path:
         ("rnn", "forward", POINT, {"fastrnn": 1, "torch": 9, "onnxruntime": 4}),
         ("gru", "forward", POINT, {"fastrnn": 2, "torch": 1}),
         ("gru", "training", POINT, {"fastrnn": 1, "torch": 3}),
-        ("gru", "forward", Point("", 9, 1, 8, 8), {"fastrnn": 1, "torch": 2}),
+        ("gru", "forward", Shape("", 9, 1, 8, 8), {"fastrnn": 1, "torch": 2}),
     )
 
 

@@ -29,7 +29,7 @@ from charlm_support import SMALL, corpus_for, trainer_for
 from support import changed, exact_call
 from tolerance import Change, assert_agrees, widen
 
-from fastrnn.tools.charlm import checkpoint, compare, plot, schedule
+from fastrnn.tools.charlm import checkpoint, plot, schedule, side_by_side
 from fastrnn.tools.charlm import fit as fit_module
 from fastrnn.tools.charlm.config import Config
 from fastrnn.tools.charlm.data import (
@@ -109,8 +109,8 @@ def test_other_encodings(tmp_path: Path) -> None:
         (b"abc\0def", "utf-8", "binary"),
         ("abc".encode("utf-16"), "utf-8", "--encoding utf-16"),
         (b"abc", "utf-16", "is not utf-16 text"),
-        (b"abc", "nonsense", "--encoding 'nonsense'"),
-        (b"abc", "base64", "--encoding 'base64'"),
+        (b"abc", "nonsense", "--encoding must be .*, got 'nonsense'"),
+        (b"abc", "base64", "--encoding must be .*, got 'base64'"),
         (b"abc", "hex\0", "--encoding"),
     ],
 )
@@ -667,7 +667,7 @@ def test_finding_a_checkpoint(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").touch()
         assert checkpoint.find(tmp_path, names) == tmp_path / f"{name}.json"
     assert checkpoint.find(tmp_path / "latest.json", names) == tmp_path / "latest.json"
-    with pytest.raises(CheckpointError, match=r"give the \.json"):
+    with pytest.raises(CheckpointError, match=r"pass the \.json"):
         checkpoint.find(tmp_path / "x.safetensors", names)
 
 
@@ -748,23 +748,23 @@ def test_writing_feeds_each_character_back(cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_both_backends_train_alike(cell: str) -> None:
     config = dataclasses.replace(SMALL, cell=cell, steps=30, hidden=32)
-    pair = compare.Pair.start(config, corpus_for(config))
-    referee = compare.referee_losses(pair, compare.FIRST_STEPS)
+    pair = side_by_side.Pair.start(config, corpus_for(config))
+    truth = side_by_side.float64_losses(pair, side_by_side.FIRST_STEPS)
     assert pair.fastrnn.step == 0
     assert fit(pair, Lines(), no_save) is Outcome.FINISHED
-    result = compare.compare(pair, referee)
+    result = side_by_side.compare(pair, truth)
     assert result.agrees
     assert (result.steps, result.first_steps) == (30, 20)
     first = [torch.tensor(trainer.losses[:20]) for trainer in (pair.fastrnn, pair.torch)]
 
     def exact(change: Change) -> torch.Tensor:
         if change is widen:
-            return torch.tensor(referee, dtype=torch.float64)
-        fresh = compare.Pair.start(config, corpus_for(config))
+            return torch.tensor(truth, dtype=torch.float64)
+        fresh = side_by_side.Pair.start(config, corpus_for(config))
         with torch.no_grad():
             wide = changed(fresh.torch.model, change)
         trainer = Trainer(fresh.torch.config, fresh.torch.corpus, wide)
-        trainer.run(compare.FIRST_STEPS)
+        trainer.run(side_by_side.FIRST_STEPS)
         return torch.tensor(trainer.losses, dtype=torch.float64)
 
     assert_agrees(*first, exact)
@@ -782,24 +782,24 @@ def test_both_backends_train_alike(cell: str) -> None:
 
 def test_dropout_drops_the_same_units_in_both() -> None:
     config = dataclasses.replace(SMALL, dropout=0.3)
-    pair = compare.Pair.start(config, corpus_for(config))
+    pair = side_by_side.Pair.start(config, corpus_for(config))
     pair.run(12)
-    assert compare.compare(pair).largest_difference <= compare.FLOOR
+    assert side_by_side.compare(pair).largest_difference <= side_by_side.ERROR_FLOOR
 
 
 def test_a_difference_is_noticed() -> None:
-    pair = compare.Pair.start(SMALL, corpus_for(SMALL))
-    referee = compare.referee_losses(pair, 12)
+    pair = side_by_side.Pair.start(SMALL, corpus_for(SMALL))
+    truth = side_by_side.float64_losses(pair, 12)
     with torch.no_grad():
         next(pair.fastrnn.model.recurrent.parameters()).mul_(1.001)
     pair.run(12)
-    result = compare.compare(pair, referee)
+    result = side_by_side.compare(pair, truth)
     assert result.agrees is False
     assert "DIFFER" in "\n".join(result.lines())
 
 
 def test_both_take_turns_and_stop_together() -> None:
-    pair = compare.Pair.start(SMALL, corpus_for(SMALL))
+    pair = side_by_side.Pair.start(SMALL, corpus_for(SMALL))
     order: list[str] = []
     for name, trainer in (("fastrnn", pair.fastrnn), ("torch", pair.torch)):
         run = trainer.run
@@ -818,23 +818,23 @@ def test_both_take_turns_and_stop_together() -> None:
 
 
 def test_the_speed_ratio_is_the_median_after_the_warm_up() -> None:
-    pair = compare.Pair.start(SMALL, corpus_for(SMALL))
+    pair = side_by_side.Pair.start(SMALL, corpus_for(SMALL))
     pair.blocks = [
-        compare.Block(1, 10, 1.0, 100.0),
-        compare.Block(11, 10, 1.0, 2.0),
-        compare.Block(21, 10, 1.0, 3.0),
-        compare.Block(31, 10, 1.0, 50.0),
+        side_by_side.Block(1, 10, 1.0, 100.0),
+        side_by_side.Block(11, 10, 1.0, 2.0),
+        side_by_side.Block(21, 10, 1.0, 3.0),
+        side_by_side.Block(31, 10, 1.0, 50.0),
     ]
-    result = compare.compare(pair)
+    result = side_by_side.compare(pair)
     assert result.speed_ratio == 3.0
     assert result.fastrnn_speed == pytest.approx(30 * SMALL.characters_per_step / 3)
-    assert compare.compare(compare.Pair(pair.fastrnn, pair.torch)).speed_ratio is None
+    assert side_by_side.compare(side_by_side.Pair(pair.fastrnn, pair.torch)).speed_ratio is None
 
 
 def test_shown_steps() -> None:
-    assert compare.shown_steps(0) == []
-    assert compare.shown_steps(1) == [1]
-    assert compare.shown_steps(150) == [1, 2, 5, 10, 20, 50, 100, 150]
+    assert side_by_side.shown_steps(0) == []
+    assert side_by_side.shown_steps(1) == [1]
+    assert side_by_side.shown_steps(150) == [1, 2, 5, 10, 20, 50, 100, 150]
 
 
 # -- pictures and reports -------------------------------------------------------------------------
@@ -849,9 +849,9 @@ def test_pictures(tmp_path: Path) -> None:
     fit(trainer, Lines(), no_save)
     plot.plot_training(tmp_path / "one.png", trainer)
     assert is_png(tmp_path / "one.png")
-    pair = compare.Pair.start(SMALL, trainer.corpus)
+    pair = side_by_side.Pair.start(SMALL, trainer.corpus)
     fit(pair, Lines(), no_save)
-    compare.save_comparison(tmp_path, pair, compare.compare(pair))
+    side_by_side.save_comparison(tmp_path, pair, side_by_side.compare(pair))
     assert is_png(tmp_path / "loss.png")
     assert json.loads((tmp_path / "compare.json").read_text())["steps"] == 12
     assert len(list(tmp_path.iterdir())) == 3

@@ -134,7 +134,7 @@ def test_info_as_json(tmp_path: Path) -> None:
         ("charlm --schedule x", "--schedule must be one of constant, cosine, plateau"),
         ("charlm --cell lstm --nonlinearity relu", "--nonlinearity relu needs --cell rnn"),
         ("charlm --backend torch --nonlinearity sigmoid", "needs --backend fastrnn"),
-        ("charlm --compare --nonlinearity sigmoid", "torch.nn.RNN knows only tanh and relu"),
+        ("charlm --compare --nonlinearity sigmoid", "torch.nn.RNN supports only tanh and relu"),
         ("charlm --compare --backend torch", "--compare trains with both backends"),
         ("charlm --compare --resume x", "--compare starts from new weights"),
         ("charlm --device tpu", "--device must be cpu, cuda or cuda:N"),
@@ -142,12 +142,15 @@ def test_info_as_json(tmp_path: Path) -> None:
         ("charlm --text .", ".: is a folder"),
         ("charlm --text empty", "empty: is empty"),
         ("charlm --text binary", "binary: is a binary file"),
-        ("charlm --text latin", "latin: is not utf-8 text (byte 3), give its --encoding"),
-        ("charlm --text latin --encoding x", "--encoding 'x'"),
+        ("charlm --text latin", "latin: is not utf-8 text (byte 3); pass --encoding"),
+        (
+            "charlm --text latin --encoding x",
+            "--encoding must be a text encoding that Python knows, got 'x'",
+        ),
         ("charlm --encoding latin-1", "--text"),
         ("charlm --text short", "18 characters are too few"),
-        ("charlm --text text --seq-length 8 --output text", "--output text: cannot be made"),
-        ("charlm --text text --seq-length 8 --output text/x", "--output text/x: cannot be made"),
+        ("charlm --text text --seq-length 8 --output text", "--output text: cannot be created"),
+        ("charlm --text text --seq-length 8 --output text/x", "--output text/x: cannot be created"),
         ("charlm --resume gone", "gone: cannot be read"),
         ("charlm --resume .", ".: holds no checkpoint"),
         ("charlm --resume text", "text: is not a checkpoint"),
@@ -197,7 +200,7 @@ def test_a_loss_that_is_no_number(run: Run, tmp_path: Path) -> None:
 def test_a_model_that_does_not_fit(run: Run) -> None:
     # 2**48 bytes of weights: more than a process can address, so that no machine lends them.
     result = run("charlm", "--text", "text", *TINY, "--embedding", 1, "--hidden", 2**23)
-    assert_one_sentence(result, "out of memory: try a smaller --hidden", code=1)
+    assert_one_sentence(result, "out of memory; try a smaller --hidden", code=1)
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def test_the_default_text_and_the_default_folder(run: Run, tmp_path: Path) -> No
 def test_a_run_is_not_overwritten_by_accident(run: Run, tmp_path: Path) -> None:
     train(run, "--steps", 10, "--output", "out")
     arguments = ("charlm", "--text", "text", *TINY, "--steps", 3, "--output", "out")
-    assert_one_sentence(run(*arguments), "--output out: holds a run already")
+    assert_one_sentence(run(*arguments), "--output out: already holds a run")
     assert json.loads((tmp_path / "out/latest.json").read_text())["step"] == 10
     assert run(*arguments, "--overwrite")[0] == 0
     assert json.loads((tmp_path / "out/latest.json").read_text())["step"] == 3
@@ -262,7 +265,7 @@ def test_resuming_goes_on_exactly(run: Run, tmp_path: Path, cell: str) -> None:
 def test_what_cannot_be_resumed(run: Run, tmp_path: Path) -> None:
     train(run, "--steps", 5, "--output", "out")
     out = ("charlm", "--resume", "out")
-    assert_one_sentence(run(*out), "is at step 5 already")
+    assert_one_sentence(run(*out), "is already at step 5")
     sentence = "--hidden cannot be changed with --resume (out/latest.json has 8)"
     assert_one_sentence(run(*out, "--hidden", 9, "--steps", 6), sentence)
     (tmp_path / "text").write_text(TEXT + "#")
@@ -346,7 +349,8 @@ def test_ctrl_c_saves_and_resuming_goes_on(run: Run, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert err == (
-        "fastrnn charlm: interrupted, everything is saved; fastrnn charlm --resume out goes on\n"
+        "fastrnn charlm: interrupted, everything is saved; "
+        "continue with: fastrnn charlm --resume out\n"
     )
     assert process.returncode == 130
     saved = checkpoint.load(tmp_path / "out/latest.json")
