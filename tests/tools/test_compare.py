@@ -1,4 +1,4 @@
-"""``fastrnn compare``: what it counts, whom it measures, whom it refuses, and what it prints."""
+"""``fastrnn compare``: operation counts, agreement of the libraries, timing and output."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def task(cell: str = "lstm", mode: str = "forward", shape: Shape = TINY) -> Task
 # -- shapes ---------------------------------------------------------------------------------------
 
 
-def test_flops() -> None:
+def test_flops_count_the_matrix_products() -> None:
     shape = Shape("", 10, 3, 4, 5)
     assert shape.flops("rnn", "forward") == 2 * 10 * 3 * 5 * (4 + 5)
     assert shape.flops("gru", "training") == 3 * 3 * shape.flops("rnn", "forward")
@@ -62,7 +62,7 @@ def test_flops() -> None:
     assert stack.weights("lstm") == sum(p.numel() for p in layer.parameters() if p.ndim == 2)
 
 
-def test_lengths_and_labels() -> None:
+def test_shape_has_lengths_and_label() -> None:
     shape = Shape("", 100, 4, 8, 16, 3, True, True)
     assert shape.lengths == [100, 75, 50, 25]
     assert shape.rows == 250
@@ -75,7 +75,7 @@ def test_lengths_and_labels() -> None:
 
 def test_intensity_grows_with_the_batch() -> None:
     one, many = (Shape("", 10, batch, 64, 64).intensity("lstm") for batch in (1, 64))
-    assert 0.4 < one < 0.5  # two operations a weight of four bytes, and the vectors
+    assert 0.4 < one < 0.5  # two operations per weight of four bytes, and the vectors
     assert 10 * one < many < 32
 
 
@@ -85,7 +85,7 @@ def test_intensity_grows_with_the_batch() -> None:
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.label)
 @pytest.mark.parametrize("cell", CELLS)
-def test_onnx_models_agree(name: str, cell: str, shape: Shape) -> None:
+def test_onnx_runtimes_match_torch(name: str, cell: str, shape: Shape) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip(name)
     [library] = [library for library in LIBRARIES if library.name == name]
@@ -98,7 +98,7 @@ def test_onnx_models_agree(name: str, cell: str, shape: Shape) -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, SINGLE], ids=lambda shape: shape.label)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_fastrnn_agrees(cell: str, mode: str, shape: Shape) -> None:
+def test_fastrnn_matches_torch(cell: str, mode: str, shape: Shape) -> None:
     request = task(cell, mode, shape)
     results = FASTRNN.prepare(request).results()
     assert results.keys() == TORCH.prepare(request).results().keys()
@@ -106,7 +106,7 @@ def test_fastrnn_agrees(cell: str, mode: str, shape: Shape) -> None:
     assert Referee(request).judge("fastrnn", results) < 1e-6
 
 
-def test_who_does_what() -> None:
+def test_libraries_support_their_modes_and_shapes() -> None:
     assert [library.name for library in LIBRARIES[:2]] == ["fastrnn", "torch"]
     assert {FASTRNN, TORCH} <= set(installed_libraries())
     for library in LIBRARIES:
@@ -121,7 +121,7 @@ def test_who_does_what() -> None:
 
 
 class Off(Call):
-    """What torch computes, and something on top."""
+    """The results of torch plus a constant error."""
 
     def __init__(self, task: Task, by: float) -> None:
         self._call = TORCH.prepare(task)
@@ -140,7 +140,7 @@ def off(by: float) -> Library:
 
 @pytest.mark.parametrize("by", [1e-4, float("nan")])
 @pytest.mark.parametrize("mode", MODES)
-def test_who_differs_is_refused_and_not_timed(mode: str, by: float) -> None:
+def test_library_that_differs_is_not_timed(mode: str, by: float) -> None:
     found = measure.measure(task(mode=mode), (FASTRNN, TORCH, off(by)), seconds=0.001)
     assert found.rejected.keys() == {"off"}
     assert "Off differs from torch.nn in float64: output by " in found.rejected["off"]
@@ -148,7 +148,7 @@ def test_who_differs_is_refused_and_not_timed(mode: str, by: float) -> None:
     assert found.ratio == found.medians["torch"] / found.medians["fastrnn"]
 
 
-def test_the_referee() -> None:
+def test_referee_rejects_missing_and_wrong_results() -> None:
     request = task(mode="training")
     referee, results = Referee(request), TORCH.prepare(request).results()
     assert referee.judge("torch", results) < 1e-6
@@ -164,7 +164,7 @@ def test_the_referee() -> None:
 # -- time -----------------------------------------------------------------------------------------
 
 
-def test_the_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     monkeypatch.setattr("fastrnn.tools.benchmark.timing.PAUSE_SECONDS", 0)
@@ -177,9 +177,9 @@ def test_the_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(turns) > 2 * len(calls)
 
 
-def test_a_machine_has_a_peak() -> None:
+def test_fma_peak_is_positive_and_checks_arguments() -> None:
     assert 0.1 < _C.fma_peak(1, 0.001) < 10_000
-    assert 0 < _C.fma_peak(1, 1e-6) < 10_000  # over before a thread begins
+    assert 0 < _C.fma_peak(1, 1e-6) < 10_000  # ends before a second thread starts
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         _C.fma_peak(0, 0.001)
     with pytest.raises(ValueError, match="seconds must be from"):
@@ -193,15 +193,15 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs ``fastrnn compare`` in an empty folder and returns exit code, output and errors."""
+    """Runs ``fastrnn compare`` in a temporary folder; returns exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: Any) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
             code = main(["compare", *map(str, arguments)])
-        except SystemExit as stop:  # argparse's way
-            code = int(stop.code or 0)
+        except SystemExit as error:  # raised by argparse
+            code = int(error.code or 0)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -211,7 +211,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 SHAPE = ("--T", 3, "--hidden", 4, "--seconds", 0.001)
 
 
-def test_a_shape_of_ones_own(run: Run, tmp_path: Path) -> None:
+def test_given_shape_is_measured(run: Run, tmp_path: Path) -> None:
     options = ("--B", 2, "--input", 3, "--layers", 2, "--bidirectional", "--packed")
     code, out, err = run(*SHAPE, *options, "--threads", 1, "--cell", "gru", "--json", "out.json")
     assert (code, err) == (0, "")
@@ -230,7 +230,7 @@ def test_a_shape_of_ones_own(run: Run, tmp_path: Path) -> None:
     assert forward["plan"]["isa"] == _C.cpu_capability()
 
 
-def test_without_a_shape_there_are_some(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_shapes_are_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "DEFAULT_SHAPES", (TINY, SINGLE))
     code, out, _ = run("--cell", "rnn", "--mode", "forward", "--seconds", 0.001)
     assert code == 0
@@ -238,7 +238,7 @@ def test_without_a_shape_there_are_some(run: Run, monkeypatch: pytest.MonkeyPatc
     assert f"rnn forward {SINGLE.label}: " in out
 
 
-def test_a_library_that_differs_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_that_differs_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = (FASTRNN, TORCH, off(1.0))
     monkeypatch.setattr(command, "LIBRARIES", libraries)
     monkeypatch.setattr(command, "installed_libraries", lambda: libraries)
@@ -249,14 +249,14 @@ def test_a_library_that_differs_is_named(run: Run, monkeypatch: pytest.MonkeyPat
     assert err.count("\n") == 1
 
 
-def test_what_is_not_installed_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "installed_libraries", lambda: (FASTRNN, TORCH))
     code, out, _ = run(*SHAPE, "--cell", "rnn", "--mode", "forward")
     assert code == 0
     assert "not installed: ONNX Runtime, OpenVINO; install: pip install 'fastrnn[bench]'" in out
 
 
-def test_a_terminal_gets_a_table_by_rich(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_gets_a_rich_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     code, out, _ = run(*SHAPE, "--cell", "rnn", "--mode", "training")
@@ -265,7 +265,7 @@ def test_a_terminal_gets_a_table_by_rich(run: Run, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         ("--hidden 0", "--hidden must be a whole number from 1 to 1,000,000, got 0"),
         ("--T -3", "--T must be a whole number from 1"),
@@ -283,20 +283,20 @@ def test_a_terminal_gets_a_table_by_rich(run: Run, monkeypatch: pytest.MonkeyPat
         ("text", "text"),
     ],
 )
-def test_one_sentence_for_what_is_wrong(run: Run, arguments: str, sentence: str) -> None:
+def test_wrong_argument_is_a_one_line_error(run: Run, arguments: str, message: str) -> None:
     code, _, err = run(*arguments.split())
     assert code == 2
-    assert sentence in err
+    assert message in err
     assert err.startswith("fastrnn compare: ")
     assert err.count("\n") == 1
 
 
-def test_a_shape_that_does_not_fit(run: Run) -> None:
+def test_out_of_memory_is_a_one_line_error(run: Run) -> None:
     code, _, err = run("--T", 1_000_000, "--B", 1_000_000, "--input", 1000, "--hidden", 1)
     assert (code, err) == (1, "fastrnn compare: out of memory; try smaller sizes\n")
 
 
-def test_help(run: Run) -> None:
+def test_help_is_printed(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
     assert "usage: fastrnn compare" in out
