@@ -454,8 +454,8 @@ def test_requested_schedule_runs(
     names = [event.name for event in profile.events() or []]
     if not any("fastrnn" in name for name in names):
         pytest.skip("the profiler records no kernels here")
-    walks = sum("walk_kernel" in name for name in names)
-    assert walks == (2 if schedule == "persistent" else 0)  # forward and backward
+    launches = sum("walk_kernel" in name for name in names)
+    assert launches == (2 if schedule == "persistent" else 0)  # forward and backward
 
 
 @pytest.mark.parametrize("name", ["fast", "Persistent", " stepwise"])

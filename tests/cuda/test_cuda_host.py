@@ -559,7 +559,7 @@ def test_chunks_and_thread_order_change_no_bit(
     kernels.descending = True
     for kernels.seed in range(2, 7):
         assert_same(both_passes(kernels, cell, layer, sizes), expected)
-    assert all(walked == (choice == PERSISTENT) for walked in kernels.persistent)
+    assert all(ran == (choice == PERSISTENT) for ran in kernels.persistent)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -590,16 +590,16 @@ def test_missing_barrier_is_found(
     y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, sizes, cell, True)
     d_c_n = c_n if c0 is not None else None
 
-    def walk() -> Tensor:
+    def result() -> Tensor:
         if not backward:
             return kernels.forward(x, h0, c0, weights, sizes, cell, False)[0]
         return kernels.backward(y, h_n, d_c_n, h0, c0, weights, sizes, y, saved, cell)[0]
 
-    expected = walk()
+    expected = result()
     kernels.forget = forget
     for kernels.seed in range(1, 6):
         try:
-            if not torch.equal(walk(), expected):
+            if not torch.equal(result(), expected):
                 return
         except AssertionError:  # threads wait at different barriers
             return
