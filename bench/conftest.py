@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(task, library, id=f"{task.label}-{library.name}".replace(" ", "-"))
             for task in tasks
             for library in installed_libraries()
-            if library.does(task)
+            if library.supports(task)
         ],
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product, zip_longest
 from typing import Final
 
-from fastrnn.tools.benchmark.shapes import CELLS, MODES, Point
+from fastrnn.tools.benchmark.shapes import CELLS, MODES, Shape
 
 #: float32 without TF32, float32 with it, and the half types
 DTYPES: Final = ("bfloat16", "float32", "float16", "tf32")
@@ -23,7 +23,7 @@ class GpuPoint:
         graph: whether the call is captured in a CUDA graph and replayed.
     """
 
-    point: Point
+    point: Shape
     cells: tuple[str, ...] = CELLS
     graph: bool = False
 
@@ -49,8 +49,8 @@ class GpuTask:
 
 
 def _points() -> Iterator[GpuPoint]:
-    def square(block: str, steps: int, batch: int, hidden: int, layers: int = 1) -> Point:
-        return Point(block, steps, batch, hidden, hidden, layers)
+    def square(block: str, steps: int, batch: int, hidden: int, layers: int = 1) -> Shape:
+        return Shape(block, steps, batch, hidden, hidden, layers)
 
     for steps in (1024, 256, 512, 2048):
         yield GpuPoint(square("flashrnn", steps, 16, 768))
@@ -60,8 +60,8 @@ def _points() -> Iterator[GpuPoint]:
     for index in range(len(cliffs)):  # neither B nor H stays the same for long
         batch, hidden = cliffs[index * 11 % len(cliffs)]
         yield GpuPoint(square("cliffs", 512, batch, hidden))
-    yield GpuPoint(Point("small-h", 2058, 62, 16, 168))
-    yield GpuPoint(Point("small-h", 1125, 44, 40, 160))
+    yield GpuPoint(Shape("small-h", 2058, 62, 16, 168))
+    yield GpuPoint(Shape("small-h", 1125, 44, 40, 160))
     yield GpuPoint(square("fastrnns", 100, 64, 512))
     yield GpuPoint(square("deepbench", 25, 64, 1024))
     yield GpuPoint(square("deepbench", 50, 32, 1536), ("lstm",))
@@ -77,7 +77,7 @@ def _points() -> Iterator[GpuPoint]:
     yield GpuPoint(square("stacks", 1600, 64, 384, 5))
     yield GpuPoint(replace(square("packed", 2000, 16, 256, 2), packed=True))
     for graph in (False, True):
-        yield GpuPoint(Point("batch-1", 128, 1, 512, 256, bidirectional=True), graph=graph)
+        yield GpuPoint(Shape("batch-1", 128, 1, 512, 256, bidirectional=True), graph=graph)
 
 
 POINTS: Final = tuple(_points())

@@ -50,7 +50,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
 from fastrnn import _C, _library
-from fastrnn.tools.benchmark.agreement import FLOOR, TIMES_TORCH, error
+from fastrnn.tools.benchmark.agreement import ERROR_FLOOR, MAX_TORCH_ERRORS, error
 from fastrnn.tools.benchmark.shapes import CELLS, MODES
 
 SCHEDULES = ("stepwise", "persistent", "auto")
@@ -295,8 +295,8 @@ def allowances(problem: Problem, truth: Mapping[str, Tensor]) -> tuple[dict[str,
     if problem.task.dtype == "tf32":
         found = problem.call(nn, torch.float16, torch.float16).results()
         allowed = {name: max(own[name], error(found[name], truth[name])) for name in truth}
-    floor = FLOORS.get(dtype, FLOOR)
-    return {n: max(TIMES_TORCH * e, floor) for n, e in allowed.items()}, max(own.values())
+    floor = FLOORS.get(dtype, ERROR_FLOOR)
+    return {n: max(MAX_TORCH_ERRORS * e, floor) for n, e in allowed.items()}, max(own.values())
 
 
 def measure(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:

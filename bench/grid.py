@@ -5,50 +5,50 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from fastrnn.tools.benchmark.shapes import Point
+from fastrnn.tools.benchmark.shapes import Shape
 
 
-def _points() -> Iterator[Point]:
+def _points() -> Iterator[Shape]:
     for steps, hidden in product((1, 15, 100), (64, 128, 256, 512, 1024)):
-        yield Point("latency", steps, 1, hidden, hidden)
+        yield Shape("latency", steps, 1, hidden, hidden)
     for steps in (1, 15, 100):
-        yield Point("latency", steps, 1, 250, 200)
-    yield Point("long", 1000, 1, 128, 128)
+        yield Shape("latency", steps, 1, 250, 200)
+    yield Shape("long", 1000, 1, 128, 128)
     for steps, batch, hidden in product((50, 100), (8, 16, 32), (64, 128, 256)):
-        yield Point("training", steps, batch, hidden, hidden)
+        yield Shape("training", steps, batch, hidden, hidden)
     for steps, batch, hidden, layers in product((35, 50), (20, 64), (200, 500, 650, 1500), (1, 2)):
-        yield Point("language", steps, batch, hidden, hidden, layers)
+        yield Shape("language", steps, batch, hidden, hidden, layers)
     for batch, hidden in product((16, 64), (512, 1024)):
-        yield Point("deepbench", 25, batch, hidden, hidden)
+        yield Shape("deepbench", 25, batch, hidden, hidden)
     for batch in (1, 4):
-        yield Point("deepbench", 150, batch, 256, 256)
+        yield Shape("deepbench", 150, batch, 256, 256)
     for steps in (87, 113):
-        yield Point("deep", steps, 16, 1, 128, 3, True)
+        yield Shape("deep", steps, 16, 1, 128, 3, True)
     for steps in (100, 500):
-        yield Point("packed", steps, 16, 128, 128, 2, packed=True)
-    yield Point("overhead", 1, 1, 8, 8)  # next to nothing to compute: what a call costs
+        yield Shape("packed", steps, 16, 128, 128, 2, packed=True)
+    yield Shape("overhead", 1, 1, 8, 8)  # next to nothing to compute: what a call costs
     for batch, hidden in ((1, 8), (1, 256), (64, 256)):
-        yield Point("overhead", 1, batch, hidden, hidden, single=True)
+        yield Shape("overhead", 1, batch, hidden, hidden, single=True)
 
 
 GRID = tuple(_points())
 #: one point a block and regime, for a look in a few minutes
 SHORT = (
-    Point("latency", 100, 1, 64, 64),
-    Point("latency", 100, 1, 256, 256),
-    Point("long", 1000, 1, 128, 128),
-    Point("training", 100, 16, 128, 128),
-    Point("training", 100, 32, 256, 256),
-    Point("language", 35, 20, 650, 650),
-    Point("deepbench", 25, 64, 512, 512),
-    Point("deep", 87, 16, 1, 128, 3, True),
-    Point("packed", 100, 16, 128, 128, 2, packed=True),
-    Point("overhead", 1, 1, 8, 8),
-    Point("overhead", 1, 1, 8, 8, single=True),
+    Shape("latency", 100, 1, 64, 64),
+    Shape("latency", 100, 1, 256, 256),
+    Shape("long", 1000, 1, 128, 128),
+    Shape("training", 100, 16, 128, 128),
+    Shape("training", 100, 32, 256, 256),
+    Shape("language", 35, 20, 650, 650),
+    Shape("deepbench", 25, 64, 512, 512),
+    Shape("deep", 87, 16, 1, 128, 3, True),
+    Shape("packed", 100, 16, 128, 128, 2, packed=True),
+    Shape("overhead", 1, 1, 8, 8),
+    Shape("overhead", 1, 1, 8, 8, single=True),
 )
 
 
-def chosen_points(name: str) -> tuple[Point, ...]:
+def chosen_points(name: str) -> tuple[Shape, ...]:
     """The points that ``--points`` means.
 
     Args:

@@ -21,18 +21,18 @@ import torch
 import fastrnn
 from fastrnn.tools.benchmark.measure import machine
 from fastrnn.tools.benchmark.peers import Library, installed_libraries
-from fastrnn.tools.benchmark.shapes import CELLS, Point, Task
+from fastrnn.tools.benchmark.shapes import CELLS, Shape, Task
 
 POINTS = (
-    Point("training", 100, 16, 128, 128),
-    Point("training", 100, 32, 256, 256),
-    Point("language", 35, 20, 650, 650, 2),
-    Point("deepbench", 25, 64, 512, 512),
-    Point("deep", 87, 16, 1, 128, 3, True),
-    Point("packed", 500, 16, 128, 128, 2, packed=True),
-    Point("long", 1000, 1, 128, 128),
+    Shape("training", 100, 16, 128, 128),
+    Shape("training", 100, 32, 256, 256),
+    Shape("language", 35, 20, 650, 650, 2),
+    Shape("deepbench", 25, 64, 512, 512),
+    Shape("deep", 87, 16, 1, 128, 3, True),
+    Shape("packed", 500, 16, 128, 128, 2, packed=True),
+    Shape("long", 1000, 1, 128, 128),
 )
-SMALL = Point("training", 4, 2, 64, 64)
+SMALL = Shape("training", 4, 2, 64, 64)
 
 
 def resident(field: str) -> int:

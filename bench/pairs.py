@@ -21,24 +21,24 @@ import torch
 
 from fastrnn.tools.benchmark.measure import machine
 from fastrnn.tools.benchmark.peers import FASTRNN
-from fastrnn.tools.benchmark.shapes import CELLS, MODES, Point, Task
+from fastrnn.tools.benchmark.shapes import CELLS, MODES, Shape, Task
 from fastrnn.tools.benchmark.timing import interleaved
 
-Pair = tuple[str, Point, Point, int]  # what is asked, the shape, the dearer one, how many times
+Pair = tuple[str, Shape, Shape, int]  # what is asked, the shape, the dearer one, how many times
 LONGEST_TRAINING = 100_000  # steps, of which each keeps what backward needs
 
 
 def pairs() -> Iterator[Pair]:
     """All of them."""
     for steps, batch, size in ((100, 16, 128), (100, 1, 128), (50, 32, 256)):
-        one = Point("pairs", steps, batch, size, size)
+        one = Shape("pairs", steps, batch, size, size)
         if batch > 1:
             yield "packed", one, replace(one, packed=True), 1
         yield "both directions", one, replace(one, bidirectional=True), 2
         for layers in (2, 4):
             yield f"{layers} layers", one, replace(one, layers=layers), layers
     for steps in (1_000, 10_000, 100_000):
-        one = Point("pairs", steps, 1, 64, 64)
+        one = Shape("pairs", steps, 1, 64, 64)
         yield "10 times the steps", one, replace(one, steps=10 * steps), 10
 
 

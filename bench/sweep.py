@@ -25,7 +25,7 @@ import torch
 
 from fastrnn.tools.benchmark.measure import machine
 from fastrnn.tools.benchmark.peers import FASTRNN
-from fastrnn.tools.benchmark.shapes import CELLS, MODES, Point, Task
+from fastrnn.tools.benchmark.shapes import CELLS, MODES, Shape, Task
 
 AXES = ("H", "B", "I")
 SPIKE = 1.15
@@ -43,13 +43,13 @@ def sizes(axis: str, hidden: int, every: int) -> list[int]:
     return list(range(1, (40 if axis == "B" else hidden) + 1, every))
 
 
-def point(axis: str, size: int, steps: int, batch: int, hidden: int) -> Point:
+def point(axis: str, size: int, steps: int, batch: int, hidden: int) -> Shape:
     """The shape with that size on the axis."""
     if axis == "H":
-        return Point("sweep", steps, batch, size, size)
+        return Shape("sweep", steps, batch, size, size)
     if axis == "B":
-        return Point("sweep", steps, size, hidden, hidden)
-    return Point("sweep", steps, batch, size, hidden)
+        return Shape("sweep", steps, size, hidden, hidden)
+    return Shape("sweep", steps, batch, size, hidden)
 
 
 def fastest(tasks: Sequence[Task], passes: int) -> list[float]:

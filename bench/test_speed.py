@@ -42,17 +42,17 @@ def test_speed(
     library: Library,
 ) -> None:
     found = measured(task)
-    if library.name in found.refused:
-        pytest.fail(found.refused[library.name], pytrace=False)
+    if library.name in found.rejected:
+        pytest.fail(found.rejected[library.name], pytrace=False)
     benchmark.group = task.label
     benchmark.extra_info |= {
         "library": library.name,
         "cell": task.cell,
         "mode": task.mode,
-        "label": task.point.label,
-        "point": asdict(task.point),
+        "label": task.shape.label,
+        "point": asdict(task.shape),
         "flops": task.flops,
-        "intensity": task.point.intensity(task.cell),
+        "intensity": task.shape.intensity(task.cell),
         "error": found.errors[library.name],
         "plan": plan(task),
         "fma_peak": found.fma_peak,

@@ -14,7 +14,7 @@ SMALL = Config(
 
 
 def some_text(characters: int = 1500) -> Text:
-    """Words drawn from a few, always the same."""
+    """Returns a fixed random sequence of a few words."""
     draws = random.Random(5)
     words = ["def ", "return ", "self", ".x", "(y)", ":\n", "    ", "for ", "in ", "ä"]
     parts = [draws.choice(words) for _ in range(characters)]

@@ -1,4 +1,4 @@
-"""Settings for every test: memory that nobody wrote shows as NaN, and runs repeat themselves."""
+"""Settings for every test: uninitialised memory reads as NaN, and random numbers are fixed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-# the kernels' own buffers as well; read when the first of them is taken
+# Also poisons the buffers of the kernels. They read the variable when they acquire the first one.
 os.environ["FASTRNN_POISON"] = "1"
 
 hypothesis.settings.register_profile("fastrnn", deadline=None, derandomize=True, print_blob=True)
@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("fastrnn")
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fills what ``torch.empty`` returns with NaN, so that an output left unwritten is seen."""
+    """Fills the tensors of ``torch.empty`` with NaN, which reveals unwritten outputs."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
@@ -41,14 +41,14 @@ if torch.cuda.is_available():
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Each device of this machine that the kernels run on."""
+    """Each device of this machine that has kernels."""
     name: str = request.param
     return name
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Small models gain nothing from more, and wait for them where the machine is busy."""
+    """Sets one thread. Small models gain nothing from more, and wait for them on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,10 +1,10 @@
-"""Runs the tests that compare numbers as other CPUs would: torch errs differently on each.
+"""Runs the numerical tests with the code paths that torch uses on other CPUs.
 
-    python tests/cpu_paths.py [pytest's arguments]
+    python tests/cpu_paths.py [pytest arguments]
 
-Each path makes torch, MKL and oneDNN choose what they choose on an older or another CPU. A path
-that this CPU lacks is one that the libraries replace by the best they have. Ends with status 1 if
-a test fails on any path; about 2 minutes per path on 2 cores.
+Rounding errors of torch depend on the CPU. Each path makes torch, MKL and oneDNN select the code of
+an older or another CPU. If this CPU lacks a path, the libraries fall back to their best one. The
+exit status is 1 if a test fails on any path. Takes about 2 minutes per path on 2 cores.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ TESTS = [
     "cells/test_textbook.py",
     "package/test_tolerance.py",
 ]
-LONG = "long_sequences or half_types or several_blocks"  # of test_kernels.py
+LONG = "long_sequences or half_types or several_blocks"  # selects tests of test_kernels.py
 
-# the oldest and the newest of each library, with one thread and with two
+# the oldest and the newest code paths of each library, with one and two threads
 PATHS: list[dict[str, str]] = [
     {
         "ATEN_CPU_CAPABILITY": "default",

@@ -1,4 +1,4 @@
-"""Shapes whose persistent walks differ in kind on a GPU, and how an H100 cuts them up."""
+"""Shapes that exercise different cases of the persistent schedule, and their plans on an H100."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastrnn import _C
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer. T, B, I, H and D, and what the plan of its walk has to say on an H100."""
+    """Sizes T, B, I, H and D of a layer, and the expected values of its plan on an H100."""
 
     steps: int
     batch: int
@@ -22,13 +22,13 @@ class Shape:
     plan: dict[str, Any]
 
     def plan_on(self, cell: str, dtype: torch.dtype, training: bool, **chip: Any) -> Any:
-        """What `_C.cuda_plan` says if the persistent schedule is asked for.
+        """Returns `_C.cuda_plan` with the persistent schedule requested.
 
         Args:
             cell: a key of `support.CELLS`.
-            dtype: of x and the weights.
-            training: whether the backward pass is meant.
-            chip: what to tell of the GPU, its switches and a projection.
+            dtype: dtype of x and the weights.
+            training: plans the backward pass instead of the forward pass.
+            chip: further arguments: properties of the GPU, TF32 and the projection size.
         """
         return _C.cuda_plan(
             cell,
@@ -55,6 +55,6 @@ PERSISTENT_SHAPES = {
 }
 HIDDEN_SIZES = (1, 17, 129, 768, 1024)
 
-# 35 sequences, of which many have the same length; three row tiles at the first steps, one later
+# 35 sequences, many of equal length: three row tiles in the first steps, one in the last steps
 MANY_LENGTHS = [11, 1, 7, 7, 3, 9, 2, 2, 5, 11, 8, 4, 4, 4, 6, 1, 10, 3, 3, 7, 5, 5, 9, 2, 6, 1, 8]
 MANY_LENGTHS += [3, 4, 10, 2, 7, 1, 6, 5]

@@ -1,7 +1,7 @@
-"""What each of several processes does for test_parallel.py, which starts them by torchrun.
+"""The program that test_parallel.py runs in several processes by torchrun.
 
-Every rank trains on its half of a batch and, for itself, a copy of the model on the whole batch:
-after each step outputs, gradients and weights must be the same. Rank 0 prints a line a case.
+Every rank trains a parallel model on its half of a batch, and a local copy on the whole batch.
+Outputs, gradients and weights must agree after each step. Rank 0 prints one line per case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Model(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.layers = getattr(fastrnn, name)(3, 5, 2, dtype=torch.float64)
-        # a single layer takes a shorter way where no gradient is recorded
+        # a single layer without gradients takes the fast path
         self.last = getattr(fastrnn, name)(5, 5, dtype=torch.float64)
         self.cell = getattr(fastrnn, f"{name}Cell")(5, 5, dtype=torch.float64)
         self.decoder = nn.Linear(5, 2, dtype=torch.float64)
@@ -47,10 +47,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def check(parallel: nn.Module, alone: nn.Module, what: str) -> None:
-    """Three steps of both, and a call without gradients after each.
+    """Compares three training steps of both models, and a call without gradients after each.
 
     Raises:
-        AssertionError: they differ.
+        AssertionError: the models differ.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)

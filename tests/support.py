@@ -1,4 +1,4 @@
-"""Builds the same recurrent module in fastrnn, torch and float64, and runs all three alike."""
+"""Builds a recurrent module in fastrnn, torch.nn and float64, and compares their results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TORCH_CELLS = [name for name in CELLS if name != "rnn_sigmoid"]
 
 
 def build(cell: str, *args: Any, **options: Any) -> nn.Module:
-    """A fastrnn module with parameters from a fixed seed; options as for the constructor."""
+    """Returns a fastrnn layer with fixed random weights; options are those of the constructor."""
     name, own = CELLS[cell]
     torch.manual_seed(17)
     module: nn.Module = getattr(fastrnn, name)(*args, **own, **options)
@@ -45,14 +45,14 @@ def build(cell: str, *args: Any, **options: Any) -> nn.Module:
 
 
 def make_step(cell: str, *args: Any, **options: Any) -> nn.Module:
-    """The fastrnn module of one step of this cell."""
+    """Returns the fastrnn module that computes a single step of the cell."""
     name, own = CELLS[cell]
     module: nn.Module = getattr(fastrnn, name + "Cell")(*args, **own, **options)
     return module
 
 
 def torch_twin(module: nn.Module) -> nn.Module:
-    """The torch.nn module with the same options and copies of the same parameters."""
+    """Returns the torch.nn module with the same options and copies of the parameters."""
     twin = copy.deepcopy(module)
     twin.__class__ = getattr(nn, type(module).__name__)
     return twin
@@ -77,13 +77,13 @@ def raised(call: Callable[[], Any]) -> Exception:
 
 
 def states(name: str, *shape: int, **options: Any) -> Any:
-    """One state of this shape, or a pair of them for an LSTM."""
+    """Returns one state of this shape, or a pair of states for an LSTM."""
     state = torch.zeros(shape, **options)
     return (state, state) if name.startswith("LSTM") else state
 
 
 def random(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Normal numbers that are the same, but for rounding, in every dtype."""
+    """Returns normal numbers that differ between dtypes only by rounding."""
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
@@ -99,20 +99,20 @@ def run(
     seed: int = 0,
     weigh: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> dict[str, Tensor]:
-    """Forward and backward through ``module``: every output and every gradient by name.
+    """Runs forward and backward. Returns every output and gradient by name.
 
     Args:
         module: a recurrent module or cell.
-        x: its input; a leaf that requires a gradient gets one.
-        hx: its initial state or states, or None.
-        seed: of the weights that the outputs get in the loss, and of dropout.
-        weigh: changes these weights, so that those of the truth are the rounded ones.
+        x: the input. The result contains its gradient if it is a leaf that requires one.
+        hx: the initial state or states, or None.
+        seed: seed of dropout and of the weights of the outputs in the loss.
+        weigh: applied to the weights of the outputs, so that the exact run uses rounded ones.
     """
     torch.manual_seed(seed)
     outputs: dict[str, Tensor] = {}
     _flatten(module(x, hx), "out", outputs)
     generator = torch.Generator().manual_seed(seed)
-    # of one sign, lest the sums over steps and rows cancel and show nothing but rounding
+    # All weights are positive, so that sums over steps and rows do not cancel to rounding errors.
     weights = [
         weigh(random(generator, *o.shape, dtype=torch.float64).abs() + 0.5).to(o.device, o.dtype)
         for o in outputs.values()
@@ -132,14 +132,14 @@ def run(
 
 
 class Case:
-    """A module as a function of all that it can be differentiated by: a few rows and steps.
+    """A small module as a function of its input, states and weights, for tests of derivatives.
 
     Args:
         cell: a key of `CELLS`.
-        options: for the constructor of a layer.
-        packed: whether a layer gets packed sequences of different lengths, unsorted.
-        step: whether this is the module of a single step.
-        dtype, device: of all tensors.
+        options: arguments of the constructor of a layer.
+        packed: whether the layer gets packed, unsorted sequences of different lengths.
+        step: uses the module of a single step instead of a layer.
+        dtype, device: dtype and device of all tensors.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Case:
         self.inputs = [t.requires_grad_() for t in (x, *hx, *weights)]
 
     def __call__(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        """x, states and weights give the output and the states, the packed ones' data."""
+        """Returns output and states for x, states and weights; for packed input, its data."""
         hx: Any = rest[0] if self.states == 1 else rest[:2]
         weights = dict(zip(self.names, rest[self.states :], strict=True))
         argument = x if self.packed is None else self.packed._replace(data=x)
@@ -181,18 +181,18 @@ class Case:
         return tuple(outputs.values())
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """A number whose second derivatives by the inputs do not vanish."""
+        """Returns a scalar whose second derivatives with respect to the inputs are not zero."""
         return sum((output.square().sum() for output in self(*inputs)), torch.zeros(()))
 
     def plain(self) -> tuple[Tensor, ...]:
-        """The inputs without a graph."""
+        """Returns the inputs without autograd history."""
         return tuple(t.detach() for t in self.inputs)
 
 
 class CountOps(TorchDispatchMode):
-    """Inside, counts what torch is asked to compute: ``counts`` of the operators' names.
+    """A context that counts the operators that torch runs, by name, in ``counts``.
 
-    Views and allocations are no computation and left out.
+    Does not count views and allocations.
     """
 
     _FREE = frozenset(
@@ -228,9 +228,10 @@ def _flatten(value: Any, name: str, into: dict[str, Tensor]) -> None:
 
 
 def check(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str, Tensor]:
-    """Runs ``module``, torch's twin and the float64 truth, and compares all that comes out.
+    """Runs ``module``, its torch.nn twin and the float64 reference, and compares all results.
 
-    Where torch has no such cell, the composite of torch operations in the same dtype stands in.
+    For a cell that torch lacks, a composite of torch operations in the same dtype replaces the
+    twin.
     """
     ours = run(module, x, hx, seed)
     if isinstance(module, fastrnn.RNN | fastrnn.RNNCell) and module.nonlinearity == "sigmoid":
@@ -244,7 +245,7 @@ def check(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> dict[str,
 
 
 def exact_run(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> Exact:
-    """For `assert_agrees`: `run` in float64, with the composite of torch operations."""
+    """Returns the exact function for `assert_agrees`: `run` in float64 with torch operations."""
     dtype = next(module.parameters()).dtype
 
     def exact(change: Change) -> dict[str, Tensor]:
@@ -261,7 +262,7 @@ def exact_run(module: nn.Module, x: Any, hx: Any = None, seed: int = 0) -> Exact
 def exact_call(
     module: nn.Module, *inputs: Any, call: Callable[..., Any] = nn.Module.__call__
 ) -> Exact:
-    """For `assert_agrees`: ``call(module, *inputs)`` in float64, by torch's operations."""
+    """Returns the exact function for `assert_agrees`: ``call`` in float64 with torch operations."""
 
     def exact(change: Change) -> Any:
         with reference_math():
@@ -271,7 +272,7 @@ def exact_call(
 
 
 def changed(module: nn.Module, change: Change) -> nn.Module:
-    """A copy of the module in float64 whose parameters have gone through ``change``."""
+    """Returns a float64 copy of the module with ``change`` applied to its parameters."""
     wide = copy.deepcopy(module).double()
     with torch.no_grad():
         for parameter, own in zip(wide.parameters(), module.parameters(), strict=True):
@@ -281,7 +282,7 @@ def changed(module: nn.Module, change: Change) -> nn.Module:
 
 @contextmanager
 def _cudnn_if_it_can(module: nn.Module, hx: Any) -> Iterator[None]:
-    """cuDNN has no gradients in eval mode and takes no strided states; torch's own kernels do."""
+    """Turns cuDNN off for gradients in eval mode and for strided states, which it lacks."""
     given = hx if isinstance(hx, tuple | list) else (hx,)
     was = torch.backends.cudnn.enabled
     can = module.training and all(state is None or state.is_contiguous() for state in given)
@@ -293,7 +294,7 @@ def _cudnn_if_it_can(module: nn.Module, hx: Any) -> Iterator[None]:
 
 
 def to_double(value: Any, change: Change = widen) -> Any:
-    """The same values in float64, perhaps changed a little, as new leaves."""
+    """Returns the values in float64, with ``change`` applied, as new leaves."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value
@@ -306,9 +307,9 @@ def to_double(value: Any, change: Change = widen) -> Any:
 
 
 def run_python(code: str, **environment: str) -> str:
-    """Runs code in a fresh interpreter and returns what it prints.
+    """Runs code in a fresh interpreter and returns its output.
 
-    Away from this folder: the package in it may be the source without its libraries.
+    Runs it in another folder, because the source tree may hold the package without its libraries.
     """
     done = subprocess.run(
         [sys.executable, "-c", code],

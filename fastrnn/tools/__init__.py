@@ -1,1 +1,1 @@
-"""What runs from the command line: `fastrnn info`, `fastrnn compare` and the character model."""
+"""Command line tools: `fastrnn info`, `fastrnn compare` and the character model."""

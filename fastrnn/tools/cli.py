@@ -1,4 +1,4 @@
-"""The command ``fastrnn``: ``charlm``, ``charlm sample``, ``compare`` and ``info``."""
+"""The command line ``fastrnn``: ``charlm``, ``charlm sample``, ``compare`` and ``info``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import fastrnn
 
-#: what ``fastrnn charlm`` needs besides torch
+#: packages that ``fastrnn charlm`` needs besides torch
 CHARLM_PACKAGES = ("rich", "matplotlib", "safetensors", "numpy")
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, without the usage before it."""
+    """An argparse parser that prints an error as one line, without the usage."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
@@ -28,14 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code.
 
     Args:
-        arguments: without the program's name; by default those of the process.
+        arguments: the arguments without the name of the program; default: those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a text may hold what the terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A sample may contain characters that the encoding of the terminal lacks.
         sys.stdout.reconfigure(errors="replace")
     try:
         return _run(given)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of the pipe has exited, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -48,8 +49,8 @@ def _run(given: list[str]) -> int:
         missing = [name for name in CHARLM_PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             print(
-                f"fastrnn charlm: {', '.join(missing)} not installed; "
-                "pip install 'fastrnn[charlm]' brings what it needs",
+                f"fastrnn charlm: missing packages: {', '.join(missing)}; "
+                "install: pip install 'fastrnn[charlm]'",
                 file=sys.stderr,
             )
             return 2
@@ -66,9 +67,9 @@ def _run(given: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"fastrnn {fastrnn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("charlm", help="train, compare and sample a character-level language model")
-    commands.add_parser("compare", help="fastrnn beside torch.nn and others, on your shape")
-    about = commands.add_parser("info", help="versions, CPU, CUDA, and what would run")
-    about.add_argument("--json", action="store_true", help="as JSON")
+    commands.add_parser("compare", help="time fastrnn, torch.nn and other libraries on a shape")
+    about = commands.add_parser("info", help="show versions, CPU, CUDA and execution plans")
+    about.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(given)
 
     from fastrnn.tools import info

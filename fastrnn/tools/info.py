@@ -1,4 +1,4 @@
-"""What is built, what this machine has, and what would run: the text of ``fastrnn info``."""
+"""``fastrnn info``: build, machine and execution plans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from fastrnn import _C, _library
 
-#: (cell, T, B, I, H) whose plans are shown
+#: (cell, T, B, I, H) of the plans shown
 SHAPES = (
     ("rnn_tanh", 100, 1, 64, 64),
     ("gru", 100, 16, 128, 128),
@@ -20,11 +20,11 @@ SHAPES = (
 
 
 def info() -> dict[str, Any]:
-    """Versions, CPU, CUDA and plans as plain data.
+    """Returns versions, CPU, CUDA and plans as plain data.
 
     Returns:
-        A dictionary with the keys ``versions``, ``cpu``, ``cuda`` and ``plans``; a plan holds the
-        shape and what ``fastrnn._C.plan`` says of its forward and backward pass.
+        A dictionary with the keys ``versions``, ``cpu``, ``cuda`` and ``plans``. A plan holds a
+        shape and the result of ``fastrnn._C.plan`` for its forward and backward pass.
     """
     _library.load()
     build = _C.build_info()
@@ -71,7 +71,7 @@ def info() -> dict[str, Any]:
 
 
 def lines() -> Iterator[str]:
-    """`info` for people, line by line."""
+    """Yields the lines of `info` in readable form."""
     facts = info()
     for name, value in facts["versions"].items():
         yield f"{name:<20} {value}"
@@ -83,7 +83,7 @@ def lines() -> Iterator[str]:
         state += f" (built with CUDA {cuda['toolkit']} for {', '.join(cuda['archs'])})"
     yield f"{'cuda':<20} {state}"
     yield f"{'gpus':<20} {', '.join(cuda['devices']) or 'none'}"
-    yield "what would run on the CPU in float32:"
+    yield "execution plans on the CPU in float32:"
     for plan in facts["plans"]:
         yield f"  {plan['cell']} T={plan['T']} B={plan['B']} I={plan['I']} H={plan['H']}"
         for way in ("forward", "backward"):
@@ -91,11 +91,16 @@ def lines() -> Iterator[str]:
 
 
 def plan_text(plan: Mapping[str, Any], forward: bool) -> str:
-    """What ``fastrnn._C.plan`` chose on the CPU, in a few words; `forward`: for a forward pass."""
+    """Returns a CPU plan of ``fastrnn._C.plan`` as one line.
+
+    Args:
+        plan: the plan.
+        forward: whether it is the plan of a forward pass.
+    """
     return (
         f"{plan['isa']}, {plan['threads']} threads: "
-        f"{plan['row_groups']} groups of rows x {plan['unit_groups']} of units, "
-        f"weights {'packed' if plan['packed'] else 'as they lie'}"
+        f"{plan['row_groups']} row groups x {plan['unit_groups']} unit groups, "
+        f"weights {'packed' if plan['packed'] else 'unpacked'}"
         + (f", input {plan['input']}" if forward else "")
         + (", directions together" if plan["together"] > 1 else "")
         + (", layers in pairs" if plan["stacked"] else "")

@@ -1,4 +1,4 @@
-"""NaN, infinities and overflow come out of every cell where they come out of torch's."""
+"""NaN, infinities and overflow propagate through every cell as in torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def tensors(module: Any, step: bool) -> dict[str, Tensor]:
-    """Everything that a call depends on: input, states, weights and incoming gradients."""
+    """Returns by name the input, states, weights and incoming gradients of a call."""
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int) -> Tensor:
@@ -61,7 +61,7 @@ def tensors(module: Any, step: bool) -> dict[str, Tensor]:
 
 
 def poison(values: dict[str, Tensor], place: str, value: float) -> dict[str, Tensor]:
-    """A copy with one value of ``place`` replaced, in row POISONED_ROW where it has rows."""
+    """Returns a copy with one value of ``place`` replaced, in row POISONED_ROW if it has rows."""
     result = dict(values)
     t = result[place] = values[place].clone()
     if place.startswith(("weight", "bias")):
@@ -74,7 +74,7 @@ def poison(values: dict[str, Tensor], place: str, value: float) -> dict[str, Ten
 
 
 def run(module: nn.Module, values: dict[str, Tensor], layout: str, dtype: Any) -> dict[str, Tensor]:
-    """Forward and backward: outputs and gradients by name."""
+    """Runs forward and backward. Returns outputs and gradients by name."""
     values = {name: t.to(dtype) for name, t in values.items()}
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -97,7 +97,7 @@ def run(module: nn.Module, values: dict[str, Tensor], layout: str, dtype: Any) -
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
-    """One line per result that differs: other NaN, other infinities or other finite values."""
+    """Returns one line per difference in NaN, infinities or finite values."""
     found = []
     for name, mine in ours.items():
         other = theirs[name]
@@ -114,7 +114,7 @@ def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]
 
 
 def cases() -> list[Any]:
-    """Every cell in every layout, and one step of it."""
+    """Returns every cell in every layout, and a single step of every cell."""
     found = [pytest.param(cell, "step", True, id=f"{cell}-step") for cell in CELLS]
     for cell, layout in itertools.product(CELLS, LAYERS):
         if layout != "projection" or cell == "lstm":
@@ -124,20 +124,22 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("cell", "layout", "step"), cases())
-def test_as_in_torch(isa: str, cell: str, layout: str, step: bool, dtype: torch.dtype) -> None:
-    """Each value in each place; the other rows of the batch stay finite where torch's do."""
+def test_special_values_propagate_as_in_torch(
+    isa: str, cell: str, layout: str, step: bool, dtype: torch.dtype
+) -> None:
+    """Puts each special value into each tensor, and compares all rows of the batch."""
     if step:
         module = make_step(cell, INPUTS, HIDDEN, dtype=dtype)
     else:
         module = build(cell, INPUTS, HIDDEN, dtype=dtype, **LAYERS[layout])
-    is_ours_alone = cell == "rnn_sigmoid"
-    twin = module if is_ours_alone else torch_twin(module)
+    torch_lacks_it = cell == "rnn_sigmoid"
+    twin = module if torch_lacks_it else torch_twin(module)
     values = tensors(module, step)
     found = []
     for place, (kind, value) in itertools.product(values, VALUES.items()):
         given = poison(values, place, value)
         ours = run(module, given, layout, dtype)
-        with reference_math() if is_ours_alone else nullcontext():
+        with reference_math() if torch_lacks_it else nullcontext():
             theirs = run(twin, given, layout, dtype)
         found += [f"{place}={kind}: {line}" for line in differences(ours, theirs)]
     assert not found, "\n".join(found)
@@ -146,8 +148,10 @@ def test_as_in_torch(isa: str, cell: str, layout: str, step: bool, dtype: torch.
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("cell", CELLS)
-def test_rows_stay_apart(isa: str, cell: str, threads: int, value: float) -> None:
-    """What one sequence holds changes no bit of another's output or gradient."""
+def test_special_values_do_not_affect_other_sequences(
+    isa: str, cell: str, threads: int, value: float
+) -> None:
+    """Changes no bit of the outputs and gradients of the other sequences."""
     module = build(cell, 8, 24)
     clean = torch.randn(6, 33, 8)
     odd = clean.clone()
@@ -167,8 +171,8 @@ def test_rows_stay_apart(isa: str, cell: str, threads: int, value: float) -> Non
         assert torch.equal(plain[:, others], poisoned[:, others])
 
 
-def test_relu_passes_a_gradient_on_at_nan_and_drops_it_at_zero() -> None:
-    """As torch's threshold_backward does: 0 only where the output is at most 0."""
+def test_relu_passes_the_gradient_at_nan_and_drops_it_at_zero() -> None:
+    """Matches torch's threshold_backward: the gradient is 0 only if the output is at most 0."""
     module = build("rnn_relu", 1, 4, bias=False)
     with torch.no_grad():
         module.weight_ih_l0.fill_(1)

@@ -1,4 +1,4 @@
-"""Property tests: any constructor arguments and any form of input against torch.nn."""
+"""Property tests: random constructor arguments and forms of input against torch.nn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ small = st.integers(1, 9)
 
 @st.composite
 def modules(draw: st.DrawFn) -> nn.Module:
-    """Any fastrnn layer that torch.nn could be asked for, and the sigmoid beside."""
+    """Draws any layer that torch.nn supports, or one with the sigmoid nonlinearity."""
     cell = draw(st.sampled_from(list(CELLS)))
     name, own = CELLS[cell]
     hidden_size = draw(small)
@@ -38,7 +38,7 @@ def modules(draw: st.DrawFn) -> nn.Module:
 
 
 def draw_strided(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Normal numbers, dense or as a view: transposed, with gaps, or expanded."""
+    """Draws normal numbers as a dense, transposed, strided or expanded tensor."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     kind = draw(st.sampled_from(["dense", "transposed", "gaps", "expanded"]))
     if kind == "transposed":
@@ -70,7 +70,7 @@ def draw_states(
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[nn.Module, Any, Any]:
-    """A layer, an input for it in any form, and initial states or None."""
+    """Draws a layer, an input in any form, and initial states or None."""
     module = draw(modules())
     dtype = module.weight_ih_l0.dtype
     form = draw(st.sampled_from(["padded", "unbatched", "packed"]))
@@ -119,8 +119,8 @@ def needs_a_gradient(module: nn.Module, *values: Any) -> bool:
 
 @settings(max_examples=150)
 @given(calls())
-def test_any_layer_is_torch_nn(call: tuple[nn.Module, Any, Any]) -> None:
-    """Outputs and gradients are as near to float64 as those of torch.nn, whatever is asked."""
+def test_any_layer_matches_torch(call: tuple[nn.Module, Any, Any]) -> None:
+    """Outputs and gradients are as close to float64 as those of torch.nn."""
     module, x, hx = call
     if not needs_a_gradient(module, x, hx):
         module.weight_ih_l0.requires_grad_()
@@ -129,7 +129,7 @@ def test_any_layer_is_torch_nn(call: tuple[nn.Module, Any, Any]) -> None:
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Any]:
-    """A cell, an input and states or None."""
+    """Draws a cell, an input, and states or None."""
     cell = draw(st.sampled_from(list(CELLS)))
     name, own = CELLS[cell]
     dtype = draw(st.sampled_from(DTYPES))
@@ -145,14 +145,14 @@ def steps(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Any]:
 
 @settings(max_examples=100)
 @given(steps())
-def test_any_cell_is_torch_nn(call: tuple[nn.Module, Tensor, Any]) -> None:
+def test_any_cell_matches_torch(call: tuple[nn.Module, Tensor, Any]) -> None:
     check(*call)
 
 
 @settings(max_examples=50)
 @given(calls(), st.integers(0, 2**31))
-def test_dropout_is_torch_nn(call: tuple[nn.Module, Any, Any], seed: int) -> None:
-    """With dropout, in float64 where rounding cannot hide a different mask."""
+def test_dropout_matches_torch(call: tuple[nn.Module, Any, Any], seed: int) -> None:
+    """Runs in float64, where rounding cannot hide a different dropout mask."""
     module, x, _ = call
     module = copy.deepcopy(module).double().train().requires_grad_()
     module.dropout = 0.5
@@ -180,8 +180,9 @@ def test_dropout_is_torch_nn(call: tuple[nn.Module, Any, Any], seed: int) -> Non
         },
     ),
 )
-def test_any_constructor_arguments(name: str, options: dict[str, Any]) -> None:
-    """The same modules come out, or the same exceptions."""
+def test_constructors_give_the_modules_or_errors_of_torch(
+    name: str, options: dict[str, Any]
+) -> None:
     full = {"input_size": 3, "hidden_size": 4, **options}
     results = []
     for lib in (fastrnn, nn):

@@ -1,4 +1,4 @@
-"""The oracle against torch.nn in float64, and the table of cells against the kernels' registry."""
+"""The reference against torch.nn in float64, and the table of cells against the kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_specs_match_the_kernels() -> None:
         }
 
 
-def test_modes_are_those_of_the_modules() -> None:
+def test_modes_match_the_modules() -> None:
     for cell in CELLS:
         assert BY_MODE[build(cell, 2, 3).mode].name == cell
 
@@ -61,13 +61,13 @@ def test_split_weights_names_each_tensor(count: int) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("cell", TORCH_CELLS)
-def test_reference_is_torch(cell: str, options: dict[str, object]) -> None:
+def test_reference_matches_torch(cell: str, options: dict[str, object]) -> None:
     compare_in_double(build(cell, 4, 5, dtype=F64, **options))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_reference_projection_is_torch(bias: bool, bidirectional: bool) -> None:
+def test_reference_projection_matches_torch(bias: bool, bidirectional: bool) -> None:
     options = {"bias": bias, "bidirectional": bidirectional, "num_layers": 2, "proj_size": 3}
     compare_in_double(build("lstm", 4, 5, dtype=F64, **options))
 
@@ -87,8 +87,8 @@ def compare_in_double(module: torch.nn.Module) -> None:
             assert_same_in_double(ours[name], value)
 
 
-def test_sigmoid_by_hand() -> None:
-    """h' = 1 / (1 + exp(-(w x + u h + b + d))) with numbers."""
+def test_sigmoid_matches_a_hand_calculation() -> None:
+    """Checks h' = 1 / (1 + exp(-(w x + u h + b + d))) with fixed numbers."""
     one = torch.ones((), dtype=F64)
     w, u, b, d, x, h = (one * v for v in (0.5, -2.0, 0.25, 0.5, 3.0, 0.75))
     y, h_n, c_n = reference.layer(
@@ -105,8 +105,8 @@ def test_sigmoid_by_hand() -> None:
     assert c_n is None
 
 
-def test_packed_rows_are_the_sequences_alone() -> None:
-    """Each packed sequence comes out as if it ran by itself, in both directions."""
+def test_packed_sequences_match_single_sequences() -> None:
+    """Runs each packed sequence on its own, in both directions."""
     for cell in CELLS:
         module = build(cell, 3, 4, bidirectional=True, dtype=F64)
         rows = torch.randn(9, 3, dtype=F64)

@@ -1,4 +1,4 @@
-"""The textbook's code as a user writes it: with `fastrnn.RNN` it trains to `nn.RNN`'s losses."""
+"""The textbook's character model as user code: `fastrnn.RNN` and `nn.RNN` give equal losses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class CharRNN(nn.Module):
-    """The book's module; only the recurrent layer is an argument here."""
+    """The module of the textbook, with the recurrent layer as an argument."""
 
     def __init__(
         self,
@@ -57,14 +57,15 @@ def train(
     steps: int = STEPS,
     change: Change | None = None,
 ) -> list[float]:
-    """The book's training loop; the same weights and batches for every ``recurrent``.
+    """Runs the training loop of the textbook and returns the losses.
 
-    With a ``change`` in float64, from weights that are those of ``dtype`` and have gone through it.
+    Weights and batches are the same for every ``recurrent``. With a ``change``, training runs in
+    float64 from weights rounded to ``dtype`` and changed by it.
     """
     vocabulary = sorted(set(TEXT))
     codes = torch.tensor([vocabulary.index(character) for character in TEXT])
     torch.manual_seed(3)
-    # Drawn in float32 for every dtype, so that all start from the same values.
+    # Drawn in float32 for every dtype, so that all dtypes start from the same values.
     model = CharRNN(recurrent, len(vocabulary), 32, len(vocabulary), num_layers).to(dtype)
     if change is not None:
         model, dtype = changed(model, change), torch.float64
@@ -88,7 +89,7 @@ def train(
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_the_losses_are_those_of_nn(name: str, num_layers: int) -> None:
+def test_losses_match_torch(name: str, num_layers: int) -> None:
     ours, theirs = getattr(fastrnn, name), getattr(nn, name)
 
     def losses(
@@ -106,7 +107,7 @@ def test_the_losses_are_those_of_nn(name: str, num_layers: int) -> None:
         assert_agrees(losses(ours, dtype), losses(theirs, dtype), exact)
 
 
-def test_unchanged_code_under_patch() -> None:
+def test_patch_replaces_layers_in_unchanged_code() -> None:
     ours = train(fastrnn.RNN, 1, torch.float32)
     made: list[nn.Module] = []
 
@@ -121,16 +122,16 @@ def test_unchanged_code_under_patch() -> None:
     assert patched == ours
 
 
-def test_the_readme_runs_as_it_is_printed(tmp_path: Path) -> None:
+def test_readme_example_runs(tmp_path: Path) -> None:
     if not README.exists():
-        pytest.skip("the tests are away from the sources")
+        pytest.skip("needs the README of the source tree")
     blocks = re.findall(
         r"^```python\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
     )
     (code,) = [block for block in blocks if "class CharRNN" in block]
     assert code.count("range(200)") == 1
     assert "fastrnn.RNN(" in code
-    program = tmp_path / "program.py"  # which it reads as its text
+    program = tmp_path / "program.py"  # the program also trains on its own source
     program.write_text(
         code.replace("range(200)", "range(3)") + "print(step, len(vocabulary), loss.item())\n",
         "utf-8",
@@ -141,16 +142,16 @@ def test_the_readme_runs_as_it_is_printed(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     step, characters, loss = done.stdout.split()
     assert step == "2"
-    assert 0 < float(loss) < 2 * math.log(int(characters))  # NaN fails, too
+    assert 0 < float(loss) < 2 * math.log(int(characters))  # false for NaN
 
 
-def test_it_learns() -> None:
+def test_textbook_model_learns() -> None:
     losses = train(fastrnn.RNN, 1, torch.float32, steps=150)
     assert losses[0] > 0.8 * math.log(len(set(TEXT)))
     assert sum(losses[-10:]) / 10 < 0.6 * losses[0]
 
 
-def test_the_sigmoid_of_the_book_trains_too() -> None:
+def test_textbook_model_with_sigmoid_learns() -> None:
     def sigmoid(*args: Any, **options: Any) -> nn.Module:
         return fastrnn.RNN(*args, nonlinearity="sigmoid", **options)
 

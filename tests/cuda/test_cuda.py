@@ -1,7 +1,7 @@
-"""The kernels on a GPU: every dtype against float64, and how they behave on streams and in graphs.
+"""CUDA kernels on a GPU: every dtype against float64, streams and CUDA graphs.
 
-Skipped where there is no GPU. The parts that need none are in `test_cuda_host.py`. The slow test
-draws layers at random for FASTRNN_SOAK_SECONDS (20 unless given; 600 before a release).
+All tests need a GPU. `test_cuda_host.py` runs the schedules without one. The slow test draws random
+layers for FASTRNN_SOAK_SECONDS (default 20; use 600 before a release).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def exact_float32() -> Iterator[None]:
-    """Neither fastrnn nor torch may use TF32 unless a test asks for it."""
+    """Turns TF32 off in fastrnn and torch unless a test turns it on."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
@@ -58,7 +58,7 @@ SCHEDULES = ("stepwise", "persistent")
 
 @pytest.fixture(params=SCHEDULES)
 def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Asks for each schedule; what a persistent walk does not fit goes stepwise all the same."""
+    """Requests each schedule. A layer that does not fit the persistent one runs stepwise."""
     name: str = request.param
     monkeypatch.setenv("FASTRNN_SCHEDULE", name)
     return name
@@ -90,10 +90,7 @@ def require_fit(
 
 
 def finish(*streams: torch.cuda.Stream, seconds: float = 60.0) -> None:
-    """Waits for streams. Kernels that wait for one another for ever end the whole run.
-
-    They would keep the GPU from every test that follows.
-    """
+    """Waits for streams. Exits the test run on a deadlock, which would block the GPU for good."""
     events = [stream.record_event() for stream in streams]
     end = time.monotonic() + seconds
     while not all(event.query() for event in events):
@@ -123,7 +120,7 @@ def arguments(
     dtype: torch.dtype = torch.float32,
     inputs: int | None = None,
 ) -> tuple[Any, ...]:
-    """x, h0, c0, weights, batch_sizes, spec of a layer in one direction; I = H unless given."""
+    """Returns x, h0, c0, weights, batch_sizes, spec of a layer in one direction; default I = H."""
     spec = SPECS[cell]
     gates = spec.gates * hidden
     inputs = hidden if inputs is None else inputs
@@ -137,8 +134,8 @@ def arguments(
 
 
 HALF = (torch.float16, torch.bfloat16)
-# The gradient of relu jumps at 0, and a sum near 0 of values rounded to half types may land on
-# either side: a gradient test would find chance. `test_relu_in_half_types` compares the rest.
+# The gradient of relu jumps at 0, and rounding to half types decides on which side a sum near 0
+# lands, so gradients are not comparable. `test_relu_in_half_types_matches_torch` compares outputs.
 CASES = [(c, d) for c in CELLS for d in DTYPES if c != "rnn_relu" or d not in HALF]
 PERSISTENT_CASES = [(c, d) for c, d in CASES if d != torch.float64]
 
@@ -149,7 +146,9 @@ SHAPES = [(1, 1, 1, 1), (7, 3, 5, 17), (5, 16, 64, 128), (3, 2, 300, 260), (4, 0
 @both_schedules
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("cell", "dtype"), CASES, ids=str)
-def test_padded(cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_padded_input_matches_torch(
+    cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
     steps, batch, inputs, hidden = shape
     module = build(cell, inputs, hidden, bidirectional=True, dtype=dtype).cuda()
     check(module, make(steps, batch, inputs, dtype=dtype), make_states(module, batch, dtype))
@@ -158,7 +157,7 @@ def test_padded(cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype)
 @both_schedules
 @pytest.mark.parametrize("lengths", [[4], [5, 5, 3, 1], [1, 6, 2, 6, 3]], ids=str)
 @pytest.mark.parametrize(("cell", "dtype"), CASES, ids=str)
-def test_rows_of_different_lengths(cell: str, lengths: list[int], dtype: torch.dtype) -> None:
+def test_packed_input_matches_torch(cell: str, lengths: list[int], dtype: torch.dtype) -> None:
     module = build(cell, 3, 33, bidirectional=True, num_layers=2, dtype=dtype).cuda()
     x = pack(make(sum(lengths), 3, dtype=dtype), lengths, enforce_sorted=False)
     check(module, x, make_states(module, len(lengths), dtype))
@@ -167,7 +166,9 @@ def test_rows_of_different_lengths(cell: str, lengths: list[int], dtype: torch.d
 @both_schedules
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
-def test_relu_in_half_types(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_relu_in_half_types_matches_torch(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
     steps, batch, inputs, hidden = shape
     module = build("rnn_relu", inputs, hidden, bidirectional=True, dtype=dtype).cuda()
     x = make(steps, batch, inputs, dtype=dtype)
@@ -178,7 +179,7 @@ def test_relu_in_half_types(shape: tuple[int, int, int, int], dtype: torch.dtype
 @both_schedules
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_projection(packed: bool, dtype: torch.dtype) -> None:
+def test_projection_matches_torch(packed: bool, dtype: torch.dtype) -> None:
     module = build("lstm", 4, 40, proj_size=9, bidirectional=True, dtype=dtype).cuda()
     lengths = [5, 3, 3, 1]
     x: Any = make(6, 4, 4, dtype=dtype)
@@ -191,7 +192,7 @@ LONG = [[70_000], [70_000, 69_998, 3]]
 
 
 def long_layer(cell: str, lengths: list[int]) -> tuple[Any, ...]:
-    """A layer over one sequence, or packed ones; no cell's state grows without end."""
+    """Returns a layer over one sequence or packed ones, whose states stay bounded."""
     _, h0, c0, weights, _, spec = arguments(cell, 1, len(lengths), 4)
     weights[1].detach().mul_(0.5)
     rows = make(sum(lengths), 4, dtype=torch.float32, seed=9)
@@ -204,7 +205,7 @@ def long_layer(cell: str, lengths: list[int]) -> tuple[Any, ...]:
 @both_schedules
 @pytest.mark.parametrize("lengths", LONG, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_more_steps_than_a_grid_has_rows(cell: str, lengths: list[int]) -> None:
+def test_more_steps_than_grid_rows_give_finite_results(cell: str, lengths: list[int]) -> None:
     results = gradients(long_layer(cell, lengths))
     assert all(result.isfinite().all() for result in results)
     y, h_n, *_ = results
@@ -245,7 +246,7 @@ def gradients(args: tuple[Any, ...]) -> list[Tensor]:
 @both_schedules
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_repeats_to_the_bit(cell: str, dtype: torch.dtype) -> None:
+def test_results_are_bitwise_reproducible(cell: str, dtype: torch.dtype) -> None:
     args = arguments(cell, 12, 8, 64, dtype)
     first = gradients(args)
     for _ in range(3):
@@ -254,7 +255,7 @@ def test_repeats_to_the_bit(cell: str, dtype: torch.dtype) -> None:
 
 
 def packed_arguments(cell: str, lengths: list[int], hidden: int) -> tuple[Any, ...]:
-    """As `arguments`, for packed rows."""
+    """Returns the same as `arguments`, for packed rows."""
     _, h0, c0, weights, _, spec = arguments(cell, 1, len(lengths), hidden)
     packed = pack(torch.zeros(sum(lengths), 1), lengths, enforce_sorted=True)
     return (
@@ -270,7 +271,7 @@ def packed_arguments(cell: str, lengths: list[int], hidden: int) -> tuple[Any, .
 @both_schedules
 @pytest.mark.parametrize("lengths", [None, [6, 6, 3, 1]], ids=["padded", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_host_never_waits(cell: str, lengths: list[int] | None) -> None:
+def test_calls_do_not_synchronise_the_host(cell: str, lengths: list[int] | None) -> None:
     args = packed_arguments(cell, lengths, 16) if lengths else arguments(cell, 6, 4, 16)
     gradients(args)
     torch.cuda.synchronize()
@@ -283,7 +284,7 @@ def test_host_never_waits(cell: str, lengths: list[int] | None) -> None:
 
 @both_schedules
 @pytest.mark.parametrize("cell", CELLS)
-def test_follows_the_current_stream(cell: str) -> None:
+def test_kernels_run_on_the_current_stream(cell: str) -> None:
     args = arguments(cell, 30, 8, 128)
     expected = gradients(args)
     stream = torch.cuda.Stream()
@@ -291,7 +292,7 @@ def test_follows_the_current_stream(cell: str) -> None:
     late = torch.zeros_like(x)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # whoever reads on another stream reads zeros
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream reads zeros
         late.copy_(x.detach())
         found = gradients((late.requires_grad_(), *args[1:]))
     stream.synchronize()
@@ -300,7 +301,7 @@ def test_follows_the_current_stream(cell: str) -> None:
 
 @both_schedules
 @pytest.mark.parametrize("cell", CELLS)
-def test_forward_in_a_graph(cell: str) -> None:
+def test_graph_of_forward_replays_with_new_input(cell: str) -> None:
     args = arguments(cell, 9, 4, 32)
     static = args[0].detach().clone()
     with torch.no_grad():
@@ -320,7 +321,9 @@ def test_forward_in_a_graph(cell: str) -> None:
 @both_schedules
 @pytest.mark.parametrize("lengths", [None, [9, 9, 3, 1]], ids=["padded", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_training_step_in_a_graph(cell: str, lengths: list[int] | None) -> None:
+def test_graph_of_a_training_step_replays_with_new_input(
+    cell: str, lengths: list[int] | None
+) -> None:
     args = packed_arguments(cell, lengths, 32) if lengths else arguments(cell, 9, 4, 32)
     static = args[0].detach().clone().requires_grad_()
     stream = torch.cuda.Stream()
@@ -340,8 +343,8 @@ def test_training_step_in_a_graph(cell: str, lengths: list[int] | None) -> None:
 
 
 @both_schedules
-def test_dropout_in_a_graph() -> None:
-    """Every replay draws other masks, and the same ones after the same seed."""
+def test_graph_with_dropout_draws_new_masks() -> None:
+    """Every replay draws other masks. The same seed gives the same masks."""
     module = build("lstm", 8, 32, num_layers=2, dropout=0.5).cuda()
     x = make(5, 4, 8, dtype=torch.float32).detach()
     with torch.no_grad():
@@ -367,7 +370,7 @@ def test_dropout_in_a_graph() -> None:
 @only_persistent
 @pytest.mark.parametrize("name", PERSISTENT_SHAPES)
 @pytest.mark.parametrize(("cell", "dtype"), PERSISTENT_CASES, ids=str)
-def test_persistent(cell: str, dtype: torch.dtype, name: str, schedule: str) -> None:
+def test_persistent_matches_torch(cell: str, dtype: torch.dtype, name: str, schedule: str) -> None:
     shape = PERSISTENT_SHAPES[name]
     require_fit(shape, cell, dtype)
     module = build(
@@ -385,7 +388,7 @@ def test_persistent(cell: str, dtype: torch.dtype, name: str, schedule: str) -> 
 @pytest.mark.parametrize("batch", [3, 20])
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 @pytest.mark.parametrize(("cell", "dtype"), PERSISTENT_CASES, ids=str)
-def test_persistent_hidden_sizes(
+def test_persistent_matches_torch_for_hidden_sizes(
     cell: str, dtype: torch.dtype, hidden_size: int, batch: int, schedule: str
 ) -> None:
     require_fit(Shape(4, batch, 8, hidden_size, 1, {}), cell, dtype)
@@ -396,7 +399,7 @@ def test_persistent_hidden_sizes(
 
 @both_schedules
 @pytest.mark.parametrize(("cell", "dtype"), CASES, ids=str)
-def test_many_lengths(cell: str, dtype: torch.dtype) -> None:
+def test_many_lengths_match_torch(cell: str, dtype: torch.dtype) -> None:
     module = build(cell, 3, 33, bidirectional=True, dtype=dtype).cuda()
     x = pack(make(sum(MANY_LENGTHS), 3, dtype=dtype), MANY_LENGTHS, enforce_sorted=False)
     check(module, x, make_states(module, len(MANY_LENGTHS), dtype))
@@ -404,7 +407,7 @@ def test_many_lengths(cell: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("cell", "dtype"), PERSISTENT_CASES, ids=str)
 def test_schedules_agree(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over more steps than the comparisons with torch have."""
+    """Runs more steps than the comparisons with torch."""
     require_fit(Shape(60, 20, 256, 256, 1, {}), cell, dtype)
     module = build(cell, 256, 256, dtype=dtype).cuda()
     x, hx = make(60, 20, 256, dtype=dtype), make_states(module, 20, dtype)
@@ -415,8 +418,8 @@ def test_schedules_agree(cell: str, dtype: torch.dtype, monkeypatch: pytest.Monk
     assert_agrees(found["persistent"], found["stepwise"], exact_run(module, x, hx))
 
 
-# cell, H, P, B and dtype, small ones and those that need more shared memory than CUDA gives unasked
-ASKED = [
+# cell, H, P, B and dtype: small layers, and layers that need more shared memory than CUDA's default
+REQUESTED = [
     ("lstm", 64, 0, 20, torch.float32),
     ("lstm", 1024, 0, 3, torch.float32),
     ("lstm", 1024, 0, 20, torch.float16),
@@ -430,13 +433,13 @@ ASKED = [
 
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["", "tf32"])
-@pytest.mark.parametrize(("cell", "hidden", "proj", "batch", "dtype"), ASKED, ids=str)
-def test_the_schedule_that_is_asked_for_runs(
+@pytest.mark.parametrize(("cell", "hidden", "proj", "batch", "dtype"), REQUESTED, ids=str)
+def test_requested_schedule_runs(
     cell: str, hidden: int, proj: int, batch: int, dtype: torch.dtype, tf32: bool, schedule: str
 ) -> None:
-    """Where kernels could not be resident a layer goes stepwise without a word, and as right."""
+    """Counts the kernels, because a layer that cannot be resident silently runs stepwise."""
     if tf32 and dtype != torch.float32:
-        pytest.skip("a switch of float32")
+        pytest.skip("TF32 applies to float32 only")
     if schedule == "persistent":
         require_fit(Shape(4, batch, 16, hidden, 1, {}), cell, dtype, tf32, proj)
     options = {"proj_size": proj} if proj > 0 else {}
@@ -450,32 +453,34 @@ def test_the_schedule_that_is_asked_for_runs(
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() or []]
     if not any("fastrnn" in name for name in names):
-        pytest.skip("the profiler does not see kernels here")
-    walks = sum("walk_kernel" in name for name in names)
-    assert walks == (2 if schedule == "persistent" else 0)  # forward and backward
+        pytest.skip("the profiler records no kernels here")
+    launches = sum("walk_kernel" in name for name in names)
+    assert launches == (2 if schedule == "persistent" else 0)  # forward and backward
 
 
 @pytest.mark.parametrize("name", ["fast", "Persistent", " stepwise"])
-def test_a_schedule_that_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_schedule_is_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments("gru", 3, 2, 4)
     expected = gradients(args)
     monkeypatch.setenv("FASTRNN_SCHEDULE", name)
-    sentence = "fastrnn: FASTRNN_SCHEDULE must be auto, persistent or stepwise, got"
-    with pytest.raises(RuntimeError, match=rf"^{sentence} '{name}'\.$"):
+    message = "fastrnn: FASTRNN_SCHEDULE must be auto, persistent or stepwise, got"
+    with pytest.raises(RuntimeError, match=rf"^{message} '{name}'\.$"):
         ops.layer(*args)
     monkeypatch.setenv("FASTRNN_SCHEDULE", "auto")
     assert all(torch.equal(a, b) for a, b in zip(gradients(args), expected, strict=True))
 
 
-# Two layers' H; at 1024 a layer's blocks take all of an H100 but four multiprocessors.
+# H of two layers. At 1024 the blocks of a layer fill an H100 except for four multiprocessors.
 PAIRS = [(64, 64), (1024, 64), (1024, 1024)]
 
 
 @only_persistent
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("sizes", PAIRS, ids=str)
-def test_two_streams_at_once(sizes: tuple[int, int], threads: int, schedule: str) -> None:
-    """Blocks of one layer wait for one another: none may wait for blocks that never get a place."""
+def test_two_streams_run_without_deadlock(
+    sizes: tuple[int, int], threads: int, schedule: str
+) -> None:
+    """Blocks of a layer wait for each other, so all of them must become resident."""
     layers = [
         arguments(cell, 40, 20, hidden, torch.float16)
         for cell, hidden in zip(("lstm", "gru"), sizes, strict=True)
@@ -505,8 +510,8 @@ def test_two_streams_at_once(sizes: tuple[int, int], threads: int, schedule: str
 
 @both_schedules
 @pytest.mark.parametrize("cell", CELLS)
-def test_beside_other_work(cell: str) -> None:
-    """On a GPU that another stream keeps busy, before, during and after."""
+def test_results_are_unaffected_by_work_on_another_stream(cell: str) -> None:
+    """Another stream keeps the GPU busy before, during and after the calls."""
     args = arguments(cell, 30, 20, 1024, torch.float16)
     busy = torch.ones(4096, 4096, dtype=torch.float16, device="cuda")
     expected = gradients(args)
@@ -532,14 +537,14 @@ def test_beside_other_work(cell: str) -> None:
 # -- TF32 -----------------------------------------------------------------------------------------
 
 
-knows_tf32 = pytest.mark.skipif(
+needs_tf32 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
-    reason="needs tensor cores that know TF32",
+    reason="needs tensor cores with TF32",
 )
 
 
 def both_passes(cell: str, args: tuple[Any, ...], change: Change) -> dict[str, Tensor]:
-    """All that the two operators return, with outputs as their own gradients."""
+    """Returns the results of both operators. The outputs serve as their own gradients."""
     x, h0, c0 = (None if t is None else change(t.detach()) for t in args[:3])
     weights = [change(w.detach()) for w in args[3]]
     forward = torch.ops.fastrnn.layer_forward
@@ -550,13 +555,13 @@ def both_passes(cell: str, args: tuple[Any, ...], change: Change) -> dict[str, T
     return {"y": y, "h_n": h_n, "d_pre": d_pre, "d_h0": d_h0}
 
 
-@knows_tf32
+@needs_tf32
 @pytest.mark.parametrize("shape", [(6, 7, 17), (4, 33, 40), (20, 64, 512)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_persistent_in_tf32(
+def test_persistent_tf32_error_is_between_float32_and_float16(
     cell: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Operands of recurrent products have float16's 10 bits; x has next to no weight here."""
+    """Operands of recurrent products have 10 bits, like float16. The input product has K = 3."""
     steps, batch, hidden = shape
     require_fit(Shape(steps, batch, 3, hidden, 1, {}), cell, torch.float32, tf32=True)
     args = arguments(cell, steps, batch, hidden, inputs=3)
@@ -574,9 +579,9 @@ def test_persistent_in_tf32(
 
 
 @both_schedules
-@knows_tf32
-def test_tf32_follows_the_switch_of_cudnn() -> None:
-    """As ``nn.LSTM``; and products by torch afterwards are as exact as before."""
+@needs_tf32
+def test_tf32_follows_the_cudnn_setting() -> None:
+    """``nn.LSTM`` does the same. Later matrix products by torch are unaffected."""
     args = arguments("lstm", 3, 64, 512)
     truth_args = [
         [w.double() for w in a] if isinstance(a, list) else a.double() if a is not None else None
@@ -593,7 +598,7 @@ def test_tf32_follows_the_switch_of_cudnn() -> None:
         fast, *_ = ops.layer(*args)
         assert torch.equal(square @ square, product)
     assert not torch.equal(fast, exact)
-    assert error(fast, truth) > 8 * error(exact, truth)  # 13 bits fewer in every product
+    assert error(fast, truth) > 8 * error(exact, truth)  # products have 13 bits fewer
 
 
 # -- torch ----------------------------------------------------------------------------------------
@@ -601,7 +606,7 @@ def test_tf32_follows_the_switch_of_cudnn() -> None:
 
 @both_schedules
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_device_that_is_not_the_current_one() -> None:
+def test_other_device_than_the_current_one_works() -> None:
     module = build("gru", 5, 8).to("cuda:1")
     x = torch.randn(4, 2, 5, device="cuda:1")
     assert torch.cuda.current_device() == 0
@@ -612,7 +617,7 @@ def test_device_that_is_not_the_current_one() -> None:
     assert_agrees(y.cpu(), module(x)[0], exact_call(module, x, call=first))
 
 
-def test_tensors_of_two_devices_are_refused() -> None:
+def test_tensors_on_two_devices_are_rejected() -> None:
     x, h0, c0, weights, _, _ = arguments("gru", 3, 2, 4)
     with pytest.raises(RuntimeError, match="h0 must be on the device of the input"):
         torch.ops.fastrnn.layer_forward(x, h0.cpu(), c0, weights, None, "gru", False)
@@ -622,14 +627,14 @@ def test_tensors_of_two_devices_are_refused() -> None:
 
 @both_schedules
 @pytest.mark.parametrize("cell", CELLS)
-def test_opcheck(cell: str) -> None:
+def test_operator_passes_opcheck(cell: str) -> None:
     x, h0, c0, weights, _, _ = arguments(cell, 3, 2, 4)
     weights = [w.detach() for w in weights]
     given = (x.detach(), h0.detach(), None if c0 is None else c0.detach(), weights, None, cell)
     torch.library.opcheck(torch.ops.fastrnn.layer_forward.default, (*given, True))
 
 
-def test_module_moves_with_its_state() -> None:
+def test_module_moved_to_the_gpu_matches_the_cpu() -> None:
     module = fastrnn.LSTM(3, 4, bidirectional=True)
     x = torch.randn(5, 2, 3)
     expected, _ = module(x)
@@ -637,14 +642,14 @@ def test_module_moves_with_its_state() -> None:
     assert_agrees(found.cpu(), expected, exact_call(module.cpu(), x, call=first))
 
 
-# -- at random ------------------------------------------------------------------------------------
+# -- random layers --------------------------------------------------------------------------------
 
 
 class Soak:
-    """A layer and an input that a number draws, and the schedule that it is to ask for."""
+    """A random layer, input and schedule, drawn with a seed."""
 
-    def __init__(self, number: int) -> None:
-        draw = python_random.Random(number)
+    def __init__(self, seed: int) -> None:
+        draw = python_random.Random(seed)
         self.cell = draw.choice(list(CELLS))
         self.dtype = draw.choice([*DTYPES, *PERSISTENT_DTYPES])
         self.schedule = draw.choice(["auto", "persistent", "persistent", "stepwise"])
@@ -673,7 +678,7 @@ class Soak:
         return f"{layer} B{len(self.lengths)} {form}"
 
     def check(self) -> None:
-        """Compares with float64 and torch all that comes out."""
+        """Compares all results with float64 and torch."""
         module = build(self.cell, **self.options, dtype=self.dtype).cuda()
         inputs, batch = module.input_size, len(self.lengths)
         if self.packed:
@@ -689,18 +694,18 @@ PERSISTENT_DTYPES = [d for d in DTYPES if d != torch.float64]
 
 
 @pytest.mark.slow
-def test_soak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Always the same layers, one after the other, as many as the time allows."""
+def test_random_layers_match_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks layers of seeds 0, 1, 2, ... for as long as the time allows."""
     end = time.monotonic() + float(os.environ.get("FASTRNN_SOAK_SECONDS") or 20)
-    for number in itertools.count():
-        case = Soak(number)
+    for seed in itertools.count():
+        case = Soak(seed)
         if (case.cell, case.dtype) not in CASES:
             continue
         monkeypatch.setenv("FASTRNN_SCHEDULE", case.schedule)
         try:
             case.check()
         except Exception as problem:
-            raise AssertionError(f"Soak({number}), {case}: {problem}") from problem
+            raise AssertionError(f"Soak({seed}), {case}: {problem}") from problem
         if time.monotonic() > end:
             break
-    print(f"{number + 1} layers drawn")
+    print(f"{seed + 1} layers drawn")

@@ -1,4 +1,4 @@
-"""The GPU's kernels keep everything in registers, and the table of what they take is current."""
+"""Compiled CUDA kernels do not spill registers, and the table of their registers is current."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ ptxas info    : Used 255 registers, used 1 barriers
 
 @pytest.fixture(scope="module")
 def script() -> dict[str, Any]:
-    # dataclasses look their module up
+    # dataclasses look up their module in sys.modules
     sys.modules.setdefault("cuda_resources", sys.modules[__name__])
     return runpy.run_path(str(SCRIPT), run_name="cuda_resources")
 
 
-def test_reads_what_ptxas_says(script: dict[str, Any]) -> None:
+def test_ptxas_log_is_parsed(script: dict[str, Any]) -> None:
     first, second = script["kernels"](LOG)
     assert (first.name, first.arch, first.registers) == ("float", "sm_80", 40)
     assert first.stack == first.spilled == 0
@@ -41,7 +41,7 @@ def test_reads_what_ptxas_says(script: dict[str, Any]) -> None:
     assert (second.stack, second.spilled) == (16, 12)
 
 
-def test_finds_what_is_wrong(script: dict[str, Any]) -> None:
+def test_spills_and_stale_tables_are_found(script: dict[str, Any]) -> None:
     found = script["kernels"](LOG)
     good = [script["Kernel"]("AWalk<>", arch, 9, 0, 0) for arch in script["ARCHS"]]
     table = script["text_of"]("13.0.88", good)
@@ -59,8 +59,8 @@ def test_finds_what_is_wrong(script: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
-def test_kernels_do_not_spill_and_the_table_is_current() -> None:
+def test_compiled_kernels_do_not_spill_and_the_table_is_current() -> None:
     result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
     if "needs nvcc" in result.stderr:
-        pytest.skip("needs nvcc and the headers of cuBLAS")
+        pytest.skip("needs nvcc and the cuBLAS headers")
     assert result.returncode == 0, result.stdout + result.stderr

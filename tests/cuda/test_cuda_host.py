@@ -1,10 +1,9 @@
-"""The GPU's schedules without a GPU: their text, compiled for the host, as the kernels.
+"""CUDA schedules without a GPU: the source of the kernels, compiled for the host.
 
-Cells, pointwise parts, the walk through time and the threads' share of it are the same C++ that
-nvcc compiles; the harness brings plain loops for cuBLAS and for the pointwise launches, and fibers
-in random order for the persistent kernels' threads: barriers, shuffles, marks of arrival, tensor
-cores. What this cannot show is cuBLAS itself, the launches, memory fences, and streams:
-`test_cuda.py` asks a GPU for these.
+Cells, pointwise parts, the time loop and the work of each thread are the same C++ that nvcc
+compiles. The harness replaces cuBLAS and pointwise launches by plain loops. It runs the threads of
+the persistent kernels as fibers in random order, with barriers, shuffles, arrival flags and tensor
+cores. cuBLAS itself, launches, memory fences and streams need a GPU: see `test_cuda.py`.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ ROOT = Path(__file__).resolve().parents[2]
 ARITHMETIC = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 3, torch.float64: 4}
 TF32 = 2
 AUTOMATIC, PERSISTENT, STEPWISE = range(3)
-# what the harness's threads can leave out
+# synchronisations that the threads of the harness can skip
 FORGET = ["sync of weights", "sync of products", "sync of arrival", "wait", "sync of a warp"]
-KINDS = list(SPECS)  # in the order of the kernels' registry
+KINDS = list(SPECS)  # in the order of the registry of cells
 H100 = {"multiprocessors": 132, "shared_bytes": 232448}
 
 
 class Call(ctypes.Structure):
-    """The harness's struct of the same name."""
+    """The struct `Call` of the harness."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("arithmetic", "cell", "reverse", "steps", "batch")]
@@ -63,14 +62,14 @@ class Call(ctypes.Structure):
 
 
 class Kernels:
-    """The two operators as the CUDA library implements them, on the harness."""
+    """The two operators of the CUDA library, run by the harness."""
 
     def __init__(self, library: ctypes.CDLL, choice: int = STEPWISE) -> None:
         self.library = library
-        self.walked: list[bool] = []  # for every call, whether the persistent schedule did it
+        self.persistent: list[bool] = []  # whether the persistent schedule ran, per call
         self.choice = choice
-        self.units = 0  # of a block, on a GPU with so few multiprocessors; 0: on an H100
-        self.resident = 1  # blocks of a walk that a multiprocessor holds
+        self.units = 0  # per block, on a GPU with just enough multiprocessors; 0: on an H100
+        self.resident = 1  # blocks that a multiprocessor can hold
         self.tf32 = False
         self.chunk_rows = 0
         self.descending = False
@@ -78,10 +77,10 @@ class Kernels:
         self.forget = 0
 
     def run(self, name: str, calls: list[Call]) -> None:
-        """One call a direction, done at once."""
+        """Runs one call per direction, all at the same time."""
         result = getattr(self.library, name)((Call * len(calls))(*calls), len(calls))
         assert result >= 0, self.library.last_failure().decode()
-        self.walked.append(result == 1)
+        self.persistent.append(result == 1)
 
     def forward(
         self,
@@ -182,7 +181,7 @@ class Kernels:
         batch_sizes: Tensor | None,
         steps: int,
     ) -> tuple[Call, list[Tensor]]:
-        """What both passes are told, and the tensors that must live as long as the call."""
+        """Returns the arguments of both passes, and tensors that must outlive the call."""
         directions, batch, out = h0.shape
         hidden = weights[0].shape[0] // SPECS[cell].gates
         w = split_weights(weights, directions)[direction]
@@ -200,7 +199,7 @@ class Kernels:
             hidden_size=w.w_ih.shape[0] // SPECS[cell].gates,
             proj_size=0 if w.w_hr is None else out,
             choice=self.choice,
-            **(H100 | self._few(hidden, directions)),
+            **(H100 | self._small_gpu(hidden, directions)),
             resident=self.resident,
             chunk_rows=self.chunk_rows,
             descending=self.descending,
@@ -225,8 +224,8 @@ class Kernels:
                 set_tensor(call, name, kept[-1])
         return call, kept
 
-    def _few(self, hidden: int, directions: int) -> dict[str, int]:
-        """As few multiprocessors as blocks of so many units, so that one walks all row tiles."""
+    def _small_gpu(self, hidden: int, directions: int) -> dict[str, int]:
+        """Returns a GPU with one multiprocessor per block of units; a block runs all row tiles."""
         if self.units == 0:
             return {}
         return {"multiprocessors": directions * math.ceil(hidden / self.units)}
@@ -241,12 +240,12 @@ def poison(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def margin(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A matrix of NaN with columns to spare, so that rows lie apart."""
+    """Returns a matrix of NaN with 3 extra columns between its rows."""
     return poison(rows, columns + 3, dtype=dtype)
 
 
 def spread(matrix: Tensor) -> Tensor:
-    """The same matrix with NaN between its rows: who reads there, shows it."""
+    """Returns a copy of the matrix with NaN between its rows, which reveals reads beyond a row."""
     wide = margin(matrix.shape[0], matrix.shape[1], matrix.dtype)
     wide[:, : matrix.shape[1]] = matrix
     return wide[:, : matrix.shape[1]]
@@ -264,7 +263,7 @@ def set_rows(call: Call, name: str, matrix: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The harness, compiled now."""
+    """Compiles the harness."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         pytest.skip("needs a C++ compiler")
@@ -284,7 +283,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
-    """The harness in place of the operators, for CPU tensors; it must have been used."""
+    """Replaces the operators for CPU tensors by the harness, and checks that it was used."""
     kernels = Kernels(library)
     monkeypatch.setattr(ops, "forward", kernels.forward)
     monkeypatch.setattr(ops, "_forward", kernels.forward)
@@ -292,7 +291,7 @@ def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[K
     monkeypatch.setattr(ops, "_backward", kernels.backward)
     yield kernels
     persistent = kernels.choice == PERSISTENT
-    assert kernels.walked == [persistent] * max(len(kernels.walked), 1)
+    assert kernels.persistent == [persistent] * max(len(kernels.persistent), 1)
 
 
 def make_input(*shape: int, dtype: torch.dtype, seed: int = 5) -> Tensor:
@@ -310,44 +309,15 @@ def make_states(module: nn.Module, batch: int, dtype: torch.dtype) -> Any:
 
 #          T, B, I, H
 SHAPES = [(1, 1, 1, 1), (6, 3, 4, 17), (3, 5, 2, 8), (11, 2, 5, 3), (2, 3, 1, 130)]
-# few rows, by dot products; then a tile of rows, two, and three; more groups of k than warps
+# dot products for few rows; one, two and three row tiles; more groups of k than warps
 PERSISTENT_SHAPES = [(1, 1, 1, 1), (6, 3, 4, 17), (5, 6, 2, 33), (4, 19, 3, 8), (3, 40, 3, 20)]
 WIDE_SHAPES = [(3, 2, 2, 300), (3, 7, 2, 300)]
 LENGTHS = [[4], [5, 5, 3, 1], [1, 6, 2, 6, 3]]
-MANY_LENGTHS = [
-    9,
-    8,
-    8,
-    8,
-    7,
-    7,
-    6,
-    6,
-    6,
-    6,
-    5,
-    5,
-    5,
-    5,
-    4,
-    4,
-    4,
-    3,
-    3,
-    3,
-    3,
-    2,
-    2,
-    2,
-    2,
-    2,
-    1,
-    1,
-    1,
-]
+MANY_LENGTHS = [9, 8, 8, 8, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4]
+MANY_LENGTHS += [3, 3, 3, 3, 2, 2, 2, 2, 2, 1, 1, 1]
 HALF_AND_FLOAT = [torch.float16, torch.bfloat16, torch.float32]
 
-# units of a block, 0: on an H100, whose row tiles then lie in blocks of their own
+# units per block; 0: on an H100, where each row tile has its own blocks
 persistent = pytest.mark.parametrize("units", [0, 8, 16])
 
 
@@ -366,7 +336,7 @@ def check_lengths(cell: str, lengths: list[int], hidden: int, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_padded(
+def test_stepwise_padded_input_matches_torch(
     kernels: Kernels, cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     check_padded(cell, shape, dtype)
@@ -375,7 +345,7 @@ def test_padded(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_rows_of_different_lengths(
+def test_stepwise_packed_input_matches_torch(
     kernels: Kernels, cell: str, lengths: list[int], dtype: torch.dtype
 ) -> None:
     check_lengths(cell, lengths, 7, dtype)
@@ -385,7 +355,7 @@ def test_rows_of_different_lengths(
 @pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
 @pytest.mark.parametrize("shape", PERSISTENT_SHAPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_persistent_padded(
+def test_persistent_padded_input_matches_torch(
     kernels: Kernels,
     cell: str,
     shape: tuple[int, int, int, int],
@@ -399,7 +369,7 @@ def test_persistent_padded(
 @pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
 @pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_persistent_wide(
+def test_persistent_matches_torch_for_wide_layers(
     kernels: Kernels, cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     kernels.choice = PERSISTENT
@@ -410,7 +380,7 @@ def test_persistent_wide(
 @pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
 @pytest.mark.parametrize("lengths", [*LENGTHS, MANY_LENGTHS], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_persistent_rows_of_different_lengths(
+def test_persistent_packed_input_matches_torch(
     kernels: Kernels, cell: str, lengths: list[int], dtype: torch.dtype, units: int
 ) -> None:
     kernels.choice, kernels.units = PERSISTENT, units
@@ -420,7 +390,7 @@ def test_persistent_rows_of_different_lengths(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"bias": False, "bidirectional": True}], ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_projection(
+def test_stepwise_projection_matches_torch(
     kernels: Kernels, packed: bool, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     module = build("lstm", 4, 9, proj_size=5, dtype=dtype, **options)
@@ -435,7 +405,7 @@ def test_projection(
 @pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
 @pytest.mark.parametrize(("hidden", "proj"), [(9, 5), (40, 33), (24, 1)])
 @pytest.mark.parametrize("lengths", [None, [5, 3, 3, 1], MANY_LENGTHS], ids=["20 rows", "4", "29"])
-def test_persistent_projection(
+def test_persistent_projection_matches_torch(
     kernels: Kernels,
     lengths: list[int] | None,
     hidden: int,
@@ -453,9 +423,7 @@ def test_persistent_projection(
 
 
 @pytest.mark.parametrize("proj", [0, 5])
-def test_blocks_that_would_not_be_resident_are_not_launched(
-    library: ctypes.CDLL, proj: int
-) -> None:
+def test_layers_that_cannot_be_resident_run_stepwise(library: ctypes.CDLL, proj: int) -> None:
     kernels = Kernels(library, PERSISTENT)
     x, h0, c0, weights = random_layer("lstm", (4, 3), 3, 9, proj=proj)
     results = []
@@ -463,7 +431,7 @@ def test_blocks_that_would_not_be_resident_are_not_launched(
         results.append(kernels.forward(x, h0, c0, weights, None, "lstm", True))
         y, h_n, c_n, saved = results[-1]
         results[-1] += kernels.backward(y, h_n, c_n, h0, c0, weights, None, y, saved, "lstm")
-    assert kernels.walked == [False, False, True, True]
+    assert kernels.persistent == [False, False, True, True]
 
     def exact(change: Change) -> tuple[Tensor, ...]:
         wide = (*(change(t) for t in (x, h0, c0)), [change(w) for w in weights])
@@ -473,14 +441,14 @@ def test_blocks_that_would_not_be_resident_are_not_launched(
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_rows(kernels: Kernels, cell: str) -> None:
+def test_empty_batch_matches_torch(kernels: Kernels, cell: str) -> None:
     module = build(cell, 3, 6, bidirectional=True, dtype=torch.float32)
     x = make_input(4, 0, 3, dtype=torch.float32)
     check(module, x, make_states(module, 0, torch.float32))
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_inputs(kernels: Kernels, cell: str) -> None:
+def test_input_size_0_matches_reference(kernels: Kernels, cell: str) -> None:
     spec = SPECS[cell]
     weights = [torch.randn(spec.gates * 4, size) for size in (0, 4)]
     h0 = torch.randn(1, 2, 4)
@@ -497,7 +465,7 @@ def test_no_inputs(kernels: Kernels, cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_steps_hand_the_state_through(library: ctypes.CDLL, cell: str) -> None:
+def test_no_steps_return_the_initial_state(library: ctypes.CDLL, cell: str) -> None:
     kernels = Kernels(library)
     gates = SPECS[cell].gates
     weights = [torch.randn(gates * 4, 3), torch.randn(gates * 4, 4)]
@@ -522,7 +490,7 @@ def test_no_steps_hand_the_state_through(library: ctypes.CDLL, cell: str) -> Non
 def random_layer(
     cell: str, rows: tuple[int, ...], batch: int, hidden: int, directions: int = 2, proj: int = 0
 ) -> tuple[Any, ...]:
-    """x of so many rows with 3 values each, h0, c0, weights."""
+    """Returns x (3 values per row), h0, c0, weights."""
     outputs = proj or hidden
     spec = SPECS[cell]
     generator = torch.Generator().manual_seed(3)
@@ -570,7 +538,7 @@ WAYS = [(STEPWISE, False), (PERSISTENT, False), (PERSISTENT, True)]
 @pytest.mark.parametrize(
     ("cell", "proj"), [*((cell, 0) for cell in CELLS), ("lstm", 11)], ids=[*CELLS, "projected"]
 )
-def test_chunks_and_order_change_no_bit(
+def test_chunks_and_thread_order_change_no_bit(
     library: ctypes.CDLL,
     cell: str,
     proj: int,
@@ -578,7 +546,7 @@ def test_chunks_and_order_change_no_bit(
     choice: int,
     tf32: bool,
 ) -> None:
-    """How many steps the input's product takes at a time, and which thread comes first."""
+    """Varies the number of rows per input product, and the order of the threads."""
     kernels = Kernels(library, choice)
     kernels.tf32 = tf32
     sizes = None if batch_sizes is None else torch.tensor(batch_sizes)
@@ -591,13 +559,11 @@ def test_chunks_and_order_change_no_bit(
     kernels.descending = True
     for kernels.seed in range(2, 7):
         assert_same(both_passes(kernels, cell, layer, sizes), expected)
-    assert all(walked == (choice == PERSISTENT) for walked in kernels.walked)
+    assert all(ran == (choice == PERSISTENT) for ran in kernels.persistent)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_row_tiles_of_one_block_or_of_several_change_no_bit(
-    library: ctypes.CDLL, cell: str
-) -> None:
+def test_row_tiles_per_block_change_no_bit(library: ctypes.CDLL, cell: str) -> None:
     kernels = Kernels(library, PERSISTENT)
     kernels.tf32 = True  # tensor cores
     sizes = torch.tensor([35, 33, 20, 3, 1])
@@ -611,12 +577,12 @@ def test_row_tiles_of_one_block_or_of_several_change_no_bit(
 @pytest.mark.parametrize("forget", range(1, 6), ids=FORGET)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("cell", "proj"), [("gru", 0), ("lstm", 33)], ids=["gru", "projected"])
-def test_every_barrier_is_needed(
+def test_missing_barrier_is_found(
     library: ctypes.CDLL, cell: str, proj: int, backward: bool, forget: int, tf32: bool
 ) -> None:
-    """And the order of threads is random enough to show it when one is missing."""
+    """Shows that every barrier is needed and that random thread orders reveal a missing one."""
     if backward and proj == 0 and FORGET[forget - 1] == "sync of weights":
-        pytest.skip("the first step back multiplies nothing, and its arrival is a barrier as well")
+        pytest.skip("the first backward step has no product, and its arrival is a barrier too")
     kernels = Kernels(library, PERSISTENT)
     kernels.tf32 = tf32
     sizes = torch.tensor([20, 18, 18, 5, 2])
@@ -624,20 +590,20 @@ def test_every_barrier_is_needed(
     y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, sizes, cell, True)
     d_c_n = c_n if c0 is not None else None
 
-    def walk() -> Tensor:
+    def result() -> Tensor:
         if not backward:
             return kernels.forward(x, h0, c0, weights, sizes, cell, False)[0]
         return kernels.backward(y, h_n, d_c_n, h0, c0, weights, sizes, y, saved, cell)[0]
 
-    expected = walk()
+    expected = result()
     kernels.forget = forget
     for kernels.seed in range(1, 6):
         try:
-            if not torch.equal(walk(), expected):
+            if not torch.equal(result(), expected):
                 return
-        except AssertionError:  # threads that wait at different barriers
+        except AssertionError:  # threads wait at different barriers
             return
-    pytest.fail("nobody has missed it")
+    pytest.fail("no thread order reveals the missing synchronisation")
 
 
 @pytest.mark.parametrize(("units", "gates"), [(8, 1), (8, 3), (8, 4), (16, 1), (16, 3), (16, 4)])
@@ -654,16 +620,12 @@ def test_partial_sums_have_no_bank_conflicts(library: ctypes.CDLL, units: int, g
         return {at[position] % 32 for position in positions}
 
     for tile in range(tiles):
-        for rows in (
-            range(4),
-            range(4, 8),
-            range(8, 12),
-            range(12, 16),
-        ):  # half a warp writes pairs
+        for first in range(0, 16, 4):  # half a warp writes 4 rows, a pair of values per lane
+            rows = range(first, first + 4)
             written = [(row, 8 * tile + column) for row in rows for column in range(8)]
             assert len(banks(written)) == 32
     for gate in range(gates):
-        for first in range(0, 16, 32 // units):  # a warp reads a row and unit a lane
+        for first in range(0, 16, 32 // units):  # each lane of a warp reads one row and unit
             rows = range(first, first + 32 // units)
             read = [(row, gate * units + unit) for row in rows for unit in range(units)]
             assert len(banks(read)) == 32
@@ -672,10 +634,10 @@ def test_partial_sums_have_no_bank_conflicts(library: ctypes.CDLL, units: int, g
 @persistent
 @pytest.mark.parametrize("shape", [(6, 7, 17), (4, 33, 40)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_persistent_in_tf32(
+def test_persistent_tf32_error_is_between_float32_and_float16(
     library: ctypes.CDLL, cell: str, shape: tuple[int, int, int], units: int
 ) -> None:
-    """Operands of recurrent products have float16's 10 bits; the input's product is exact here."""
+    """Operands of recurrent products have 10 bits, like float16. The input product is exact."""
     steps, batch, hidden = shape
     kernels = Kernels(library, PERSISTENT)
     kernels.tf32, kernels.units = True, units
@@ -697,7 +659,7 @@ def test_persistent_in_tf32(
         assert_is_between(fast[name], full[name], halves[name], exact, name)
 
 
-def test_memory_does_not_grow_with_steps(library: ctypes.CDLL) -> None:
+def test_workspace_does_not_grow_with_steps(library: ctypes.CDLL) -> None:
     def plan(steps: int, batch: int, hidden: int) -> tuple[int, int]:
         rows = torch.full((steps,), batch)
         offset = rows.cumsum(0) - rows
@@ -718,12 +680,12 @@ def test_memory_does_not_grow_with_steps(library: ctypes.CDLL) -> None:
     assert rows == (24 << 20) // (4 * 512 * 4)
     assert plan(100_000, 16, 512) == (rows, plan(10_000, 16, 512)[1])
     assert small <= 32 << 20
-    assert plan(10, 1, 8)[1] < 4096  # and a small problem asks for little
-    assert plan(2, 4096, 512)[1] >= 2 * 4096 * 4 * 512 * 4  # at least one step at a time
+    assert plan(10, 1, 8)[1] < 4096  # a small problem needs little
+    assert plan(2, 4096, 512)[1] >= 2 * 4096 * 4 * 512 * 4  # but holds at least one step
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_types_round_as_torch_does(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+def test_half_types_round_like_torch(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     code = ARITHMETIC[dtype]
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     wide = torch.empty(len(halves))
@@ -737,7 +699,7 @@ def test_half_types_round_as_torch_does(library: ctypes.CDLL, dtype: torch.dtype
     numbers = ~wide.isnan()
     assert torch.equal(wide[numbers].view(torch.int32), halves.float()[numbers].view(torch.int32))
 
-    # every half number, the two floats beside it, the middle to the next one and its neighbours
+    # Every half number, the midpoints between neighbours, and the floats adjacent to all of these.
     finite = halves[halves.isfinite()].float().unique()
     middles = (finite[1:].double() + finite[:-1].double()).div(2).float()
     largest = torch.tensor([65504.0, 65519.996, 65520.0, 1e5, 1e-9, 3e38, float("inf")])

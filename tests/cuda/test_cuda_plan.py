@@ -1,4 +1,4 @@
-"""The table that picks a GPU's schedule, asked where there is no GPU."""
+"""The choice of a CUDA schedule, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def plan(cell: str, batch: int, hidden: int, steps: int = 100, **options: Any) -
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_persistent_where_the_weights_fit(cell: str, dtype: str) -> None:
+def test_layers_that_fit_are_persistent(cell: str, dtype: str) -> None:
     for hidden in (1, 17, 128, 768, 1024):
         for training in (False, True):
             chosen = plan(cell, 16, hidden, dtype=dtype, training=training)
@@ -28,7 +28,7 @@ def test_persistent_where_the_weights_fit(cell: str, dtype: str) -> None:
     assert plan(cell, 16, 2113, dtype=dtype)["schedule"] == "stepwise"  # more than 132 x 16 units
 
 
-def test_shared_memory_bounds_the_size() -> None:
+def test_shared_memory_bounds_the_persistent_size() -> None:
     largest = {
         dtype: max(
             hidden
@@ -43,7 +43,7 @@ def test_shared_memory_bounds_the_size() -> None:
     assert plan("lstm", 16, 1024, dtype="float32", **small)["schedule"] == "stepwise"
 
 
-def test_what_is_never_persistent() -> None:
+def test_unsupported_calls_are_stepwise() -> None:
     for options in (
         {"dtype": "float64"},
         {"capability": 7},
@@ -57,19 +57,19 @@ def test_what_is_never_persistent() -> None:
         assert chosen["schedule"] == "stepwise"
 
 
-def test_projection() -> None:
+def test_projected_layers_are_persistent() -> None:
     for training in (False, True):
         chosen = plan("lstm", 16, 1024, proj_size=256, dtype="float16", training=training)
         assert chosen["schedule"] == "persistent"
         assert chosen["unit_blocks"] == 128
         assert chosen["output_blocks"] == 32
-    # two products' weights, of which the second is the smaller
+    # shared memory holds the weights of two products, the second of which is smaller
     plain = plan("lstm", 16, 256, dtype="float16")["shared_bytes"]
     assert plan("lstm", 16, 256, proj_size=255, dtype="float16")["shared_bytes"] > 1.2 * plain
 
 
-def test_what_is_too_little_or_too_much_unless_asked_for() -> None:
-    for batch, steps in ((16, 3), (2 * 4 * 16 + 1, 100)):  # 2 groups of blocks, 4 tiles of rows
+def test_few_steps_or_many_rows_are_persistent_only_on_request() -> None:
+    for batch, steps in ((16, 3), (2 * 4 * 16 + 1, 100)):  # 2 groups of blocks, 4 row tiles each
         assert plan("lstm", batch, 1024, steps, dtype="float16")["schedule"] == "stepwise"
         forced = plan("lstm", batch, 1024, steps, dtype="float16", schedule="persistent")
         assert forced["schedule"] == "persistent"
@@ -77,7 +77,7 @@ def test_what_is_too_little_or_too_much_unless_asked_for() -> None:
     assert plan("lstm", 2 * 4 * 16, 1024, dtype="float16")["schedule"] == "persistent"
 
 
-def test_tensor_cores() -> None:
+def test_tensor_cores_need_more_than_4_rows_and_reduced_precision() -> None:
     def has(dtype: str, batch: int, **options: Any) -> bool:
         return bool(plan("gru", batch, 256, dtype=dtype, **options)["tensor_cores"])
 
@@ -85,28 +85,28 @@ def test_tensor_cores() -> None:
     assert has("bfloat16", 64)
     assert has("float32", 5, tf32=True)
     assert not has("float16", 4)  # a tile of 16 rows would mostly idle
-    assert not has("float32", 64)  # exact
+    assert not has("float32", 64)  # float32 without TF32 is exact
 
 
-def test_blocks_share_out_rows() -> None:
+def test_row_tiles_are_divided_among_groups_of_blocks() -> None:
     chosen = plan("lstm", 64, 256, dtype="float16")
     assert chosen["unit_blocks"] == 32
     assert chosen["row_tiles"] == chosen["row_groups"] == 4
     assert chosen["blocks"] == 128
     assert chosen["units"] == 8
-    # with 8 units each of 64 blocks would walk two tiles
+    # with 8 units per block, each of 64 blocks would run two tiles
     both = plan("lstm", 64, 256, dtype="float16", directions=2)
     assert both["units"] == 16
     assert both["row_groups"] == 4
     assert both["blocks"] == 128
-    # 5 tiles, 4 groups of blocks: some walk two tiles, so 3 groups are as fast
+    # 5 tiles on 4 groups of blocks: some groups run two tiles, so 3 groups are as fast
     assert plan("lstm", 80, 256, dtype="float16", multiprocessors=64)["row_groups"] == 3
     assert plan("lstm", 64, 1024, dtype="float16", directions=2)["units"] == 16
     assert plan("lstm", 64, 1100, dtype="float16", directions=2)["schedule"] == "stepwise"
 
 
-def test_a_group_of_blocks_never_lacks_one() -> None:
-    """Blocks wait for one another, so all of them must be there, whatever the GPU."""
+def test_all_persistent_blocks_are_resident_on_every_gpu() -> None:
+    """Blocks wait for each other, so each multiprocessor count must hold all of them."""
     for multiprocessors in (1, 2, 7, 14, 46, 108, 132):
         for hidden in (1, 8, 9, 16, 100, 500, 2000):
             for batch in (1, 16, 17, 100, 1000):
@@ -127,7 +127,7 @@ def test_a_group_of_blocks_never_lacks_one() -> None:
                         assert chosen["blocks"] <= multiprocessors
 
 
-def test_memory_for_the_inputs_products_is_bounded() -> None:
+def test_workspace_of_the_input_product_is_bounded() -> None:
     for schedule, most in (("stepwise", 24 << 20), ("persistent", 256 << 20)):
         rows = {
             plan("lstm", 16, 512, steps, schedule=schedule)["chunk_rows"]
@@ -137,19 +137,19 @@ def test_memory_for_the_inputs_products_is_bounded() -> None:
         assert rows.pop() * 4 * 512 * 4 <= most
 
 
-def test_schedule_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_sets_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRNN_SCHEDULE", "stepwise")
     assert plan("lstm", 16, 128)["schedule"] == "stepwise"
     assert plan("lstm", 16, 128, schedule="auto")["schedule"] == "persistent"
     monkeypatch.setenv("FASTRNN_SCHEDULE", "")
     assert plan("lstm", 16, 128)["schedule"] == "persistent"
     monkeypatch.setenv("FASTRNN_SCHEDULE", "fast")
-    sentence = "FASTRNN_SCHEDULE must be auto, persistent or stepwise, got 'fast'"
-    with pytest.raises(ValueError, match=sentence):
+    message = "FASTRNN_SCHEDULE must be auto, persistent or stepwise, got 'fast'"
+    with pytest.raises(ValueError, match=message):
         plan("lstm", 16, 128)
 
 
-def test_refuses_what_no_layer_has() -> None:
+def test_plan_rejects_impossible_arguments() -> None:
     with pytest.raises(ValueError, match=r"cell must be one of rnn_tanh, .*, got 'elman'"):
         plan("elman", 1, 1)
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):

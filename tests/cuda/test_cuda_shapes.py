@@ -1,4 +1,4 @@
-"""An H100 walks the shapes of `test_cuda.py` in the ways that they are there for."""
+"""The shapes of `test_cuda.py` have the intended plans on an H100."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ KINDS = [
 @pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=str)
 @pytest.mark.parametrize("name", PERSISTENT_SHAPES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_plan(cell: str, name: str, dtype: torch.dtype, tf32: bool, training: bool) -> None:
+def test_shape_has_its_intended_plan(
+    cell: str, name: str, dtype: torch.dtype, tf32: bool, training: bool
+) -> None:
     shape = PERSISTENT_SHAPES[name]
     plan = shape.plan_on(cell, dtype, training, tf32=tf32)
     assert plan["schedule"] == "persistent"
@@ -33,7 +35,7 @@ def test_plan(cell: str, name: str, dtype: torch.dtype, tf32: bool, training: bo
 @pytest.mark.parametrize("batch", [3, 20])
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_hidden_sizes(cell: str, hidden_size: int, batch: int) -> None:
+def test_hidden_sizes_are_persistent(cell: str, hidden_size: int, batch: int) -> None:
     shape = Shape(4, batch, 8, hidden_size, 1, {})
     for dtype, tf32 in KINDS:
         for training in (False, True):
@@ -41,6 +43,6 @@ def test_hidden_sizes(cell: str, hidden_size: int, batch: int) -> None:
             assert plan["schedule"] == "persistent"
 
 
-def test_many_lengths() -> None:
+def test_many_lengths_span_one_to_three_row_tiles() -> None:
     assert len(MANY_LENGTHS) == 35
     assert sum(length > 5 for length in MANY_LENGTHS) <= 16 < len(MANY_LENGTHS)

@@ -1,4 +1,4 @@
-"""weight_dtype=torch.float16: recurrent weights in half the bytes, for one sequence on the CPU."""
+"""weight_dtype=torch.float16: recurrent weights in float16, for one sequence on the CPU."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastrnn import spec as specs
 
 HALF = torch.float16
 WIDENING = [name for name in _C.available_isas() if name != "baseline"]
-# an RNN's w_hh is just large enough
+# the smallest H for which the plan of an RNN uses float16 weights
 STEPS, HIDDEN = 30, 128
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_widening = pytest.mark.skipif(not WIDENING, reason="no loads that widen float16 here")
+needs_widening = pytest.mark.skipif(not WIDENING, reason="needs float16 conversion instructions")
 
 
 @pytest.fixture(params=WIDENING)
@@ -34,7 +34,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def outputs(module: nn.Module, *inputs: Any) -> dict[str, Tensor]:
-    """What a module returns without recording a gradient, by name."""
+    """Returns the results of a module by name, computed without gradients."""
     with torch.no_grad():
         y, hidden = module(*inputs)
     states = (hidden,) if isinstance(hidden, Tensor) else hidden
@@ -46,7 +46,7 @@ def rounded(w_hh: Tensor) -> Tensor:
 
 
 def with_rounded_weights(module: nn.Module) -> nn.Module:
-    """A copy that computes in float32, of weights that are float16 numbers."""
+    """Returns a float32 copy whose recurrent weights are rounded to float16 numbers."""
     twin = copy.deepcopy(module)
     twin.weight_dtype = None
     with torch.no_grad():
@@ -60,7 +60,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-# --- what it computes ----------------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((cell, {}) for cell in CELLS),
@@ -72,7 +72,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("hidden", [HIDDEN, 131, 150])
 @pytest.mark.parametrize(("cell", "options"), OPTIONS, ids=str)
-def test_computes_with_rounded_weights(
+def test_results_match_rounded_weights(
     isa: str, cell: str, options: dict[str, Any], hidden: int
 ) -> None:
     module = build(cell, 5, hidden, weight_dtype=HALF, **options)
@@ -84,17 +84,17 @@ def test_computes_with_rounded_weights(
     assert not torch.equal(ours["y"], outputs(module, x)["y"])
 
 
-def test_sums_are_those_of_the_kernel_for_float32(isa: str) -> None:
+def test_results_match_the_float32_kernel(isa: str) -> None:
     for cell in CELLS:
         module = build(cell, 5, 150, weight_dtype=HALF)
         x = torch.randn(STEPS, 1, 5)
         twin = with_rounded_weights(module)
-        # a last block of fewer vectors may add in another order
+        # A last block with fewer vectors may sum in another order.
         assert_agrees(outputs(module, x), outputs(twin, x), exact_call(twin, x, call=outputs))
 
 
 @pytest.mark.skipif("avx512" not in WIDENING, reason="needs AVX-512")
-def test_both_widths_of_conversion_give_the_same_sums() -> None:
+def test_both_conversion_widths_give_equal_results() -> None:
     code = """
 import torch, fastrnn
 torch.manual_seed(5)
@@ -111,7 +111,7 @@ for name in ("RNN", "GRU", "LSTM"):  # tiles of 4, 2 or 1, of 3, and of 4 vector
 
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_threads_share_the_panels(isa: str, threads: int, bidirectional: bool) -> None:
+def test_several_threads_match_one_thread(isa: str, threads: int, bidirectional: bool) -> None:
     module = build("lstm", 5, 150, weight_dtype=HALF, bidirectional=bidirectional)
     x = torch.randn(STEPS, 1, 5)
     alone = outputs(module, x)
@@ -122,7 +122,7 @@ def test_threads_share_the_panels(isa: str, threads: int, bidirectional: bool) -
     assert_agrees(together, alone, exact_call(twin, x, call=outputs))
 
 
-def test_a_packed_sequence(isa: str) -> None:
+def test_packed_sequence_matches_padded_input(isa: str) -> None:
     module = build("gru", 5, HIDDEN, weight_dtype=HALF)
     x = torch.randn(STEPS, 1, 5)
     packed = nn.utils.rnn.pack_padded_sequence(x, [STEPS])
@@ -133,10 +133,10 @@ def test_a_packed_sequence(isa: str) -> None:
     assert torch.equal(h_n, padded["h_n"])
 
 
-# --- how exact it is -----------------------------------------------------------------------------
+# --- accuracy ------------------------------------------------------------------------------------
 
 
-def test_a_step_moves_by_no_more_than_the_formula(isa: str) -> None:
+def test_rounding_error_of_a_step_is_bounded(isa: str) -> None:
     for hidden in (HIDDEN, 300):
         module = build("rnn_tanh", 5, hidden, weight_dtype=HALF)
         x, h0 = torch.randn(STEPS, 1, 5), torch.randn(1, 1, hidden)
@@ -150,7 +150,7 @@ def test_a_step_moves_by_no_more_than_the_formula(isa: str) -> None:
 
 @pytest.mark.parametrize("steps", [24, 300])
 @pytest.mark.parametrize("cell", CELLS)
-def test_error_is_below_what_is_documented(isa: str, cell: str, steps: int) -> None:
+def test_error_is_below_the_documented_bound(isa: str, cell: str, steps: int) -> None:
     for hidden in (HIDDEN, 256):
         module = build(cell, hidden, hidden, weight_dtype=HALF)
         x = torch.randn(steps, 1, hidden)
@@ -178,7 +178,7 @@ def test_weights_beyond_float16_saturate(isa: str) -> None:
     assert outputs(module, x, -h0)["y"][0, 0, : len(values)].tolist() == expected
 
 
-def test_infinities_and_nan_are_not_hidden(isa: str) -> None:
+def test_infinite_and_nan_weights_propagate(isa: str) -> None:
     for value in (float("inf"), float("nan")):
         module = build("rnn_relu", 1, HIDDEN, weight_dtype=HALF)
         with torch.no_grad():
@@ -187,14 +187,14 @@ def test_infinities_and_nan_are_not_hidden(isa: str) -> None:
         assert not y[0, 0, 3].isfinite()
 
 
-# --- where it acts -------------------------------------------------------------------------------
+# --- calls that use float16 weights --------------------------------------------------------------
 
 
 def planned(*arguments: Any, **options: Any) -> bool:
     return _C.plan(*arguments, **{"half_weights": True, **options})["half_weights"]
 
 
-def test_plan(isa: str) -> None:
+def test_plan_uses_float16_weights_for_long_single_sequences(isa: str) -> None:
     assert planned("lstm", 100, 1, 256, 256)
     assert planned("lstm", 100, 1, 256, 256, threads=2, directions=2)
     assert not planned("lstm", 100, 1, 256, 256, half_weights=False)
@@ -210,7 +210,7 @@ def test_plan(isa: str) -> None:
     assert not planned("lstm", 100, 1, 256, 64, proj_size=63)
 
 
-def test_the_baseline_keeps_float32() -> None:
+def test_baseline_uses_float32_weights() -> None:
     _C.set_isa("baseline")
     try:
         assert not planned("lstm", 100, 1, 256, 256)
@@ -233,7 +233,7 @@ def test_the_baseline_keeps_float32() -> None:
     ],
     ids=str,
 )
-def test_other_calls_are_as_without(steps: int, batch: int, dtype: torch.dtype) -> None:
+def test_other_calls_ignore_weight_dtype(steps: int, batch: int, dtype: torch.dtype) -> None:
     module = build("gru", 5, HIDDEN, weight_dtype=HALF, dtype=dtype)
     x = torch.randn(steps, batch, 5, dtype=dtype)
     half = outputs(module, x)
@@ -241,7 +241,7 @@ def test_other_calls_are_as_without(steps: int, batch: int, dtype: torch.dtype) 
     assert same(half, outputs(module, x))
 
 
-def test_training_is_as_without() -> None:
+def test_training_ignores_weight_dtype() -> None:
     module = build("lstm", 5, HIDDEN, weight_dtype=HALF)
     twin = copy.deepcopy(module)
     twin.weight_dtype = None
@@ -255,7 +255,7 @@ def test_training_is_as_without() -> None:
 
 
 @needs_widening
-def test_frozen_parameters_record_no_gradient() -> None:
+def test_calls_without_gradients_use_float16_weights() -> None:
     module = build("gru", 5, HIDDEN, weight_dtype=HALF)
     x = torch.randn(STEPS, 1, 5)
     half = outputs(module, x)["y"]
@@ -265,11 +265,11 @@ def test_frozen_parameters_record_no_gradient() -> None:
     assert not torch.equal(module(x)[0], half)
 
 
-# --- the argument --------------------------------------------------------------------------------
+# --- the argument weight_dtype -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_copies_keep_it(cell: str) -> None:
+def test_copies_keep_weight_dtype(cell: str) -> None:
     module = build(cell, 5, HIDDEN, weight_dtype=HALF)
     for other in (copy.deepcopy(module), copy.copy(module), pickle.loads(pickle.dumps(module))):
         assert other.weight_dtype is HALF
@@ -279,7 +279,7 @@ def test_copies_keep_it(cell: str) -> None:
     )
 
 
-def test_modules_without_it_have_no_attribute_of_ours() -> None:
+def test_modules_without_weight_dtype_have_the_attributes_of_torch() -> None:
     module = build("lstm", 5, 7)
     assert module.weight_dtype is None
     assert vars(module).keys() == vars(nn.LSTM(5, 7)).keys()
@@ -291,32 +291,32 @@ def test_modules_without_it_have_no_attribute_of_ours() -> None:
     assert converted.extra_repr() == "5, 7, weight_dtype=torch.float16"
 
 
-def test_patched_names_take_it() -> None:
+def test_patched_classes_accept_weight_dtype() -> None:
     with fastrnn.patch():
         module = nn.LSTM(5, 7, weight_dtype=HALF)
     assert module.weight_dtype is HALF
 
 
 @pytest.mark.parametrize("wrong", [torch.bfloat16, torch.int8, torch.float32, "float16", 16])
-def test_anything_else_is_refused(wrong: Any) -> None:
-    says = f"weight_dtype must be None or torch.float16, got {wrong!r}"
+def test_other_weight_dtypes_are_rejected(wrong: Any) -> None:
+    message = f"weight_dtype must be None or torch.float16, got {wrong!r}"
     for name in ("RNN", "LSTM", "GRU"):
-        with pytest.raises(ValueError, match=f"^{says}$"):
+        with pytest.raises(ValueError, match=f"^{message}$"):
             getattr(fastrnn, name)(3, 4, weight_dtype=wrong)
     module = fastrnn.GRU(3, 4)
-    with pytest.raises(ValueError, match=f"^{says}$"):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         module.weight_dtype = wrong
-    with pytest.raises(ValueError, match=f"^{says}$"):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         call(module, torch.randn(5, 1, 3), weight_dtype=wrong)
 
 
-def test_it_is_no_positional_argument() -> None:
+def test_weight_dtype_is_keyword_only() -> None:
     with pytest.raises(TypeError):
         fastrnn.LSTM(3, 4, 1, True, False, 0.0, False, 0, None, None, HALF)
 
 
 def call(module: nn.Module, x: Tensor, **options: Any) -> Tensor:
-    """The output of the function that belongs to a module of one layer."""
+    """Returns the output of `functional.lstm` or `functional.gru` for a module of one layer."""
     h0 = torch.zeros(1, 1, module.hidden_size)
     is_lstm = isinstance(module, fastrnn.LSTM)
     function = functional.lstm if is_lstm else functional.gru
@@ -327,7 +327,7 @@ def call(module: nn.Module, x: Tensor, **options: Any) -> Tensor:
         )[0]
 
 
-def test_functions_take_it(isa: str) -> None:
+def test_functions_accept_weight_dtype(isa: str) -> None:
     for cell in ("gru", "lstm"):
         module = build(cell, 5, HIDDEN, weight_dtype=HALF)
         x = torch.randn(STEPS, 1, 5)
@@ -336,7 +336,7 @@ def test_functions_take_it(isa: str) -> None:
         assert not torch.equal(call(module, x), half)
 
 
-def test_operator() -> None:
+def test_operator_with_half_weights_passes_opcheck() -> None:
     spec = specs.CELLS["gru"]
     module = build("gru", 5, HIDDEN)
     weights = [w.detach() for w in module.parameters()]
@@ -350,7 +350,7 @@ def test_operator() -> None:
 
 
 @needs_widening
-def test_compiled_code_has_it() -> None:
+def test_compiled_module_uses_float16_weights() -> None:
     module = build("gru", 5, HIDDEN, weight_dtype=HALF)
     x = torch.randn(STEPS, 1, 5)
     with torch.no_grad():

@@ -1,18 +1,19 @@
-"""A signal ends a long call on the CPU, whatever its handler raises; the next call is right."""
+"""Signals during long CPU calls: the call ends with the handler's exception, the next one works."""
 
 from __future__ import annotations
 
 import pytest
 from support import run_python
 
-# Without the interruption a call ends in its own time, and Python's handler runs then. So the time
-# is what tells: that of the whole call is estimated from one of a twentieth of its length.
+# A call without interruption support would complete, and Python's handler would run afterwards.
+# Only the time of the call tells them apart. It is compared with that of a call of a twentieth of
+# the length.
 PREAMBLE = """
 import os, signal, threading, time
 import torch, fastrnn
 from fastrnn import _C
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
 
 def expect(exception, call, short):
     short()
@@ -53,7 +54,7 @@ def check():
     ],
     ids=str,
 )
-def test_forward(module: str, shape: tuple[int, int], threads: int) -> None:
+def test_signal_ends_forward(module: str, shape: tuple[int, int], threads: int) -> None:
     code = f"""
 torch.set_num_threads({threads})
 module = fastrnn.{module}
@@ -65,7 +66,7 @@ check()
     run_python(PREAMBLE + code)
 
 
-def test_packed() -> None:
+def test_signal_ends_packed_forward() -> None:
     code = """
 module = fastrnn.LSTM(64, 256)
 def pack(steps):
@@ -82,8 +83,8 @@ check()
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("inputs", "hidden", "steps"), [(8, 1024, 6_000), (1024, 32, 60_000)])
-def test_backward(inputs: int, hidden: int, steps: int, threads: int) -> None:
-    """The walk back, or (of a wide input) mostly the products after it."""
+def test_signal_ends_backward(inputs: int, hidden: int, steps: int, threads: int) -> None:
+    """Interrupts the backward time loop or, for a wide input, the gradient products after it."""
     code = f"""
 torch.set_num_threads({threads})
 module = fastrnn.GRU({inputs}, {hidden})
@@ -96,8 +97,8 @@ check()
     run_python(PREAMBLE + code)
 
 
-def test_a_handler_may_raise_anything_or_return() -> None:
-    """Its own exception arrives, even a RuntimeError; a handler that returns changes no bit."""
+def test_handler_may_raise_or_return() -> None:
+    """The handler's exception reaches the caller. A handler that returns changes no bit."""
     code = """
 class Mine(RuntimeError):
     pass

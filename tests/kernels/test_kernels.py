@@ -1,4 +1,4 @@
-"""The CPU's kernels, instruction set by instruction set, against the float64 reference."""
+"""CPU kernels of every instruction set against the float64 reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 class Case:
-    """Random arguments of one layer, and everything that comes out of it."""
+    """Random arguments of one layer, and its outputs and gradients."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Case:
         self.c0 = torch.randn(directions, batch, hidden) if spec.has_cell_state else None
 
     def run(self, layer: Any, change: Change) -> dict[str, Tensor]:
-        """All outputs and gradients; every number that goes in has gone through ``change``."""
+        """Returns all outputs and gradients. Applies ``change`` to every input first."""
         leaves = {"x": self.x, "h0": self.h0}
         if self.c0 is not None:
             leaves["c0"] = self.c0
@@ -96,7 +96,7 @@ class Case:
         return result | {f"d_{n}": g for n, g in zip(leaves, gradients, strict=True)}
 
     def changed(self, change: Change) -> Case:
-        """The same case, whose numbers have gone through ``change``."""
+        """Returns a copy of the case with ``change`` applied to every input."""
         other = copy.copy(self)
         other.x, other.h0 = change(self.x), change(self.h0)
         other.c0 = None if self.c0 is None else change(self.c0)
@@ -107,7 +107,7 @@ class Case:
         return self.run(layer, lambda value: value.to(dtype, copy=True))
 
     def exact(self, dtype: torch.dtype) -> Exact:
-        """The truth of the numbers as ``dtype`` rounds them."""
+        """Returns the exact results for the inputs, rounded to ``dtype``."""
         return lambda change: self.run(reference.layer, lambda value: change(value.to(dtype)))
 
     def check(self, dtype: torch.dtype) -> None:
@@ -133,7 +133,7 @@ SHAPES: list[tuple[int, int, int, int, dict[str, Any]]] = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_layer(
+def test_layer_matches_reference(
     isa: str, threads: int, cell: str, shape: tuple[Any, ...], dtype: torch.dtype
 ) -> None:
     *sizes, options = shape
@@ -153,7 +153,7 @@ def test_layer(
     ],
     ids=str,
 )
-def test_projection(
+def test_projection_matches_reference(
     isa: str, threads: int, sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     Case(CELLS["lstm"], *sizes, **options).check(dtype)
@@ -161,7 +161,7 @@ def test_projection(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_half_types_add_in_float32(isa: str, cell: str, dtype: torch.dtype) -> None:
+def test_half_types_accumulate_in_float32(isa: str, cell: str, dtype: torch.dtype) -> None:
     Case(CELLS[cell], 9, 3, 5, 21, directions=2).check(dtype)
 
 
@@ -175,8 +175,8 @@ def test_long_sequences_are_projected_in_chunks(isa: str, cell: str) -> None:
 
 @pytest.mark.parametrize("batch", range(1, 9))
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_weights_as_they_lie(isa: str, threads: int, cell: str, batch: int) -> None:
-    """Every height of a tile; units and sums that do and do not fill vectors and tiles."""
+def test_unpacked_weights_match_reference(isa: str, threads: int, cell: str, batch: int) -> None:
+    """Covers every tile height, and sizes that do and do not fill vectors and tiles."""
     sizes = (3, batch, 64 + batch, 107 + batch)
     assert not _C.plan(cell, *sizes)["packed"]
     case = Case(CELLS[cell], *sizes)
@@ -184,13 +184,13 @@ def test_weights_as_they_lie(isa: str, threads: int, cell: str, batch: int) -> N
     case.check(torch.float64)
 
 
-def test_weights_beyond_the_shared_cache_are_projected_ahead() -> None:
+def test_input_is_projected_ahead_if_weights_exceed_the_shared_cache() -> None:
     assert _C.plan("lstm", 2, 6, 1100, 1100, threads=2)["input"] == "ahead"
     Case(CELLS["lstm"], 2, 6, 1100, 1100).check(torch.float32)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_blocks_are_shared_out(isa: str, threads: int, cell: str) -> None:
+def test_shared_blocks_match_reference(isa: str, threads: int, cell: str) -> None:
     gates = CELLS[cell].gates
     hidden = {1: 520, 3: 300, 4: 260}[gates]
     plan = _C.plan(cell, 18, 15, hidden, hidden, threads=threads)
@@ -198,11 +198,11 @@ def test_blocks_are_shared_out(isa: str, threads: int, cell: str) -> None:
     Case(CELLS[cell], 18, 15, hidden, hidden).check(torch.float32)
 
 
-# --- the products after the walk back ------------------------------------------------------------
+# --- gradient products after the backward time loop ----------------------------------------------
 
 
 def gradients_of(case: Case, layer: Any, needs: list[bool]) -> list[Tensor | None]:
-    """d_x and d_weights by one of the ways in `ops`, for some gradients of the outputs."""
+    """Returns d_x and d_weights from one of the gradient functions in `ops`."""
     given = (case.x, case.h0, case.c0, case.weights, case.batch_sizes)
     y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*given, case.spec.name, True)
     d_outputs = (y.cos(), h_n, c_n if case.spec.has_cell_state else None)
@@ -218,7 +218,7 @@ def gradients_of(case: Case, layer: Any, needs: list[bool]) -> list[Tensor | Non
 )
 @pytest.mark.parametrize("sizes", [(1, 3, 5, 7), (3, 40, 6, 9), (40, 3, 6, 9)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_products_are_those_of_torch(cell: str, sizes: tuple[int, ...], options: Any) -> None:
+def test_gradient_products_match_torch(cell: str, sizes: tuple[int, ...], options: Any) -> None:
     steps, batch, inputs, hidden = sizes
     case = Case(CELLS[cell], steps, batch, inputs, hidden, **options)
     needs = [True] * (1 + len(case.weights))
@@ -233,8 +233,8 @@ def test_products_are_those_of_torch(cell: str, sizes: tuple[int, ...], options:
 
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("sizes", [[1], [3], [2, 2], [4, 1], [5, 5, 5, 3, 3, 2, 1, 1], [3, 2, 1]])
-def test_states_before_packed_rows(sizes: list[int], backwards: bool) -> None:
-    """Slices for eager code and indices for compiled code are those of a loop over the rows."""
+def test_previous_states_of_packed_rows_match_a_loop(sizes: list[int], backwards: bool) -> None:
+    """Slices (eager code) and indices (compiled code) give the states of a loop over the rows."""
     y, h0 = torch.randn(sum(sizes), 3), torch.randn(sizes[0], 3)
     rows = list(zip(y.split(sizes), sizes, strict=True))
     states, expected = h0, []
@@ -248,12 +248,14 @@ def test_states_before_packed_rows(sizes: list[int], backwards: bool) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_products_of_several_blocks_and_a_rest(isa: str, threads: int, cell: str) -> None:
+def test_gradients_of_several_blocks_and_a_remainder_match_reference(
+    isa: str, threads: int, cell: str
+) -> None:
     Case(CELLS[cell], 9, 33, 270, 90, directions=2).check(torch.float32)
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_only_products_that_are_needed_are_made(cell: str) -> None:
+def test_only_needed_gradients_are_computed(cell: str) -> None:
     proj = 3 if cell == "lstm" else 0
     case = Case(CELLS[cell], 4, 3, 5, 7, proj, directions=2)
     count = 1 + len(case.weights)
@@ -271,7 +273,7 @@ def test_gradients_do_not_share_memory() -> None:
     assert len({g.untyped_storage().data_ptr() for g in gradients if g is not None}) == 5
 
 
-def test_gradients_refuse_what_forward_did_not_return() -> None:
+def test_layer_gradients_rejects_wrong_tensors() -> None:
     case = Case(CELLS["gru"], 3, 2, 4, 5)
     given = (case.h0, None, case.weights, None)
     y, h_n, _, saved = torch.ops.fastrnn.layer_forward(case.x, *given, "gru", True)
@@ -299,14 +301,16 @@ def test_gradients_refuse_what_forward_did_not_return() -> None:
 # --- plans ---------------------------------------------------------------------------------------
 
 
-def test_threads_have_work_enough() -> None:
+def test_plan_uses_threads_only_for_enough_work() -> None:
     assert _C.plan("rnn_tanh", 100, 1, 8, 8, threads=8)["threads"] == 1
-    assert _C.plan("lstm", 1, 1, 64, 64, threads=8)["threads"] == 1  # one step: not worth waking
+    assert (
+        _C.plan("lstm", 1, 1, 64, 64, threads=8)["threads"] == 1
+    )  # one step does not pay for waking threads
     assert _C.plan("lstm", 100, 1, 128, 128, threads=2)["threads"] == 2
     assert _C.plan("lstm", 100, 32, 256, 256, threads=8)["threads"] == 8
 
 
-def test_groups_multiply_to_threads() -> None:
+def test_plan_groups_multiply_to_threads() -> None:
     for batch in (1, 5, 16, 40, 200):
         for hidden in (1, 16, 17, 64, 300):
             for training in (False, True):
@@ -314,24 +318,25 @@ def test_groups_multiply_to_threads() -> None:
                 assert plan["row_groups"] * plan["unit_groups"] == plan["threads"]
 
 
-def test_rows_are_cut_where_units_cannot_be() -> None:
+def test_plan_splits_rows_if_there_are_too_few_units() -> None:
     plan = _C.plan("rnn_tanh", 100, 500, 300, 4, threads=4)
     assert plan["row_groups"] == plan["threads"] > 1
 
 
-def test_blocks_of_units_stay_balanced() -> None:
+def test_plan_balances_blocks_of_units() -> None:
     lanes = _C.plan("rnn_tanh", 9, 9, 9, 9)["vector_lanes"]
     assert _C.plan("rnn_tanh", 100, 6, 300, 8 * lanes, threads=2)["unit_vectors"] == 4
     assert _C.plan("rnn_tanh", 100, 6, 300, 2 * lanes, threads=2)["unit_vectors"] == 1
     assert _C.plan("lstm", 100, 6, 300, 8 * lanes, threads=2)["unit_vectors"] == 1
 
 
-def test_few_rows_are_multiplied_with_weights_as_they_lie() -> None:
+def test_plan_packs_weights_from_a_number_of_rows_on() -> None:
     def packed(steps: int, batch: int, hidden: int, proj: int = 0, training: bool = False) -> bool:
         plan = _C.plan("lstm", steps, batch, 64, hidden, proj_size=proj, training=training)
         return bool(plan["packed"])
 
-    # a row for 5 units, of 8 sequences and more a row for 2, of one step a row a unit
+    # Packing in forward needs R / 5 rows (R up to 512), R / 2 from 8 sequences on, and R for a
+    # single step, where R is the size of h.
     assert (packed(12, 1, 64), packed(13, 1, 64)) == (False, True)
     assert (packed(3, 8, 64), packed(4, 8, 64)) == (False, True)
     assert (packed(1, 63, 64), packed(1, 64, 64)) == (False, True)
@@ -341,7 +346,7 @@ def test_few_rows_are_multiplied_with_weights_as_they_lie() -> None:
     assert packed(15, 1, 64, training=True)
 
 
-def test_directions_go_together_where_that_saves_barriers() -> None:
+def test_plan_runs_directions_together_if_that_saves_barriers() -> None:
     def together(hidden: int, batch: int, threads: int, directions: int = 2) -> int:
         plan = _C.plan("gru", 100, batch, 64, hidden, threads=threads, directions=directions)
         assert plan["threads"] * plan["together"] <= threads
@@ -349,13 +354,13 @@ def test_directions_go_together_where_that_saves_barriers() -> None:
 
     assert together(64, 1, threads=2) == 2
     assert together(64, 1, threads=4) == 2
-    assert together(64, 1, threads=1) == 1  # nobody to share with
+    assert together(64, 1, threads=1) == 1  # no second thread
     assert together(64, 1, threads=2, directions=1) == 1
-    assert together(64, 64, threads=2) == 1  # rows are cut: no barriers anyway
-    assert together(2048, 1, threads=2) == 1  # weights beyond a core's cache
+    assert together(64, 64, threads=2) == 1  # split by rows, which needs no barriers
+    assert together(2048, 1, threads=2) == 1  # weights exceed the cache of a core
 
 
-def test_plan_refuses_what_no_layer_has() -> None:
+def test_plan_rejects_impossible_arguments() -> None:
     with pytest.raises(ValueError, match=r"cell must be one of rnn_tanh, .*, got 'elman'"):
         _C.plan("elman", 1, 1, 1, 1)
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
@@ -366,7 +371,7 @@ def test_plan_refuses_what_no_layer_has() -> None:
         _C.plan("gru", 1, 1, 1, 1, directions=0)
 
 
-def test_isa_is_forced_and_given_back() -> None:
+def test_set_isa_forces_and_restores_the_instruction_set() -> None:
     best = _C.cpu_capability()
     for name in ISAS:
         _C.set_isa(name)
@@ -378,17 +383,17 @@ def test_isa_is_forced_and_given_back() -> None:
         _C.set_isa("mmx")
 
 
-def test_environment_variables_force_choices() -> None:
+def test_environment_variables_set_isa_and_threads() -> None:
     code = "from fastrnn import _C; print(_C.cpu_capability(), _C.max_threads())"
     assert run_python(code, FASTRNN_ISA="baseline", FASTRNN_THREADS="3") == "baseline 3"
     assert run_python(code, FASTRNN_ISA="", FASTRNN_THREADS="") == f"{ISAS[-1]} 0"
 
 
-# --- the functions gates are made of -------------------------------------------------------------
+# --- activation functions ------------------------------------------------------------------------
 
 
 def activation(cell: str, x: Tensor) -> Tensor:
-    """f(x) by a layer of one unit that passes its input through."""
+    """Returns f(x), computed by a layer with one unit and an input weight of 1."""
     one = torch.ones(1, 1, dtype=x.dtype)
     zero = torch.zeros(1, x.numel(), 1, dtype=x.dtype)
     y, _, _ = ops.layer(x.view(1, -1, 1), zero, None, [one, 0 * one], None, CELLS[cell])
@@ -396,11 +401,11 @@ def activation(cell: str, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_activations_keep_their_relative_accuracy(isa: str, dtype: torch.dtype) -> None:
+def test_activations_have_a_relative_error_of_3_eps(isa: str, dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     x = torch.cat([torch.linspace(-30, 30, 20001), torch.logspace(-30, 0, 500)]).to(dtype)
     x = torch.cat([x, -x])
-    # the truth in more digits than float64 is not at hand: libm errs by half a unit
+    # The float64 reference itself errs by half a unit (libm), which the bound includes.
     for cell, truth in (
         ("rnn_tanh", torch.tanh(x.double())),
         ("rnn_sigmoid", torch.sigmoid(x.double())),
@@ -411,7 +416,7 @@ def test_activations_keep_their_relative_accuracy(isa: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_activations_at_the_ends(isa: str, dtype: torch.dtype) -> None:
+def test_activations_of_infinity_nan_and_zero_match_torch(isa: str, dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([inf, -inf, nan, 0.0, -0.0, 1e30, -1e30], dtype=dtype)
     for cell, function in (
@@ -426,14 +431,14 @@ def test_activations_at_the_ends(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_results_repeat_to_the_bit(threads: int, cell: str) -> None:
+def test_results_are_bitwise_reproducible(threads: int, cell: str) -> None:
     case = Case(CELLS[cell], 20, 9, 12, 70, directions=2)
     first, second = (case.compute(ops.layer, torch.float32) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-def test_many_python_threads_at_once() -> None:
+def test_calls_from_many_python_threads_match_reference() -> None:
     cases = [Case(CELLS[cell], 15, 8, 16, 64) for cell in CELLS for _ in range(2)]
     expected = [case.compute(ops.layer, torch.float32) for case in cases]
     wrong: list[str] = []
@@ -463,8 +468,8 @@ def total(): return layer(x)[0].double().sum().item()
 """
 
 
-def test_a_pool_that_grants_fewer_threads_than_promised() -> None:
-    """OpenMP's thread limit leaves the caller alone in its region: it must not wait for others."""
+def test_call_completes_if_openmp_grants_fewer_threads() -> None:
+    """With OpenMP's thread limit only the calling thread runs, and must not wait for others."""
     code = SMALL_RUN + "torch.set_num_threads(4); print(torch.get_num_threads(), total())"
     promised, alone = run_python(code, OMP_THREAD_LIMIT="1").split()
     _, together = run_python(code).split()
@@ -472,17 +477,17 @@ def test_a_pool_that_grants_fewer_threads_than_promised() -> None:
     assert float(alone) == pytest.approx(float(together), rel=1e-5)
 
 
-def test_more_threads_than_cores() -> None:
+def test_more_threads_than_cores_give_the_same_result() -> None:
     code = SMALL_RUN + "torch.set_num_threads(16); print(total())"
     assert float(run_python(code)) == pytest.approx(
         float(run_python(SMALL_RUN + "torch.set_num_threads(1); print(total())")), rel=1e-5
     )
 
 
-# --- arguments that nobody checked before --------------------------------------------------------
+# --- checks of the operators ---------------------------------------------------------------------
 
 
-def test_operators_refuse_what_would_break_them() -> None:
+def test_layer_forward_rejects_wrong_tensors() -> None:
     spec = CELLS["lstm"]
     case = Case(spec, 3, 2, 4, 5)
     forward = torch.ops.fastrnn.layer_forward
@@ -500,7 +505,7 @@ def test_operators_refuse_what_would_break_them() -> None:
         return forward(**{**arguments, **changed})
 
     call()
-    refused: list[dict[str, Any]] = [
+    rejected: list[dict[str, Any]] = [
         {"x": case.x[0]},
         {"x": case.x[:, :, :3]},
         {"x": case.x.double()},
@@ -523,14 +528,14 @@ def test_operators_refuse_what_would_break_them() -> None:
         {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2.0, 2.0, 2.0])},
         {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2, 2, 2, 0])},
     ]
-    for changed in refused:
+    for changed in rejected:
         with pytest.raises(RuntimeError):
             call(**changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_step_without_time_and_direction(cell: str, dtype: torch.dtype) -> None:
+def test_single_step_operators_match_a_layer_of_one_step(cell: str, dtype: torch.dtype) -> None:
     case = Case(CELLS[cell], 1, 3, 4, 5)
     weights = [w.to(dtype) for w in case.weights]
     x, h0 = case.x.to(dtype), case.h0.to(dtype)
@@ -561,7 +566,7 @@ def test_one_step_without_time_and_direction(cell: str, dtype: torch.dtype) -> N
     )
 
 
-def test_backward_refuses_what_forward_did_not_return() -> None:
+def test_layer_backward_rejects_wrong_tensors() -> None:
     case = Case(CELLS["gru"], 3, 2, 4, 5)
     y, h_n, _, saved = torch.ops.fastrnn.layer_forward(
         case.x, case.h0, None, case.weights, None, "gru", True
@@ -586,7 +591,7 @@ def test_backward_refuses_what_forward_did_not_return() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_opcheck(cell: str) -> None:
+def test_operators_pass_opcheck(cell: str) -> None:
     case = Case(CELLS[cell], 3, 2, 4, 5, directions=2)
     given = (case.h0, case.c0, case.weights, None)
     checks = ("test_schema", "test_faketensor")

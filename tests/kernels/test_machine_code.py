@@ -1,4 +1,4 @@
-"""The microkernels' machine code: .ci/check_kernels.py counts right and finds what it looks for."""
+"""Machine code of the microkernels: .ci/check_kernels.py counts instructions and finds faults."""
 
 from __future__ import annotations
 
@@ -87,22 +87,23 @@ def kernels() -> Iterator[ModuleType]:
     del sys.modules[spec.name]
 
 
-def the_function(kernels: ModuleType, text: str, machine: str = "x86_64") -> Any:
+def only_function(kernels: ModuleType, text: str, machine: str = "x86_64") -> Any:
     (function,) = kernels.functions(text, machine)
     return function
 
 
 def faults(kernels: ModuleType, text: str, machine: str = "x86_64", chains: int = 1) -> list[str]:
-    """What is wrong with the one function of a disassembly."""
-    _, wrong = kernels.check(the_function(kernels, text, machine), chains)
-    return [str(sentence) for sentence in wrong]
+    """Returns the faults of the only function of a disassembly."""
+    _, wrong = kernels.check(only_function(kernels, text, machine), chains)
+    return [str(fault) for fault in wrong]
 
 
-def test_a_clean_loop(kernels: ModuleType) -> None:
-    function = the_function(kernels, AVX512)
+def test_clean_loop_has_no_faults(kernels: ModuleType) -> None:
+    function = only_function(kernels, AVX512)
     assert (function.isa, function.kernel, function.type) == ("avx512", "tile", "float")
     assert function.shape == (2, 4)
-    # The jump from below `ret` back to the loop's exit is no loop, and rbp is no frame here.
+    # The jump from below `ret` back to the exit of the loop is not a loop. rbp is not a frame
+    # pointer here.
     (loop,) = kernels.loops(function)
     assert (loop.multiply_adds, loop.loads, loop.integer) == (8, 7, 4)
     assert loop.moves == loop.others == loop.spills == loop.reloads == 0
@@ -110,8 +111,8 @@ def test_a_clean_loop(kernels: ModuleType) -> None:
     assert faults(kernels, AVX512) == []
 
 
-def test_products_and_sums_are_pairs(kernels: ModuleType) -> None:
-    (loop,) = kernels.loops(the_function(kernels, SSE2))
+def test_product_and_sum_without_fma_count_as_one_multiply_add(kernels: ModuleType) -> None:
+    (loop,) = kernels.loops(only_function(kernels, SSE2))
     assert (loop.multiply_adds, loop.loads, loop.moves, loop.others) == (2, 3, 1, 1)
     assert loop.share == pytest.approx(4 / 10)
     assert faults(kernels, SSE2) == []
@@ -122,8 +123,8 @@ def test_products_and_sums_are_pairs(kernels: ModuleType) -> None:
     ]
 
 
-def test_lanes_are_no_memory(kernels: ModuleType) -> None:
-    (loop,) = kernels.loops(the_function(kernels, NEON, "aarch64"))
+def test_vector_lanes_do_not_count_as_loads(kernels: ModuleType) -> None:
+    (loop,) = kernels.loops(only_function(kernels, NEON, "aarch64"))
     assert (loop.multiply_adds, loop.loads, loop.integer) == (4, 3, 3)
     assert loop.moves == loop.others == loop.spills == 0
     assert faults(kernels, NEON, "aarch64") == []
@@ -141,7 +142,7 @@ def test_lanes_are_no_memory(kernels: ModuleType) -> None:
     ],
     ids=["load", "store", "frame", "sum", "aarch64 load", "aarch64 store"],
 )
-def test_a_planted_spill(
+def test_planted_spill_is_found(
     kernels: ModuleType, machine: str, text: str, old: str, new: str, times: int
 ) -> None:
     assert old in text
@@ -150,7 +151,7 @@ def test_a_planted_spill(
     ]
 
 
-def test_other_faults(kernels: ModuleType) -> None:
+def test_other_faults_are_found(kernels: ModuleType) -> None:
     assert faults(kernels, AVX512, chains=3) == [
         "has 8 multiply-adds in its K loop, no multiple of 24"
     ]
@@ -161,7 +162,7 @@ def test_other_faults(kernels: ModuleType) -> None:
         "has 1 moves between vector registers in its K loop, more than 0"
     ]
     reload = AVX512.replace("add    ", "mov    0x8(%rsp),%rcx\n 2f6:	add    ")
-    assert faults(kernels, reload) == []  # two are let through
+    assert faults(kernels, reload) == []  # two reloads are allowed
     reload = reload.replace("cmp    %r15,%rax", "vmovq  %xmm1,%rcx")
     assert faults(kernels, reload) == ["has 3 reloads of integers in its K loop, more than 2"]
 
@@ -177,12 +178,14 @@ def test_other_faults(kernels: ModuleType) -> None:
         ("fastrnn::cpu::avx2::Walk<float, fastrnn::cells::Gru>::run(int)", None),
     ],
 )
-def test_names(kernels: ModuleType, name: str, found: tuple[str, tuple[int, int]] | None) -> None:
+def test_function_names_are_parsed(
+    kernels: ModuleType, name: str, found: tuple[str, tuple[int, int]] | None
+) -> None:
     functions = list(kernels.functions(f"0000000000000000 <void {name}>:\n   0:\tret\n", "x86_64"))
     assert [(function.type, function.shape) for function in functions] == ([found] if found else [])
 
 
-def test_what_is_no_object(kernels: ModuleType) -> None:
+def test_other_files_are_rejected(kernels: ModuleType) -> None:
     with pytest.raises(SystemExit, match="is not an object for x86-64 or aarch64"):
         kernels.main([str(SCRIPT)])
     with pytest.raises(SystemExit, match="usage"):
@@ -201,23 +204,23 @@ def compile_kernels(source: Path, target: Path) -> None:
 @pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("objdump")), reason="needs g++ and objdump"
 )
-def test_compiled_kernels(
+def test_compiled_kernels_pass_and_excess_tile_heights_spill(
     kernels: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("setuptools")
     compile_kernels(ROOT / "csrc" / "cpu" / "isa" / "avx512.cpp", tmp_path / "avx512.o")
     if kernels.machine_of(str(tmp_path / "avx512.o")) != "x86_64":
-        pytest.skip("AVX-512 is of x86-64")
+        pytest.skip("AVX-512 needs x86-64")
     assert kernels.main([str(tmp_path / "avx512.o")]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["tile", "6", "x", "4", "double", "float", "24"] in [row[:7] for row in rows]
 
-    # The heights of AVX-512's tiles with the half as many registers of AVX2: they spill.
+    # The tile heights of AVX-512 spill with AVX2, which has half as many registers.
     text = (ROOT / "csrc" / "cpu" / "isa" / "avx2.cpp").read_text(encoding="utf-8")
     source = tmp_path / "avx2.cpp"
     source.write_text(text.replace("FASTRNN_REGISTERS 16", "FASTRNN_REGISTERS 32"))
     compile_kernels(source, tmp_path / "avx2.o")
     assert kernels.main([str(tmp_path / "avx2.o")]) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert any("avx2::tile<float, 6, 4>" in text and "spills: " in text for text in said)
-    assert not any("avx2::tile<float, 6, 2>" in text for text in said)
+    errors = capsys.readouterr().err.splitlines()
+    assert any("avx2::tile<float, 6, 4>" in line and "spills: " in line for line in errors)
+    assert not any("avx2::tile<float, 6, 2>" in line for line in errors)

@@ -1,4 +1,4 @@
-"""Whose memory results lie in, how much is kept, and how little stack a call needs."""
+"""Memory of the CPU kernels: storages of results, the buffer cache, and stack size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastrnn import _C
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradients_can_be_resized(cell: str, options: dict[str, Any]) -> None:
-    """Of weights, input and states: sharding and offloading code frees them so."""
+    """Sharding and offloading code frees gradients of weights, input and states this way."""
     module = build(cell, 256, 256, **options)
     directions = 2 if options else 1
     x = torch.randn(20, 16, 256, requires_grad=True)
@@ -44,7 +44,7 @@ def test_gradients_can_be_resized(cell: str, options: dict[str, Any]) -> None:
         assert t.untyped_storage().nbytes() == 0
 
 
-def test_call_on_a_small_stack() -> None:
+def test_call_works_on_a_small_stack() -> None:
     """Threads with 128 KiB of stack run forward and backward."""
     code = """
 import threading
@@ -64,8 +64,8 @@ assert torch.equal(results[0], module(x)[0])
     run_python(code)
 
 
-SETTLED = 64  # acquisitions of buffers, after which an unused one is freed: kPatience of memory.cpp
-LEAST_KEPT = 16 << 20  # bytes that are always kept: kLeastKept of memory.cpp
+SETTLED = 64  # acquisitions after which an unused buffer is freed: kPatience of buffer_cache.cpp
+LEAST_KEPT = 16 << 20  # bytes that may always be kept: kLeastKept of buffer_cache.cpp
 
 
 def train(module: nn.Module, steps: int, batch: int) -> None:
@@ -75,7 +75,7 @@ def train(module: nn.Module, steps: int, batch: int) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_loop_of_one_shape_keeps_its_buffers(cell: str) -> None:
-    """Also where they are larger than what is always kept."""
+    """Holds for buffers larger than `LEAST_KEPT` too."""
     module = build(cell, 512, 512, num_layers=2)
     _C.release_kept_buffers()
     for _ in range(2):
@@ -89,7 +89,7 @@ def test_loop_of_one_shape_keeps_its_buffers(cell: str) -> None:
 
 
 def test_buffers_of_other_shapes_are_freed() -> None:
-    """Once a loop of one shape has acquired 64 buffers of its own."""
+    """The cache frees them after 64 acquisitions of buffers of one shape."""
     small, large = build("lstm", 64, 64), build("lstm", 512, 512)
     _C.release_kept_buffers()
     for _ in range(SETTLED):
@@ -105,9 +105,9 @@ def test_buffers_of_other_shapes_are_freed() -> None:
 
 
 def test_kept_buffers_of_many_shapes_are_bounded() -> None:
-    """By 16 MiB, where no call uses a third of that at once."""
+    """The bound is 16 MiB if no call uses a third of that at once."""
     small, module = build("lstm", 64, 64), build("lstm", 256, 256)
-    for _ in range(SETTLED):  # forgets the calls before
+    for _ in range(SETTLED):  # frees the buffers of earlier tests
         train(small, 20, 8)
     largest = 0
     for steps, batch in itertools.product((3, 5, 7, 9, 11), range(1, 81, 8)):
@@ -118,7 +118,7 @@ def test_kept_buffers_of_many_shapes_are_bounded() -> None:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 def test_memory_in_use_does_not_grow() -> None:
-    """Over 300 calls of random shapes, with and without gradients, after the first 50."""
+    """Measures 300 calls of random shapes, with and without gradients, after 50 warm-up calls."""
     code = """
 import ctypes, gc, random
 import torch, fastrnn
@@ -139,7 +139,7 @@ def used():
 
 def call():
     name = rng.choice(["RNN", "LSTM", "GRU"])
-    # a single step in a half type is torch's own, for which oneDNN keeps what it has compiled
+    # No single steps: in a half type torch computes them, and oneDNN caches its compiled code.
     steps, batch, width, hidden = (rng.randint(2, n) for n in (30, 60, 128, 200))
     options = {"num_layers": rng.randint(1, 2), "bidirectional": rng.random() < 0.3}
     dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16])

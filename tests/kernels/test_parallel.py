@@ -1,4 +1,4 @@
-"""Several processes, or several replicas, train to what one module on the whole batch trains to."""
+"""Training with several processes or replicas matches one module on the whole batch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ needs_gloo = pytest.mark.skipif(
 
 
 def torchrun(processes: int, folder: Path, script: Path, *arguments: str) -> str:
-    """Runs a script in so many processes of this machine; returns what they print.
+    """Runs a script in several processes of this machine and returns their output.
 
-    In a folder of its own: in the repository's, the package may be there without its libraries.
+    The working directory is ``folder``, because the source tree may hold the package without its
+    compiled libraries.
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -51,8 +52,8 @@ def torchrun(processes: int, folder: Path, script: Path, *arguments: str) -> str
 
 
 @needs_gloo
-def test_ddp_and_fsdp_train_as_one_process_does(tmp_path: Path) -> None:
-    """One start of two processes for all cases, since starting takes longer than they do."""
+def test_ddp_and_fsdp_match_one_process(tmp_path: Path) -> None:
+    """Runs all cases in one pair of processes, because starting takes longer than the cases."""
     printed = torchrun(2, tmp_path, TESTS / "parallel_script.py")
     expected = [
         f"same: {way}"
@@ -68,8 +69,7 @@ def test_ddp_and_fsdp_train_as_one_process_does(tmp_path: Path) -> None:
 
 @needs_gloo
 @pytest.mark.slow
-def test_example(tmp_path: Path) -> None:
-    """The example's losses do not depend on the number of processes, and its model learns."""
+def test_example_learns_alike_with_one_and_two_processes(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("In a recurrent network the state of a step is what the next one sees.\n" * 60)
     options = ["--text", str(text), *"--hidden 16 --seq-length 8 --batch-size 8".split()]
@@ -85,8 +85,7 @@ def test_example(tmp_path: Path) -> None:
     assert losses[0][-1] < 0.8 * losses[0][0]
 
 
-def test_example_outside_torchrun(tmp_path: Path) -> None:
-    """It says how to start it."""
+def test_example_outside_torchrun_names_torchrun(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run(
         [sys.executable, str(EXAMPLE)],
@@ -102,11 +101,11 @@ def test_example_outside_torchrun(tmp_path: Path) -> None:
 
 
 class TestReplicas:
-    """`nn.DataParallel` makes a replica a GPU, whose weights are copies, not Parameters."""
+    """`nn.DataParallel` creates one replica per GPU, whose weights are copies, not Parameters."""
 
     @pytest.fixture(autouse=True)
     def copies_on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Instead of the broadcast to GPUs; the rest of torch's `replicate` stays as it is."""
+        """Replaces the broadcast to GPUs by copies. The rest of `replicate` is that of torch."""
 
         def broadcast(tensors: Any, devices: Any, detach: bool = False) -> list[list[Tensor]]:
             copies = [[t.clone() for t in tensors] for _ in devices]
@@ -142,7 +141,7 @@ class TestReplicas:
 
     @pytest.mark.parametrize("is_recorded", [True, False])
     @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
-    def test_each_computes_with_its_own_weights(self, name: str, is_recorded: bool) -> None:
+    def test_each_replica_computes_with_its_own_weights(self, name: str, is_recorded: bool) -> None:
         module = getattr(fastrnn, name)(3, 4)
         x = torch.randn((4, 3) if name in STEPS else (5, 4, 3))
         with torch.set_grad_enabled(is_recorded):

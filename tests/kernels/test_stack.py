@@ -1,4 +1,4 @@
-"""Layers upon one another that walk at the same time: inference of a stack on the CPU."""
+"""Inference of stacked layers on the CPU, two layers of which may run at the same time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def without_stack(module: torch.nn.Module, *inputs: Any) -> Any:
-    """The same through one operator a layer, which is what a call with gradients takes."""
+    """Returns the result of one operator per layer, which calls with gradients use."""
     y, state = module(*inputs)
     assert y.requires_grad if isinstance(y, Tensor) else y.data.requires_grad
     return y, state
@@ -40,24 +40,26 @@ def assert_stacked(module: torch.nn.Module, expected: Any, *inputs: Any) -> None
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("sizes", [(1, 1), (40, 1), (203, 1), (50, 2), (30, 9)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_stack(threads: int, cell: str, sizes: tuple[int, int], layers: int) -> None:
+def test_stack_matches_single_layers(
+    threads: int, cell: str, sizes: tuple[int, int], layers: int
+) -> None:
     steps, batch = sizes
     module = build(cell, 24, 72, layers, dropout=0.5).eval()
     x = torch.randn(steps, batch, 24)
     expected = without_stack(module, x)
-    for _ in range(3):  # threads meet differently each time
+    for _ in range(3):  # the timing of the threads differs each time
         assert_stacked(module, expected, x)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_stack_of_packed_sequences(threads: int, cell: str) -> None:
+def test_stack_of_packed_sequences_matches_single_layers(threads: int, cell: str) -> None:
     module = build(cell, 24, 72, 2)
     x = pack_padded_sequence(torch.randn(60, 3, 24), [60, 33, 2])
     expected = without_stack(module, x)
     assert_stacked(module, expected, x)
 
 
-def test_stack_takes_states_and_batch_first(threads: int) -> None:
+def test_stack_accepts_states_and_batch_first(threads: int) -> None:
     module = build("lstm", 24, 72, 2, batch_first=True)
     x, hx = torch.randn(1, 60, 24), (torch.randn(2, 1, 72), torch.randn(2, 1, 72))
     expected = without_stack(module, x, hx)
@@ -66,8 +68,8 @@ def test_stack_takes_states_and_batch_first(threads: int) -> None:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
-def test_stack_of_strided_input(cell: str, batch_first: bool) -> None:
-    """The kernels read a copy then, which must live as long as they run."""
+def test_stack_of_strided_input_matches_single_layers(cell: str, batch_first: bool) -> None:
+    """The kernels read a contiguous copy, which must live until they finish."""
     module = build(cell, 5, 7, 3, batch_first=batch_first)
     x = torch.randn(6, 4, 5)
     strided = torch.stack([x, x + 1], dim=-1)[..., 0]
@@ -76,7 +78,7 @@ def test_stack_of_strided_input(cell: str, batch_first: bool) -> None:
         assert_stacked(module, expected, same)
 
 
-def test_which_calls_are_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stack_runs_eager_inference_of_several_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     stack = ops.stack
     monkeypatch.setattr(ops, "stack", lambda *args: calls.append("stack") or stack(*args))
@@ -102,14 +104,14 @@ def test_which_calls_are_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_stack(frozen, x.clone().requires_grad_())
 
 
-def test_projected_stack(threads: int) -> None:
+def test_projected_stack_matches_single_layers(threads: int) -> None:
     module = build("lstm", 24, 72, 3, proj_size=40)
     x = torch.randn(60, 1, 24)
     expected = without_stack(module, x)
     assert_stacked(module, expected, x)
 
 
-def test_operator_refuses_what_would_break_it() -> None:
+def test_stack_forward_rejects_wrong_tensors() -> None:
     x, h = torch.randn(5, 2, 3), [torch.randn(1, 2, 4) for _ in range(2)]
     w = [torch.randn(12, 3), torch.randn(12, 4), torch.randn(12, 4), torch.randn(12, 4)]
     stack = torch.ops.fastrnn.stack_forward
@@ -146,7 +148,7 @@ def test_operator_refuses_what_would_break_it() -> None:
     )
 
 
-def test_stack_against_the_reference() -> None:
+def test_stack_matches_reference() -> None:
     spec = SPECS["lstm"]
     module = build("lstm", 5, 70, 2).double()
     x, h0, c0 = torch.randn(40, 1, 5).double(), *torch.randn(2, 2, 1, 70).double().unbind()
@@ -158,15 +160,15 @@ def test_stack_against_the_reference() -> None:
     assert functional.run(spec, x, None, h0, c0, weights, 2, 0.0)[0].equal(ours[0])
 
 
-def test_two_layers_walk_together_where_their_weights_are_small() -> None:
+def test_plan_runs_two_layers_together_if_their_weights_are_small() -> None:
     def stacked(hidden: int, steps: int = 100, **options: Any) -> bool:
         options = {"threads": 2, "layers": 2, **options}
         return bool(_C.plan("gru", steps, 1, hidden, hidden, **options)["stacked"])
 
     assert stacked(64)
     assert stacked(64, layers=3)
-    assert not stacked(256)  # of more than kStackedBytes
-    assert not stacked(64, steps=15)  # too few for the upper layer to follow
+    assert not stacked(256)  # weights exceed kStackedBytes
+    assert not stacked(64, steps=15)  # too few steps for the upper layer to follow
     assert not stacked(64, threads=1)
     assert not stacked(64, layers=1)
     assert not stacked(64, directions=2)

@@ -1,4 +1,4 @@
-"""Who runs a call: the pool's threads, as many as there are CPUs to run them, at all times."""
+"""Threads of CPU calls: never more than the usable CPUs, and correct with many callers."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def control_group(tmp_path: Path, membership: str, files: dict[str, str]) -> int
         ("", {}, 0),
     ],
 )
-def test_quota_of_the_control_group(
+def test_quota_of_the_control_group_is_read(
     tmp_path: Path, membership: str, files: dict[str, str], cpus: int
 ) -> None:
     assert control_group(tmp_path, membership, files) == cpus
 
 
-def test_affinity_is_honoured() -> None:
+def test_usable_cpus_follow_the_affinity() -> None:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
@@ -72,7 +72,7 @@ BOTH = min(2, _C.usable_cpus())
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Torch's number, whatever tests before have left."""
+    """Sets torch's number of threads to 2."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -80,20 +80,20 @@ def two_threads() -> Iterator[None]:
 
 
 def threads_of(call: Callable[[], object]) -> int:
-    """How many threads the calls in it had at most together."""
+    """Returns the largest number of threads in use at once during a call."""
     _C.most_threads()
     call()
     return _C.most_threads()
 
 
 def train() -> None:
-    """Enough work for as many threads as there are, forward and backward."""
+    """Runs forward and backward with enough work for all threads."""
     layer, x = fastrnn.GRU(256, 256), torch.randn(20, 8, 256)
     layer(x)[0].sum().backward()
 
 
-def test_a_call_on_one_cpu_wakes_nobody(two_threads: None) -> None:
-    # a CPU that a rank of two would have to share, at each of many barriers
+def test_call_on_one_cpu_uses_one_thread(two_threads: None) -> None:
+    # Two threads on one CPU would wait for each other at every barrier.
     before = os.sched_getaffinity(0)
     assert threads_of(train) == BOTH
     try:
@@ -103,14 +103,14 @@ def test_a_call_on_one_cpu_wakes_nobody(two_threads: None) -> None:
         os.sched_setaffinity(0, before)
 
 
-def test_torchs_number_of_threads_is_honoured(two_threads: None) -> None:
+def test_torchs_number_of_threads_is_a_limit(two_threads: None) -> None:
     for count in (2, 1):
         torch.set_num_threads(count)
         assert threads_of(train) == min(count, BOTH)
 
 
 def test_calls_from_many_threads_share_the_cpus(two_threads: None) -> None:
-    """Each has the thread that it came on; only what is left is shared out."""
+    """Each call has its calling thread. The remaining CPUs are shared between the calls."""
     callers = 6
     start = threading.Barrier(callers)
 
@@ -127,7 +127,7 @@ def test_calls_from_many_threads_share_the_cpus(two_threads: None) -> None:
             thread.join()
 
     assert BOTH <= threads_of(all_at_once) <= callers + _C.usable_cpus() - 1
-    assert threads_of(train) == BOTH  # nothing is kept
+    assert threads_of(train) == BOTH  # all reservations are released
 
 
 # --- many callers --------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def gradients(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch", [1, 12])
-def test_calls_from_many_threads_are_correct(batch: int) -> None:
+def test_calls_from_many_threads_match_one_caller(batch: int) -> None:
     layers = [fastrnn.LSTM(20, 40, 2, bidirectional=True) for _ in range(6)]
     inputs = [torch.randn(50, batch, 20) for _ in layers]
     expected = [gradients(layer, x) for layer, x in zip(layers, inputs, strict=True)]
@@ -160,7 +160,7 @@ def test_calls_from_many_threads_are_correct(batch: int) -> None:
         assert_agrees(own, other, exact_call(layer, x, call=gradients))
 
 
-def test_inference_mode_from_a_thread() -> None:
+def test_inference_mode_works_in_another_thread() -> None:
     layer, x = fastrnn.GRU(8, 16), torch.randn(30, 2, 8)
     with torch.no_grad():
         expected, _ = layer(x)
@@ -177,7 +177,7 @@ def test_inference_mode_from_a_thread() -> None:
     assert_agrees(found[0], expected, exact_call(layer, x, call=lambda layer, x: layer(x)[0]))
 
 
-def test_the_environment_sets_the_number_of_threads() -> None:
+def test_omp_num_threads_sets_the_number_of_threads() -> None:
     code = "import torch, fastrnn\nfastrnn.GRU(256, 256)(torch.randn(20, 8, 256))\n"
     code += "print(fastrnn._C.most_threads())"
     for count in (1, 2):
@@ -186,7 +186,7 @@ def test_the_environment_sets_the_number_of_threads() -> None:
 
 # --- fork ----------------------------------------------------------------------------------------
 
-# Large operations of torch itself would wait for ever in the child, so it compares with numpy.
+# The child compares with numpy, because large operations of torch would hang in it.
 FORK = """
 import os, numpy, torch, fastrnn
 torch.set_num_threads(2)
@@ -204,13 +204,13 @@ children = []
 for _ in range(2):
     pid = os.fork()
     if pid == 0:
-        # float64: another number of threads may add in another order
+        # not bitwise: another number of threads may sum in another order
         same = [numpy.allclose(a, b, rtol=1e-7, atol=1e-7) for a, b in zip(work(), expected)]
         os._exit(0 if all(same) else 3)
     children.append(pid)
 for pid in children:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-# and the parent goes on as before
+# the parent continues unaffected
 assert torch.allclose(work()[0], expected[0], rtol=1e-7, atol=1e-7)
 print("done")
 """
@@ -218,20 +218,20 @@ print("done")
 
 @pytest.mark.parametrize(("cell", "bidirectional"), [("LSTM", False), ("GRU", True)])
 @pytest.mark.parametrize("batch", [1, 16])
-def test_a_forked_child_computes(cell: str, bidirectional: bool, batch: int) -> None:
+def test_forked_child_matches_its_parent(cell: str, bidirectional: bool, batch: int) -> None:
     code = FORK.format(cell=cell, bidirectional=bidirectional, batch=batch)
     assert run_python(code) == "done"
 
 
-def test_calls_that_wait_for_some_time_make_a_busy_machine() -> None:
-    # (ms that a call took, ms that a rank slept in it) -> ms for which calls then go alone
+def test_sustained_waiting_limits_calls_to_one_thread() -> None:
+    # (ms of a call, ms that a rank slept in it) -> ms for which calls then use one thread
     assert _C.alone_after([(10, 0), (10, 5)]) == [0, 0]
     assert _C.alone_after([(10, 5), (10, 5)]) == [0, 4]
     assert _C.alone_after([(10, 5), (10, 0), (10, 5)]) == [0, 0, 0]
     assert _C.alone_after([(10, 3), (10, 3)]) == [0, 0]  # less than a third of the call
     assert _C.alone_after([(1, 0.9), (1, 0.9)]) == [0, 0]  # less than a millisecond
     assert _C.alone_after([(10, 5)] * 8) == [0, 4, 8, 16, 32, 50, 50, 50]
-    assert _C.alone_after([(4, 3)] * 7) == [0, 0, 0, 0, 4, 8, 16]  # not before 20 ms are over
+    assert _C.alone_after([(4, 3)] * 7) == [0, 0, 0, 0, 4, 8, 16]  # only after 20 ms of waiting
     assert _C.alone_after([(40, 30)] * 3) == [0, 4, 8]
     assert _C.alone_after([(10, 5)] * 4 + [(10, 0), (10, 5)]) == [0, 4, 8, 16, 0, 8]
     assert _C.alone_after([(10, 5), (10, 5), (10, 0), (10, 5), (10, 5)]) == [0, 4, 0, 0, 4]

@@ -1,6 +1,6 @@
-"""What the built libraries ask of others: the promise that one wheel serves every torch >= 2.11.
+"""Dependencies of the built libraries: one wheel works with every torch >= 2.11.
 
-Read off the ELF files themselves, so that it holds for the very files that are installed.
+The tests read the ELF files that are installed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ NEEDS = {
     "libfastrnn_torch_cuda.so": {"libtorch_cpu.so", "libtorch_cuda.so"},
     MODULE.name: {"libfastrnn_kernels.so"},
 }
-# Names of torch's C++, which change from release to release; what the stable ABI offers are C
-# functions and inline code in these two namespaces.
+# C++ symbols of torch, which change between releases. The stable ABI consists of C functions and of
+# inline code in the two excluded namespaces.
 UNSTABLE = re.compile(r"_Z\w*?(2at|3c10|5torch|6caffe2)(?!6stable|10headeronly)")
 
 
@@ -84,7 +84,7 @@ class Elf:
         return cls(tags[1], first[14], first[29], undefined, exported)
 
 
-def test_the_libraries_have_fixed_names() -> None:
+def test_libraries_have_fixed_names() -> None:
     names = {path.name for path in LIBRARIES}
     expected = {"libfastrnn_kernels.so", "libfastrnn_torch.so"}
     if _C.build_info()["cuda"]:
@@ -95,47 +95,47 @@ def test_the_libraries_have_fixed_names() -> None:
 
 @pytest.mark.parametrize("path", [*LIBRARIES, MODULE], ids=lambda path: path.name.split(".")[0])
 class TestLibrary:
-    def test_needs_only_what_it_may(self, path: Path) -> None:
+    def test_needs_only_allowed_libraries(self, path: Path) -> None:
         assert set(Elf.read(path).needed) - SYSTEM == NEEDS[path.name]
 
-    def test_finds_its_sister_beside_it(self, path: Path) -> None:
+    def test_runpath_finds_the_kernels_library(self, path: Path) -> None:
         elf = Elf.read(path)
         assert path == MODULE or elf.soname == path.name
         if "libfastrnn_kernels.so" in elf.needed:
             assert elf.runpath is not None
             assert elf.runpath.split(":")[0] == ("$ORIGIN/lib" if path == MODULE else "$ORIGIN")
 
-    def test_uses_the_stable_abi_only(self, path: Path) -> None:
+    def test_uses_only_the_stable_abi(self, path: Path) -> None:
         assert [name for name in Elf.read(path).undefined if UNSTABLE.match(name)] == []
 
-    def test_uses_no_openmp_of_its_own(self, path: Path) -> None:
+    def test_uses_no_openmp_functions(self, path: Path) -> None:
         undefined = Elf.read(path).undefined
         assert not [name for name in undefined if name.startswith(("GOMP_", "omp_", "__kmpc_"))]
 
-    def test_exports_only_what_is_meant(self, path: Path) -> None:
+    def test_exports_only_the_api_of_the_kernels(self, path: Path) -> None:
         ours = [name for name in Elf.read(path).exported if "fastrnn" in name]
         if path.name != "libfastrnn_kernels.so":
             assert ours == []
-        else:  # the functions of kernels.h, and no instance of a template for one instruction set
+        else:  # functions of csrc/cpu/api.h, but no code of a single instruction set
             assert ours
             leaked = re.compile(r"7fastrnn3cpu\d*(avx2|avx512|baseline)")
             assert not [name for name in ours if leaked.search(name)]
 
 
-def test_the_pattern_knows_what_is_unstable() -> None:
+def test_unstable_pattern_matches_c10_but_not_the_stable_abi() -> None:
     for name in ("_ZN2at6detail10empty_cpuE", "_ZNK3c1010TensorImpl", "_ZN5torch8autogradE"):
         assert UNSTABLE.match(name)
     for name in ("_ZN5torch6stable6detailE", "_ZN5torch10headeronlyE", "aoti_torch_get_dim"):
         assert not UNSTABLE.match(name)
 
 
-def test_the_kernels_are_loaded_once() -> None:
-    """One copy serves the module and the operators: an ISA that is forced is forced for both."""
+def test_kernels_library_is_loaded_once() -> None:
+    """The module and the operators share one copy, so that a forced ISA applies to both."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     assert len(set(re.findall(r"\S*libfastrnn_kernels\S*", maps))) == 1
 
 
-def test_cuda_is_loaded_only_where_it_can_be() -> None:
+def test_cuda_library_is_loaded_if_reported() -> None:
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     assert ("libfastrnn_torch_cuda.so" in maps) == _library.cuda_kernels
     assert _library.cuda_kernels == (_library.why_no_cuda == "")

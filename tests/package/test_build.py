@@ -1,4 +1,4 @@
-"""The build: the facts it leaves, the torch that the backend picks, a sentence for each failure."""
+"""The build: its recorded facts, the choice of torch by the backend, one-line errors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastrnn import _C
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_one_version() -> None:
+def test_version_is_the_same_everywhere() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\nversion = "{fastrnn.__version__}"\n' in project
     assert fastrnn.__version__ == _C.build_info()["version"]
 
 
-def test_the_installed_version() -> None:
+def test_installed_version_matches() -> None:
     try:
         installed = importlib.metadata.version("fastrnn")
     except importlib.metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def test_the_installed_version() -> None:
     assert installed == fastrnn.__version__
 
 
-def test_build_info() -> None:
+def test_build_info_is_consistent() -> None:
     info = _C.build_info()
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
     built_against = [int(n) for n in info["torch_built_against"].split(".")[:2]]
@@ -46,7 +46,7 @@ def test_build_info() -> None:
     assert all(re.fullmatch(r"(sm|compute)_\d+a?", arch) for arch in info["cuda_archs"])
 
 
-def test_every_function_of_the_module_is_typed() -> None:
+def test_stub_lists_every_function_of_the_module() -> None:
     stub = (ROOT / "fastrnn" / "_C.pyi").read_text(encoding="utf-8")
     typed = set(re.findall(r"^def (\w+)\(", stub, re.MULTILINE))
     assert typed == {name for name in dir(_C) if not name.startswith("_")}
@@ -66,7 +66,7 @@ def backend() -> ModuleType:
 
 
 def install_torch(folder: Path, version: str) -> None:
-    """Lays out what the backend looks at: the headers and the metadata."""
+    """Creates the header folder and the metadata by which the backend recognises torch."""
     (folder / "torch" / "include").mkdir(parents=True)
     metadata = folder / f"torch-{version}.dist-info"
     metadata.mkdir()
@@ -74,7 +74,7 @@ def install_torch(folder: Path, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130", "3.0.0a0"])
-def test_an_installed_torch_is_used(
+def test_installed_torch_is_used(
     backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     monkeypatch.setattr(backend, "package_folders", lambda: [str(tmp_path)])
@@ -87,7 +87,7 @@ def test_an_installed_torch_is_used(
 
 
 @pytest.mark.parametrize("version", [None, "2.9.1", "1.13.1"])
-def test_torch_is_asked_for_where_there_is_none(
+def test_missing_or_old_torch_is_required(
     backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:
     monkeypatch.setattr(backend, "package_folders", lambda: [str(tmp_path)])
@@ -101,15 +101,14 @@ def test_torch_is_asked_for_where_there_is_none(
     assert str(tmp_path) not in sys.path
 
 
-def test_the_folder_of_this_torch_is_searched(backend: ModuleType) -> None:
+def test_folder_of_this_torch_is_searched(backend: ModuleType) -> None:
     assert str(Path(torch.__file__).parents[1]) in backend.package_folders()
 
 
 def setup_py(tmp_path: Path, torch_text: str, **environment: str) -> str:
-    """Runs setup.py, which must stop before it builds; returns its last words.
+    """Runs setup.py, which must fail before it builds, and returns its error output.
 
-    `torch_text` stands in for torch/__init__.py. The build tools are stand-ins as well: nothing of
-    them runs.
+    `torch_text` is the content of a fake torch/__init__.py. The build tools are fakes too.
     """
     for name, text in (("torch", torch_text), ("pybind11", ""), ("ninja", "BIN_DIR = '/'")):
         (tmp_path / name).mkdir()
@@ -138,7 +137,7 @@ CUDA_TORCH = FAKE_TORCH.format(version="2.14.1+cu130", cuda="13.0")
 
 
 @pytest.mark.parametrize(
-    ("torch_text", "environment", "sentence"),
+    ("torch_text", "environment", "message"),
     [
         ("raise ImportError('none')", {}, "torch >= 2.11 is not installed for "),
         (FAKE_TORCH.format(version="2.9.1", cuda=None), {}, "torch 2.9.1 is installed and 2.11 "),
@@ -148,18 +147,18 @@ CUDA_TORCH = FAKE_TORCH.format(version="2.14.1+cu130", cuda="13.0")
     ],
     ids=["no torch", "old torch", "no compiler", "FASTRNN_CUDA", "CPU torch"],
 )
-def test_what_is_missing_is_said_in_one_sentence(
-    tmp_path: Path, torch_text: str, environment: dict[str, str], sentence: str
+def test_missing_requirement_is_a_one_line_error(
+    tmp_path: Path, torch_text: str, environment: dict[str, str], message: str
 ) -> None:
     pytest.importorskip("setuptools")
-    said = setup_py(tmp_path, torch_text, **{"CXX": "true", "FASTRNN_CUDA": ""} | environment)
-    assert said.startswith("fastrnn cannot be built: ")
-    assert sentence in said
-    assert "\n" not in said
+    error = setup_py(tmp_path, torch_text, **{"CXX": "true", "FASTRNN_CUDA": ""} | environment)
+    assert error.startswith("fastrnn cannot be built: ")
+    assert message in error
+    assert "\n" not in error
 
 
 @pytest.mark.parametrize(
-    ("nvcc", "sentence"),
+    ("nvcc", "message"),
     [
         ("echo release 12.4, V12.4.99", "is of CUDA 12.4 and torch is built for CUDA 13.0."),
         ("echo hello", "--version does not say its version."),
@@ -167,19 +166,20 @@ def test_what_is_missing_is_said_in_one_sentence(
     ],
     ids=["other CUDA", "broken nvcc", "no headers"],
 )
-def test_what_cuda_lacks_is_said_in_one_sentence(tmp_path: Path, nvcc: str, sentence: str) -> None:
+def test_unusable_cuda_is_a_one_line_error(tmp_path: Path, nvcc: str, message: str) -> None:
     pytest.importorskip("setuptools")
     home = tmp_path / "cuda"
     (home / "bin").mkdir(parents=True)
     (home / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
     (home / "bin" / "nvcc").chmod(0o755)
-    said = setup_py(tmp_path, CUDA_TORCH, CXX="true", FASTRNN_CUDA="1", CUDA_HOME=str(home))
-    assert said.startswith("fastrnn cannot be built: FASTRNN_CUDA=1 asks for the CUDA kernels, but")
-    assert sentence in said
-    assert "\n" not in said
+    error = setup_py(tmp_path, CUDA_TORCH, CXX="true", FASTRNN_CUDA="1", CUDA_HOME=str(home))
+    expected = "fastrnn cannot be built: FASTRNN_CUDA=1 asks for the CUDA kernels, but"
+    assert error.startswith(expected)
+    assert message in error
+    assert "\n" not in error
 
 
-def test_source_archives_need_no_torch(tmp_path: Path) -> None:
+def test_version_needs_no_torch(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('not for metadata')")

@@ -1,7 +1,7 @@
-"""Packages that build on ``torch.nn``'s recurrent layers train with fastrnn as they do without it.
+"""Packages that use the recurrent layers of ``torch.nn`` train alike with and without fastrnn.
 
-Each is installed into an environment of its own that sees this one's torch and fastrnn, and trained
-in several ways: see clients/run.py. ``docs/clients.md`` tells what is found here.
+Each package is installed into its own environment, which sees the torch and fastrnn of this one,
+and trained in several ways: see clients/run.py. ``docs/clients.md`` summarises the results.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ pytestmark = pytest.mark.slow
 
 RUN = Path(__file__).parent / "clients" / "run.py"
 
-# Both compute in float32 and add in different orders, and training carries the differences on.
-# Relative to the largest value of each result; docs/clients.md has what was found.
+# Relative to the largest value of each result. Both libraries compute in float32 with different
+# orders of summation, and training amplifies the differences. docs/clients.md has measured values.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Client:
-    """A package and what becomes of its recurrent modules.
+    """A package and the expected replacement of its recurrent modules.
 
     Attributes:
-        requirements: what pip is asked for, in the versions that were tried.
-        recurrent: how many recurrent modules the models hold.
-        replaced: for each way that works, how many of them fastrnn takes over.
-        refused: for each way that does not work, what the error says.
+        requirements: pip requirements, in the tested versions.
+        recurrent: number of recurrent modules in the models.
+        replaced: number of modules that fastrnn replaces, for each way that works.
+        unsupported: part of the error message, for each way that does not work.
     """
 
     requirements: tuple[str, ...]
     recurrent: int
     replaced: dict[str, int]
-    refused: dict[str, str]
+    unsupported: dict[str, str]
 
 
 CLIENTS = {
@@ -51,42 +51,43 @@ CLIENTS = {
     "sb3_contrib": Client(
         ("sb3-contrib==2.9.2", "gymnasium==1.4.0"), 2, {"patch": 2, "import": 2, "convert": 2}, {}
     ),
-    # it asks isinstance(module, nn.LSTM) in each call, which is true as long as the patch lasts
+    # checks isinstance(module, nn.LSTM) in each call, which holds only while the patch is active
     "torchrl": Client(
         ("torchrl==0.14.1", "tensordict==0.14.3"),
         2,
         {"patch": 2, "import": 2},
         {"convert": "unexpected keyword argument 'mask'"},
     ),
-    # its own layers are no nn.RNNBase: see the script for what is compared
+    # its own layers do not derive from nn.RNNBase: the script describes the comparison
     "opacus": Client(("opacus==1.6.0",), 6, {"patch": 6, "import": 6}, {}),
-    # its LSTM and GRU derive from those that torch.nn holds when it is imported
+    # its LSTM and GRU derive from the classes in torch.nn at the time of its import
     "pytorch_forecasting": Client(
         ("pytorch-forecasting==1.8.0", "lightning==2.6.6"),
         2,
         {"patch": 0, "import": 2, "convert": 0},
         {},
     ),
-    # Lightning trains a model that the estimator makes then and there: nothing to convert before
+    # the estimator creates its model inside the training call, so there is none to convert before
     "gluonts": Client(("gluonts==0.17.0", "lightning==2.6.6"), 1, {"patch": 1, "import": 1}, {}),
-    # one of three layers comes by ``from torch.nn import LSTM``
+    # imports one of three layers by ``from torch.nn import LSTM``
     "torch_geometric": Client(
         ("torch_geometric==2.8.1",), 3, {"patch": 2, "import": 3, "convert": 3}, {}
     ),
 }
 WAYS = [(name, way) for name, client in CLIENTS.items() for way in client.replaced]
-REFUSALS = [(name, way) for name, client in CLIENTS.items() for way in client.refused]
+UNSUPPORTED = [(name, way) for name, client in CLIENTS.items() for way in client.unsupported]
 
 
 class Environment:
-    """A virtual environment for the clients, and what was found in it so far."""
+    """A virtual environment for the clients, with the results so far."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         venv.create(folder / "venv", with_pip=True)
         self._python = folder / "venv" / "bin" / "python"
         (packages,) = folder.glob("venv/lib/python*/site-packages")
-        # after its own packages: this environment's, and fastrnn where that stands elsewhere
+        # Its own packages come first, then those of this environment, and fastrnn if it lies
+        # elsewhere.
         shared = [
             str(Path(module.__file__).parents[1]) for module in (fastrnn, torch) if module.__file__
         ]
@@ -98,7 +99,7 @@ class Environment:
         self._without: dict[str, dict[str, Any]] = {}
 
     def install(self, name: str) -> None:
-        """Installs a client, or skips the test if that cannot be done here."""
+        """Installs a client, or skips the test if pip fails."""
         if name not in self._missing:
             command = ["-m", "pip", "install", "--quiet", "--retries", "1"]
             constraints = ["--constraint", str(self._constraints)]
@@ -123,7 +124,7 @@ class Environment:
         return self._without[name]
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        # PYTHONPATH would come before what was installed here
+        # PYTHONPATH would take precedence over the packages of this environment
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         return subprocess.run(
             [str(self._python), *arguments],
@@ -172,9 +173,9 @@ def test_client_trains_alike(environment: Environment, name: str, way: str) -> N
     assert errors[worst] <= TOLERANCE, f"{worst} differs by {errors[worst]:.3g}"
 
 
-@pytest.mark.parametrize(("name", "way"), REFUSALS)
-def test_way_that_a_client_refuses(environment: Environment, name: str, way: str) -> None:
+@pytest.mark.parametrize(("name", "way"), UNSUPPORTED)
+def test_unsupported_way_raises(environment: Environment, name: str, way: str) -> None:
     environment.install(name)
     done = environment.run(name, way)
     assert done.returncode != 0
-    assert CLIENTS[name].refused[way] in done.stderr
+    assert CLIENTS[name].unsupported[way] in done.stderr

@@ -1,4 +1,4 @@
-"""The tolerance itself: it passes what is right on any CPU and fails what is wrong on this one."""
+"""The tolerance of the tests: accepts results of any correct CPU and rejects planted faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def total(numbers: Tensor, change: Change) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_well_conditioned_result_may_err_by_the_floor(dtype: torch.dtype) -> None:
+def test_well_conditioned_result_may_err_by_the_floor(dtype: torch.dtype) -> None:
     theirs = torch.ones(3, dtype=dtype)
     floor = FLOOR[dtype]
     assert_agrees(theirs * (1 + floor), theirs, lambda change: change(theirs))
@@ -28,8 +28,8 @@ def test_a_well_conditioned_result_may_err_by_the_floor(dtype: torch.dtype) -> N
         assert_agrees(theirs * (1 + 2 * floor), theirs, lambda change: change(theirs))
 
 
-def test_an_ill_conditioned_result_may_err_as_its_truth_moves() -> None:
-    """Torch is exact here by luck; another CPU's order of the sum would not be."""
+def test_ill_conditioned_result_may_err_as_much_as_its_truth_moves() -> None:
+    """Torch happens to be exact here. With another order of summation it would not be."""
     for numbers, passes in ((HARD, True), (EASY, False)):
 
         def exact(change: Change, numbers: Tensor = numbers) -> Tensor:
@@ -45,13 +45,13 @@ def test_an_ill_conditioned_result_may_err_as_its_truth_moves() -> None:
                 assert_agrees(other, lucky, exact)
 
 
-def test_an_ill_conditioned_result_may_not_be_wrong() -> None:
+def test_wrong_ill_conditioned_result_fails() -> None:
     lucky = total(HARD, Tensor.double).float()
     with pytest.raises(AssertionError, match="allowed"):
         assert_agrees(2 * lucky + 1e-6, lucky, lambda change: total(HARD, change))
 
 
-def test_the_truth_moves_only_if_it_must() -> None:
+def test_truth_is_shaken_only_if_needed() -> None:
     calls: list[Change] = []
 
     def exact(change: Change) -> Tensor:
@@ -63,11 +63,11 @@ def test_the_truth_moves_only_if_it_must() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_shake_is_at_most_one_unit_in_the_last_place(dtype: torch.dtype) -> None:
+def test_shake_moves_by_at_most_one_unit_in_the_last_place(dtype: torch.dtype) -> None:
     numbers = torch.randn(1000).to(dtype)
     moved = (shake(1)(numbers) / numbers.double() - 1)[numbers != 0]
     eps = torch.finfo(dtype).eps
-    rounding = torch.finfo(torch.float64).eps  # of the comparison
+    rounding = torch.finfo(torch.float64).eps  # error of the comparison itself
     assert 0.9 * eps < moved.abs().max() <= eps + rounding
     assert torch.equal(shake(1)(numbers), shake(1)(numbers))
     assert not torch.equal(shake(1)(numbers), shake(2)(numbers))
@@ -75,7 +75,7 @@ def test_a_shake_is_at_most_one_unit_in_the_last_place(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("where", ["ours", "theirs", "shaken"])
 def test_nan_never_passes(where: str) -> None:
-    """An infinite error of torch, or of a shaken truth, allows nothing."""
+    """NaN of torch, or of a shaken truth, does not raise the allowed error."""
     nan = torch.full((3,), float("nan"))
     ones = torch.ones(3)
 
@@ -89,14 +89,14 @@ def test_nan_never_passes(where: str) -> None:
         )
 
 
-def test_shapes_types_and_names_must_be_the_same() -> None:
+def test_different_shapes_types_or_names_fail() -> None:
     x = torch.ones(3)
     for wrong in (x[:2], x.double(), {"y": x}, [x, x], torch.ones(3, dtype=torch.int64)):
         with pytest.raises(AssertionError):
             assert_agrees(wrong, x, lambda change: change(x))
 
 
-def test_float32_needs_a_truth() -> None:
+def test_assert_same_in_double_rejects_narrow_types() -> None:
     x = torch.ones(3, dtype=torch.float64)
     assert_same_in_double((x, [x]), (x + 1e-9, [x]))
     with pytest.raises(AssertionError):
@@ -106,7 +106,7 @@ def test_float32_needs_a_truth() -> None:
             assert_same_in_double(narrow, narrow)
 
 
-def test_tf32_is_neither_float32_nor_less() -> None:
+def test_assert_is_between_accepts_only_tf32_errors() -> None:
     full = torch.randn(100)
 
     def check(bits: float) -> None:
@@ -118,11 +118,11 @@ def test_tf32_is_neither_float32_nor_less() -> None:
             check(wrong)
 
 
-# --- faults of a kernel, at the size that a test has ----------------------------------------------
+# --- planted faults of a kernel, in layers of typical test sizes ----------------------------------
 
 
 def planted(fault: str, cell: str, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
-    """Results of a layer with a fault, those without, and the truth."""
+    """Returns the results of a layer with a fault, those without the fault, and the truth."""
     module = build(cell, 5, 20, bidirectional=True)
     x = torch.randn(steps, 3, 5, requires_grad=True)
     wrong = build(cell, 5, 20, bidirectional=True)
@@ -136,7 +136,7 @@ def planted(fault: str, cell: str, steps: int) -> tuple[dict[str, Tensor], dict[
         elif fault == "no bias":
             wrong.bias_hh_l0_reverse.zero_()
     found = run(wrong, x)
-    if fault == "h_prev":  # the gradient of w_hh takes the state of a step too late
+    if fault == "h_prev":  # the gradient of w_hh uses the state of the wrong step
         found["d_weight_hh_l0"] = run(wrong, x.roll(1, 0).detach().requires_grad_())[
             "d_weight_hh_l0"
         ]
@@ -149,9 +149,9 @@ FAULTS = ["gate order", "missing term", "float16", "no bias", "h_prev"]
 @pytest.mark.parametrize("steps", [5, 200])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "rnn_sigmoid", "gru", "lstm"])
-def test_faults_fail(cell: str, fault: str, steps: int) -> None:
+def test_planted_faults_fail(cell: str, fault: str, steps: int) -> None:
     if fault == "gate order" and cell.startswith("rnn"):
-        pytest.skip("one gate has no order")
+        pytest.skip("an RNN has only one gate")
     found, theirs, exact = planted(fault, cell, steps)
     with pytest.raises(AssertionError, match="allowed"):
         assert_agrees(found, theirs, exact)

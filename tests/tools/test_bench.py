@@ -1,4 +1,4 @@
-"""``bench/``: the grid, the clock that replays, the report and the search for cliffs."""
+"""``bench/``: the grid, the replay clock, the report and the search for performance cliffs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import report
 import sweep
 from grid import GRID, SHORT, chosen_points
 
-from fastrnn.tools.benchmark.shapes import Point
+from fastrnn.tools.benchmark.shapes import Shape
 
-POINT = Point("latency", 100, 1, 64, 64)
+POINT = Shape("latency", 100, 1, 64, 64)
 
 
-def write_run(path: Path, *tasks: tuple[str, str, Point, dict[str, float]]) -> Path:
-    """A file like pytest-benchmark's: cell, mode, point and milliseconds of each library."""
+def write_run(path: Path, *tasks: tuple[str, str, Shape, dict[str, float]]) -> Path:
+    """Writes a pytest-benchmark file. A task is (cell, mode, shape, milliseconds by library)."""
     entries = [
         {
             "group": f"{cell} {mode} {point.label}",
@@ -59,11 +59,11 @@ def result(tmp_path: Path) -> Path:
         ("rnn", "forward", POINT, {"fastrnn": 1, "torch": 9, "onnxruntime": 4}),
         ("gru", "forward", POINT, {"fastrnn": 2, "torch": 1}),
         ("gru", "training", POINT, {"fastrnn": 1, "torch": 3}),
-        ("gru", "forward", Point("", 9, 1, 8, 8), {"fastrnn": 1, "torch": 2}),
+        ("gru", "forward", Shape("", 9, 1, 8, 8), {"fastrnn": 1, "torch": 2}),
     )
 
 
-def test_the_grid() -> None:
+def test_grid_is_selected_by_block() -> None:
     assert chosen_points("short") == SHORT
     assert chosen_points("all") == GRID
     assert len(set(GRID)) == len(GRID)
@@ -72,7 +72,7 @@ def test_the_grid() -> None:
         chosen_points("none")
 
 
-def test_the_clock_replays() -> None:
+def test_replay_clock_returns_loaded_times() -> None:
     pytest.importorskip("pytest_benchmark")
     from test_speed import ReplayClock
 
@@ -81,7 +81,9 @@ def test_the_clock_replays() -> None:
     assert [-clock() + clock() for _ in range(2)] == [0.1, 2.5]
 
 
-def test_the_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_lists_tasks_by_ratio(
+    result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
     assert report.main([str(result), "--out", str(tmp_path / "out"), "--readme", str(readme)]) == 0
@@ -91,7 +93,7 @@ def test_the_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     start = lines.index("|---|---|---|--:|--:|--:|--:|--:|--:|")
     assert "fastrnn ms | torch.nn ms | ONNX Runtime ms | ratio" in lines[start - 1]
     ratios = [float(line.split("|")[7]) for line in lines[start + 1 : start + 5]]
-    assert ratios == [0.5, 2, 3, 4]  # the worst first, against the best peer
+    assert ratios == [0.5, 2, 3, 4]  # the worst first, against the fastest other library
     gflops = POINT.flops("rnn", "forward") / 1e-3 * 1e-9
     assert lines[start + 4].endswith(f"| 4.00 | {gflops:.1f} | {gflops:.0f} |")
     assert "| gru | forward | 2 | 0.50 | 1.00 |" in lines
@@ -101,10 +103,12 @@ def test_the_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_regressions(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_finds_regressions(
+    result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert report.main([str(result), "--baseline", str(result)]) == 0
     assert "4 tasks, 0 slower by more than 10%, on average +0.0%" in capsys.readouterr().out
-    # A machine of half the speed, where one task became 20% slower against torch.
+    # A machine with half the speed, on which one task is 20% slower relative to torch.
     other = write_run(
         tmp_path / "other.json",
         ("rnn", "forward", POINT, {"fastrnn": 2, "torch": 18}),
@@ -119,7 +123,7 @@ def test_regressions(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         (None, "cannot be read (No such file"),
         ("{}", "is no result of pytest bench"),
@@ -127,21 +131,21 @@ def test_regressions(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ('{"benchmarks": []}', "is no result of pytest bench"),
     ],
 )
-def test_what_is_no_result(tmp_path: Path, text: str | None, sentence: str) -> None:
+def test_report_rejects_other_files(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SystemExit, match=r"x\.json: ") as stop:
+    with pytest.raises(SystemExit, match=r"x\.json: ") as error:
         report.main([str(path)])
-    assert sentence in str(stop.value)
+    assert message in str(error.value)
 
 
-def test_a_page_without_marks() -> None:
+def test_report_needs_marks_in_the_page() -> None:
     with pytest.raises(SystemExit, match="the page does not have <!-- speed --> and <!-- /speed"):
         report.insert("nothing", "text")
 
 
-def test_what_a_sweep_runs_over() -> None:
+def test_sweep_covers_sizes_and_cliffs() -> None:
     assert sweep.sizes("H", 128, 1) == [*range(1, 301), 511, 512, 513, 1023, 1024, 1025]
     assert sweep.sizes("H", 128, 100) == [1, 101, 201, 511, 512, 513, 1023, 1024, 1025]
     assert sweep.sizes("B", 128, 1) == list(range(1, 41))
@@ -150,7 +154,7 @@ def test_what_a_sweep_runs_over() -> None:
     assert shapes == {"H": "T50 B16 I7 H7", "B": "T50 B7 I128 H128", "I": "T50 B16 I7 H128"}
 
 
-def test_spikes() -> None:
+def test_spikes_are_found() -> None:
     falling = [100 / size for size in range(1, 50)]
     assert sweep.spikes(falling) == {}
     falling[20] *= 1.3
@@ -160,7 +164,7 @@ def test_spikes() -> None:
     assert sweep.spikes([1.0]) == {}
 
 
-def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_writes_results_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = "--axis I --cell rnn --T 2 --B 1 --H 4 --passes 1 --threads 1 --out".split()
     monkeypatch.setattr("sys.argv", ["sweep.py", *options, str(tmp_path)])
     sweep.main()
@@ -177,12 +181,12 @@ def test_every_derivative_is_measured(cell: str) -> None:
     assert all(ratio > 0 for ratio in measured.values())
 
 
-def test_compile_time_gives_up() -> None:
+def test_compile_time_stops_at_its_limit() -> None:
     assert compile_time.fastest("fastrnn", 3, False, limit=0.01, repeat=1) is None
 
 
 @pytest.mark.slow
-def test_compile_time() -> None:
+def test_compile_time_is_measured() -> None:
     static, dynamic = (
         compile_time.measure_apart("fastrnn", 3, dynamic, limit=300) for dynamic in (False, True)
     )

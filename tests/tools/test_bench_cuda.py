@@ -1,4 +1,4 @@
-"""``bench/cuda_*.py``, rehearsed on the CPU: all but the GPU's time and the sanitizer's eyes."""
+"""``bench/cuda_*.py`` on the CPU, without GPU timing and with a fake sanitizer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastrnn.tools.benchmark.shapes import CELLS, MODES
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured asks for schedules there."""
+    """Restores FASTRNN_SCHEDULE, which the measurements set."""
     monkeypatch.setenv("FASTRNN_SCHEDULE", "auto")
 
 
-def test_the_grid_has_every_block_early() -> None:
+def test_grid_has_every_block_early() -> None:
     chosen = tasks(POINTS)
     labels = [task.label for task in chosen]
     assert len(set(labels)) == len(labels)
@@ -44,7 +44,9 @@ def speed(*arguments: object) -> int:
     return cuda_speed.main([*chosen.split(), *map(str, arguments)])
 
 
-def test_speed_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_measures_and_reports_all_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
     shapes = ["--blocks", "batch-1", "packed", "--commit", "abc"]
     assert speed(*shapes, "--json", path, "--report", page) == 0
@@ -79,7 +81,7 @@ def test_speed_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert page.read_text() == text
 
 
-def test_speed_goes_on_where_it_was_cut_off(
+def test_speed_resumes_after_an_interruption(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "gpu.json"
@@ -107,13 +109,13 @@ def test_speed_goes_on_where_it_was_cut_off(
         speed(*shapes, "--commit", "def")
 
 
-def test_speed_keeps_to_its_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_stops_at_its_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.json"
     assert speed("--budget", 1e-9, "--json", path) == 0
     assert "0 tasks measured now" in capsys.readouterr().out
 
 
-def test_speed_refuses_what_differs(
+def test_speed_does_not_time_wrong_results(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = cuda_speed.Call.results
@@ -134,7 +136,7 @@ def test_speed_refuses_what_differs(
     assert "   persistent: differs from float64" in cuda_speed.row(line)
 
 
-def test_speed_notes_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_records_failed_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nAnd a long story.")
 
@@ -145,7 +147,7 @@ def test_speed_notes_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line["task"] == task.label
 
 
-def test_the_report_shows_wrong_choices() -> None:
+def test_report_shows_wrong_choices() -> None:
     task = tasks(POINTS)[0]
     line = {
         **cuda_speed.nothing(task, ""),
@@ -160,7 +162,7 @@ def test_the_report_shows_wrong_choices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         (None, "cannot be read (No such file"),
         ("{}", "is no result of cuda_speed.py"),
@@ -168,18 +170,18 @@ def test_the_report_shows_wrong_choices() -> None:
         ('{"machine": {"commit": ""}, "results": [1]}', "is no result of cuda_speed.py"),
     ],
 )
-def test_what_is_no_result(tmp_path: Path, text: str | None, sentence: str) -> None:
+def test_speed_rejects_other_files(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SystemExit, match=r"x\.json: ") as stop:
+    with pytest.raises(SystemExit, match=r"x\.json: ") as error:
         cuda_speed.main(["--budget", "0", "--json", str(path), "--report", str(tmp_path / "y")])
-    assert sentence in str(stop.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("program", [cuda_speed, cuda_sanitize], ids=["speed", "sanitize"])
-def test_no_gpu(program: Any) -> None:
+def test_missing_gpu_is_an_error(program: Any) -> None:
     with pytest.raises(
         SystemExit, match=r"^cuda_\w+\.py needs a CUDA device, and torch finds none"
     ):
@@ -208,14 +210,16 @@ sys.exit(code)
 
 @pytest.fixture
 def fake(tmp_path: Path) -> str:
-    """A sanitizer that sees a race wherever it looks for races."""
+    """A fake sanitizer whose racecheck always reports a race."""
     path = tmp_path / "sanitizer"
     path.write_text(FAKE.format(python=sys.executable))
     path.chmod(0o755)
     return str(path)
 
 
-def test_sanitize(fake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sanitize_reports_findings(
+    fake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["--device", "cpu", "--sanitizer", fake, "--schedules", "persistent"]
     assert cuda_sanitize.main([*common, "--tools", "memcheck"]) == 0
     [_, line] = capsys.readouterr().out.splitlines()
@@ -245,11 +249,11 @@ CLEAN = f"========= COMPUTE-SANITIZER\n{cuda_sanitize.DONE}\n========= ERROR SUM
         (CLEAN.replace("ERROR SUMMARY", "nothing"), 0, "no summary"),
     ],
 )
-def test_verdicts(output: str, exit_code: int | None, verdict: str) -> None:
+def test_sanitizer_output_gives_a_verdict(output: str, exit_code: int | None, verdict: str) -> None:
     assert cuda_sanitize.judge(output, exit_code).verdict == verdict
 
 
-def test_no_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_sanitizer_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(SystemExit, match=r"compute-sanitizer, .*: nowhere/x is no program\.$"):

@@ -1,4 +1,4 @@
-"""The character model: its data, training, checkpoints, samples, comparison and pictures."""
+"""The character model: data, training, checkpoints, samples, comparison and plots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from charlm_support import SMALL, corpus_for, trainer_for
 from support import changed, exact_call
 from tolerance import Change, assert_agrees, widen
 
-from fastrnn.tools.charlm import checkpoint, compare, plot, schedule
+from fastrnn.tools.charlm import checkpoint, plot, schedule, side_by_side
 from fastrnn.tools.charlm import fit as fit_module
 from fastrnn.tools.charlm.config import Config
 from fastrnn.tools.charlm.data import (
@@ -51,7 +51,7 @@ from fastrnn.tools.charlm.train import Trainer, evaluate
 
 CELLS = ["rnn", "lstm", "gru"]
 BACKENDS = ["fastrnn", "torch"]
-# A rate at which Adam changes no float32 weight: training becomes a pure computation of losses.
+# Adam changes no float32 weight at this rate, so training only computes losses.
 FROZEN = {"learning_rate": 1e-30, "clip": 0.0}
 
 
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Lines:
-    """A reporter that remembers."""
+    """A reporter that records lines and samples."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -85,7 +85,7 @@ def no_save(trainer: Trainer, best: bool) -> None:
 # -- text -----------------------------------------------------------------------------------------
 
 
-def test_files_are_read_one_after_the_other(tmp_path: Path) -> None:
+def test_files_are_concatenated_and_normalised(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes("\ufeffä\r\nb\rc".encode())
     (tmp_path / "b").write_bytes(b"d\n")
     text = read_files([tmp_path / "a", tmp_path / "b"])
@@ -93,7 +93,7 @@ def test_files_are_read_one_after_the_other(tmp_path: Path) -> None:
     assert text.files == (str(tmp_path / "a"), str(tmp_path / "b"))
 
 
-def test_other_encodings(tmp_path: Path) -> None:
+def test_other_encodings_are_read(tmp_path: Path) -> None:
     path = tmp_path / "text"
     for encoding in ("latin-1", "utf-16", "utf-8"):
         path.write_bytes("grün\n".encode(encoding))
@@ -109,12 +109,12 @@ def test_other_encodings(tmp_path: Path) -> None:
         (b"abc\0def", "utf-8", "binary"),
         ("abc".encode("utf-16"), "utf-8", "--encoding utf-16"),
         (b"abc", "utf-16", "is not utf-16 text"),
-        (b"abc", "nonsense", "--encoding 'nonsense'"),
-        (b"abc", "base64", "--encoding 'base64'"),
+        (b"abc", "nonsense", "--encoding must be .*, got 'nonsense'"),
+        (b"abc", "base64", "--encoding must be .*, got 'base64'"),
         (b"abc", "hex\0", "--encoding"),
     ],
 )
-def test_a_file_that_is_no_text_gets_one_sentence(
+def test_other_files_than_text_are_one_line_errors(
     tmp_path: Path, content: bytes, encoding: str, reason: str
 ) -> None:
     path = tmp_path / "some file"
@@ -126,7 +126,7 @@ def test_a_file_that_is_no_text_gets_one_sentence(
         assert "some file" in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read_gets_one_sentence(tmp_path: Path) -> None:
+def test_unreadable_file_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone: cannot be read \(No such file"):
         read_files([tmp_path / "gone"])
     with pytest.raises(DataError, match="is a folder"):
@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_read_gets_one_sentence(tmp_path: Path) -> None:
         read_files(["nul\0name"])
 
 
-def test_the_standard_library_is_always_there_and_always_the_same() -> None:
+def test_standard_library_text_is_reproducible() -> None:
     text = read_standard_library(limit=300_000)
     assert text.content == read_standard_library(limit=300_000).content
     assert 300_000 <= len(text.content) < 600_000
@@ -146,7 +146,7 @@ def test_the_standard_library_is_always_there_and_always_the_same() -> None:
     assert text.files == ()
 
 
-def test_the_standard_library_without_tests_and_without_source(tmp_path: Path) -> None:
+def test_standard_library_text_skips_tests_and_needs_source(tmp_path: Path) -> None:
     for name in ("good.py", "test/t.py", "site-packages/p.py", "encodings/e.py", "data.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n")
@@ -174,15 +174,15 @@ def test_rare_characters_are_unknown() -> None:
         Vocabulary.of("".join(chr(code) for code in range(0x10000, 0x10000 + 250_000)))
 
 
-def test_a_vocabulary_of_other_things_is_refused() -> None:
+def test_vocabulary_rejects_other_things_than_distinct_characters() -> None:
     for characters in (["a", "a"], ["ab"], [""]):
         with pytest.raises(DataError):
             Vocabulary(characters)
 
 
-def test_streams_are_consecutive_and_targets_one_further() -> None:
+def test_streams_are_consecutive_and_targets_are_one_later() -> None:
     streams = Streams(torch.arange(64, dtype=torch.int32), batch_size=3, seq_length=5)
-    assert streams.chunks == 4  # of 21 characters a stream
+    assert streams.chunks == 4  # with 21 characters per stream
     xs, ys = zip(*(streams.chunk(index) for index in range(4)), strict=True)
     expected = torch.stack([torch.arange(20) + start for start in (0, 21, 42)], dim=1)
     assert torch.equal(torch.cat(xs), expected)
@@ -190,7 +190,7 @@ def test_streams_are_consecutive_and_targets_one_further() -> None:
     assert xs[0].dtype == torch.int64
 
 
-def test_the_least_text() -> None:
+def test_shortest_possible_text_is_accepted() -> None:
     config = SMALL
     least = config.batch_size * config.seq_length + 1 + config.seq_length + 1
     corpus = corpus_for(config, least)
@@ -199,7 +199,7 @@ def test_the_least_text() -> None:
         corpus_for(config, least - 1)
 
 
-def test_the_end_of_the_text_is_held_out() -> None:
+def test_end_of_the_text_is_held_out() -> None:
     text = Text("a" * 950 + "b" * 50, "text")
     corpus = prepare(text, 4, 8)
     assert corpus.vocabulary.characters == ("a",)
@@ -212,7 +212,7 @@ def test_the_end_of_the_text_is_held_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         ({"cell": "cnn"}, "--cell must be one of rnn, lstm, gru"),
         ({"hidden": 0}, "--hidden must be a whole number from 1 up, got 0"),
@@ -231,10 +231,10 @@ def test_the_end_of_the_text_is_held_out() -> None:
         ({"backend": "torch", "nonlinearity": "sigmoid"}, "needs --backend fastrnn"),
     ],
 )
-def test_options_are_checked(options: dict[str, Any], sentence: str) -> None:
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(CharlmError) as caught:
         Config(**options)
-    assert sentence in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_options_survive_json() -> None:
@@ -243,7 +243,7 @@ def test_options_survive_json() -> None:
         Config.from_json({**SMALL.to_json(), "surprise": 1})
 
 
-def test_learning_rates() -> None:
+def test_learning_rate_follows_the_schedule() -> None:
     def rates(**options: Any) -> list[float]:
         config = Config(steps=10, learning_rate=1.0, **options)
         return [schedule.learning_rate(config, step, []) for step in range(11)]
@@ -260,7 +260,7 @@ def test_learning_rates() -> None:
     assert seen == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
 
 
-def test_waiting_for_a_better_evaluation() -> None:
+def test_evaluations_since_best_are_counted() -> None:
     assert schedule.evaluations_since_best([]) == 0
     assert schedule.evaluations_since_best([3.0, 2.0]) == 0
     assert schedule.evaluations_since_best([2.0, 2.0, 3.0]) == 2
@@ -271,7 +271,7 @@ def test_waiting_for_a_better_evaluation() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_carried_state_makes_chunks_one_sequence(cell: str, backend: str) -> None:
+def test_losses_of_chunks_match_one_long_sequence(cell: str, backend: str) -> None:
     trainer = trainer_for(dataclasses.replace(SMALL, cell=cell, backend=backend, **FROZEN))
     streams = trainer.corpus.training
     trainer.run(streams.chunks + 1)
@@ -287,7 +287,7 @@ def test_the_carried_state_makes_chunks_one_sequence(cell: str, backend: str) ->
 
     exact = exact_call(trainer.model, call=unrolled)
     assert_agrees(torch.tensor(trainer.losses[:-1]), unrolled(trainer.model), exact)
-    assert trainer.losses[-1] == trainer.losses[0]  # the text began again, from a state of zeros
+    assert trainer.losses[-1] == trainer.losses[0]  # the text started again, from a state of zeros
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -316,7 +316,7 @@ def test_gradients_are_clipped() -> None:
 
     free, clipped = gradient(0.0), gradient(0.01)
     assert free.norm() > 0.1
-    # torch divides by the norm plus this, so that a norm of 0 does no harm
+    # torch divides by the norm plus 1e-6, to avoid a division by 0
 
     def exact(change: Change) -> torch.Tensor:
         return change(free) * (0.01 / (change(free).norm() + 1e-6))
@@ -326,7 +326,7 @@ def test_gradients_are_clipped() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_evaluation_carries_the_state_and_leaves_the_training_alone(cell: str) -> None:
+def test_evaluation_carries_the_state_and_keeps_the_training_mode(cell: str) -> None:
     config = dataclasses.replace(SMALL, cell=cell, dropout=0.5)
     trainer = trainer_for(config)
     trainer.model.train()
@@ -347,13 +347,13 @@ def test_evaluation_carries_the_state_and_leaves_the_training_alone(cell: str) -
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_seed_gives_a_run_and_touches_no_other_random_numbers(backend: str, threads: int) -> None:
+def test_seed_determines_a_run_and_global_random_state_is_kept(backend: str, threads: int) -> None:
     torch.set_num_threads(threads)
     config = dataclasses.replace(SMALL, dropout=0.3, backend=backend)
     before = torch.get_rng_state()
     first, second = trainer_for(config), trainer_for(config)
     first.run(6)
-    for steps in (1, 3, 2):  # how steps are grouped changes nothing
+    for steps in (1, 3, 2):  # the grouping of steps has no effect
         second.run(steps)
     other = trainer_for(dataclasses.replace(config, seed=1))
     other.run(6)
@@ -366,7 +366,7 @@ def test_a_seed_gives_a_run_and_touches_no_other_random_numbers(backend: str, th
     ("cell", "nonlinearity"),
     [("rnn", "tanh"), ("rnn", "relu"), ("rnn", "sigmoid"), ("lstm", "tanh"), ("gru", "tanh")],
 )
-def test_it_learns(cell: str, nonlinearity: str) -> None:
+def test_model_learns(cell: str, nonlinearity: str) -> None:
     config = dataclasses.replace(
         SMALL,
         cell=cell,
@@ -381,7 +381,7 @@ def test_it_learns(cell: str, nonlinearity: str) -> None:
     assert sum(trainer.losses[-10:]) < 0.6 * sum(trainer.losses[:10])
 
 
-def test_a_loss_that_is_no_number_stops_with_a_sentence() -> None:
+def test_nan_loss_is_a_one_line_error() -> None:
     trainer = trainer_for(SMALL)
     trainer.run(3)
     nn.init.constant_(trainer.model.decoder.weight, math.nan)
@@ -391,7 +391,7 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence() -> None:
         trainer.evaluate()
 
 
-def test_the_loop_evaluates_saves_and_samples_when_due() -> None:
+def test_fit_evaluates_saves_and_samples_when_due() -> None:
     saves: list[tuple[int, bool]] = []
     config = dataclasses.replace(SMALL, sample_every=4)
     trainer, lines = trainer_for(config), Lines()
@@ -405,7 +405,7 @@ def test_the_loop_evaluates_saves_and_samples_when_due() -> None:
     assert len(lines.lines) == 3
 
 
-def test_samples_and_evaluations_do_not_change_the_training() -> None:
+def test_samples_and_evaluations_do_not_affect_the_losses() -> None:
     config = dataclasses.replace(SMALL, dropout=0.3)
     plain, busy = trainer_for(config), trainer_for(config)
     plain.run(12)
@@ -414,14 +414,14 @@ def test_samples_and_evaluations_do_not_change_the_training() -> None:
     assert busy.losses == plain.losses
 
 
-def test_it_stops_early() -> None:
+def test_fit_stops_early() -> None:
     config = dataclasses.replace(SMALL, steps=500, eval_every=1, patience=3, **FROZEN)
     trainer = trainer_for(config)
     assert fit(trainer, Lines(), no_save) is Outcome.EARLY
-    assert trainer.step == 4  # a first, and three that are no better
+    assert trainer.step == 4  # the first evaluation and three that are no better
 
 
-def test_stop_is_asked_between_steps_and_everything_is_saved() -> None:
+def test_stop_ends_fit_between_steps_and_saves() -> None:
     trainer, saved = trainer_for(SMALL), []
     outcome = fit(
         trainer, Lines(), lambda t, best: saved.append(t.step), stop=lambda: trainer.step >= 1
@@ -452,13 +452,13 @@ def assert_same(a: Trainer, b: Trainer) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 7])
-def test_a_resumed_run_is_the_uninterrupted_run(
+def test_resumed_run_equals_uninterrupted_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell: str, backend: str, stop_at: int
 ) -> None:
     config = dataclasses.replace(
         SMALL, cell=cell, backend=backend, dropout=0.2, schedule="plateau", warmup=3
     )
-    corpus = corpus_for(config, 500)  # the text begins again within the run
+    corpus = corpus_for(config, 500)  # short enough that the text starts again within the run
     whole = Trainer(config, corpus)
     fit(whole, Lines(), no_save)
 
@@ -466,7 +466,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
         checkpoint.save(tmp_path, checkpoint.LATEST, trainer)
 
     first = Trainer(config, corpus)
-    monkeypatch.setattr(fit_module, "_RUN_STEPS", 1)  # asks after each step
+    monkeypatch.setattr(fit_module, "_RUN_STEPS", 1)  # calls stop after each step
     outcome = fit(first, Lines(), save, stop=lambda: first.step >= stop_at)
     assert (outcome, first.step) == (Outcome.INTERRUPTED, stop_at)
     second = resumed(tmp_path, corpus)
@@ -476,9 +476,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert_same(resumed(tmp_path, corpus), whole)
 
 
-def test_only_the_last_tensors_stay(tmp_path: Path) -> None:
+def test_save_removes_older_tensors_and_temporary_files(tmp_path: Path) -> None:
     trainer = trainer_for(SMALL)
-    (tmp_path / ".latest.json.1.tmp").touch()  # of a process that was killed
+    (tmp_path / ".latest.json.1.tmp").touch()  # left by a killed process
     for _ in range(3):
         trainer.run(1)
         checkpoint.save(tmp_path, checkpoint.LATEST, trainer)
@@ -492,12 +492,12 @@ def test_only_the_last_tensors_stay(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """The process ends here: no handler of the code under test may catch it."""
+    """Simulates the death of the process. The code under test does not catch BaseException."""
 
 
 @pytest.mark.parametrize("function", ["open", "fsync", "replace", "unlink"])
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
-def test_death_at_any_moment_leaves_a_whole_checkpoint(
+def test_death_at_any_system_call_leaves_a_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int
 ) -> None:
     trainer = trainer_for(SMALL)
@@ -530,7 +530,7 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint(
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_death_in_the_middle_of_a_file_leaves_a_whole_checkpoint(
+def test_death_within_a_write_leaves_a_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     trainer = trainer_for(SMALL)
@@ -555,7 +555,7 @@ def test_death_in_the_middle_of_a_file_leaves_a_whole_checkpoint(
     assert resumed(tmp_path, trainer.corpus).step == 2
 
 
-def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_killed_process_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
@@ -586,7 +586,7 @@ while True:
     assert again.losses == found.losses
 
 
-def test_a_full_disk_gets_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_for(SMALL)
     checkpoint.save(tmp_path, checkpoint.LATEST, trainer)
     trainer.run(1)
@@ -621,7 +621,7 @@ def damage_tensors(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "sentence"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "latest.json").unlink(), "No such file"),
         (lambda folder: (folder / "latest.json").write_text("{"), "not JSON"),
@@ -645,8 +645,8 @@ def damage_tensors(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
         (damage_tensors(lambda data: data[:99] + b"?" + data[100:]), "checksum"),
     ],
 )
-def test_a_damaged_checkpoint_gets_one_sentence(
-    tmp_path: Path, damage: Callable[[Path], None], sentence: str
+def test_damaged_checkpoint_is_a_one_line_error(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     trainer = trainer_for(SMALL)
     trainer.run(1)
@@ -654,12 +654,12 @@ def test_a_damaged_checkpoint_gets_one_sentence(
     damage(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         resumed(tmp_path, trainer.corpus)
-    assert sentence in str(caught.value)
+    assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_finding_a_checkpoint(tmp_path: Path) -> None:
+def test_find_prefers_the_first_name(tmp_path: Path) -> None:
     names = (checkpoint.BEST, checkpoint.LATEST)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         checkpoint.find(tmp_path, names)
@@ -667,15 +667,15 @@ def test_finding_a_checkpoint(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").touch()
         assert checkpoint.find(tmp_path, names) == tmp_path / f"{name}.json"
     assert checkpoint.find(tmp_path / "latest.json", names) == tmp_path / "latest.json"
-    with pytest.raises(CheckpointError, match=r"give the \.json"):
+    with pytest.raises(CheckpointError, match=r"pass the \.json"):
         checkpoint.find(tmp_path / "x.safetensors", names)
 
 
 # -- signals --------------------------------------------------------------------------------------
 
 
-def test_a_first_signal_is_noted_and_a_second_acts(request: pytest.FixtureRequest) -> None:
-    # a process that was started in the background may ignore the signal
+def test_first_signal_sets_a_flag_and_second_raises(request: pytest.FixtureRequest) -> None:
+    # a process started in the background may ignore the signal
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -692,10 +692,10 @@ def test_a_first_signal_is_noted_and_a_second_acts(request: pytest.FixtureReques
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-# -- writing --------------------------------------------------------------------------------------
+# -- sampling -------------------------------------------------------------------------------------
 
 
-def written(trainer: Trainer, **options: Any) -> str:
+def sample_text(trainer: Trainer, **options: Any) -> str:
     arguments: dict[str, Any] = {"prime": "def ", "length": 60, "temperature": 0.8, "seed": 3}
     arguments |= options
     generator = torch.Generator().manual_seed(arguments.pop("seed"))
@@ -704,23 +704,25 @@ def written(trainer: Trainer, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_seed_writes_the_same_text(cell: str) -> None:
+def test_seed_determines_the_sample(cell: str) -> None:
     trainer = trainer_for(dataclasses.replace(SMALL, cell=cell, dropout=0.5))
     trainer.run(2)
     assert trainer.model.training
-    text = written(trainer)
+    text = sample_text(trainer)
     assert trainer.model.training
     assert len(text) == 60
-    assert text == written(trainer)
-    assert text != written(trainer, seed=4)
-    assert written(trainer, prime="") == written(trainer, prime="\n")
-    assert written(trainer, temperature=0, seed=1) == written(trainer, temperature=0, seed=2)
-    assert written(trainer, temperature=1e-30) == written(trainer, temperature=0)
-    assert written(trainer, top_k=1, seed=1) == written(trainer, temperature=0)
-    assert len(written(trainer, prime="unknown: €")) == 60
+    assert text == sample_text(trainer)
+    assert text != sample_text(trainer, seed=4)
+    assert sample_text(trainer, prime="") == sample_text(trainer, prime="\n")
+    assert sample_text(trainer, temperature=0, seed=1) == sample_text(
+        trainer, temperature=0, seed=2
+    )
+    assert sample_text(trainer, temperature=1e-30) == sample_text(trainer, temperature=0)
+    assert sample_text(trainer, top_k=1, seed=1) == sample_text(trainer, temperature=0)
+    assert len(sample_text(trainer, prime="unknown: €")) == 60
 
 
-def test_the_unknown_symbol_is_never_written() -> None:
+def test_unknown_symbol_is_never_drawn() -> None:
     logits = torch.tensor([100.0, 0.0, 1.0, 2.0])
     generator = torch.Generator().manual_seed(0)
     drawn = [draw(logits, t, generator, k) for t in (0, 0.5, 5.0) for k in (0, 1, 3, 9)] * 20
@@ -730,11 +732,11 @@ def test_the_unknown_symbol_is_never_written() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_writing_feeds_each_character_back(cell: str) -> None:
+def test_sample_feeds_each_character_back(cell: str) -> None:
     trainer = trainer_for(dataclasses.replace(SMALL, cell=cell))
     trainer.model.eval()
     vocabulary = trainer.corpus.vocabulary
-    text = written(trainer, temperature=0, length=8)
+    text = sample_text(trainer, temperature=0, length=8)
     whole = vocabulary.encode("def " + text).long().unsqueeze(1)
     with torch.no_grad():
         logits, _ = trainer.model(whole, trainer.model.zero_state(1))
@@ -742,29 +744,29 @@ def test_writing_feeds_each_character_back(cell: str) -> None:
     assert vocabulary.decode(best.tolist()) == text
 
 
-# -- comparing ------------------------------------------------------------------------------------
+# -- comparison -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_both_backends_train_alike(cell: str) -> None:
+def test_both_backends_have_equal_losses(cell: str) -> None:
     config = dataclasses.replace(SMALL, cell=cell, steps=30, hidden=32)
-    pair = compare.Pair.start(config, corpus_for(config))
-    referee = compare.referee_losses(pair, compare.FIRST_STEPS)
+    pair = side_by_side.Pair.start(config, corpus_for(config))
+    truth = side_by_side.float64_losses(pair, side_by_side.FIRST_STEPS)
     assert pair.fastrnn.step == 0
     assert fit(pair, Lines(), no_save) is Outcome.FINISHED
-    result = compare.compare(pair, referee)
+    result = side_by_side.compare(pair, truth)
     assert result.agrees
     assert (result.steps, result.first_steps) == (30, 20)
     first = [torch.tensor(trainer.losses[:20]) for trainer in (pair.fastrnn, pair.torch)]
 
     def exact(change: Change) -> torch.Tensor:
         if change is widen:
-            return torch.tensor(referee, dtype=torch.float64)
-        fresh = compare.Pair.start(config, corpus_for(config))
+            return torch.tensor(truth, dtype=torch.float64)
+        fresh = side_by_side.Pair.start(config, corpus_for(config))
         with torch.no_grad():
             wide = changed(fresh.torch.model, change)
         trainer = Trainer(fresh.torch.config, fresh.torch.corpus, wide)
-        trainer.run(compare.FIRST_STEPS)
+        trainer.run(side_by_side.FIRST_STEPS)
         return torch.tensor(trainer.losses, dtype=torch.float64)
 
     assert_agrees(*first, exact)
@@ -780,35 +782,35 @@ def test_both_backends_train_alike(cell: str) -> None:
     json.dumps(result.to_json())
 
 
-def test_dropout_drops_the_same_units_in_both() -> None:
+def test_dropout_drops_the_same_units_in_both_backends() -> None:
     config = dataclasses.replace(SMALL, dropout=0.3)
-    pair = compare.Pair.start(config, corpus_for(config))
+    pair = side_by_side.Pair.start(config, corpus_for(config))
     pair.run(12)
-    assert compare.compare(pair).largest_difference <= compare.FLOOR
+    assert side_by_side.compare(pair).largest_difference <= side_by_side.ERROR_FLOOR
 
 
-def test_a_difference_is_noticed() -> None:
-    pair = compare.Pair.start(SMALL, corpus_for(SMALL))
-    referee = compare.referee_losses(pair, 12)
+def test_different_weights_are_reported() -> None:
+    pair = side_by_side.Pair.start(SMALL, corpus_for(SMALL))
+    truth = side_by_side.float64_losses(pair, 12)
     with torch.no_grad():
         next(pair.fastrnn.model.recurrent.parameters()).mul_(1.001)
     pair.run(12)
-    result = compare.compare(pair, referee)
+    result = side_by_side.compare(pair, truth)
     assert result.agrees is False
     assert "DIFFER" in "\n".join(result.lines())
 
 
-def test_both_take_turns_and_stop_together() -> None:
-    pair = compare.Pair.start(SMALL, corpus_for(SMALL))
+def test_backends_alternate_and_stop_together() -> None:
+    pair = side_by_side.Pair.start(SMALL, corpus_for(SMALL))
     order: list[str] = []
     for name, trainer in (("fastrnn", pair.fastrnn), ("torch", pair.torch)):
         run = trainer.run
 
-        def noted(*args: Any, name: str = name, run: Any = run) -> None:
+        def recorded(*args: Any, name: str = name, run: Any = run) -> None:
             order.append(name)
             run(*args)
 
-        trainer.run = noted  # type: ignore[method-assign]
+        trainer.run = recorded  # type: ignore[method-assign]
     pair.run(3)
     pair.run(3)
     pair.run(3, lambda: True)
@@ -817,41 +819,41 @@ def test_both_take_turns_and_stop_together() -> None:
     assert [(block.first_step, block.steps) for block in pair.blocks] == [(1, 3), (4, 3), (7, 1)]
 
 
-def test_the_speed_ratio_is_the_median_after_the_warm_up() -> None:
-    pair = compare.Pair.start(SMALL, corpus_for(SMALL))
+def test_speed_ratio_is_the_median_after_the_warm_up() -> None:
+    pair = side_by_side.Pair.start(SMALL, corpus_for(SMALL))
     pair.blocks = [
-        compare.Block(1, 10, 1.0, 100.0),
-        compare.Block(11, 10, 1.0, 2.0),
-        compare.Block(21, 10, 1.0, 3.0),
-        compare.Block(31, 10, 1.0, 50.0),
+        side_by_side.Block(1, 10, 1.0, 100.0),
+        side_by_side.Block(11, 10, 1.0, 2.0),
+        side_by_side.Block(21, 10, 1.0, 3.0),
+        side_by_side.Block(31, 10, 1.0, 50.0),
     ]
-    result = compare.compare(pair)
+    result = side_by_side.compare(pair)
     assert result.speed_ratio == 3.0
     assert result.fastrnn_speed == pytest.approx(30 * SMALL.characters_per_step / 3)
-    assert compare.compare(compare.Pair(pair.fastrnn, pair.torch)).speed_ratio is None
+    assert side_by_side.compare(side_by_side.Pair(pair.fastrnn, pair.torch)).speed_ratio is None
 
 
-def test_shown_steps() -> None:
-    assert compare.shown_steps(0) == []
-    assert compare.shown_steps(1) == [1]
-    assert compare.shown_steps(150) == [1, 2, 5, 10, 20, 50, 100, 150]
+def test_shown_steps_are_1_2_5_times_powers_of_10() -> None:
+    assert side_by_side.shown_steps(0) == []
+    assert side_by_side.shown_steps(1) == [1]
+    assert side_by_side.shown_steps(150) == [1, 2, 5, 10, 20, 50, 100, 150]
 
 
-# -- pictures and reports -------------------------------------------------------------------------
+# -- plots and reports ----------------------------------------------------------------------------
 
 
 def is_png(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and path.stat().st_size > 5000
 
 
-def test_pictures(tmp_path: Path) -> None:
+def test_plots_are_png_files(tmp_path: Path) -> None:
     trainer = trainer_for(SMALL)
     fit(trainer, Lines(), no_save)
     plot.plot_training(tmp_path / "one.png", trainer)
     assert is_png(tmp_path / "one.png")
-    pair = compare.Pair.start(SMALL, trainer.corpus)
+    pair = side_by_side.Pair.start(SMALL, trainer.corpus)
     fit(pair, Lines(), no_save)
-    compare.save_comparison(tmp_path, pair, compare.compare(pair))
+    side_by_side.save_comparison(tmp_path, pair, side_by_side.compare(pair))
     assert is_png(tmp_path / "loss.png")
     assert json.loads((tmp_path / "compare.json").read_text())["steps"] == 12
     assert len(list(tmp_path.iterdir())) == 3
@@ -866,7 +868,7 @@ def test_long_curves_are_averaged() -> None:
     assert plot.training_curve("x", [0.0, 0.0]).x == [1.0, 2.0]
 
 
-def test_plain_lines_where_there_is_no_terminal() -> None:
+def test_plain_lines_are_written_without_a_terminal() -> None:
     stream, now = io.StringIO(), [0.0]
     reporter = reporter_for(stream)
     assert isinstance(reporter, PlainReporter)
@@ -886,7 +888,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     )
 
 
-def test_a_live_bar_is_drawn_seldom() -> None:
+def test_live_bar_limits_its_updates() -> None:
     from rich.console import Console
 
     stream, now = io.StringIO(), [0.0]

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and odd arguments of the character model: one sentence each."""
+"""Damaged checkpoints and invalid arguments of the character model give one-line errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastrnn.tools.charlm.sample import draw
 from fastrnn.tools.charlm.train import load_weights
 from fastrnn.tools.cli import main
 
-# of every place in the JSON
+# tried at every place in the JSON
 REPLACEMENTS: list[Any] = [{}, [], "", "x", 1.5, -1, None, True, 10**400, ["x"], {"x": 1}]
 REMOVED = object()
 
@@ -45,7 +45,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Each place in a JSON document, one item of each list."""
+    """Yields each place in a JSON document, with one item per list."""
     if path:
         yield path
     if isinstance(value, dict):
@@ -68,12 +68,12 @@ def changed(document: dict[str, Any], place: tuple[Any, ...], value: Any) -> dic
 
 
 def load_and_use(path: Path) -> None:
-    """As resuming and writing do."""
+    """Loads a checkpoint and its weights, like resuming and sampling do."""
     loaded = checkpoint.load(path)
     load_weights(build_model(len(loaded.vocabulary), loaded.config), loaded.tensors)
 
 
-def test_every_value_of_the_json_may_be_wrong(saved: Path) -> None:
+def test_wrong_json_values_are_one_line_errors(saved: Path) -> None:
     document = json.loads(saved.read_bytes())
     path = saved.with_name("damaged.json")
     accepted, messages = [], []
@@ -88,23 +88,25 @@ def test_every_value_of_the_json_may_be_wrong(saved: Path) -> None:
                 accepted.append((place, value))
     assert all("\n" not in message for message in messages)
     assert len(messages) > len(accepted) > 0
-    # options with a default, and numbers and texts that another training could have written
+    # accepted: options with a default, and values that another training could have written
     free = {"config", "evaluations", "seconds", "step", "vocabulary", "text"}
     assert {place[0] for place, _ in accepted} <= free
-    never = [
+    wrongly_accepted = [
         (place, value)
         for place, value in accepted
         if value is REMOVED
         and place[0] != "config"
         and len(place) < 3
         and isinstance(place[-1], str)
-        and (place[0] != "text" or place[1] in ("files", "encoding", "sha256"))  # what is read
+        and (
+            place[0] != "text" or place[1] in ("files", "encoding", "sha256")
+        )  # the keys that load reads
     ]
-    assert never == []
+    assert wrongly_accepted == []
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"text": {}}, "files"),
         ({"text": {"files": [], "encoding": 1, "sha256": "x"}}, "'encoding' must be a string"),
@@ -114,37 +116,35 @@ def test_every_value_of_the_json_may_be_wrong(saved: Path) -> None:
         ({"seconds": "1"}, "'seconds' must be a finite number"),
     ],
 )
-def test_the_sentence_names_the_value(saved: Path, change: dict[str, Any], said: str) -> None:
+def test_error_names_the_value(saved: Path, change: dict[str, Any], message: str) -> None:
     document = {**json.loads(saved.read_bytes()), **change}
     path = saved.with_name("damaged.json")
     path.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("what", ["fifo", "device", "folder", "missing"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "missing"])
 @pytest.mark.parametrize("which", ["json", "tensors"])
-def test_a_file_that_is_none_is_not_read(
-    saved: Path, tmp_path: Path, which: str, what: str
-) -> None:
-    """A pipe would wait for ever, /dev/zero would never end."""
+def test_only_regular_files_are_read(saved: Path, tmp_path: Path, which: str, kind: str) -> None:
+    """Reading a pipe would block, and reading /dev/zero would never end."""
     document = json.loads(saved.read_bytes())
     path = tmp_path / "latest.json"
     odd = path if which == "json" else tmp_path / document["tensors"]["file"]
     if which == "tensors":
         path.write_text(json.dumps(document))
-    if what == "fifo":
+    if kind == "fifo":
         os.mkfifo(odd)
-    elif what == "device":
+    elif kind == "device":
         odd.symlink_to("/dev/zero")
-    elif what == "folder":
+    elif kind == "folder":
         odd.mkdir()
     with pytest.raises(CheckpointError, match=r"regular file|folder|No such file"):
         checkpoint.load(path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 100, -5])
-def test_truncated_files(saved: Path, tmp_path: Path, keep: int) -> None:
+def test_truncated_files_are_rejected(saved: Path, tmp_path: Path, keep: int) -> None:
     document = json.loads(saved.read_bytes())
     name = document["tensors"]["file"]
     for damaged in ("latest.json", name):
@@ -157,7 +157,7 @@ def test_truncated_files(saved: Path, tmp_path: Path, keep: int) -> None:
 
 
 def replace_tensors(folder: Path, data: bytes) -> Path:
-    """Writes a checkpoint of these tensors, with their own checksum."""
+    """Replaces the tensor file of a checkpoint and updates the checksum."""
     path = folder / "latest.json"
     document = json.loads(path.read_text())
     document["tensors"]["sha256"] = hashlib.sha256(data).hexdigest()
@@ -179,7 +179,7 @@ def replace_tensors(folder: Path, data: bytes) -> Path:
         b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,0]}}',
     ],
 )
-def test_a_broken_header_with_the_right_checksum(
+def test_broken_header_with_the_right_checksum_is_rejected(
     saved: Path, tmp_path: Path, header: bytes
 ) -> None:
     shutil.copy(saved, tmp_path)
@@ -188,7 +188,7 @@ def test_a_broken_header_with_the_right_checksum(
         checkpoint.load(path)
 
 
-def test_every_tensor_may_be_missing_or_wrong(saved: Path, tmp_path: Path) -> None:
+def test_missing_or_wrong_tensors_are_rejected(saved: Path, tmp_path: Path) -> None:
     shutil.copy(saved, tmp_path)
     file = saved.with_name(json.loads(saved.read_bytes())["tensors"]["file"])
     tensors = safetensors.torch.load(file.read_bytes())
@@ -213,7 +213,7 @@ def test_every_tensor_may_be_missing_or_wrong(saved: Path, tmp_path: Path) -> No
                 checkpoint.load(path).restore(trainer)
 
 
-def test_an_undamaged_one_resumes(saved: Path) -> None:
+def test_undamaged_checkpoint_resumes(saved: Path) -> None:
     trainer = trainer_for(SMALL)
     checkpoint.load(saved).restore(trainer)
     assert trainer.step == 1
@@ -227,7 +227,7 @@ def test_tiny_temperature_takes_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize("temperature", ["1e-320", "5e-324", "0", "1e308"])
-def test_extreme_temperatures(
+def test_extreme_temperatures_are_accepted(
     saved: Path, temperature: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["charlm", "sample", str(saved), "--length", "5", "--temperature", temperature]
@@ -236,7 +236,7 @@ def test_extreme_temperatures(
 
 
 @pytest.mark.parametrize("temperature", ["nan", "inf", "-1", "1e400", "warm"])
-def test_temperatures_that_are_none(
+def test_invalid_temperatures_are_rejected(
     saved: Path, temperature: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["charlm", "sample", str(saved), "--length", "5", "--temperature", temperature]

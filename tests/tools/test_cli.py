@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and one sentence for everything wrong."""
+"""The command line: output, files, and one-line errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a command line in an empty folder and returns exit code, output and errors."""
+    """Runs a command line in a temporary folder and returns exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text(TEXT)
 
@@ -52,7 +52,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         capsys.readouterr()
         try:
             code = main([str(argument) for argument in arguments])
-        except SystemExit as error:  # argparse's way
+        except SystemExit as error:  # raised by argparse
             code = int(error.code or 0)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -66,9 +66,9 @@ def train(run: Run, *arguments: Any) -> str:
     return out
 
 
-def assert_one_sentence(result: tuple[int, str, str], sentence: str, code: int = 2) -> None:
+def assert_one_line_error(result: tuple[int, str, str], message: str, code: int = 2) -> None:
     found, _, err = result
-    assert sentence in err
+    assert message in err
     assert found == code
     assert err.count("\n") == 1
     assert err.startswith("fastrnn")
@@ -77,7 +77,7 @@ def assert_one_sentence(result: tuple[int, str, str], sentence: str, code: int =
 # -- fastrnn, fastrnn info ------------------------------------------------------------------------
 
 
-def test_version_and_help(run: Run) -> None:
+def test_version_and_help_are_printed(run: Run) -> None:
     assert run("--version") == (0, f"fastrnn {fastrnn.__version__}\n", "")
     for command_line in (["--help"], ["charlm", "--help"], ["charlm", "sample", "--help"]):
         code, out, _ = run(*command_line)
@@ -87,14 +87,14 @@ def test_version_and_help(run: Run) -> None:
         assert command.option_name(option) in run("charlm", "--help")[1]
 
 
-def test_info(run: Run) -> None:
+def test_info_lists_versions_and_plans(run: Run) -> None:
     code, out, err = run("info")
     assert (code, err) == (0, "")
     for word in (fastrnn.__version__, torch.__version__, "cpu", "cuda", "threads", "lstm"):
         assert word in out
 
 
-def test_info_as_json(tmp_path: Path) -> None:
+def test_info_json_is_consistent(tmp_path: Path) -> None:
     out = subprocess.run(
         [sys.executable, "-m", "fastrnn", "info", "--json"],
         cwd=tmp_path,
@@ -118,7 +118,7 @@ def test_info_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         ("", "COMMAND"),
         ("dance", "dance"),
@@ -134,7 +134,7 @@ def test_info_as_json(tmp_path: Path) -> None:
         ("charlm --schedule x", "--schedule must be one of constant, cosine, plateau"),
         ("charlm --cell lstm --nonlinearity relu", "--nonlinearity relu needs --cell rnn"),
         ("charlm --backend torch --nonlinearity sigmoid", "needs --backend fastrnn"),
-        ("charlm --compare --nonlinearity sigmoid", "torch.nn.RNN knows only tanh and relu"),
+        ("charlm --compare --nonlinearity sigmoid", "torch.nn.RNN supports only tanh and relu"),
         ("charlm --compare --backend torch", "--compare trains with both backends"),
         ("charlm --compare --resume x", "--compare starts from new weights"),
         ("charlm --device tpu", "--device must be cpu, cuda or cuda:N"),
@@ -142,12 +142,15 @@ def test_info_as_json(tmp_path: Path) -> None:
         ("charlm --text .", ".: is a folder"),
         ("charlm --text empty", "empty: is empty"),
         ("charlm --text binary", "binary: is a binary file"),
-        ("charlm --text latin", "latin: is not utf-8 text (byte 3), give its --encoding"),
-        ("charlm --text latin --encoding x", "--encoding 'x'"),
+        ("charlm --text latin", "latin: is not utf-8 text (byte 3); pass --encoding"),
+        (
+            "charlm --text latin --encoding x",
+            "--encoding must be a text encoding that Python knows, got 'x'",
+        ),
         ("charlm --encoding latin-1", "--text"),
         ("charlm --text short", "18 characters are too few"),
-        ("charlm --text text --seq-length 8 --output text", "--output text: cannot be made"),
-        ("charlm --text text --seq-length 8 --output text/x", "--output text/x: cannot be made"),
+        ("charlm --text text --seq-length 8 --output text", "--output text: cannot be created"),
+        ("charlm --text text --seq-length 8 --output text/x", "--output text/x: cannot be created"),
         ("charlm --resume gone", "gone: cannot be read"),
         ("charlm --resume .", ".: holds no checkpoint"),
         ("charlm --resume text", "text: is not a checkpoint"),
@@ -161,49 +164,49 @@ def test_info_as_json(tmp_path: Path) -> None:
         ("charlm sample text --seed -1", "--seed must be a whole number from 0 up"),
     ],
 )
-def test_one_sentence_for_what_is_wrong(
-    run: Run, tmp_path: Path, arguments: str, sentence: str
+def test_wrong_argument_is_a_one_line_error(
+    run: Run, tmp_path: Path, arguments: str, message: str
 ) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "binary").write_bytes(b"\x7fELF\0\0\xff")
     (tmp_path / "latin").write_bytes(b"abc\xfc" * 900)
     (tmp_path / "short").write_text("eighteen character")
-    assert_one_sentence(run(*arguments.split()), sentence)
+    assert_one_line_error(run(*arguments.split()), message)
     assert not (tmp_path / "charlm-run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_gpu_that_is_not_there(run: Run) -> None:
-    assert_one_sentence(run("charlm", "--device", "cuda", "--text", "text"), "--device cuda: torch")
+def test_missing_gpu_is_a_one_line_error(run: Run) -> None:
+    assert_one_line_error(
+        run("charlm", "--device", "cuda", "--text", "text"), "--device cuda: torch"
+    )
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "safetensors"])
-def test_a_missing_package_is_named(
-    run: Run, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
+def test_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     result = run("charlm", "--text", "text")
-    assert_one_sentence(result, "pip install 'fastrnn[charlm]'")
+    assert_one_line_error(result, "pip install 'fastrnn[charlm]'")
     assert package in result[2]
     assert run("info")[0] == 0
 
 
-def test_a_loss_that_is_no_number(run: Run, tmp_path: Path) -> None:
+def test_nan_loss_is_a_one_line_error(run: Run, tmp_path: Path) -> None:
     result = run("charlm", "--text", "text", *TINY, "--lr", 1000, "--nonlinearity", "relu")
-    assert_one_sentence(result, "try a smaller --lr", code=1)
+    assert_one_line_error(result, "try a smaller --lr", code=1)
     assert not list((tmp_path / "charlm-run").glob("latest*"))
 
 
-def test_a_model_that_does_not_fit(run: Run) -> None:
-    # 2**48 bytes of weights: more than a process can address, so that no machine lends them.
+def test_out_of_memory_is_a_one_line_error(run: Run) -> None:
+    # 2**48 bytes of weights: more than a process can address on any machine.
     result = run("charlm", "--text", "text", *TINY, "--embedding", 1, "--hidden", 2**23)
-    assert_one_sentence(result, "out of memory: try a smaller --hidden", code=1)
+    assert_one_line_error(result, "out of memory; try a smaller --hidden", code=1)
 
 
 # -- training -------------------------------------------------------------------------------------
 
 
-def test_a_run_from_start_to_end(run: Run, tmp_path: Path) -> None:
+def test_run_writes_checkpoints_samples_and_plot(run: Run, tmp_path: Path) -> None:
     out = train(run, "--steps", 20, "--sample-every", 10, "--output", "out", "--seed", 3)
     assert "1 file (text)" in out
     assert f"{len(TEXT):,} characters, a vocabulary of" in out
@@ -221,7 +224,7 @@ def test_a_run_from_start_to_end(run: Run, tmp_path: Path) -> None:
     assert [evaluation["step"] for evaluation in document["evaluations"]] == [5, 10, 15, 20]
 
 
-def test_the_default_text_and_the_default_folder(run: Run, tmp_path: Path) -> None:
+def test_default_text_and_default_folder_are_used(run: Run, tmp_path: Path) -> None:
     for folder in ("charlm-run", "charlm-run-2"):
         code, out, _ = run("charlm", *TINY, "--steps", 2)
         assert code == 0
@@ -229,25 +232,25 @@ def test_the_default_text_and_the_default_folder(run: Run, tmp_path: Path) -> No
         assert (tmp_path / folder / "latest.json").exists()
 
 
-def test_a_run_is_not_overwritten_by_accident(run: Run, tmp_path: Path) -> None:
+def test_run_is_replaced_only_with_overwrite(run: Run, tmp_path: Path) -> None:
     train(run, "--steps", 10, "--output", "out")
     arguments = ("charlm", "--text", "text", *TINY, "--steps", 3, "--output", "out")
-    assert_one_sentence(run(*arguments), "--output out: holds a run already")
+    assert_one_line_error(run(*arguments), "--output out: already holds a run")
     assert json.loads((tmp_path / "out/latest.json").read_text())["step"] == 10
     assert run(*arguments, "--overwrite")[0] == 0
     assert json.loads((tmp_path / "out/latest.json").read_text())["step"] == 3
     assert json.loads((tmp_path / "out/best.json").read_text())["step"] == 3
-    # A run that fails before its first checkpoint leaves none, least of all the other run's.
+    # A run that fails before its first checkpoint leaves none, not even that of the replaced run.
     assert run(*arguments, "--overwrite", "--lr", 1000, "--nonlinearity", "relu")[0] == 1
     assert not list((tmp_path / "out").glob("*.json"))
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_resuming_goes_on_exactly(run: Run, tmp_path: Path, cell: str) -> None:
+def test_resumed_run_equals_uninterrupted_run(run: Run, tmp_path: Path, cell: str) -> None:
     options = ("--cell", cell, "--layers", 2, "--dropout", 0.2, "--lr", 0.01)
     train(run, *options, "--steps", 12, "--output", "whole")
     train(run, *options, "--steps", 7, "--output", "part")
-    train(run, *options, "--steps", 12, "--resume", "part")  # the same options may be repeated
+    train(run, *options, "--steps", 12, "--resume", "part")  # equal options may be repeated
     code, _, err = run("charlm", "--resume", "whole/latest.json", "--steps", 13, "--output", "new")
     assert (code, err) == (0, "")
     whole = checkpoint.load(tmp_path / "whole/latest.json").tensors
@@ -259,31 +262,31 @@ def test_resuming_goes_on_exactly(run: Run, tmp_path: Path, cell: str) -> None:
     assert torch.equal(new["losses"][:12], whole["losses"])
 
 
-def test_what_cannot_be_resumed(run: Run, tmp_path: Path) -> None:
+def test_resume_rejects_changed_options_texts_and_damage(run: Run, tmp_path: Path) -> None:
     train(run, "--steps", 5, "--output", "out")
     out = ("charlm", "--resume", "out")
-    assert_one_sentence(run(*out), "is at step 5 already")
-    sentence = "--hidden cannot be changed with --resume (out/latest.json has 8)"
-    assert_one_sentence(run(*out, "--hidden", 9, "--steps", 6), sentence)
+    assert_one_line_error(run(*out), "is already at step 5")
+    message = "--hidden cannot be changed with --resume (out/latest.json has 8)"
+    assert_one_line_error(run(*out, "--hidden", 9, "--steps", 6), message)
     (tmp_path / "text").write_text(TEXT + "#")
-    assert_one_sentence(run(*out, "--steps", 6), "was trained on another text")
+    assert_one_line_error(run(*out, "--steps", 6), "was trained on another text")
     (tmp_path / "copy").write_text(TEXT)
     assert run(*out, "--steps", 6, "--text", "copy")[0] == 0
     (tmp_path / "text").unlink()
     assert run(*out, "--steps", 7, "--text", "copy")[0] == 0
     (tmp_path / "copy").unlink()
-    assert_one_sentence(run(*out, "--steps", 8), "copy: cannot be read")
+    assert_one_line_error(run(*out, "--steps", 8), "copy: cannot be read")
     next((tmp_path / "out").glob("latest-*.safetensors")).write_bytes(b"")
-    assert_one_sentence(run(*out, "--steps", 8), "is damaged")
-    assert_one_sentence(run("charlm", "sample", "out/latest.json"), "is damaged")
+    assert_one_line_error(run(*out, "--steps", 8), "is damaged")
+    assert_one_line_error(run("charlm", "sample", "out/latest.json"), "is damaged")
 
 
-def test_early_stopping_and_schedules(run: Run) -> None:
+def test_early_stopping_ends_the_run(run: Run) -> None:
     out = train(run, "--lr", 1e-30, "--steps", 1000, "--patience", 2, "--schedule", "cosine")
     assert "stopped early at step 15" in out
 
 
-def test_compare(run: Run, tmp_path: Path) -> None:
+def test_compare_reports_agreement_and_speed(run: Run, tmp_path: Path) -> None:
     out = train(run, "--compare", "--steps", 30, "--output", "out", "--sample-every", 30)
     assert "largest difference in the first 20 steps" in out
     assert "they agree to float rounding" in out
@@ -299,7 +302,7 @@ def test_compare(run: Run, tmp_path: Path) -> None:
 # -- sampling -------------------------------------------------------------------------------------
 
 
-def test_sampling(run: Run) -> None:
+def test_sample_depends_on_seed_temperature_and_prime(run: Run) -> None:
     train(run, "--steps", 10, "--output", "out")
     sample = ("charlm", "sample", "out", "--length", 40)
     code, out, err = run(*sample, "--prime", "def ")
@@ -324,7 +327,7 @@ def start(folder: Path, *arguments: Any, **options: Any) -> subprocess.Popen[str
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell has its background jobs ignore Ctrl-C, and so would what these start.
+        # Background jobs of a shell ignore Ctrl-C, and their children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
@@ -338,7 +341,7 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
     raise AssertionError(f"ended without {word!r}: {process.communicate()}")
 
 
-def test_ctrl_c_saves_and_resuming_goes_on(run: Run, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_run_that_can_be_resumed(run: Run, tmp_path: Path) -> None:
     options = ("--steps", 10**6, "--threads", 1, "--output", "out")
     process = start(tmp_path, "charlm", "--text", "text", *TINY, *options)
     wait_for(process, "step")
@@ -346,7 +349,8 @@ def test_ctrl_c_saves_and_resuming_goes_on(run: Run, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert err == (
-        "fastrnn charlm: interrupted, everything is saved; fastrnn charlm --resume out goes on\n"
+        "fastrnn charlm: interrupted, everything is saved; "
+        "continue with: fastrnn charlm --resume out\n"
     )
     assert process.returncode == 130
     saved = checkpoint.load(tmp_path / "out/latest.json")
@@ -361,13 +365,13 @@ def test_ctrl_c_saves_and_resuming_goes_on(run: Run, tmp_path: Path) -> None:
     assert resumed.tensors["losses"].tolist() == whole.losses
 
 
-def test_ctrl_c_before_training_and_a_reader_that_leaves(run: Run, tmp_path: Path) -> None:
+def test_closed_pipe_and_ctrl_c_end_sampling(run: Run, tmp_path: Path) -> None:
     train(run, "--steps", 5, "--output", "out")
     process = start(tmp_path, "charlm", "sample", "out", "--length", 10**6)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.read(100)
-    process.stdout.close()  # as `| head` does
+    process.stdout.close()  # like `| head`
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
     assert process.stderr.read() == ""
     process.stderr.close()
@@ -380,7 +384,7 @@ def test_ctrl_c_before_training_and_a_reader_that_leaves(run: Run, tmp_path: Pat
     assert process.returncode == 130
 
 
-def test_a_terminal_that_knows_only_ascii(run: Run, tmp_path: Path) -> None:
+def test_ascii_output_replaces_other_characters(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("äöü€" * 300)
     train(run, "--steps", 5, "--output", "out")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

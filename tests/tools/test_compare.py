@@ -1,4 +1,4 @@
-"""``fastrnn compare``: what it counts, whom it measures, whom it refuses, and what it prints."""
+"""``fastrnn compare``: operation counts, agreement of the libraries, timing and output."""
 
 from __future__ import annotations
 
@@ -25,57 +25,57 @@ from fastrnn.tools.benchmark.peers import (
     ModuleCall,
     installed_libraries,
 )
-from fastrnn.tools.benchmark.shapes import CELLS, MODES, Point, Task
-from fastrnn.tools.benchmark.timing import FEWEST_ROUNDS, interleaved
+from fastrnn.tools.benchmark.shapes import CELLS, MODES, Shape, Task
+from fastrnn.tools.benchmark.timing import MIN_ROUNDS, interleaved
 from fastrnn.tools.cli import main
 
-TINY = Point("", 3, 2, 4, 5)
+TINY = Shape("", 3, 2, 4, 5)
 SHAPES = [
     TINY,
-    Point("", 1, 1, 1, 1),
+    Shape("", 1, 1, 1, 1),
     replace(TINY, layers=2),
     replace(TINY, bidirectional=True),
     replace(TINY, batch=3, layers=2, bidirectional=True),
     replace(TINY, steps=7, batch=4, packed=True),
     replace(TINY, steps=7, batch=4, layers=2, bidirectional=True, packed=True),
 ]
-SINGLE = Point("", 1, 2, 4, 5, single=True)
+SINGLE = Shape("", 1, 2, 4, 5, single=True)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def task(cell: str = "lstm", mode: str = "forward", point: Point = TINY) -> Task:
-    return Task(cell, mode, point, threads=1)
+def task(cell: str = "lstm", mode: str = "forward", shape: Shape = TINY) -> Task:
+    return Task(cell, mode, shape, threads=1)
 
 
 # -- shapes ---------------------------------------------------------------------------------------
 
 
-def test_flops() -> None:
-    point = Point("", 10, 3, 4, 5)
-    assert point.flops("rnn", "forward") == 2 * 10 * 3 * 5 * (4 + 5)
-    assert point.flops("gru", "training") == 3 * 3 * point.flops("rnn", "forward")
-    assert point.flops("lstm", "forward") == 4 * point.flops("rnn", "forward")
-    stack = replace(point, layers=2, bidirectional=True)
+def test_flops_count_the_matrix_products() -> None:
+    shape = Shape("", 10, 3, 4, 5)
+    assert shape.flops("rnn", "forward") == 2 * 10 * 3 * 5 * (4 + 5)
+    assert shape.flops("gru", "training") == 3 * 3 * shape.flops("rnn", "forward")
+    assert shape.flops("lstm", "forward") == 4 * shape.flops("rnn", "forward")
+    stack = replace(shape, layers=2, bidirectional=True)
     assert stack.flops("rnn", "forward") == 2 * 10 * 3 * 2 * (5 * (4 + 5) + 5 * (10 + 5))
     layer = nn.LSTM(4, 5, num_layers=2, bidirectional=True)
     assert stack.weights("lstm") == sum(p.numel() for p in layer.parameters() if p.ndim == 2)
 
 
-def test_lengths_and_labels() -> None:
-    point = Point("", 100, 4, 8, 16, 3, True, True)
-    assert point.lengths == [100, 75, 50, 25]
-    assert point.rows == 250
-    assert point.output_size == 32
-    assert point.label == "T100 B4 I8 H16 x3 bi packed"
-    assert Point("", 2, 5, 1, 1, packed=True).lengths == [2, 2, 1, 1, 1]
+def test_shape_has_lengths_and_label() -> None:
+    shape = Shape("", 100, 4, 8, 16, 3, True, True)
+    assert shape.lengths == [100, 75, 50, 25]
+    assert shape.rows == 250
+    assert shape.output_size == 32
+    assert shape.label == "T100 B4 I8 H16 x3 bi packed"
+    assert Shape("", 2, 5, 1, 1, packed=True).lengths == [2, 2, 1, 1, 1]
     assert SINGLE.label == "cell B2 I4 H5"
     assert Task("gru", "training", TINY, 1).label == "gru training T3 B2 I4 H5"
 
 
 def test_intensity_grows_with_the_batch() -> None:
-    one, many = (Point("", 10, batch, 64, 64).intensity("lstm") for batch in (1, 64))
-    assert 0.4 < one < 0.5  # two operations a weight of four bytes, and the vectors
+    one, many = (Shape("", 10, batch, 64, 64).intensity("lstm") for batch in (1, 64))
+    assert 0.4 < one < 0.5  # two operations per weight of four bytes, and the vectors
     assert 10 * one < many < 32
 
 
@@ -83,36 +83,36 @@ def test_intensity_grows_with_the_batch() -> None:
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("point", SHAPES, ids=lambda point: point.label)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.label)
 @pytest.mark.parametrize("cell", CELLS)
-def test_onnx_models_agree(name: str, cell: str, point: Point) -> None:
+def test_onnx_runtimes_match_torch(name: str, cell: str, shape: Shape) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip(name)
     [library] = [library for library in LIBRARIES if library.name == name]
-    asked = task(cell, point=point)
-    results = library.prepare(asked).results()
-    assert results["output"].shape == ModuleCall(nn, asked).results()["output"].shape
-    assert Referee(asked).judge(library.title, results) < 1e-6
+    request = task(cell, shape=shape)
+    results = library.prepare(request).results()
+    assert results["output"].shape == ModuleCall(nn, request).results()["output"].shape
+    assert Referee(request).judge(library.title, results) < 1e-6
 
 
-@pytest.mark.parametrize("point", [*SHAPES, SINGLE], ids=lambda point: point.label)
+@pytest.mark.parametrize("shape", [*SHAPES, SINGLE], ids=lambda shape: shape.label)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_fastrnn_agrees(cell: str, mode: str, point: Point) -> None:
-    asked = task(cell, mode, point)
-    results = FASTRNN.prepare(asked).results()
-    assert results.keys() == TORCH.prepare(asked).results().keys()
+def test_fastrnn_matches_torch(cell: str, mode: str, shape: Shape) -> None:
+    request = task(cell, mode, shape)
+    results = FASTRNN.prepare(request).results()
+    assert results.keys() == TORCH.prepare(request).results().keys()
     assert ("d_x" in results) == (mode == "training")
-    assert Referee(asked).judge("fastrnn", results) < 1e-6
+    assert Referee(request).judge("fastrnn", results) < 1e-6
 
 
-def test_who_does_what() -> None:
+def test_libraries_support_their_modes_and_shapes() -> None:
     assert [library.name for library in LIBRARIES[:2]] == ["fastrnn", "torch"]
     assert {FASTRNN, TORCH} <= set(installed_libraries())
     for library in LIBRARIES:
-        assert library.does(task())
-        assert library.does(task(mode="training")) == (library in (FASTRNN, TORCH))
-        assert library.does(task(point=SINGLE)) == (library in (FASTRNN, TORCH))
+        assert library.supports(task())
+        assert library.supports(task(mode="training")) == (library in (FASTRNN, TORCH))
+        assert library.supports(task(shape=SINGLE)) == (library in (FASTRNN, TORCH))
     assert TORCH.version == torch.__version__
     assert not Library("x", "X", TORCH.prepare, ("torch", "no_such_package")).installed
 
@@ -121,7 +121,7 @@ def test_who_does_what() -> None:
 
 
 class Off(Call):
-    """What torch computes, and something on top."""
+    """The results of torch plus a constant error."""
 
     def __init__(self, task: Task, by: float) -> None:
         self._call = TORCH.prepare(task)
@@ -140,19 +140,19 @@ def off(by: float) -> Library:
 
 @pytest.mark.parametrize("by", [1e-4, float("nan")])
 @pytest.mark.parametrize("mode", MODES)
-def test_who_differs_is_refused_and_not_timed(mode: str, by: float) -> None:
+def test_library_that_differs_is_not_timed(mode: str, by: float) -> None:
     found = measure.measure(task(mode=mode), (FASTRNN, TORCH, off(by)), seconds=0.001)
-    assert found.refused.keys() == {"off"}
-    assert "Off differs from torch.nn in float64: output by " in found.refused["off"]
+    assert found.rejected.keys() == {"off"}
+    assert "Off differs from torch.nn in float64: output by " in found.rejected["off"]
     assert found.samples.keys() == found.errors.keys() == {"fastrnn", "torch"}
     assert found.ratio == found.medians["torch"] / found.medians["fastrnn"]
 
 
-def test_the_referee() -> None:
-    asked = task(mode="training")
-    referee, results = Referee(asked), TORCH.prepare(asked).results()
+def test_referee_rejects_missing_and_wrong_results() -> None:
+    request = task(mode="training")
+    referee, results = Referee(request), TORCH.prepare(request).results()
     assert referee.judge("torch", results) < 1e-6
-    with pytest.raises(Disagreement, match=r"d_x by inf, where .* is allowed"):
+    with pytest.raises(Disagreement, match=r"d_x by inf, allowed: \d"):
         referee.judge("x", {name: value for name, value in results.items() if name != "d_x"})
     with pytest.raises(Disagreement, match="d_x by "):
         referee.judge("x", {**results, "d_x": results["d_x"] * 1.001})
@@ -164,22 +164,22 @@ def test_the_referee() -> None:
 # -- time -----------------------------------------------------------------------------------------
 
 
-def test_the_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    monkeypatch.setattr("fastrnn.tools.benchmark.timing.PAUSE", 0)
+    monkeypatch.setattr("fastrnn.tools.benchmark.timing.PAUSE_SECONDS", 0)
     samples = interleaved(calls, seconds=1e-5)
     assert samples.keys() == calls.keys()
     for values in samples.values():
-        assert len(values) >= FEWEST_ROUNDS
+        assert len(values) >= MIN_ROUNDS
         assert all(value > 0 for value in values)
     turns = [name for before, name in zip(["", *order], order, strict=False) if name != before]
     assert len(turns) > 2 * len(calls)
 
 
-def test_a_machine_has_a_peak() -> None:
+def test_fma_peak_is_positive_and_checks_arguments() -> None:
     assert 0.1 < _C.fma_peak(1, 0.001) < 10_000
-    assert 0 < _C.fma_peak(1, 1e-6) < 10_000  # over before a thread begins
+    assert 0 < _C.fma_peak(1, 1e-6) < 10_000  # ends before a second thread starts
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         _C.fma_peak(0, 0.001)
     with pytest.raises(ValueError, match="seconds must be from"):
@@ -193,15 +193,15 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs ``fastrnn compare`` in an empty folder and returns exit code, output and errors."""
+    """Runs ``fastrnn compare`` in a temporary folder; returns exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: Any) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
             code = main(["compare", *map(str, arguments)])
-        except SystemExit as stop:  # argparse's way
-            code = int(stop.code or 0)
+        except SystemExit as error:  # raised by argparse
+            code = int(error.code or 0)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -211,7 +211,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 SHAPE = ("--T", 3, "--hidden", 4, "--seconds", 0.001)
 
 
-def test_a_shape_of_ones_own(run: Run, tmp_path: Path) -> None:
+def test_given_shape_is_measured(run: Run, tmp_path: Path) -> None:
     options = ("--B", 2, "--input", 3, "--layers", 2, "--bidirectional", "--packed")
     code, out, err = run(*SHAPE, *options, "--threads", 1, "--cell", "gru", "--json", "out.json")
     assert (code, err) == (0, "")
@@ -230,15 +230,15 @@ def test_a_shape_of_ones_own(run: Run, tmp_path: Path) -> None:
     assert forward["plan"]["isa"] == _C.cpu_capability()
 
 
-def test_without_a_shape_there_are_some(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "POINTS", (TINY, SINGLE))
+def test_default_shapes_are_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "DEFAULT_SHAPES", (TINY, SINGLE))
     code, out, _ = run("--cell", "rnn", "--mode", "forward", "--seconds", 0.001)
     assert code == 0
     assert f"rnn forward {TINY.label}: " in out
     assert f"rnn forward {SINGLE.label}: " in out
 
 
-def test_a_library_that_differs_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_that_differs_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = (FASTRNN, TORCH, off(1.0))
     monkeypatch.setattr(command, "LIBRARIES", libraries)
     monkeypatch.setattr(command, "installed_libraries", lambda: libraries)
@@ -249,14 +249,14 @@ def test_a_library_that_differs_is_named(run: Run, monkeypatch: pytest.MonkeyPat
     assert err.count("\n") == 1
 
 
-def test_what_is_not_installed_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "installed_libraries", lambda: (FASTRNN, TORCH))
     code, out, _ = run(*SHAPE, "--cell", "rnn", "--mode", "forward")
     assert code == 0
-    assert "not installed: ONNX Runtime, OpenVINO; pip install 'fastrnn[bench]' brings" in out
+    assert "not installed: ONNX Runtime, OpenVINO; install: pip install 'fastrnn[bench]'" in out
 
 
-def test_a_terminal_gets_a_table_by_rich(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_gets_a_rich_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     code, out, _ = run(*SHAPE, "--cell", "rnn", "--mode", "training")
@@ -265,7 +265,7 @@ def test_a_terminal_gets_a_table_by_rich(run: Run, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         ("--hidden 0", "--hidden must be a whole number from 1 to 1,000,000, got 0"),
         ("--T -3", "--T must be a whole number from 1"),
@@ -283,20 +283,20 @@ def test_a_terminal_gets_a_table_by_rich(run: Run, monkeypatch: pytest.MonkeyPat
         ("text", "text"),
     ],
 )
-def test_one_sentence_for_what_is_wrong(run: Run, arguments: str, sentence: str) -> None:
+def test_wrong_argument_is_a_one_line_error(run: Run, arguments: str, message: str) -> None:
     code, _, err = run(*arguments.split())
     assert code == 2
-    assert sentence in err
+    assert message in err
     assert err.startswith("fastrnn compare: ")
     assert err.count("\n") == 1
 
 
-def test_a_shape_that_does_not_fit(run: Run) -> None:
+def test_out_of_memory_is_a_one_line_error(run: Run) -> None:
     code, _, err = run("--T", 1_000_000, "--B", 1_000_000, "--input", 1000, "--hidden", 1)
-    assert (code, err) == (1, "fastrnn compare: out of memory: try smaller sizes\n")
+    assert (code, err) == (1, "fastrnn compare: out of memory; try smaller sizes\n")
 
 
-def test_help(run: Run) -> None:
+def test_help_is_printed(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
     assert "usage: fastrnn compare" in out

@@ -1,1 +1,1 @@
-"""``fastrnn compare`` and what ``bench/`` measures with: fastrnn beside other libraries."""
+"""Benchmarks of fastrnn against other libraries: ``fastrnn compare``, also used by ``bench/``."""

@@ -1,10 +1,11 @@
-"""Whether the libraries compute the same thing. Nothing that differs is timed.
+"""Check that the libraries agree. A library whose results differ is not timed.
 
-The truth is ``torch.nn`` in float64. A library may err four times as much as ``torch.nn`` itself in
-float32, or by some roundings where that is luckily small::
+The reference is ``torch.nn`` in float64. The error of a library may be four times that of
+``torch.nn`` in float32. The floor of 16 eps covers shapes where the error of ``torch.nn`` happens
+to be tiny::
 
-    err(library) <= max(4 * err(torch.nn), 16 * eps)
-    err(value)    = max |value - truth| / max |truth|
+    error(library) <= max(4 * error(torch.nn), 16 * eps)
+    error(value)    = max |value - truth| / max |truth|
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 from .peers import TORCH, ModuleCall
 from .shapes import Task
 
-TIMES_TORCH: Final = 4.0
-FLOOR: Final = 16 * torch.finfo(torch.float32).eps
+MAX_TORCH_ERRORS: Final = 4.0  # allowed error, in errors of torch.nn in float32
+ERROR_FLOOR: Final = 16 * torch.finfo(torch.float32).eps  # relative; always allowed
 
 
 class Disagreement(Exception):
-    """A library's results are not those of ``torch.nn``; the text is one sentence."""
+    """The results of a library differ from those of ``torch.nn``. The message is one line."""
 
 
 def error(value: Tensor, truth: Tensor) -> float:
-    """Largest difference relative to the largest value; NaN is infinitely wrong."""
+    """Returns the largest difference relative to the largest value; infinity for NaN."""
     if value.shape != truth.shape:
         return float("inf")
     if truth.numel() == 0:
@@ -41,26 +42,26 @@ class Referee:
     """Judges the results of one task.
 
     Args:
-        task: what the libraries do; ``torch.nn`` does it here in float64 and in float32.
+        task: the task. The constructor runs it with ``torch.nn`` in float64 and in float32.
     """
 
     def __init__(self, task: Task) -> None:
         self._truth = ModuleCall(nn, task, torch.float64).results()
         torch_results = TORCH.prepare(task).results()
         self._allowed = {
-            name: max(TIMES_TORCH * error(torch_results[name], truth), FLOOR)
+            name: max(MAX_TORCH_ERRORS * error(torch_results[name], truth), ERROR_FLOOR)
             for name, truth in self._truth.items()
         }
 
     def judge(self, title: str, results: Mapping[str, Tensor]) -> float:
-        """The largest error of these results.
+        """Returns the largest error of the results.
 
         Args:
-            title: of the library, for the message.
+            title: name of the library in the error message.
             results: ``output`` and, in training, the gradients.
 
         Raises:
-            Disagreement: a result is missing, or errs by more than it may.
+            Disagreement: a result is missing or its error exceeds the allowed one.
         """
         errors = {
             name: error(results[name], truth) if name in results else float("inf")
@@ -70,6 +71,6 @@ class Referee:
             if not found <= self._allowed[name]:
                 raise Disagreement(
                     f"{title} differs from torch.nn in float64: {name} by {found:.1e}, "
-                    f"where {self._allowed[name]:.1e} is allowed"
+                    f"allowed: {self._allowed[name]:.1e}"
                 )
         return max(errors.values())

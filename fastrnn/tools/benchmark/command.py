@@ -1,4 +1,4 @@
-"""What ``fastrnn compare`` does: your shape, by fastrnn and by every other library that is here."""
+"""``fastrnn compare``: times a shape with fastrnn and every other installed library."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from fastrnn.tools import info
 
 from .measure import Measurement, machine, measure, plan
 from .peers import FASTRNN, LIBRARIES, Library, installed_libraries
-from .shapes import CELLS, MODES, Point, Task
+from .shapes import CELLS, MODES, Shape, Task
 
 MakeParser = Callable[..., argparse.ArgumentParser]
 
-#: what is measured where no shape is given
-POINTS: Final = (
-    Point("", 100, 1, 64, 64),
-    Point("", 100, 1, 256, 256),
-    Point("", 100, 16, 128, 128),
-    Point("", 35, 20, 650, 650),
-    Point("", 100, 16, 128, 128, 2, packed=True),
+#: measured by default, when the command line gives no shape
+DEFAULT_SHAPES: Final = (
+    Shape("", 100, 1, 64, 64),
+    Shape("", 100, 1, 256, 256),
+    Shape("", 100, 16, 128, 128),
+    Shape("", 35, 20, 650, 650),
+    Shape("", 100, 16, 128, 128, 2, packed=True),
 )
-#: the options of a shape
-_SIZES: Final = {
-    "T": "steps",
-    "B": "sequences in a batch",
-    "input": "size of the input (default: that of the hidden state)",
+#: options that give a shape, and their help
+_SIZE_HELP: Final = {
+    "T": "steps per sequence",
+    "B": "sequences per batch",
+    "input": "size of the input (default: the hidden size)",
     "hidden": "size of the hidden state",
     "layers": "stacked layers",
 }
-_DEFAULTS: Final = {"T": 100, "B": 1, "hidden": 128, "layers": 1}  # beside others that are given
-LARGEST: Final = 1_000_000  # for each size
+#: used for the missing sizes when at least one size is given
+_DEFAULT_SIZES: Final = {"T": 100, "B": 1, "hidden": 128, "layers": 1}
+MAX_SIZE: Final = 1_000_000  # upper bound of each size
 
 HEADER: Final = ("library", "ms", "ratio", "GFLOP/s", "% of peak", "error")
 
 
 class CompareError(Exception):
-    """Something the user gave cannot be used, or went wrong; the text is one sentence."""
+    """An argument is invalid or a file cannot be written. The message is one line."""
 
     def __init__(self, text: str, exit_code: int = 2) -> None:
         super().__init__(text)
@@ -51,11 +52,11 @@ class CompareError(Exception):
 
 
 def main(arguments: Sequence[str], make_parser: MakeParser) -> int:
-    """Runs ``fastrnn compare`` with these arguments.
+    """Runs ``fastrnn compare``.
 
     Args:
-        arguments: what follows ``compare``.
-        make_parser: makes an argument parser, whose errors exit with 2.
+        arguments: the arguments after ``compare``.
+        make_parser: creates an argument parser that exits with code 2 on an error.
 
     Returns:
         0; 1 if a library's results differ from those of ``torch.nn``; 2 for a wrong argument.
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str], make_parser: MakeParser) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        print("fastrnn compare: out of memory: try smaller sizes", file=sys.stderr)
+        print("fastrnn compare: out of memory; try smaller sizes", file=sys.stderr)
         return 1
 
 
@@ -76,8 +77,9 @@ def _parser(make_parser: MakeParser) -> argparse.ArgumentParser:
     parser = make_parser(
         prog="fastrnn compare",
         allow_abbrev=False,
-        description="Times fastrnn, torch.nn and, if they are installed, ONNX Runtime and OpenVINO "
-        "in turns on the CPU, after checking that they agree. Without a shape: on a few.",
+        description="Checks that fastrnn, torch.nn and, if installed, ONNX Runtime and OpenVINO "
+        "agree, then times them on the CPU with interleaved calls. Measures a few common shapes "
+        "unless the options give one.",
     )
     parser.add_argument(
         "--cell",
@@ -87,12 +89,12 @@ def _parser(make_parser: MakeParser) -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"{', '.join(CELLS)} (default: all)",
     )
-    for name, meaning in _SIZES.items():
-        default = f" (default: {_DEFAULTS[name]})" if name in _DEFAULTS else ""
+    for name, meaning in _SIZE_HELP.items():
+        default = f" (default: {_DEFAULT_SIZES[name]})" if name in _DEFAULT_SIZES else ""
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning + default)
     parser.add_argument("--bidirectional", action="store_true", help="both directions")
     parser.add_argument(
-        "--packed", action="store_true", help="sequences of the lengths T/B, 2T/B ... T"
+        "--packed", action="store_true", help="packed sequences of lengths T/B, 2T/B ... T"
     )
     parser.add_argument(
         "--mode",
@@ -100,25 +102,29 @@ def _parser(make_parser: MakeParser) -> argparse.ArgumentParser:
         choices=MODES,
         default=MODES,
         metavar="NAME",
-        help=f"{' or '.join(MODES)}, that is forward and backward (default: both)",
+        help="forward: inference; training: forward and backward (default: both)",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="of the CPU (default: as torch decides)"
+        "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.3, metavar="X", help="for each library (default: 0.3)"
+        "--seconds",
+        type=float,
+        default=0.3,
+        metavar="X",
+        help="time to spend per library and task (default: 0.3)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it all there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     return parser
 
 
 def compare(options: argparse.Namespace, stream: TextIO) -> int:
-    """Measures as the options say, prints as it goes, and returns the exit code.
+    """Measures and prints the requested tasks, and returns the exit code.
 
     Raises:
-        CompareError: an option cannot be used.
+        CompareError: an option is invalid or the JSON file cannot be written.
     """
-    points = _points(options)
+    shapes = _shapes(options)
     if not 0 < options.seconds <= 600:
         raise CompareError(f"--seconds must be above 0 and at most 600, got {options.seconds}")
     if options.threads is not None:
@@ -130,35 +136,35 @@ def compare(options: argparse.Namespace, stream: TextIO) -> int:
     about = machine(threads, libraries)
     for line in _introduction(about, libraries):
         print(line, file=stream)
-    peak, results, refused = 0.0, [], []
-    for point in points:
+    peak, results, rejected = 0.0, [], []
+    for shape in shapes:
         for cell in dict.fromkeys(options.cell):
             for mode in dict.fromkeys(options.mode):
-                task = Task(cell, mode, point, threads)
+                task = Task(cell, mode, shape, threads)
                 found = measure(task, libraries, options.seconds)
                 peak = max(peak, found.fma_peak)
                 results.append(_as_json(found))
                 _show(found, peak, stream)
-                refused += [f"{task.label}: {text}" for text in found.refused.values()]
+                rejected += [f"{task.label}: {text}" for text in found.rejected.values()]
     if options.json:
         document = {"machine": about, "fma_peak": peak, "results": results}
         _write(options.json, json.dumps(document, indent=1) + "\n")
-    for text in refused:
+    for text in rejected:
         print(f"fastrnn compare: {text}", file=sys.stderr)
-    return 1 if refused else 0
+    return 1 if rejected else 0
 
 
-def _points(options: argparse.Namespace) -> tuple[Point, ...]:
-    given = {name: size for name in _SIZES if (size := getattr(options, name)) is not None}
+def _shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
+    given = {name: size for name in _SIZE_HELP if (size := getattr(options, name)) is not None}
     for name, size in given.items():
-        _check(name, size, LARGEST)
+        _check(name, size, MAX_SIZE)
     if not given:
         if options.bidirectional or options.packed:
             raise CompareError("--bidirectional and --packed need a shape, such as --hidden 128")
-        return POINTS
-    sizes = {**_DEFAULTS, **given}
+        return DEFAULT_SHAPES
+    sizes = {**_DEFAULT_SIZES, **given}
     return (
-        Point(
+        Shape(
             "",
             sizes["T"],
             sizes["B"],
@@ -186,12 +192,12 @@ def _write(path: Path, text: str) -> None:
 def _introduction(about: dict[str, Any], libraries: Sequence[Library]) -> Iterator[str]:
     yield "  ".join(f"{key} {value}" for key, value in about.items())
     yield (
-        "ratio: a library's time over fastrnn's; peak: multiply-adds alone, measured in this run; "
-        "error: the largest against float64"
+        "ratio: time of the library / time of fastrnn; peak: multiply-adds alone, measured in "
+        "this run; error: largest relative error against float64"
     )
     missing = [library.title for library in LIBRARIES if library not in libraries]
     if missing:
-        yield f"not installed: {', '.join(missing)}; pip install 'fastrnn[bench]' brings them"
+        yield f"not installed: {', '.join(missing)}; install: pip install 'fastrnn[bench]'"
 
 
 def _as_json(found: Measurement) -> dict[str, Any]:
@@ -199,29 +205,29 @@ def _as_json(found: Measurement) -> dict[str, Any]:
     return {
         "cell": task.cell,
         "mode": task.mode,
-        "point": task.point.label,
+        "point": task.shape.label,
         "flops": task.flops,
         "ms": {name: seconds * 1e3 for name, seconds in found.medians.items()},
         "ratio": found.ratio,
         "error": found.errors,
-        "refused": found.refused,
+        "refused": found.rejected,
         "plan": plan(task),
     }
 
 
 def rows(found: Measurement, peak: float) -> list[tuple[str, ...]]:
-    """The table of a measurement, one line a library, under `HEADER`.
+    """Returns the table of a measurement, one row per library, with the columns of `HEADER`.
 
     Args:
-        found: what was measured.
-        peak: the machine's, GFLOP/s.
+        found: the measurement.
+        peak: peak speed of the machine, GFLOP/s.
     """
     times = found.medians
     own = times.get(FASTRNN.name)
     table: list[tuple[str, ...]] = []
     for library in LIBRARIES:
         name = library.name
-        if name in found.refused:
+        if name in found.rejected:
             table.append((library.title, "differs", "", "", "", ""))
         elif name in times:
             speed = found.task.flops / times[name] * 1e-9
@@ -241,7 +247,7 @@ def rows(found: Measurement, peak: float) -> list[tuple[str, ...]]:
 def _show(found: Measurement, peak: float, stream: TextIO) -> None:
     title = found.task.label
     if found.ratio is not None:
-        title += f": {found.ratio:.2f} (the best other / fastrnn)"
+        title += f": {found.ratio:.2f} (best other library / fastrnn)"
     table = rows(found, peak)
     print(f"\n{title}", file=stream)
     if stream.isatty() and importlib.util.find_spec("rich") is not None:

@@ -1,4 +1,4 @@
-"""One task by all libraries: first whether they agree, then how long they take, in turns."""
+"""Measures one task with all libraries: checks that they agree, then times interleaved calls."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _PLAN_CELLS = {"rnn": "rnn_tanh"}
 
 @dataclass
 class Measurement:
-    """What came out, by the libraries' names.
+    """Results of one task. The dictionaries are keyed by the names of the libraries.
 
     Args:
-        task: what they did.
-        samples: seconds of every call; medians count.
-        errors: the largest one against float64, of those that agree.
-        refused: why a library was not timed.
-        fma_peak: what the machine reached just before, float32 GFLOP/s (`timing.fma_peak`); the
-            largest of a run is the one to compare with.
+        task: the task.
+        samples: seconds of every timed call. Reports use the medians.
+        errors: largest relative error against float64, of the libraries that agree.
+        rejected: reason why a library was not timed.
+        fma_peak: peak speed measured just before the task, float32 GFLOP/s (`timing.fma_peak`).
+            Reports compare with the largest peak of a run.
     """
 
     task: Task
     samples: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
     fma_peak: float = 0.0
 
     @property
     def medians(self) -> dict[str, float]:
-        """Seconds a call."""
+        """Median seconds per call."""
         return {name: statistics.median(values) for name, values in self.samples.items()}
 
     @property
     def ratio(self) -> float | None:
-        """The best peer's time over fastrnn's: above 1 fastrnn is the fastest."""
+        """Time of the fastest other library / time of fastrnn; above 1 fastrnn is fastest."""
         times = self.medians
         own = times.pop(FASTRNN.name, None)
         return min(times.values()) / own if own and times else None
@@ -58,20 +58,20 @@ def measure(task: Task, libraries: Iterable[Library], seconds: float) -> Measure
     """Checks and times a task.
 
     Args:
-        task: what to do.
-        libraries: by whom; those that do no such tasks are left out.
-        seconds: to spend on each.
+        task: the task.
+        libraries: the libraries to measure. Skips those that do not support the task.
+        seconds: time to spend per library.
     """
     found = Measurement(task, fma_peak=fma_peak(task.threads))
     referee, calls = Referee(task), {}
     for library in libraries:
-        if not library.does(task):
+        if not library.supports(task):
             continue
         call = library.prepare(task)
         try:
             found.errors[library.name] = referee.judge(library.title, call.results())
         except Disagreement as difference:
-            found.refused[library.name] = str(difference)
+            found.rejected[library.name] = str(difference)
         else:
             calls[library.name] = call
     if calls:
@@ -80,25 +80,25 @@ def measure(task: Task, libraries: Iterable[Library], seconds: float) -> Measure
 
 
 def plan(task: Task) -> dict[str, Any]:
-    """How fastrnn walks the first layer: ``fastrnn._C.plan`` (of the backward pass in training)."""
-    point = task.point
+    """Returns ``fastrnn._C.plan`` of the first layer, of the backward pass in training."""
+    shape = task.shape
     return dict(
         _C.plan(
             _PLAN_CELLS.get(task.cell, task.cell),
-            point.steps,
-            point.batch,
-            point.input_size,
-            point.hidden_size,
+            shape.steps,
+            shape.batch,
+            shape.input_size,
+            shape.hidden_size,
             threads=task.threads,
             training=task.mode == "training",
-            directions=2 if point.bidirectional else 1,
-            layers=point.layers,
+            directions=2 if shape.bidirectional else 1,
+            layers=shape.layers,
         )
     )
 
 
 def machine(threads: int, libraries: Iterable[Library]) -> dict[str, Any]:
-    """Where and with what it is measured."""
+    """Returns the CPU, the number of threads and the versions behind a measurement."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,10 +1,10 @@
-"""A layer of ``torch.nn`` as an ONNX model of standard RNN, GRU and LSTM nodes.
+"""Export of a ``torch.nn`` layer as an ONNX model of standard RNN, GRU and LSTM nodes.
 
-For layer after layer, with D directions and T steps::
+Each stacked layer, with D directions and T steps, becomes three nodes::
 
     x [T,B,I] -> RNN | GRU | LSTM -> Y [T,D,B,H] -> Transpose [T,B,D,H] -> Reshape x' [T,B,D*H]
 
-The last x' is the output. Rows beyond a sequence's length are zeros.
+The last x' is the output. Rows beyond the length of a sequence are zeros.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .shapes import GATES, Point
+from .shapes import GATES, Shape
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-#: ONNX's gates (gru: z,r,n; lstm: i,o,f,g) by their places in torch (gru: r,z,n; lstm: i,f,g,o)
+#: index in torch (gru: r,z,n; lstm: i,f,g,o) of each gate of ONNX (gru: z,r,n; lstm: i,o,f,g)
 GATE_ORDER = {"rnn": (0,), "gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}
 OPSET = 17
-IR_VERSION = 8  # the oldest for this opset, so that every runtime reads it
+IR_VERSION = 8  # the oldest IR version of opset 17, which every runtime reads
 
 
-def onnx_model(cell: str, point: Point, weights: Mapping[str, Tensor]) -> ModelProto:
-    """The model of a layer.
+def onnx_model(cell: str, shape: Shape, weights: Mapping[str, Tensor]) -> ModelProto:
+    """Returns the ONNX model of a layer.
 
     Args:
         cell: one of `shapes.CELLS`.
-        point: its shape; a packed one has a second input, ``lengths`` [B] int32.
+        shape: shape of the layer. A packed shape adds a second input, ``lengths`` [B] int32.
         weights: ``state_dict`` of a ``torch.nn`` layer with biases.
 
     Returns:
@@ -39,7 +39,7 @@ def onnx_model(cell: str, point: Point, weights: Mapping[str, Tensor]) -> ModelP
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    directions, hidden = point.directions, point.hidden_size
+    directions, hidden = shape.directions, shape.hidden_size
     nodes, constants = [], []
 
     def constant(name: str, value: Tensor) -> str:
@@ -47,21 +47,21 @@ def onnx_model(cell: str, point: Point, weights: Mapping[str, Tensor]) -> ModelP
         return name
 
     def stacked(name: str, layer: int) -> Tensor:
-        """[D,G*H,...] with ONNX's order of gates."""
+        """Returns a parameter of both directions, [D,G*H,...], in ONNX's order of gates."""
         ways = [weights[f"{name}_l{layer}{suffix}"] for suffix in ("", "_reverse")[:directions]]
         gates = torch.stack(ways).reshape(directions, GATES[cell], hidden, -1)
         return gates[:, GATE_ORDER[cell]].reshape(directions, GATES[cell] * hidden, -1)
 
-    shape = constant("shape", torch.tensor([point.steps, point.batch, directions * hidden]))
+    output_shape = constant("shape", torch.tensor([shape.steps, shape.batch, directions * hidden]))
     x = "x"
-    for layer in range(point.layers):
+    for layer in range(shape.layers):
         biases = torch.cat([stacked("bias_ih", layer), stacked("bias_hh", layer)], dim=1)
         inputs = [
             x,
             constant(f"w_ih{layer}", stacked("weight_ih", layer)),
             constant(f"w_hh{layer}", stacked("weight_hh", layer)),
             constant(f"bias{layer}", biases[..., 0]),
-            "lengths" if point.packed else "",
+            "lengths" if shape.packed else "",
         ]
         settings: dict[str, Any] = {"linear_before_reset": 1} if cell == "gru" else {}
         nodes.append(
@@ -70,22 +70,22 @@ def onnx_model(cell: str, point: Point, weights: Mapping[str, Tensor]) -> ModelP
                 inputs,
                 [f"y{layer}"],
                 hidden_size=hidden,
-                direction="bidirectional" if point.bidirectional else "forward",
+                direction="bidirectional" if shape.bidirectional else "forward",
                 **settings,
             )
         )
-        last = layer == point.layers - 1
+        last = layer == shape.layers - 1
         x = "output" if last else f"x{layer + 1}"
         nodes.append(helper.make_node("Transpose", [f"y{layer}"], [f"z{layer}"], perm=[0, 2, 1, 3]))
-        nodes.append(helper.make_node("Reshape", [f"z{layer}", shape], [x]))
+        nodes.append(helper.make_node("Reshape", [f"z{layer}", output_shape], [x]))
 
     def value(name: str, *sizes: int, kind: int = TensorProto.FLOAT) -> Any:
         return helper.make_tensor_value_info(name, kind, sizes)
 
-    given = [value("x", point.steps, point.batch, point.input_size)]
-    if point.packed:
-        given.append(value("lengths", point.batch, kind=TensorProto.INT32))
-    returned = [value("output", point.steps, point.batch, directions * hidden)]
+    given = [value("x", shape.steps, shape.batch, shape.input_size)]
+    if shape.packed:
+        given.append(value("lengths", shape.batch, kind=TensorProto.INT32))
+    returned = [value("output", shape.steps, shape.batch, directions * hidden)]
     graph = helper.make_graph(nodes, "layer", given, returned, constants)
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION

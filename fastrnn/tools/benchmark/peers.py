@@ -1,7 +1,7 @@
-"""The libraries that are compared, each made ready for a task in the way that suits it best.
+"""The compared libraries, each set up for a task in its fastest way.
 
-All get the same float32 weights and input. ONNX Runtime and OpenVINO only do inference; what a
-user would do once (build the model, choose buffers) is done before the call that is timed.
+All libraries get the same float32 weights and input. ONNX Runtime and OpenVINO support inference
+only. Setup that a user does once (building the model, binding buffers) is not timed.
 """
 
 from __future__ import annotations
@@ -26,60 +26,60 @@ _CLASSES: Final = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
 
 class Call(ABC):
-    """A library that is ready for a task."""
+    """A library, set up for one task."""
 
     @abstractmethod
     def __call__(self) -> object:
-        """Does the task once: this is what is timed."""
+        """Runs the task once. This call is timed."""
 
     @abstractmethod
     def results(self) -> dict[str, Tensor]:
-        """Does it and returns ``output`` (its valid rows) and, in training, gradients by name."""
+        """Runs the task; returns the valid rows of ``output`` and, in training, the gradients."""
 
 
 def torch_layer(task: Task) -> nn.Module:
-    """The layer of ``torch.nn`` whose weights everybody gets; always the same ones."""
+    """Returns the ``torch.nn`` layer whose weights all libraries get. The weights are fixed."""
     return _layer(nn, task)
 
 
 def _layer(classes: Any, task: Task) -> nn.Module:
-    point, name = task.point, _CLASSES[task.cell]
+    shape, name = task.shape, _CLASSES[task.cell]
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        if point.single:
-            cell: nn.Module = getattr(classes, f"{name}Cell")(point.input_size, point.hidden_size)
+        if shape.single:
+            cell: nn.Module = getattr(classes, f"{name}Cell")(shape.input_size, shape.hidden_size)
             return cell
         layer: nn.Module = getattr(classes, name)(
-            point.input_size,
-            point.hidden_size,
-            point.layers,
-            bidirectional=point.bidirectional,
-            **({"proj_size": point.proj_size} if point.proj_size > 0 else {}),
+            shape.input_size,
+            shape.hidden_size,
+            shape.layers,
+            bidirectional=shape.bidirectional,
+            **({"proj_size": shape.proj_size} if shape.proj_size > 0 else {}),
         )
         return layer
 
 
 def padded_input(task: Task) -> Tensor:
-    """x [T,B,I], or [B,I] for a cell; always the same values."""
-    point = task.point
-    leading = (point.batch,) if point.single else (point.steps, point.batch)
+    """Returns x [T,B,I], or [B,I] for a cell. The values are fixed."""
+    shape = task.shape
+    leading = (shape.batch,) if shape.single else (shape.steps, shape.batch)
     values = torch.Generator().manual_seed(1)
-    return torch.randn(*leading, point.input_size, generator=values)
+    return torch.randn(*leading, shape.input_size, generator=values)
 
 
 def _valid_rows(output: Tensor, task: Task) -> Tensor:
-    """The rows of ``output`` [T,B,D*H] within the lengths, as packing orders them."""
-    packed = task.point.packed
-    return pack_padded_sequence(output, task.point.lengths).data if packed else output
+    """Returns the rows of ``output`` [T,B,D*H] within the lengths, in packed order."""
+    packed = task.shape.packed
+    return pack_padded_sequence(output, task.shape.lengths).data if packed else output
 
 
 class ModuleCall(Call):
     """A module with the interface of ``torch.nn``.
 
     Args:
-        classes: where RNN, LSTM, GRU and their cells are: ``torch.nn`` or ``fastrnn``.
-        task: what to do.
-        dtype: of weights, input and arithmetic.
+        classes: the namespace of RNN, LSTM, GRU and their cells: ``torch.nn`` or ``fastrnn``.
+        task: the task.
+        dtype: dtype of weights, input and arithmetic.
     """
 
     def __init__(self, classes: Any, task: Task, dtype: torch.dtype = torch.float32) -> None:
@@ -87,17 +87,17 @@ class ModuleCall(Call):
         self._layer = _layer(classes, task).to(dtype)
         self._layer.load_state_dict(torch_layer(task).state_dict())
         x = padded_input(task).to(dtype)
-        self._x = pack_padded_sequence(x, task.point.lengths) if task.point.packed else x
+        self._x = pack_padded_sequence(x, task.shape.lengths) if task.shape.packed else x
         self._leaf = self._x.data if isinstance(self._x, PackedSequence) else self._x
         self._arguments: tuple[Any, ...] = (self._x,)
-        if task.point.single:  # as in a loop over steps, which always has a state to give
-            h = torch.tanh(x.new_ones(task.point.batch, task.point.hidden_size))
+        if task.shape.single:  # a loop over steps always passes a state
+            h = torch.tanh(x.new_ones(task.shape.batch, task.shape.hidden_size))
             self._arguments += ((h, h) if task.cell == "lstm" else h,)
         self._d_output: Tensor | None = None
         if task.mode == "training":
             self._leaf.requires_grad_()
             values = torch.Generator().manual_seed(2)
-            shape = (*self._leaf.shape[:-1], task.point.output_size)
+            shape = (*self._leaf.shape[:-1], task.shape.output_size)
             self._d_output = torch.randn(shape, generator=values).to(dtype)
 
     def _output(self) -> Tensor:
@@ -131,8 +131,8 @@ class ModuleCall(Call):
 class OnnxRuntimeCall(Call):
     """ONNX Runtime on buffers that are bound once, so that a call copies nothing.
 
-    Its threads spin between calls, which is its default: asleep (``allow_spinning`` 0) it needs up
-    to 40% longer for a call of less than a millisecond, and as long for larger ones.
+    Its threads spin between calls, the default. Without spinning (``allow_spinning`` 0) calls below
+    a millisecond take up to 40% longer; longer calls take the same time.
     """
 
     def __init__(self, task: Task) -> None:
@@ -141,14 +141,14 @@ class OnnxRuntimeCall(Call):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = task.threads
         options.inter_op_num_threads = 1
-        model = onnx_model(task.cell, task.point, torch_layer(task).state_dict())
+        model = onnx_model(task.cell, task.shape, torch_layer(task).state_dict())
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self._task = task
         self._binding = self._session.io_binding()
-        self._inputs = _onnx_inputs(task)  # kept: the binding does not own them
-        self._output = torch.empty(task.point.steps, task.point.batch, task.point.output_size)
+        self._inputs = _onnx_inputs(task)  # keeps the buffers alive: the binding does not own them
+        self._output = torch.empty(task.shape.steps, task.shape.batch, task.shape.output_size)
         wrap = onnxruntime.OrtValue.ortvalue_from_numpy
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, wrap(value.numpy()))
@@ -163,15 +163,15 @@ class OnnxRuntimeCall(Call):
 
 
 class OpenVinoCall(Call):
-    """OpenVINO's CPU plugin in float32, on tensors that share their memory with ours.
+    """OpenVINO's CPU plugin in float32, on tensors that share memory with torch's.
 
-    Pinned threads and its throughput hint made no difference.
+    Pinned threads and the throughput hint made no difference.
     """
 
     def __init__(self, task: Task) -> None:
         import openvino
 
-        model = onnx_model(task.cell, task.point, torch_layer(task).state_dict())
+        model = onnx_model(task.cell, task.shape, torch_layer(task).state_dict())
         core = openvino.Core()
         compiled = core.compile_model(
             core.read_model(model.SerializeToString()),
@@ -179,12 +179,12 @@ class OpenVinoCall(Call):
             {
                 "INFERENCE_NUM_THREADS": task.threads,
                 "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": "f32",  # or it would use bfloat16 where there is any
+                "INFERENCE_PRECISION_HINT": "f32",  # default: bfloat16 on CPUs that support it
             },
         )
         self._task = task
         self._request = compiled.create_infer_request()
-        self._inputs = _onnx_inputs(task)  # kept: the tensors do not own them
+        self._inputs = _onnx_inputs(task)  # keeps the memory alive: the tensors do not own it
         for name, value in self._inputs.items():
             self._request.set_tensor(name, openvino.Tensor(value.numpy(), shared_memory=True))
 
@@ -199,8 +199,8 @@ class OpenVinoCall(Call):
 
 def _onnx_inputs(task: Task) -> dict[str, Tensor]:
     inputs = {"x": padded_input(task)}
-    if task.point.packed:
-        inputs["lengths"] = torch.tensor(task.point.lengths, dtype=torch.int32)
+    if task.shape.packed:
+        inputs["lengths"] = torch.tensor(task.shape.lengths, dtype=torch.int32)
     return inputs
 
 
@@ -209,12 +209,12 @@ class Library:
     """A library to measure.
 
     Args:
-        name: on the command line and in files.
-        title: in tables.
-        prepare: makes it ready for a task.
-        packages: what it needs installed; the first one's version is its version.
-        modes: what it does.
-        single: whether it has cells.
+        name: identifier in files.
+        title: name in tables.
+        prepare: sets the library up for a task.
+        packages: required packages. The first one gives the version.
+        modes: supported modes.
+        cells: whether the library has single-step cells.
     """
 
     name: str
@@ -222,24 +222,24 @@ class Library:
     prepare: Callable[[Task], Call]
     packages: tuple[str, ...]
     modes: tuple[str, ...] = MODES
-    single: bool = True
+    cells: bool = True
 
     @property
     def installed(self) -> bool:
-        """Whether all that it needs can be imported."""
+        """Whether all required packages can be imported."""
         return all(importlib.util.find_spec(package) for package in self.packages)
 
     @property
     def version(self) -> str:
-        """Of the library."""
-        # torch's own word says more than its package's: 2.13.0+cpu
+        """Version of the library."""
+        # torch.__version__ also names the build (2.13.0+cpu); the package's version may not.
         own = {"fastrnn": fastrnn.__version__, "torch": torch.__version__}
         name = self.packages[0]
         return own[name] if name in own else importlib.metadata.version(name)
 
-    def does(self, task: Task) -> bool:
-        """Whether this task is one for it."""
-        return task.mode in self.modes and (self.single or not task.point.single)
+    def supports(self, task: Task) -> bool:
+        """Whether the library can run this task."""
+        return task.mode in self.modes and (self.cells or not task.shape.single)
 
 
 FASTRNN = Library("fastrnn", "fastrnn", lambda task: ModuleCall(fastrnn, task), ("fastrnn",))
@@ -253,7 +253,7 @@ LIBRARIES: Final = (
         OnnxRuntimeCall,
         ("onnxruntime", "onnx"),
         modes=("forward",),
-        single=False,
+        cells=False,
     ),
     Library(
         "openvino",
@@ -261,11 +261,11 @@ LIBRARIES: Final = (
         OpenVinoCall,
         ("openvino", "onnx"),
         modes=("forward",),
-        single=False,
+        cells=False,
     ),
 )
 
 
 def installed_libraries() -> tuple[Library, ...]:
-    """Those that can be measured here, fastrnn first."""
+    """Returns the libraries that are installed, fastrnn first."""
     return tuple(library for library in LIBRARIES if library.installed)

@@ -1,31 +1,31 @@
-"""What is measured, as data: a cell, a mode and a shape. T steps, B batch, I input, H hidden."""
+"""Tasks to measure: a cell, a mode and a shape of T steps, batch B, input size I, hidden size H."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
 
-#: the cells and their gates
+#: number of gates per cell
 GATES: Final = {"rnn": 1, "gru": 3, "lstm": 4}
 CELLS: Final = tuple(GATES)
-#: forward without gradients; training is forward and backward, to the weights and the input
+#: forward: inference without gradients; training: forward and backward, to weights and input
 MODES: Final = ("forward", "training")
 
 
 @dataclass(frozen=True)
-class Point:
-    """One shape.
+class Shape:
+    """Sizes of a layer and its input.
 
     Args:
-        block: the part of the grid that it belongs to.
+        block: part of the benchmark grid that the shape belongs to.
         steps: T.
         batch: B.
         input_size: I.
         hidden_size: H.
-        layers: how many are stacked.
+        layers: number of stacked layers.
         bidirectional: both directions.
-        packed: the sequences' lengths are T/B, 2T/B ... T, instead of T.
-        single: one step through a cell (``nn.LSTMCell``) instead of a layer (``nn.LSTM``).
+        packed: the sequences have lengths T/B, 2T/B ... T, instead of T each.
+        single: one step of a cell (``nn.LSTMCell``) instead of a layer (``nn.LSTM``).
         proj_size: P of an LSTM with a projection, 0 without.
     """
 
@@ -42,7 +42,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Such as ``T87 B16 I1 H128 x3 bi``."""
+        """Short name, such as ``T87 B16 I1 H128 x3 bi``."""
         sizes = f"B{self.batch} I{self.input_size} H{self.hidden_size}"
         if self.single:
             return f"cell {sizes}"
@@ -52,17 +52,17 @@ class Point:
 
     @property
     def directions(self) -> int:
-        """D."""
+        """D, the number of directions."""
         return 2 if self.bidirectional else 1
 
     @property
     def output_size(self) -> int:
-        """D*R."""
+        """D*R, where R is P with a projection and H without."""
         return self.directions * (self.proj_size or self.hidden_size)
 
     @property
     def lengths(self) -> list[int]:
-        """How long each sequence is, longest first."""
+        """Length of each sequence in steps, longest first."""
         if not self.packed:
             return [self.steps] * self.batch
         return [
@@ -71,11 +71,11 @@ class Point:
 
     @property
     def rows(self) -> int:
-        """Steps of all sequences together."""
+        """Total number of steps of all sequences."""
         return sum(self.lengths)
 
     def weights(self, cell: str) -> int:
-        """Elements of all weight matrices."""
+        """Returns the number of elements of all weight matrices."""
         total = 0
         for layer in range(self.layers):
             inputs = self.input_size if layer == 0 else self.output_size
@@ -85,11 +85,14 @@ class Point:
         return total
 
     def flops(self, cell: str, mode: str) -> float:
-        """Of the matrix products; training does them three times (forward, d_input, d_weight)."""
+        """Returns the operations of the matrix products.
+
+        Training has three times as many as inference: forward, d_input and d_weight.
+        """
         return 2.0 * self.weights(cell) * self.rows * (3 if mode == "training" else 1)
 
     def intensity(self, cell: str) -> float:
-        """FLOP per byte of a forward step that reads its float32 weights, x and h, and writes h."""
+        """Returns FLOP per byte of forward steps that read float32 weights, x, h and write h."""
         vectors = self.input_size + 2 * self.output_size * self.layers
         return self.flops(cell, "forward") / (
             4.0 * (self.weights(cell) * self.steps + vectors * self.rows)
@@ -98,26 +101,26 @@ class Point:
 
 @dataclass(frozen=True)
 class Task:
-    """What a library is asked to do.
+    """Work of one call.
 
     Args:
         cell: one of `CELLS`.
         mode: one of `MODES`.
-        point: the shape.
-        threads: of the CPU.
+        shape: sizes of the layer and its input.
+        threads: number of CPU threads.
     """
 
     cell: str
     mode: str
-    point: Point
+    shape: Shape
     threads: int
 
     @property
     def label(self) -> str:
-        """Such as ``lstm forward T100 B1 I64 H64``."""
-        return f"{self.cell} {self.mode} {self.point.label}"
+        """Short name, such as ``lstm forward T100 B1 I64 H64``."""
+        return f"{self.cell} {self.mode} {self.shape.label}"
 
     @property
     def flops(self) -> float:
-        """Operations of one call."""
-        return self.point.flops(self.cell, self.mode)
+        """Operations of the matrix products per call."""
+        return self.shape.flops(self.cell, self.mode)

@@ -1,8 +1,8 @@
-"""Measuring side by side, so that ratios hold on a machine that is never quiet.
+"""Interleaved timing, so that ratios are valid on a busy machine.
 
-The calls take turns in random order, in rounds. Before its turn there is a pause, in which the
-spinning threads of the one before go to sleep, and an untimed call; then a few timed ones. Whatever
-slows the machine for a while hits all of them, and medians leave it out.
+Each round runs all libraries in random order. A library's turn starts with a pause, in which the
+spinning threads of the previous library go to sleep, and an untimed call. A few timed calls follow.
+A temporary slowdown of the machine affects all libraries alike, and medians discard it.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from typing import Final
 
 from fastrnn import _C
 
-PAUSE: Final = 0.015  # seconds
+PAUSE_SECONDS: Final = 0.015  # before each turn
 ROUNDS: Final = 12
-FEWEST_ROUNDS: Final = 4  # where a single call takes long
-MOST_CALLS: Final = 50  # in one turn
+MIN_ROUNDS: Final = 4  # for calls that take long
+MAX_CALLS_PER_ROUND: Final = 50  # timed calls per library and round
 
 
 def interleaved(
     calls: Mapping[str, Callable[[], object]], seconds: float
 ) -> dict[str, list[float]]:
-    """Times each call in turns.
+    """Times several calls, interleaved.
 
     Args:
-        calls: what to time, by name.
-        seconds: to spend on each; a slow call is made a dozen times nevertheless.
+        calls: the calls to time, by name.
+        seconds: time to spend per name. A slow call still runs about a dozen times.
 
     Returns:
-        For each name the seconds of every timed call.
+        The seconds of every timed call, by name.
     """
     once = {}
     for name, call in calls.items():
         call()
         once[name] = min(_seconds(call) for _ in range(3))
-    # An untimed and at least one timed call a turn.
-    rounds = min(ROUNDS, max(FEWEST_ROUNDS, round(1.5 * seconds / max(once.values()))))
+    # Each turn has one untimed call and at least one timed call.
+    rounds = min(ROUNDS, max(MIN_ROUNDS, round(1.5 * seconds / max(once.values()))))
     timed = {
-        name: min(MOST_CALLS, max(1, round(seconds / rounds / first)))
+        name: min(MAX_CALLS_PER_ROUND, max(1, round(seconds / rounds / first)))
         for name, first in once.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in random.sample(list(calls), len(calls)):
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_SECONDS)
             calls[name]()
             samples[name] += [_seconds(calls[name]) for _ in range(timed[name])]
     return samples
@@ -58,5 +58,5 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def fma_peak(threads: int) -> float:
-    """Float32 GFLOP/s that the instruction set in use can reach here: the best of three tries."""
+    """Returns the peak float32 GFLOP/s of the active instruction set, the best of three tries."""
     return max(_C.fma_peak(threads, 0.02) for _ in range(3))

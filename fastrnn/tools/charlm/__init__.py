@@ -1,19 +1,21 @@
-"""A character-level language model: the textbook's CharRNN, grown into a tool.
+"""A character-level language model: a textbook CharRNN as a command line tool.
 
-    errors      what goes wrong, said in one sentence
-    files       reading of regular files, and of nothing else
-    config      every option of a training run, checked in one place
-    data        text -> vocabulary -> parallel streams of characters
-    model       embedding -> recurrent layers -> linear decoder
-    schedule    learning rate and early stopping, as functions of what was measured so far
-    train       truncated backpropagation through time
-    checkpoint  safetensors + json, written so that no moment of a crash can corrupt them
-    sample      text, one character at a time
-    compare     the same training with ``fastrnn`` and with ``torch.nn``, step for step
-    plot        the loss curve as a picture
-    report      what the user sees
-    command     what ``fastrnn charlm`` does
+    errors        exceptions with one-line messages
+    files         reading of regular files
+    config        every option of a training run, checked in one place
+    data          text -> vocabulary -> parallel streams of characters
+    model         embedding -> recurrent layers -> linear decoder
+    schedule      learning rate and early stopping, as pure functions of the losses so far
+    train         truncated backpropagation through time
+    checkpoint    safetensors + json, crash-safe
+    sample        text generation, one character at a time
+    side_by_side  the same training with ``fastrnn`` and with ``torch.nn``, step by step
+    plot          the loss curve as a PNG
+    report        progress output
+    fit           the training loop: train, evaluate, save, sample
+    interrupt     Ctrl-C and SIGTERM between two steps
+    command       the command line ``fastrnn charlm``
 
-Nothing is imported here: ``rich``, ``matplotlib`` and ``safetensors`` are an extra
-(``pip install 'fastrnn[charlm]'``), and ``fastrnn`` works without them.
+This package imports nothing here. ``rich``, ``matplotlib`` and ``safetensors`` are an optional
+extra (``pip install 'fastrnn[charlm]'``), and ``fastrnn`` works without them.
 """

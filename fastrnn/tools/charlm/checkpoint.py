@@ -1,15 +1,15 @@
-"""Checkpoints that no moment of a crash can corrupt.
+"""Crash-safe checkpoints.
 
 A checkpoint is a pair of files:
 
     latest.json                               options, vocabulary, step, losses, and the name and
-                                              SHA-256 of
+                                              SHA-256 of the tensor file
     latest-00001200-1f2e3d4c.safetensors      weights, optimizer, hidden state, random numbers
 
-The tensors are written first, under a name that their content gives, the json last; each goes to
-a temporary file that is synced to the disk and then renamed. Whenever the process dies, the json
-that is there names tensors that are there, complete and its own. Tensors that no json names any
-longer go away with the next save.
+The tensor file is written first. Its name contains a hash of its content. The json is written last.
+Each file is written under a temporary name, synced to the disk and then renamed. The json therefore
+always names a complete tensor file that belongs to it, whenever the process dies. The next save
+removes tensor files that no json names.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _TEMPORARY: Final = ".tmp"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been read."""
+    """A checkpoint read from disk."""
 
-    path: Path  # of the json
+    path: Path  # the json file
     config: Config
     vocabulary: Vocabulary
     step: int
@@ -53,7 +53,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def restore(self, trainer: Trainer) -> None:
-        """Puts the state of the saved training into a trainer of the same options and text.
+        """Restores the saved state into a trainer with the same options and text.
 
         Raises:
             CheckpointError: the tensors do not fit.
@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that at any moment either the old or the new content is there, whole.
+    """Writes a file so that it holds either the complete old or the complete new content.
 
     Raises:
         TrainingError: the file cannot be written (no space, no permission).
@@ -86,7 +86,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename last; without it a power cut could undo it."""
+    """Syncs a folder to the disk, so that a power cut cannot undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,15 +95,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save(folder: Path, name: str, trainer: Trainer) -> Path:
-    """Saves a training as ``folder/name.json`` and the tensors it names.
+    """Saves a training as ``folder/name.json`` and a tensor file.
 
     Args:
         folder: an existing folder.
         name: `LATEST` or `BEST`.
-        trainer: what to save.
+        trainer: the training to save.
 
     Returns:
-        The path of the json.
+        The path of the json file.
 
     Raises:
         TrainingError: a file cannot be written.
@@ -125,26 +125,26 @@ def save(folder: Path, name: str, trainer: Trainer) -> Path:
     path = folder / f"{name}.json"
     write_atomically(tensors, data)
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-    _remove_left_overs(folder, name, keep=tensors.name)
+    _remove_stale_files(folder, name, keep=tensors.name)
     return path
 
 
-def _remove_left_overs(folder: Path, name: str, keep: str) -> None:
-    """Removes older tensors of this name and temporary files of processes that were killed."""
+def _remove_stale_files(folder: Path, name: str, keep: str) -> None:
+    """Removes older tensor files of this name and temporary files of killed processes."""
     for path in (*folder.glob(f"{name}-*.safetensors"), *folder.glob(f".{name}*{_TEMPORARY}")):
         if path.name != keep:
             path.unlink(missing_ok=True)
 
 
 def find(path: Path, names: tuple[str, ...]) -> Path:
-    """The json of a checkpoint, given itself or its folder.
+    """Returns the json file of a checkpoint.
 
     Args:
-        path: a json, or the folder of a run.
-        names: what to look for in a folder, best first.
+        path: the json file, or the folder of a run.
+        names: names of checkpoints to look for in a folder, in order of preference.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder holds no checkpoint, or the path is a tensor file.
     """
     if path.is_dir():
         for name in names:
@@ -152,7 +152,7 @@ def find(path: Path, names: tuple[str, ...]) -> Path:
                 return path / f"{name}.json"
         raise CheckpointError(f"{path}: holds no checkpoint ({names[0]}.json)")
     if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: holds only the tensors, give the .json that names it")
+        raise CheckpointError(f"{path}: holds only the tensors; pass the .json file instead")
     return path
 
 
@@ -160,10 +160,10 @@ def load(path: Path) -> Checkpoint:
     """Reads and checks a checkpoint.
 
     Args:
-        path: of its json.
+        path: the json file.
 
     Raises:
-        CheckpointError: it is missing, damaged, not a checkpoint, or of a newer version.
+        CheckpointError: the file is missing, damaged, not a checkpoint, or of another version.
     """
     document = _read_document(path)
     try:
@@ -190,7 +190,7 @@ def load(path: Path) -> Checkpoint:
 
 
 class _UnreadableTensors(CheckpointError):
-    """The file of the tensors is at fault, and the sentence names it."""
+    """The tensor file is unusable. The message names it."""
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -203,19 +203,19 @@ def _read_document(path: Path) -> dict[str, Any]:
     version = document.get("version")
     if type(version) is not int or version != VERSION:
         raise CheckpointError(
-            f"{path}: has version {version!r}, this fastrnn reads version {VERSION}"
+            f"{path}: has version {version!r}; this fastrnn reads version {VERSION}"
         )
     return document
 
 
-# -- the values of the JSON, each of which can be missing or of a wrong type ----------------------
+# -- values of the JSON: any of them can be missing or of a wrong type ----------------------------
 
 _Value = TypeVar("_Value")
 _NAMES: Final = {dict: "an object", list: "a list", int: "a whole number", str: "a string"}
 
 
 def _value(kind: type[_Value], values: Mapping[str, Any], name: str) -> _Value:
-    """Returns one value of exactly this type (a bool is no int).
+    """Returns one value of exactly this type (a bool is not an int).
 
     Raises:
         CheckpointError: the value is missing or of another type.
@@ -269,15 +269,15 @@ def _evaluation(values: Mapping[str, Any]) -> Evaluation:
 
 
 def _tensors_file(document: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the name of the file of the tensors, and its SHA-256.
+    """Returns the name and the SHA-256 of the tensor file.
 
     Raises:
-        CheckpointError: the name leads out of the checkpoint's folder.
+        CheckpointError: the name points outside the folder of the checkpoint.
     """
     reference = _value(dict, document, "tensors")
     name = _value(str, reference, "file")
     if Path(name).name != name or name in ("", ".."):
-        raise CheckpointError(f"'file' must be the name of a file, got {_shortened(name)}")
+        raise CheckpointError(f"'file' must be a file name without folder, got {_shortened(name)}")
     return name, _value(str, reference, "sha256")
 
 
@@ -290,18 +290,16 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
         raise _UnreadableTensors(f"{path}: is damaged (its checksum differs)")
     try:
         tensors = safetensors.torch.load(data)
-    except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
         raise _UnreadableTensors(f"{path}: is damaged ({error})") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise _UnreadableTensors(
-                f"{path}: is damaged ({name!r} has values that are not finite)"
-            )
+            raise _UnreadableTensors(f"{path}: is damaged ({name!r} contains NaN or infinity)")
     return tensors
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
-    """Compares the sizes in the options with the tensors, before a model of these sizes is built.
+    """Compares the sizes in the options with the tensors, before a model is built from them.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape.

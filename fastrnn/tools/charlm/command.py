@@ -1,4 +1,4 @@
-"""What ``fastrnn charlm`` does: train, compare, resume; and ``fastrnn charlm sample``: write."""
+"""The commands ``fastrnn charlm`` (train, compare, resume) and ``fastrnn charlm sample``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Final, TextIO
 
 import torch
 
-from . import checkpoint, compare
+from . import checkpoint, side_by_side
 from .config import BACKENDS, CELLS, NONLINEARITIES, SCHEDULES, Config, option_name
 from .data import Corpus, Text, prepare, read_files, read_standard_library
 from .errors import CharlmError, CheckpointError, TrainingError
@@ -26,47 +26,47 @@ from .sample import generate
 from .train import Trainer, load_weights
 
 DEFAULT_OUTPUT: Final = "charlm-run"
-SIGNAL_EXIT: Final = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C
+SIGNAL_EXIT: Final = 128  # plus the number of the signal, as shells do: 130 for Ctrl-C
 
 MakeParser = Callable[..., argparse.ArgumentParser]
 
-# Options that a resumed run may change; the others belong to what was saved.
+# Options that a resumed run may change. The checkpoint fixes all others.
 _CHANGEABLE: Final = ("steps", "eval_every", "sample_every", "patience", "threads", "device")
 
 _HELP: Final = {
     "cell": "the recurrent layer: " + ", ".join(CELLS),
-    "nonlinearity": "of --cell rnn: " + ", ".join(NONLINEARITIES),
-    "layers": "recurrent layers",
+    "nonlinearity": "nonlinearity of --cell rnn: " + ", ".join(NONLINEARITIES),
+    "layers": "number of recurrent layers",
     "hidden": "size of the hidden state",
-    "embedding": "size of a character's embedding (0: as --hidden)",
-    "seq_length": "characters of a chunk: gradients reach so far back",
+    "embedding": "size of the embedding of a character (0: same as --hidden)",
+    "seq_length": "characters per chunk; gradients stop at the start of a chunk",
     "batch_size": "parallel streams of text",
     "steps": "training steps",
-    "learning_rate": "Adam's learning rate",
-    "schedule": "of the learning rate: " + ", ".join(SCHEDULES),
+    "learning_rate": "learning rate of Adam",
+    "schedule": "schedule of the learning rate: " + ", ".join(SCHEDULES),
     "warmup": "steps over which the learning rate rises",
     "clip": "largest norm of the gradients (0: no clipping)",
-    "dropout": "between layers and before the decoder",
-    "patience": "stop after so many evaluations without a better one (0: never)",
-    "eval_every": "steps between two validations",
-    "sample_every": "steps between two samples (0: none)",
-    "seed": "of weights, dropout and samples",
-    "backend": "whose recurrent layer: " + ", ".join(BACKENDS),
+    "dropout": "dropout between layers and before the decoder",
+    "patience": "stop after N evaluations without a new best (0: never)",
+    "eval_every": "steps between two evaluations",
+    "sample_every": "steps between two samples (0: no samples)",
+    "seed": "seed of weights, dropout and samples",
+    "backend": "implementation of the recurrent layers: " + ", ".join(BACKENDS),
     "device": "cpu, cuda or cuda:N",
-    "threads": "of the CPU (0: as torch decides)",
+    "threads": "CPU threads (0: torch's choice)",
 }
 
 
 def main(arguments: Sequence[str], make_parser: MakeParser) -> int:
-    """Runs ``fastrnn charlm`` with these arguments and returns the exit code.
+    """Runs ``fastrnn charlm`` and returns the exit code.
 
     Args:
-        arguments: what follows ``charlm``.
-        make_parser: makes an argument parser, whose errors exit with 2.
+        arguments: the arguments after ``charlm``.
+        make_parser: creates an argument parser that exits with code 2 on an error.
     """
     try:
         if arguments[:1] == ["sample"]:
-            return write(_sample_parser(make_parser).parse_args(arguments[1:]), sys.stdout)
+            return write_sample(_sample_parser(make_parser).parse_args(arguments[1:]), sys.stdout)
         return train(_train_parser(make_parser).parse_args(arguments), sys.stdout)
     except CharlmError as error:
         print(f"fastrnn charlm: {error}", file=sys.stderr)
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str], make_parser: MakeParser) -> int:
         if not _is_out_of_memory(error):
             raise
         print(
-            "fastrnn charlm: out of memory: try a smaller --hidden, --batch-size, --seq-length "
+            "fastrnn charlm: out of memory; try a smaller --hidden, --batch-size, --seq-length "
             "or --text",
             file=sys.stderr,
         )
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str], make_parser: MakeParser) -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     kinds = (MemoryError, torch.OutOfMemoryError)
-    # The CPU's allocator has no exception of its own.
+    # The CPU allocator raises a plain RuntimeError.
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
@@ -96,34 +96,34 @@ def _train_parser(make_parser: MakeParser) -> argparse.ArgumentParser:
         prog="fastrnn charlm",
         allow_abbrev=False,
         description="Trains a character-level language model. "
-        "`fastrnn charlm sample --help` tells how it writes.",
+        "`fastrnn charlm sample` generates text with a trained model.",
     )
     parser.add_argument(
         "--text",
         nargs="+",
         metavar="FILE",
-        help="what to train on (default: the Python source of the standard library)",
+        help="text to train on (default: the Python source of the standard library)",
     )
-    parser.add_argument("--encoding", help="of the files (default: utf-8)")
+    parser.add_argument("--encoding", help="encoding of the files (default: utf-8)")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="for checkpoints and the loss curve "
-        f"(default: {DEFAULT_OUTPUT}, or {DEFAULT_OUTPUT}-2 and so on where there is one)",
+        help="folder for checkpoints and the loss curve "
+        f"(default: {DEFAULT_OUTPUT}, or {DEFAULT_OUTPUT}-2 and so on if it exists)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the run that --output holds already"
+        "--overwrite", action="store_true", help="replace the run in the --output folder"
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="CHECKPOINT", help="go on with a run: its folder or .json"
+        "--resume", type=Path, metavar="CHECKPOINT", help="continue a run: its folder or .json"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="train with torch.nn too, and compare"
+        "--compare", action="store_true", help="also train with torch.nn, and compare"
     )
     for field in fields(Config):
         default: Any = field.default
-        # Values keep their type here and are checked in one place, Config.
+        # argparse converts the types; Config checks all values in one place.
         parser.add_argument(
             option_name(field.name),
             dest=field.name,
@@ -135,10 +135,10 @@ def _train_parser(make_parser: MakeParser) -> argparse.ArgumentParser:
 
 
 def train(options: argparse.Namespace, stream: TextIO) -> int:
-    """Trains as the options say and returns the exit code.
+    """Runs the requested training and returns the exit code.
 
     Raises:
-        CharlmError: an option, a text or a checkpoint cannot be used, or training failed.
+        CharlmError: an option, a text or a checkpoint is invalid, or training failed.
     """
     given = {
         field.name: getattr(options, field.name)
@@ -146,13 +146,13 @@ def train(options: argparse.Namespace, stream: TextIO) -> int:
         if getattr(options, field.name) is not None
     }
     if options.compare and options.resume:
-        raise CharlmError("--compare starts from new weights, it cannot be used with --resume")
+        raise CharlmError("--compare starts from new weights and cannot be used with --resume")
     if options.compare and "backend" in given:
-        raise CharlmError("--compare trains with both backends, it cannot be used with --backend")
+        raise CharlmError("--compare trains with both backends and cannot be used with --backend")
     saved = _load_for_resuming(options.resume, given) if options.resume else None
     config = saved.config.changed(given) if saved else Config(**given)
     if options.compare:
-        config.changed({"backend": "torch"})  # whose own checks must pass as well
+        config.changed({"backend": "torch"})  # the checks of this backend must pass as well
     check_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -177,7 +177,7 @@ def train(options: argparse.Namespace, stream: TextIO) -> int:
     if outcome is Outcome.INTERRUPTED:
         print(
             f"fastrnn charlm: interrupted, everything is saved; "
-            f"fastrnn charlm --resume {folder} goes on",
+            f"continue with: fastrnn charlm --resume {folder}",
             file=sys.stderr,
         )
         return SIGNAL_EXIT + (interrupted.signal or 0)
@@ -205,27 +205,27 @@ def _train(
         f"{outcome.value} at step {trainer.step:,}: {trainer.recent_bits():.3f} bits/char, "
         f"{trainer.seconds:,.1f} s of training"
     )
-    reporter.line(_what_is_in(folder, "loss.png"))
+    reporter.line(_folder_summary(folder, "loss.png"))
     return outcome
 
 
 def _compare(
     reporter: Reporter, config: Config, corpus: Corpus, folder: Path, interrupted: Interrupts
 ) -> Outcome:
-    pair = compare.Pair.start(config, corpus)
+    pair = side_by_side.Pair.start(config, corpus)
     _introduce(reporter, pair.fastrnn, folder)
-    referee: list[float] = []
-    if config.dropout == 0:  # in float64 other units would be dropped
-        first = min(compare.FIRST_STEPS, config.steps)
+    truth: list[float] = []
+    if config.dropout == 0:  # in float64, dropout would drop other units
+        first = min(side_by_side.FIRST_STEPS, config.steps)
         reporter.line(f"the first {first} steps in float64, as a referee ...")
-        referee = compare.referee_losses(pair, first, interrupted)
+        truth = side_by_side.float64_losses(pair, first, interrupted)
     outcome = fit(pair, reporter, _saver(folder), interrupted)
     if pair.fastrnn.losses:
-        comparison = compare.compare(pair, referee)
+        comparison = side_by_side.compare(pair, truth)
         for line in comparison.lines():
             reporter.line(line)
-        compare.save_comparison(folder, pair, comparison)
-    reporter.line(_what_is_in(folder, "loss.png, compare.json"))
+        side_by_side.save_comparison(folder, pair, comparison)
+    reporter.line(_folder_summary(folder, "loss.png, compare.json"))
     return outcome
 
 
@@ -256,7 +256,7 @@ def _introduce(reporter: Reporter, trainer: Trainer, folder: Path) -> None:
     )
 
 
-def _what_is_in(folder: Path, others: str) -> str:
+def _folder_summary(folder: Path, others: str) -> str:
     name = shlex.quote(str(folder))
     return (
         f"{folder}/ holds latest.json and best.json (checkpoints), {others}; "
@@ -265,10 +265,10 @@ def _what_is_in(folder: Path, others: str) -> str:
 
 
 def _load_for_resuming(path: Path, given: dict[str, Any]) -> checkpoint.Checkpoint:
-    """The checkpoint to go on from, whose options the given ones do not contradict.
+    """Loads the checkpoint to resume and checks that the given options do not contradict it.
 
     Raises:
-        CharlmError: the checkpoint cannot be used, is finished, or has other options.
+        CharlmError: the checkpoint is unusable, finished, or has other options.
     """
     saved = checkpoint.load(checkpoint.find(path, (checkpoint.LATEST,)))
     old = saved.config.to_json()
@@ -277,21 +277,21 @@ def _load_for_resuming(path: Path, given: dict[str, Any]) -> checkpoint.Checkpoi
         name = fixed[0]
         raise CharlmError(
             f"{option_name(name)} cannot be changed with --resume ({saved.path} has {old[name]}); "
-            "what can: " + ", ".join(option_name(name) for name in _CHANGEABLE)
+            "changeable options: " + ", ".join(option_name(name) for name in _CHANGEABLE)
         )
     steps = given.get("steps", saved.config.steps)
     if saved.step >= steps:
         raise CharlmError(
-            f"{saved.path}: is at step {saved.step:,} already, give more --steps than {steps:,}"
+            f"{saved.path}: is already at step {saved.step:,}; pass more --steps than {steps:,}"
         )
     return saved
 
 
 def _read_text(options: argparse.Namespace, saved: checkpoint.Checkpoint | None) -> Text:
-    """The text of the options, or of the run that goes on.
+    """Reads the text of the options or of the resumed run.
 
     Raises:
-        CheckpointError: it is not the text that the run was trained on.
+        CheckpointError: the text differs from the one that the run was trained on.
     """
     files = options.text
     encoding = options.encoding or "utf-8"
@@ -299,21 +299,21 @@ def _read_text(options: argparse.Namespace, saved: checkpoint.Checkpoint | None)
         files = saved.text["files"]
         encoding = options.encoding or saved.text["encoding"]
     elif options.encoding and not files:
-        raise CharlmError("--encoding is of the files of --text, which is not given")
+        raise CharlmError("--encoding needs --text FILE")
     text = read_files(files, encoding) if files else read_standard_library()
     if saved and text.digest != saved.text["sha256"]:
         raise CheckpointError(
-            f"{saved.path}: was trained on another text than {text.description} is now, "
-            "give the same one with --text FILE"
+            f"{saved.path}: was trained on another text than the current {text.description}; "
+            "pass the original text with --text FILE"
         )
     return text
 
 
 def _output_folder(options: argparse.Namespace, saved: checkpoint.Checkpoint | None) -> Path:
-    """Makes the folder of this run; only on request in the place of another run.
+    """Creates the folder of this run. Replaces another run only with ``--overwrite``.
 
     Raises:
-        CharlmError: it holds a run, or cannot be made or written to.
+        CharlmError: the folder holds another run, or cannot be created or written to.
     """
     folder: Path = options.output or (saved.path.parent if saved else _free_folder())
     runs = [folder / f"{name}.json" for name in (checkpoint.LATEST, checkpoint.BEST)]
@@ -321,18 +321,18 @@ def _output_folder(options: argparse.Namespace, saved: checkpoint.Checkpoint | N
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise CharlmError(f"--output {folder}: cannot be written to")
-        # A run that is resumed goes on in its own folder.
+        # A resumed run continues in its own folder.
         other = not saved or not folder.samefile(saved.path.parent)
         if other and any(run.exists() for run in runs):
             if not options.overwrite:
                 raise CharlmError(
-                    f"--output {folder}: holds a run already; --resume {folder} goes on with it, "
-                    "--overwrite replaces it"
+                    f"--output {folder}: already holds a run; continue it with --resume {folder} "
+                    "or replace it with --overwrite"
                 )
             for run in runs:
                 run.unlink(missing_ok=True)
     except OSError as error:
-        raise CharlmError(f"--output {folder}: cannot be made ({error.strerror})") from error
+        raise CharlmError(f"--output {folder}: cannot be created ({error.strerror})") from error
     return folder
 
 
@@ -348,33 +348,44 @@ def _sample_parser(make_parser: MakeParser) -> argparse.ArgumentParser:
     parser = make_parser(
         prog="fastrnn charlm sample",
         allow_abbrev=False,
-        description="Lets a trained model write.",
+        description="Generates text with a trained model.",
     )
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or a .json in it"
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or a .json in it"
     )
-    parser.add_argument("--prime", default="", metavar="TEXT", help="what to begin with")
+    parser.add_argument("--prime", default="", metavar="TEXT", help="beginning of the text")
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.8,
         metavar="X",
-        help="below 1 likelier, above 1 bolder, 0 always the likeliest (default: 0.8)",
+        help="below 1 more predictable, above 1 more random, 0 always the likeliest character "
+        "(default: 0.8)",
     )
-    parser.add_argument("--length", type=int, default=500, metavar="N", help="characters (500)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
     parser.add_argument(
-        "--top-k", type=int, default=0, metavar="N", help="among the N likeliest (0: among all)"
+        "--length", type=int, default=500, metavar="N", help="characters to generate (default: 500)"
     )
-    parser.add_argument("--device", default="cpu", metavar="NAME", help=f"{_HELP['device']} (cpu)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random draws (default: 0)"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw from the N likeliest characters (default: 0, from all)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help=f"{_HELP['device']} (default: cpu)"
+    )
     return parser
 
 
-def write(options: argparse.Namespace, stream: TextIO) -> int:
-    """Writes the prime and what the model makes of it, character by character.
+def write_sample(options: argparse.Namespace, stream: TextIO) -> int:
+    """Writes the prime and the generated text, character by character.
 
     Raises:
-        CharlmError: an option or the checkpoint cannot be used.
+        CharlmError: an option or the checkpoint is invalid.
     """
     for name, least in (("length", 1), ("seed", 0), ("top_k", 0)):
         value = getattr(options, name)

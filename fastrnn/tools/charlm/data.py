@@ -1,8 +1,8 @@
-"""Text, its vocabulary, and the parallel streams that truncated BPTT walks along.
+"""Text, its vocabulary, and the parallel streams that truncated BPTT trains on.
 
 the text          a b c d e f g h i j k l m ...
 B = 3 streams     a b c d | e f g h | i j k l          stream b starts at b * S
-step k            columns k*T .. (k+1)*T of every stream; targets are one further
+step k            columns k*T .. (k+1)*T of every stream; the targets are one column later
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .errors import DataError
 from .files import read_regular_file
 
 STANDARD_LIBRARY_LIMIT: Final = 4_000_000  # characters; one pass of the default run
-RARE: Final = 100_000  # a character seen less often than once in so many is unknown
+RARE_INTERVAL: Final = 100_000  # a character seen less than once per this many is unknown
 VALIDATION_FRACTION: Final = 0.05
-VALIDATION_LIMIT: Final = 100_000  # characters; an evaluation stays a matter of a second
+VALIDATION_LIMIT: Final = 100_000  # characters; keeps an evaluation at about a second
 
-# Not prose of programs: tests, other people's packages, tables that scripts generated.
+# Tests, installed packages and generated tables: not typical source code.
 _SKIPPED_FOLDERS: Final = frozenset(
     {
         "__pycache__",
@@ -46,9 +46,9 @@ _SKIPPED_FOLDERS: Final = frozenset(
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it comes from.
+    """A text and its origin.
 
-    ``files`` are the user's files, empty for the standard library.
+    ``files`` are the user's files, or empty for the standard library.
     """
 
     content: str
@@ -58,16 +58,18 @@ class Text:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the text, so that a resumed run can tell that it reads the same one."""
+        """SHA-256 of the text, so that a resumed run can check that the text is unchanged."""
         return hashlib.sha256(self.content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read_files(paths: Sequence[str | os.PathLike[str]], encoding: str = "utf-8") -> Text:
-    """The given files, one after the other.
+    """Reads files and concatenates their texts.
+
+    Line ends become ``\\n``, and a byte order mark is removed.
 
     Args:
         paths: text files.
-        encoding: what decodes them; line ends become ``\\n`` and a byte order mark goes.
+        encoding: encoding of the files.
 
     Raises:
         DataError: the encoding does not exist, or a file is missing, a folder, not readable,
@@ -77,7 +79,9 @@ def read_files(paths: Sequence[str | os.PathLike[str]], encoding: str = "utf-8")
         encoding = codecs.lookup(encoding).name
         "".encode(encoding)
     except (LookupError, ValueError) as error:
-        raise DataError(f"--encoding {encoding!r} is not a text encoding Python knows") from error
+        raise DataError(
+            f"--encoding must be a text encoding that Python knows, got {encoding!r}"
+        ) from error
     parts = [_read_file(Path(path), encoding) for path in paths]
     names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
     plural = "file" if len(paths) == 1 else "files"
@@ -94,24 +98,24 @@ def _read_file(path: Path, encoding: str) -> str:
     if not data:
         raise DataError(f"{path}: is empty")
     if encoding == "utf-8" and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path}: is UTF-16, not UTF-8, text (give --encoding utf-16)")
+        raise DataError(f"{path}: is UTF-16, not UTF-8 (pass --encoding utf-16)")
     try:
         text = data.decode(encoding)
     except UnicodeError as error:
         if encoding == "utf-8" and b"\0" in data:
             raise DataError(f"{path}: is a binary file, not text") from error
         where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
-        raise DataError(f"{path}: is not {encoding} text{where}, give its --encoding") from error
+        raise DataError(f"{path}: is not {encoding} text{where}; pass --encoding") from error
     if "\0" in text:
         raise DataError(f"{path}: is a binary file, not text")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def standard_library_files(root: Path) -> list[Path]:
-    """Python sources below ``root`` without tests, installed packages and generated tables.
+    """Returns Python files below ``root``, without tests, installed packages, generated tables.
 
-    The order is fixed but mixed (by a checksum of the relative path), so that the first few
-    million characters and the held-out end both come from all over the library.
+    The order is a fixed shuffle (sorted by a checksum of the relative path), so that the first few
+    million characters and the held-out end are both samples of the whole library.
     """
     found: list[tuple[int, str]] = []
     for folder, folders, names in os.walk(root):
@@ -124,14 +128,14 @@ def standard_library_files(root: Path) -> list[Path]:
 
 
 def read_standard_library(limit: int = STANDARD_LIBRARY_LIMIT, root: Path | None = None) -> Text:
-    """The Python source of the running interpreter's standard library.
+    """Reads the Python source of the standard library of the running interpreter.
 
     Args:
-        limit: stops at the end of the file that reaches so many characters.
+        limit: characters after which no further file is read.
         root: another folder to read, for tests.
 
     Raises:
-        DataError: there is no source (an interpreter that ships compiled files only).
+        DataError: there is no source (the interpreter ships compiled files only).
     """
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     paths = standard_library_files(folder)
@@ -148,7 +152,7 @@ def read_standard_library(limit: int = STANDARD_LIBRARY_LIMIT, root: Path | None
         used += len(part)
     if not parts:
         raise DataError(
-            f"{folder}: holds no Python source of the standard library, give --text FILE"
+            f"{folder}: holds no Python source of the standard library; pass --text FILE"
         )
     version = ".".join(str(part) for part in sys.version_info[:3])
     return Text(
@@ -161,7 +165,7 @@ def read_standard_library(limit: int = STANDARD_LIBRARY_LIMIT, root: Path | None
 
 
 class Vocabulary:
-    """The characters a model knows, numbered from 1; number 0 stands for every other one.
+    """The characters that a model knows, numbered from 1. Number 0 stands for all others.
 
     Args:
         characters: distinct single characters.
@@ -175,35 +179,37 @@ class Vocabulary:
         if len(set(self.characters)) != len(self.characters) or any(
             len(character) != 1 for character in self.characters
         ):
-            raise DataError("a vocabulary needs distinct single characters")
+            raise DataError("the vocabulary must consist of distinct single characters")
         codes = torch.tensor([ord(character) for character in self.characters], dtype=torch.int64)
         self._table = torch.zeros(sys.maxunicode + 1, dtype=torch.int32)
         self._table[codes] = torch.arange(1, len(codes) + 1, dtype=torch.int32)
 
     @classmethod
     def of(cls, text: str) -> Vocabulary:
-        """The characters of a text, without those rarer than one in `RARE` characters.
+        """Returns the characters of a text that occur at least once per `RARE_INTERVAL`.
 
         Raises:
-            DataError: all of them are.
+            DataError: every character is rarer.
         """
         counts = torch.bincount(_code_points(text))
-        least = max(1, len(text) // RARE)
+        least = max(1, len(text) // RARE_INTERVAL)
         found = torch.nonzero(counts >= least).flatten().tolist()
         if not found:
-            raise DataError(f"none of the text's {len(text):,} characters occurs {least} times")
+            raise DataError(
+                f"none of the {len(text):,} characters of the text occurs {least} times"
+            )
         return cls(chr(code) for code in found)
 
     def __len__(self) -> int:
-        """Number of symbols, the unknown one included."""
+        """Number of symbols, including the unknown symbol."""
         return len(self.characters) + 1
 
     def encode(self, text: str) -> Tensor:
-        """Numbers of a text's characters, int32 [len(text)]."""
+        """Returns the numbers of the characters of a text, int32 [len(text)]."""
         return self._table[_code_points(text)]
 
     def decode(self, numbers: Iterable[int]) -> str:
-        """The text of numbers; unknown characters show as U+FFFD."""
+        """Returns the text of a sequence of numbers. The unknown symbol becomes U+FFFD."""
         symbols = (self.UNKNOWN_SYMBOL, *self.characters)
         return "".join(symbols[number] for number in numbers)
 
@@ -224,11 +230,11 @@ class Streams:
     Args:
         numbers: int32 [N], an encoded text.
         batch_size: B, number of streams.
-        seq_length: T, characters of a chunk.
-        device: where the chunks are wanted.
+        seq_length: T, characters per stream and chunk.
+        device: device of the chunks.
 
     Raises:
-        DataError: fewer than B * T + 1 characters.
+        DataError: the text has fewer than B * T + 1 characters.
     """
 
     def __init__(
@@ -238,7 +244,7 @@ class Streams:
         seq_length: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        length = (numbers.numel() - 1) // batch_size  # S, characters of a stream
+        length = (numbers.numel() - 1) // batch_size  # S, characters per stream
         if length < seq_length:
             raise DataError(
                 f"{numbers.numel():,} characters are too few for chunks of "
@@ -252,7 +258,7 @@ class Streams:
         self._rows = torch.cat((body, end)).to(device)  # [S+1,B]
 
     def chunk(self, index: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a chunk, each int64 [T,B]; chunk 0 starts all streams."""
+        """Returns inputs and targets of a chunk, each int64 [T,B]. Chunk 0 starts all streams."""
         start = index * self.seq_length
         rows = self._rows[start : start + self.seq_length + 1].long()
         return rows[:-1], rows[1:]
@@ -260,7 +266,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text ready to train on: its vocabulary, the part to learn from, the part to test on."""
+    """A text prepared for training: its vocabulary, the training part and the validation part."""
 
     text: Text
     vocabulary: Vocabulary
@@ -268,7 +274,7 @@ class Corpus:
     validation: Streams
 
     def summary(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the text."""
+        """Returns the description of the text that a checkpoint saves."""
         return {
             "files": list(self.text.files),
             "encoding": self.text.encoding,
@@ -284,16 +290,17 @@ def prepare(
     device: torch.device | str = "cpu",
     vocabulary: Vocabulary | None = None,
 ) -> Corpus:
-    """Holds out the end of a text, makes the vocabulary of the rest, and cuts both into streams.
+    """Holds out the end of a text, builds the vocabulary of the rest, and cuts both into streams.
 
     The held-out part is 5 % of the text, at least one chunk and at most 100,000 characters.
 
     Args:
-        text: what to train on.
-        batch_size: B, streams of the training part; the held-out part has as many if it can.
-        seq_length: T, characters of a chunk.
-        device: where the chunks are wanted.
-        vocabulary: a given one (of a checkpoint) instead of the text's own.
+        text: the text to train on.
+        batch_size: B, streams of the training part. The held-out part has as many if it is long
+            enough.
+        seq_length: T, characters per stream and chunk.
+        device: device of the chunks.
+        vocabulary: a given vocabulary (of a checkpoint) instead of that of the text.
 
     Raises:
         DataError: the text is too short for the batch size and sequence length.
@@ -305,7 +312,7 @@ def prepare(
     if total < needed:
         name = text.description
         raise DataError(
-            f"{name}: {total:,} characters are too few, --batch-size {batch_size} and "
+            f"{name}: {total:,} characters are too few; --batch-size {batch_size} and "
             f"--seq-length {seq_length} need at least {needed:,}"
         )
     held_out = min(held_out, total - (batch_size * seq_length + 1))

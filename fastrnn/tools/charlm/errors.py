@@ -1,26 +1,26 @@
-"""Errors a user can cause or meet: each is one sentence that names what is wrong."""
+"""Exceptions of the character model. Each message is one line that names the problem."""
 
 from __future__ import annotations
 
 
 class CharlmError(Exception):
-    """Something the user gave cannot be used; the text is one sentence.
+    """An argument or a file is invalid. The message is one line.
 
-    ``exit_code`` is what the command line exits with: 2, as for any wrong argument.
+    ``exit_code`` is the exit code of the command line: 2, as for any wrong argument.
     """
 
     exit_code = 2
 
 
 class DataError(CharlmError):
-    """A text that cannot be read or is too short to train on."""
+    """A text cannot be read or is too short to train on."""
 
 
 class CheckpointError(CharlmError):
-    """A checkpoint that is missing, damaged, foreign, or does not fit."""
+    """A checkpoint is missing, damaged, of another program, or does not fit the options."""
 
 
 class TrainingError(CharlmError):
-    """Training that went wrong although every argument was fine (a loss of NaN, a full disk)."""
+    """Training failed although every argument was valid (a loss of NaN, a full disk)."""
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Reading of the user's files: a file that cannot be read is an error of one sentence."""
+"""Reading of files that the user names, with one-line errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .errors import CharlmError
 def read_regular_file(path: Path, error: type[CharlmError]) -> bytes:
     """Returns the content of a regular file.
 
-    A pipe or a device is an error: reading it could wait or go on for ever.
+    A pipe or a device raises an error, because reading it could block or never end.
 
     Args:
         path: the file.
-        error: the class of the exception.
+        error: class of the exception to raise.
 
     Raises:
         CharlmError: the file is missing, not readable, a folder, a pipe or a device.
@@ -27,6 +27,6 @@ def read_regular_file(path: Path, error: type[CharlmError]) -> bytes:
         if not stat.S_ISREG(kind):
             raise error(f"{path}: is not a regular file")
         return path.read_bytes()
-    except (OSError, ValueError) as problem:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as problem:  # ValueError: an invalid file name
         reason = problem.strerror if isinstance(problem, OSError) else None
         raise error(f"{path}: cannot be read ({reason or problem})") from problem

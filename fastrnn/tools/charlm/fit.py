@@ -1,4 +1,4 @@
-"""The training loop: train a little, show it, evaluate, save, sample, until a reason to stop."""
+"""The training loop: train, show progress, evaluate, save and sample until training ends."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ import torch
 from . import schedule
 from .report import Reporter
 from .sample import generate
-from .train import Runner, Stop, Trainer, never
+from .train import Runner, Stop, Trainer, never_stop
 
 SAMPLE_LENGTH: Final = 300
 SAMPLE_TEMPERATURE: Final = 0.8
-_RUN_SECONDS: Final = 0.25  # of training between two looks at the progress bar
-_RUN_STEPS: Final = 50
+_RUN_SECONDS: Final = 0.25  # training time between two updates of the progress bar
+_RUN_STEPS: Final = 50  # at most, between two updates
 
 Save = Callable[[Trainer, bool], None]
 
 
 class Outcome(Enum):
-    """Why training ended."""
+    """Reason why training ended."""
 
     FINISHED = "finished"
     EARLY = "stopped early"
     INTERRUPTED = "interrupted"
 
 
-def fit(runner: Runner, reporter: Reporter, save: Save, stop: Stop = never) -> Outcome:
-    """Trains to the configured step, or until validation stops improving, or ``stop()``.
+def fit(runner: Runner, reporter: Reporter, save: Save, stop: Stop = never_stop) -> Outcome:
+    """Trains to the configured step, until validation stops improving, or until ``stop()``.
 
     Args:
-        runner: what to train.
-        reporter: what shows the progress.
-        save: called with the trainer and whether it is the best so far; after every evaluation,
-            and at the end unless nothing has changed since.
-        stop: asked between steps; true ends the training, with everything saved.
+        runner: the training to run.
+        reporter: shows the progress.
+        save: called with the trainer and whether it is the best so far, after every evaluation
+            and, if something has changed since, at the end.
+        stop: called between steps. A true result saves and ends the training.
 
     Returns:
-        Why training ended.
+        The reason why training ended.
 
     Raises:
-        TrainingError: the loss is no longer finite (nothing is saved then), or saving failed.
+        TrainingError: the loss is not finite (nothing is saved then), or saving failed.
     """
     trainer = runner.main
     config = trainer.config
@@ -76,7 +76,7 @@ def fit(runner: Runner, reporter: Reporter, save: Save, stop: Stop = never) -> O
 
 
 def sample_now(trainer: Trainer, length: int = SAMPLE_LENGTH) -> str:
-    """What the model writes at this step; the same for the same seed and step."""
+    """Returns a sample of the model. It depends only on the weights, the seed and the step."""
     vocabulary = trainer.corpus.vocabulary
     generator = torch.Generator().manual_seed(trainer.config.seed + trainer.step)
     return "".join(
@@ -98,7 +98,7 @@ def _evaluation_due(trainer: Trainer) -> bool:
 
 
 def _steps_until_next_event(trainer: Trainer) -> int:
-    """Steps of the next run: about a quarter of a second, never past an event."""
+    """Returns the steps of the next run: about a quarter of a second, up to the next event."""
     config, step = trainer.config, trainer.step
     speed = trainer.characters_per_second / config.characters_per_step
     steps = min(_RUN_STEPS, max(1, round(speed * _RUN_SECONDS)), config.steps - step)

@@ -1,4 +1,4 @@
-"""Ctrl-C (and a request to terminate) as a question that training asks between two steps."""
+"""Handling of Ctrl-C and SIGTERM between two training steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """While this context is open, a first signal only makes the object true when called.
+    """A context in which the first signal only sets a flag, which calling the object returns.
 
-    So no step, save or evaluation is cut in the middle. A second signal does what it always did,
-    for a user who will not wait; checkpoints survive that too.
+    No step, save or evaluation is interrupted. The second signal has its usual effect, for users
+    who do not want to wait. Checkpoints are safe in both cases.
     """
 
     def __init__(self) -> None:
@@ -21,12 +21,12 @@ class Interrupts:
         self._previous: dict[int, Any] = {}
 
     def __call__(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self.signal is not None
 
     def __enter__(self) -> Interrupts:
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
@@ -35,13 +35,13 @@ class Interrupts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._give_back()
+        self._restore_handlers()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._give_back()
+        self._restore_handlers()
 
-    def _give_back(self) -> None:
+    def _restore_handlers(self) -> None:
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, handler)

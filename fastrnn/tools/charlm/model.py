@@ -1,4 +1,4 @@
-"""The model: embedding -> recurrent layers -> linear decoder, at every step.
+"""The character model: embedding -> recurrent layers -> linear decoder, at every step.
 
 e_t = W_e[x_t]     h_t = cell(e_t, h_{t-1})     logits_t = W_d h_t + b_d
 """
@@ -17,9 +17,9 @@ State = Tensor | tuple[Tensor, Tensor]  # h [L,B,H], for an LSTM (h, c)
 
 
 def recurrent_layer(config: Config) -> nn.RNNBase:
-    """The recurrent layers of the configured backend: `fastrnn`'s or `torch.nn`'s modules.
+    """Returns the recurrent layers of the configured backend, `fastrnn` or `torch.nn`.
 
-    The one place where the two backends differ.
+    Only this function differs between the two backends.
     """
     module: Any
     if config.backend == "torch":
@@ -29,7 +29,7 @@ def recurrent_layer(config: Config) -> nn.RNNBase:
 
         module = fastrnn
     options: dict[str, Any] = {"num_layers": config.layers}
-    if config.layers > 1:  # a single layer has no inner output to drop (and torch warns)
+    if config.layers > 1:  # dropout acts between layers; torch warns about it for a single layer
         options["dropout"] = config.dropout
     if config.cell == "rnn":
         options["nonlinearity"] = config.nonlinearity
@@ -42,11 +42,11 @@ def recurrent_layer(config: Config) -> nn.RNNBase:
 class CharRNN(nn.Module):
     """Predicts the next character at every step of a sequence.
 
-    Dropout, if any, acts between the recurrent layers and before the decoder.
+    Dropout acts between the recurrent layers and before the decoder.
 
     Args:
         vocabulary_size: V, number of symbols.
-        config: widths, layers, cell, backend and dropout.
+        config: sizes, layers, cell, backend and dropout.
     """
 
     def __init__(self, vocabulary_size: int, config: Config) -> None:
@@ -57,7 +57,7 @@ class CharRNN(nn.Module):
         self.decoder = nn.Linear(config.hidden, vocabulary_size)
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Logits of the next character.
+        """Returns the logits of the next character at every step.
 
         Args:
             x: int64 [T,B], characters.
@@ -70,7 +70,7 @@ class CharRNN(nn.Module):
         return self.decoder(self.dropout(output)), state
 
     def zero_state(self, batch_size: int) -> State:
-        """The state in which a text begins: zeros."""
+        """Returns the state before the first character of a text: zeros."""
         weight = self.decoder.weight
         shape = (self.recurrent.num_layers, batch_size, self.recurrent.hidden_size)
         h = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -78,10 +78,10 @@ class CharRNN(nn.Module):
 
 
 def check_device(device: str) -> None:
-    """Makes sure that a device can be used.
+    """Checks that a device is available.
 
     Raises:
-        CharlmError: it is a GPU that is not there, or that this torch cannot use.
+        CharlmError: the GPU does not exist, or this torch cannot use it.
     """
     if device == "cpu":
         return
@@ -96,10 +96,10 @@ def check_device(device: str) -> None:
 
 
 def build_model(vocabulary_size: int, config: Config) -> CharRNN:
-    """A model with weights drawn from the configured seed, the same for both backends.
+    """Returns a model whose weights depend only on the seed and the sizes.
 
-    The weights are drawn on the CPU, so they do not depend on the device either, and the
-    program's own random numbers are left as they were.
+    They are the same for both backends and, because they are drawn on the CPU, on every device.
+    The global random state is unchanged.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
@@ -108,12 +108,12 @@ def build_model(vocabulary_size: int, config: Config) -> CharRNN:
 
 
 def detach(state: State) -> State:
-    """The same state, cut from the graph: where truncated BPTT truncates."""
+    """Returns the state without its autograd history. Truncated BPTT truncates here."""
     if isinstance(state, tuple):
         return state[0].detach(), state[1].detach()
     return state.detach()
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of trained values."""
+    """Returns the number of trainable values."""
     return sum(parameter.numel() for parameter in model.parameters())

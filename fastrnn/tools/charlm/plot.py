@@ -14,12 +14,12 @@ from .train import NATS_TO_BITS, Trainer
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_POINTS: Final = 400  # more would not be seen
+_POINTS: Final = 400  # per curve; more are not visible
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve of a picture: its name, x and y values."""
+    """A curve of a plot: its name, x and y values."""
 
     name: str
     x: list[float]
@@ -27,7 +27,10 @@ class Curve:
 
 
 def training_curve(name: str, losses: Sequence[float]) -> Curve:
-    """Training losses (nats, one a step) as bits per character, averaged to at most 400 points."""
+    """Returns training losses (nats, one per step) in bits per character.
+
+    Averages neighbouring steps so that the curve has at most `_POINTS` points.
+    """
     width = max(1, -(-len(losses) // _POINTS))
     groups = [losses[start : start + width] for start in range(0, len(losses), width)]
     return Curve(
@@ -38,7 +41,7 @@ def training_curve(name: str, losses: Sequence[float]) -> Curve:
 
 
 def validation_curve(name: str, trainer: Trainer) -> Curve:
-    """Validation losses of a training, bits per character."""
+    """Returns the validation losses of a training in bits per character."""
     return Curve(
         name,
         x=[float(evaluation.step) for evaluation in trainer.evaluations],
@@ -50,7 +53,7 @@ def plot_training(path: Path, trainer: Trainer) -> None:
     """Draws training and validation loss against steps.
 
     Raises:
-        TrainingError: the picture cannot be written.
+        TrainingError: the file cannot be written.
     """
     training = training_curve("training", trainer.losses)
     validation = validation_curve("validation", trainer)
@@ -64,19 +67,19 @@ def draw(
     validation: Sequence[Curve],
     speed: Sequence[Curve] = (),
 ) -> None:
-    """Draws curves of bits per character against steps and, below, of characters per second.
+    """Draws bits per character against steps and, below, characters per second.
 
     Args:
-        path: of the PNG.
-        title: above the picture.
-        training: drawn as lines.
-        validation: drawn as marked lines.
-        speed: characters per second; without any there is no second picture.
+        path: the PNG file to write.
+        title: title of the plot.
+        training: curves drawn as lines.
+        validation: curves drawn as lines with markers.
+        speed: curves of characters per second. The lower plot is omitted if there are none.
 
     Raises:
-        TrainingError: the picture cannot be written.
+        TrainingError: the file cannot be written.
     """
-    # The object interface and Agg: no window, no global state of pyplot.
+    # The object interface with Agg opens no window and leaves the global state of pyplot alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -85,7 +88,7 @@ def draw(
     heights = [2, 1] if speed else [1]
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     losses: Axes = axes[0, 0]
-    # Equal curves would hide each other: each further one is thinner, dashed and on top.
+    # Equal curves would hide each other, so each further curve is thinner, dashed and on top.
     for index, curve in enumerate(training):
         losses.plot(
             curve.x,

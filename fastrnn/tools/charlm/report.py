@@ -1,4 +1,4 @@
-"""What the user sees: plain lines, or a live bar where there is a terminal."""
+"""Progress output: plain lines for files and pipes, a live bar for terminals."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import TYPE_CHECKING, Final, Protocol, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-PLAIN_SECONDS: Final = 10.0  # between two progress lines where there is no terminal
-BAR_SECONDS: Final = 0.25  # between two drawings of the bar
+PLAIN_SECONDS: Final = 10.0  # between two progress lines without a terminal
+BAR_SECONDS: Final = 0.25  # between two updates of the bar
 
 
 class Reporter(Protocol):
-    """Shows what happens; the code that trains never prints by itself."""
+    """Shows the progress of a training. The training code itself never prints."""
 
     def line(self, text: str) -> None:
-        """One line of plain text."""
+        """Shows a line of plain text."""
 
     def progress(self, step: int, steps: int, status: str) -> None:
-        """How far training is; may be called often, shows it seldom."""
+        """Shows the progress. May be called often; limits the rate of the output."""
 
     def sample(self, step: int, text: str) -> None:
-        """What the model writes at a step."""
+        """Shows text that the model generated at a step."""
 
     def close(self) -> None:
-        """Leaves the terminal as it was; may be called twice."""
+        """Restores the terminal. May be called twice."""
 
 
 class PlainReporter:
-    """Lines of text, for files and pipes.
+    """Writes lines of text, for files and pipes.
 
     Args:
-        stream: where they go; flushed after each.
-        clock: seconds, for tests.
+        stream: the output, flushed after each line.
+        clock: returns seconds; replaced in tests.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -49,12 +49,12 @@ class PlainReporter:
         self._stream.flush()
 
     def progress(self, step: int, steps: int, status: str) -> None:
-        """Writes a line if the last one is old."""
+        """Writes a line if the last line is at least `PLAIN_SECONDS` old."""
         if self._clock() - self._shown >= PLAIN_SECONDS:
             self.line(f"step {step:>6,}/{steps:,}: {status}")
 
     def sample(self, step: int, text: str) -> None:
-        """Writes the sample, its lines marked."""
+        """Writes the sample, each line with a marker."""
         self.line(f"at step {step:,} the model writes:")
         for row in text.strip("\n").split("\n"):
             self.line(f"    | {row}".rstrip())
@@ -64,13 +64,14 @@ class PlainReporter:
 
 
 class RichReporter:
-    """A live bar below the lines, drawn by the training loop itself a few times a second.
+    """Shows a live bar below the lines.
 
-    No thread draws, so nothing competes with the training for the interpreter.
+    The training loop draws the bar a few times per second. A drawing thread would compete with the
+    training for the interpreter.
 
     Args:
         console: a rich console.
-        clock: seconds, for tests.
+        clock: returns seconds; replaced in tests.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -102,7 +103,7 @@ class RichReporter:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, step: int, steps: int, status: str) -> None:
-        """Draws the bar if the last drawing is old."""
+        """Draws the bar if the last update is at least `BAR_SECONDS` old."""
         now = self._clock()
         if now - self._drawn < BAR_SECONDS and step < steps:
             return
@@ -123,14 +124,14 @@ class RichReporter:
         )
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._running:
             self._bar.stop()
             self._running = False
 
 
 def reporter_for(stream: TextIO) -> Reporter:
-    """A live bar where the stream is a terminal, plain lines elsewhere."""
+    """Returns a live bar if the stream is a terminal, plain lines otherwise."""
     if not stream.isatty():
         return PlainReporter(stream)
     from rich.console import Console

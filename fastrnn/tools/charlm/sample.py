@@ -1,4 +1,4 @@
-"""Writing text: the model's own characters fed back to it, one at a time.
+"""Text generation: each generated character is the next input of the model.
 
 p = softmax(logits / temperature), cut to the top k;  next ~ p
 """
@@ -26,17 +26,18 @@ def generate(
 ) -> Iterator[str]:
     """Yields ``length`` characters that follow ``prime``, one by one.
 
-    The unknown symbol is never drawn; characters of the prime that the model does not know are
-    read as that symbol. The model is left in the mode (training or not) in which it was.
+    Unknown characters in the prime become the unknown symbol, which is never generated. The mode
+    of the model (training or evaluation) is restored at the end.
 
     Args:
         model: the model.
-        vocabulary: its characters.
-        prime: the text before; an empty one stands for the start of a line.
-        length: how many characters to write.
-        temperature: below 1 likelier, above 1 more surprising; 0 takes the likeliest.
+        vocabulary: the characters of the model.
+        prime: the preceding text. An empty prime stands for the start of a line.
+        length: number of characters to generate.
+        temperature: below 1 more predictable, above 1 more random; 0 takes the likeliest
+            character.
         generator: CPU random numbers.
-        top_k: draws only among the k likeliest characters; 0 among all.
+        top_k: draws from the k likeliest characters; 0 draws from all.
     """
     device = model.decoder.weight.device
     was_training = model.training
@@ -55,7 +56,7 @@ def generate(
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator, top_k: int = 0) -> int:
-    """The number of one character, never the unknown symbol.
+    """Draws the number of one character, never the unknown symbol.
 
     Args:
         logits: [V].
@@ -67,13 +68,13 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator, top_k: 
         TrainingError: a logit is NaN or infinite.
     """
     if not logits.isfinite().all():
-        raise TrainingError("the model's logits are not finite numbers, its weights are unusable")
+        raise TrainingError("the logits of the model contain NaN or infinity; train it again")
     known = logits.clone()
     known[Vocabulary.UNKNOWN] = -torch.inf
     if temperature == 0:
         return int(known.argmax())
-    # The largest logit becomes 0 before the division, and float32 can hold the divisor: 0 / 0 and
-    # -inf / inf would be NaN.
+    # The maximum is subtracted first and the divisor is limited to normal float32 numbers, because
+    # 0 / 0 and -inf / inf would be NaN.
     limits = torch.finfo(known.dtype)
     known = (known - known.max()) / min(max(temperature, limits.tiny), limits.max)
     if 0 < top_k < known.numel():

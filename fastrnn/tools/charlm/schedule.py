@@ -1,6 +1,6 @@
-"""Learning rate and early stopping, as pure functions of the step and of what was measured.
+"""Learning rate and early stopping, as pure functions of the step and the losses so far.
 
-Nothing here has a state of its own, so there is none to save with a checkpoint.
+These functions keep no state, so a checkpoint has none to save.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Final
 
 from .config import Config
 
-COSINE_END: Final = 0.1  # the cosine ends at this part of the learning rate
-PLATEAU_PATIENCE: Final = 2  # evaluations without a new best before the plateau schedule acts
-PLATEAU_FACTOR: Final = 0.5
+COSINE_END: Final = 0.1  # fraction of the learning rate at the end of the cosine
+PLATEAU_PATIENCE: Final = 2  # evaluations without a new best before the rate is reduced
+PLATEAU_FACTOR: Final = 0.5  # of each reduction
 
 
 def learning_rate(config: Config, step: int, validation: Sequence[float]) -> float:
-    """The rate of step number ``step`` (from 0).
+    """Returns the learning rate of a step.
 
     constant: lr.  cosine: from lr to 0.1 lr along half a cosine.  plateau: halved after every
-    two evaluations without a new best.  Each is preceded by ``warmup`` steps of linear growth.
+    two evaluations without a new best.  Each starts with ``warmup`` steps of linear growth.
 
     Args:
         config: lr, schedule, warmup, steps.
-        step: the step about to be made.
+        step: index of the next step, from 0.
         validation: validation losses so far, oldest first.
     """
     if step < config.warmup:
@@ -39,7 +39,7 @@ def learning_rate(config: Config, step: int, validation: Sequence[float]) -> flo
 
 
 def plateaus(validation: Sequence[float]) -> int:
-    """How often `PLATEAU_PATIENCE` evaluations in a row brought no new best."""
+    """Returns how often `PLATEAU_PATIENCE` consecutive evaluations brought no new best."""
     best, waited, count = math.inf, 0, 0
     for value in validation:
         waited = 0 if value < best else waited + 1
@@ -50,7 +50,7 @@ def plateaus(validation: Sequence[float]) -> int:
 
 
 def evaluations_since_best(validation: Sequence[float]) -> int:
-    """How many evaluations have passed since the best one (0: the last is the best)."""
+    """Returns the number of evaluations since the best one (0: the last one is the best)."""
     if not validation:
         return 0
     return len(validation) - 1 - validation.index(min(validation))

@@ -2,8 +2,8 @@
 
     state_0 = 0;  for each chunk k:  loss_k, state_{k+1} = model(chunk_k, detach(state_k))
 
-The hidden state runs on from chunk to chunk while gradients stop at the chunk's first step.
-At the end of the streams the text begins again, with a state of zeros.
+The hidden state continues from chunk to chunk. Gradients stop at the first step of a chunk.
+At the end of the streams the text starts again, with a state of zeros.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from .errors import CheckpointError, TrainingError
 from .model import CharRNN, State, build_model, detach
 
 NATS_TO_BITS: Final = 1 / math.log(2)
-RECENT_STEPS: Final = 50  # the loss shown while training is a mean over so many
+RECENT_STEPS: Final = 50  # the loss shown during training is the mean over this many steps
 
 Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses at a step, in bits per character; training is the mean since the last evaluation."""
+    """Losses at a step, in bits per character."""
 
     step: int
-    training: float
+    training: float  # mean since the last evaluation
     validation: float
     learning_rate: float
-    seconds: float  # of training so far
+    seconds: float  # training time so far
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Returns the evaluation as plain data."""
         return asdict(self)
 
 
 class Runner(Protocol):
-    """What `fit` drives: one `Trainer`, or two side by side."""
+    """A training that `fit` can run: one `Trainer`, or two side by side."""
 
     @property
     def main(self) -> Trainer:
-        """The trainer whose model is sampled from and saved."""
+        """The trainer that generates samples and is saved."""
 
     def run(self, steps: int, stop: Stop) -> None:
-        """Trains for so many steps, fewer if ``stop()`` says so."""
+        """Trains for ``steps`` steps, or until ``stop()`` is true."""
 
     def evaluate(self) -> str:
-        """Measures the validation loss and says it in one line."""
+        """Measures the validation loss and returns it as one line of text."""
 
     def status(self) -> str:
-        """Loss and speed of the last steps in one line."""
+        """Returns loss and speed of the last steps as one line of text."""
 
 
-def never() -> bool:
-    """A ``stop`` that does not."""
+def never_stop() -> bool:
+    """Returns false: the default ``stop`` function."""
     return False
 
 
@@ -74,8 +74,8 @@ class Trainer:
 
     Args:
         config: the options.
-        corpus: what to train on.
-        model: the model to train; by default a new one from the configured seed.
+        corpus: the text to train on.
+        model: the model to train; default: a new one from the configured seed.
     """
 
     def __init__(self, config: Config, corpus: Corpus, model: CharRNN | None = None) -> None:
@@ -84,26 +84,26 @@ class Trainer:
         self.model = build_model(len(corpus.vocabulary), config) if model is None else model
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
         self.state: State = self.model.zero_state(corpus.training.batch_size)
-        self.losses: list[float] = []  # nats per character, one a step
+        self.losses: list[float] = []  # nats per character, one per step
         self.evaluations: list[Evaluation] = []
-        self.seconds = 0.0  # spent in training steps only
+        self.seconds = 0.0  # time of the training steps alone
         self._cuda = torch.device(config.device).type == "cuda"
-        self._random: list[Tensor] = self._seeded()
+        self._random: list[Tensor] = self._initial_random_states()
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # (steps, seconds) of runs
 
     @property
     def main(self) -> Trainer:
-        """Itself."""
+        """This trainer."""
         return self
 
     @property
     def step(self) -> int:
-        """Number of steps made."""
+        """Number of completed steps."""
         return len(self.losses)
 
     @property
     def validation_losses(self) -> list[float]:
-        """Bits per character of the held-out text, one an evaluation."""
+        """Bits per character of the held-out text, one per evaluation."""
         return [evaluation.validation for evaluation in self.evaluations]
 
     @property
@@ -113,22 +113,23 @@ class Trainer:
         steps = sum(steps for steps, _ in self._recent)
         return steps * self.config.characters_per_step / seconds if seconds else 0.0
 
-    def run(self, steps: int, stop: Stop = never) -> None:
-        """Trains for so many steps, fewer if ``stop()`` says so; how steps are grouped into runs
-        changes nothing but the timing.
+    def run(self, steps: int, stop: Stop = never_stop) -> None:
+        """Trains for ``steps`` steps, or until ``stop()`` is true.
+
+        The grouping of steps into runs affects only the timing.
 
         Raises:
-            TrainingError: the loss is no longer a finite number. The weights are spoilt by then.
+            TrainingError: the loss is NaN or infinite. The weights are unusable then.
         """
         started = time.perf_counter()
         losses: list[Tensor] = []
         self.model.train()
-        with self._own_random_numbers():
+        with self._trainer_random_numbers():
             for step in range(self.step, self.step + steps):
                 losses.append(self._train_step(step))
                 if stop():
                     break
-            # Read only now: on a GPU each read would wait for the step to end.
+            # Reading a loss waits for the GPU, so read all losses at the end.
             values = torch.stack(losses).tolist() if losses else []
         seconds = time.perf_counter() - started
         for value in values:
@@ -160,7 +161,7 @@ class Trainer:
         return loss.detach()
 
     def evaluate(self) -> str:
-        """Measures the validation loss, remembers it, and says it in one line."""
+        """Measures and records the validation loss, and returns it as one line of text."""
         since = self.evaluations[-1].step if self.evaluations else 0
         recent = self.losses[since:]
         evaluation = Evaluation(
@@ -182,18 +183,18 @@ class Trainer:
         )
 
     def status(self) -> str:
-        """Loss and speed of the last steps in one line."""
+        """Returns loss and speed of the last steps as one line of text."""
         return f"{self.recent_bits():.3f} bits/char, {self.characters_per_second:,.0f} chars/s"
 
     def recent_bits(self) -> float:
-        """Mean training loss of the last steps, in bits per character."""
+        """Returns the mean training loss of the last steps, in bits per character."""
         recent = self.losses[-RECENT_STEPS:]
         return sum(recent) / max(1, len(recent)) * NATS_TO_BITS
 
-    # -- everything a checkpoint needs ---------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the next step depends on besides options and text, by name."""
+        """Returns by name all tensors that the next step depends on."""
         named: dict[str, Tensor] = {
             f"model.{name}": value for name, value in self.model.state_dict().items()
         }
@@ -212,10 +213,10 @@ class Trainer:
     def restore(
         self, tensors: Mapping[str, Tensor], evaluations: list[Evaluation], seconds: float
     ) -> None:
-        """Puts back what `tensors` gave.
+        """Restores the tensors that `tensors` returned.
 
         Raises:
-            CheckpointError: names, shapes or types are not those of this model.
+            CheckpointError: names, shapes or types differ from those of this trainer.
         """
         losses = tensors.get("losses")
         if losses is None or losses.dim() != 1 or losses.dtype != torch.float64:
@@ -240,10 +241,11 @@ class Trainer:
         h = tensors["state.0"].to(device)
         self.state = (h, tensors["state.1"].to(device)) if "state.1" in expected else h
         self._random = [
-            tensors.get(f"random.{index}", fresh) for index, fresh in enumerate(self._seeded())
+            tensors.get(f"random.{index}", fresh)
+            for index, fresh in enumerate(self._initial_random_states())
         ]
         try:
-            with self._own_random_numbers():
+            with self._trainer_random_numbers():
                 pass
         except (RuntimeError, TypeError) as error:
             raise CheckpointError("'random' is not a state of torch's generator") from error
@@ -252,7 +254,7 @@ class Trainer:
         self.seconds = seconds
 
     def _expected(self, trained: bool) -> dict[str, Tensor]:
-        """Tensors of the shapes and types that `tensors` returns, by name, without the losses."""
+        """Returns by name tensors of the expected shapes and types, except the losses."""
         expected: dict[str, Tensor] = {
             f"model.{name}": value for name, value in self.model.state_dict().items()
         }
@@ -265,11 +267,11 @@ class Trainer:
         expected |= {f"state.{index}": value for index, value in enumerate(states)}
         return expected | {"random.0": self._random[0]}
 
-    # -- random numbers of its own -------------------------------------------------------------
+    # -- random numbers of this trainer --------------------------------------------------------
 
-    def _seeded(self) -> list[Tensor]:
-        """Generator states (CPU, then the GPU's if it is used) that start from the seed."""
-        with self._forked():
+    def _initial_random_states(self) -> list[Tensor]:
+        """Returns generator states for the seed: of the CPU and, if used, of the GPU."""
+        with self._rng_preserved():
             torch.default_generator.manual_seed(self.config.seed)
             states = [torch.get_rng_state()]
             if self._cuda:
@@ -278,9 +280,9 @@ class Trainer:
             return states
 
     @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        """Dropout draws from this trainer's random numbers; the program's own stay untouched."""
-        with self._forked():
+    def _trainer_random_numbers(self) -> Iterator[None]:
+        """Makes dropout draw from the random numbers of this trainer, not from the global ones."""
+        with self._rng_preserved():
             torch.set_rng_state(self._random[0])
             if self._cuda:
                 torch.cuda.set_rng_state(self._random[1], self.config.device)
@@ -290,7 +292,7 @@ class Trainer:
                 self._random[1] = torch.cuda.get_rng_state(self.config.device)
 
     @contextmanager
-    def _forked(self) -> Iterator[None]:
+    def _rng_preserved(self) -> Iterator[None]:
         devices = [torch.device(self.config.device).index or 0] if self._cuda else []
         with torch.random.fork_rng(devices=devices):
             yield
@@ -300,7 +302,7 @@ def load_weights(model: CharRNN, tensors: Mapping[str, Tensor]) -> None:
     """Loads the ``model.*`` tensors of a checkpoint into a model.
 
     Raises:
-        CheckpointError: names or shapes are not those of this model.
+        CheckpointError: names or shapes differ from those of this model.
     """
     weights = {
         name.removeprefix("model."): value
@@ -315,9 +317,10 @@ def load_weights(model: CharRNN, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def evaluate(model: CharRNN, streams: Streams) -> float:
-    """Mean loss over all chunks of the streams, in nats per character, the state carried along.
+    """Returns the mean loss over all chunks of the streams, in nats per character.
 
-    The model is left in the mode (training or not) in which it was.
+    The state continues from chunk to chunk. The mode of the model (training or evaluation) is
+    restored at the end.
     """
     was_training = model.training
     model.eval()

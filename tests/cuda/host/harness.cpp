@@ -1,6 +1,6 @@
-// The GPU's schedules on the host: the same text as in csrc/cuda, on a machine of plain loops and,
-// for kernels whose threads work together, of fibers (threads.h). tests/test_cuda_host.py compiles
-// this into a library of C functions and calls it.
+// CUDA schedules on the host: the source of csrc/cuda on a machine of plain loops and, for kernels
+// whose threads cooperate, fibers (threads.h). tests/cuda/test_cuda_host.py compiles this file into
+// a library of C functions and calls it.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -21,13 +21,13 @@ using namespace fastrnn;
 using cuda::BFloat16;
 using cuda::Float16;
 
-// What a thread can be made to leave out, to see that it is missed.
+// Synchronisations that a thread can skip, to test that the tests notice.
 enum Forget : std::int64_t {
   kNothing,
-  kSyncOfWeights,   // the first barrier of a block: the weights are packed,
-  kSyncOfProducts,  // then in turn: all partial sums are there,
-  kSyncOfArrival,   // the block's states are written
-  kWait,            // for other blocks
+  kSyncOfWeights,   // the first barrier of a block: the weights are packed;
+  kSyncOfProducts,  // then alternating: all partial sums are written,
+  kSyncOfArrival,   // the states of the block are written
+  kWait,            // wait for other blocks
   kSyncOfWarp,      // all lanes have waited
 };
 
@@ -54,8 +54,7 @@ class ForgetfulThread : public fastrnn::test::HostThread {
   std::int64_t forget_, syncs_ = 0;
 };
 
-// The threads of a pointwise launch, which run in any order, run here one by one in ascending or
-// descending order.
+// Runs the independent threads of a pointwise launch one by one, in ascending or descending order.
 class Host {
  public:
   Host(bool descending, std::uint64_t seed, std::int64_t forget, std::int64_t resident)
@@ -97,8 +96,8 @@ class Host {
     std::copy(from, from + count, to);
   }
 
-  // As on a GPU, a kernel has to be asked about before it may have the shared memory, and no more
-  // of its blocks run than were said to be resident.
+  // As on a GPU, a kernel gets its shared memory only after a query of its resident blocks, and
+  // runs at most that many blocks.
   template <class Body>
   int blocks_a_multiprocessor(std::int64_t shared_bytes, const cuda::Chip& chip) {
     asked_ = &typeid(Body);
@@ -127,14 +126,14 @@ class Host {
   std::int64_t most_blocks_ = 0;
 };
 
-// One direction of one layer, as test_cuda_host.py fills it in.
+// One direction of one layer, filled in by test_cuda_host.py.
 struct Call {
   std::int64_t arithmetic;  // in the order of cuda::Arithmetic
   std::int64_t cell, reverse, steps, batch, input_size, hidden_size, proj_size;
   std::int64_t choice, multiprocessors, shared_bytes;  // the schedule, and the GPU
-  std::int64_t resident;                               // blocks that a multiprocessor holds
-  std::int64_t chunk_rows;                             // instead of the plan's, if not 0
-  std::int64_t descending, seed, forget;               // the order of threads, what they leave out
+  std::int64_t resident;                               // blocks that a multiprocessor can hold
+  std::int64_t chunk_rows;                             // replaces that of the plan, if not 0
+  std::int64_t descending, seed, forget;               // order of threads, skipped synchronisation
   const std::int64_t *step_offset, *step_rows;
   const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
   std::int64_t w_ih_stride, w_hh_stride, w_hr_stride;
@@ -155,7 +154,7 @@ void put(T*& to, const void* from) {
   to = static_cast<T*>(const_cast<void*>(from));
 }
 
-// What both passes are asked in the same words.
+// Arguments common to both passes.
 template <class Problem>
 void fill(const Call& call, Problem& problem) {
   const Sequence sequence = {call.steps, call.batch, call.reverse != 0, call.step_offset,
@@ -195,10 +194,10 @@ Host host_of(const Call& call) {
   return {call.descending != 0, std::uint64_t(call.seed), call.forget, call.resident};
 }
 
-// Memory that is NaN in every type until it is written.
+// Memory that reads as NaN in every floating point type until it is written.
 std::vector<char> poisoned(std::size_t bytes) { return std::vector<char>(bytes, char(0xff)); }
 
-// One call a direction.
+// One call per direction.
 template <class S>
 bool forward(const Call* calls, int directions) {
   cuda::Forward<S> problems[2]{};
@@ -257,9 +256,9 @@ bool backward(const Call* calls, int directions) {
   return false;
 }
 
-std::string failure;  // of the last run
+std::string failure;  // message of the last failed run
 
-// 1: the persistent schedule has run, 0: the stepwise one, -1: failed.
+// Returns 1 if the persistent schedule ran, 0 if the stepwise one ran, -1 on failure.
 template <class Run>
 std::int64_t guarded(const Run& run) {
   try {
@@ -290,7 +289,7 @@ EXPORT std::int64_t run_backward(const Call* calls, std::int64_t directions) {
   return guarded([&] { return run[calls->arithmetic](calls, int(directions)); });
 }
 
-// Rows of x that are multiplied at a time, and the bytes of workspace of a forward pass.
+// Returns the rows per input product and the bytes of workspace of a forward pass.
 EXPORT void plan_forward(const Call* call, std::int64_t* chunk_rows,
                          std::int64_t* workspace_bytes) {
   cuda::Forward<float> problem{};
@@ -304,12 +303,12 @@ EXPORT void plan_forward(const Call* call, std::int64_t* chunk_rows,
           : cuda::StepwiseForwardLayout<float>(problem.shape, plan).bytes);
 }
 
-// Where a partial sum of the persistent schedule lies in shared memory.
+// Returns the index of a partial sum of the persistent schedule in shared memory.
 EXPORT std::int64_t partial_at(std::int64_t column_tiles, std::int64_t row, std::int64_t column) {
   return cuda::partial_at(int(column_tiles), int(row), int(column));
 }
 
-// The conversions of the half types, dtype as above.
+// Conversions of the half types, dtype as above.
 EXPORT void widen_all(std::int64_t dtype, const std::uint16_t* from, float* to,
                       std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i)

@@ -1,14 +1,14 @@
-// The threads of a GPU on the host: a kernel's text runs for every thread of a grid, each of them a
-// fiber on one and the same OS thread, in an order that a seed draws.
+// GPU threads on the host: runs a kernel for every thread of a grid. Each thread is a fiber; all
+// fibers share one OS thread and run in a random order drawn from a seed.
 //
-//   grid     | block 0         | block 1         | ...    all at once, as in a cooperative launch
+//   grid     | block 0         | block 1         | ...    all resident, as in a cooperative launch
 //   block    | warp 0 | warp 1 | warp 0 | warp 1 |        shared memory; sync()
 //   warp     | 32 lanes        |                          sync_warp(), shuffle_xor(), mma()
-//   fiber    | runs until it must wait, then another does
+//   fiber    | runs until it must wait, then another fiber runs
 //
-// A missing barrier shows up as a wrong result under some seed, a barrier that not everybody
-// reaches as an exception. What this cannot show: memory is that of one OS thread, so whatever is
-// written is seen by all at once, and a missing fence goes unnoticed.
+// A missing barrier gives a wrong result under some seed. A barrier that some threads never reach
+// gives an exception. A missing memory fence goes unnoticed, because all fibers share one OS thread
+// and see every write at once.
 #pragma once
 
 #include <setjmp.h>
@@ -29,8 +29,8 @@
 #include "cuda/math/fragment.h"
 #include "cuda/math/half.h"
 
-// _longjmp by a name of our own: where _FORTIFY_SOURCE is on, the headers replace it by a check
-// that takes a jump to another stack for an error.
+// _longjmp under another name: with _FORTIFY_SOURCE the headers replace it by a checked version,
+// which rejects a jump to another stack.
 extern "C" [[noreturn]] void fastrnn_test_jump(jmp_buf to, int value) __asm__("_longjmp");
 
 namespace fastrnn::test {
@@ -39,17 +39,17 @@ using cuda::Quad;
 
 constexpr unsigned kWarp = 32;
 constexpr std::size_t kStackBytes = 64 * 1024;
-// Not a power of two, or the stacks' ends would all compete for the same few lines of the cache.
+// Not a power of two, so that the ends of the stacks map to different cache lines.
 constexpr std::size_t kStackStride = kStackBytes + 5 * 64;
-// Beyond a block's shared memory, to notice who writes there.
+// Guard bytes beyond the shared memory of a block, which reveal writes out of bounds.
 constexpr std::size_t kMarginBytes = 1024;
-constexpr int kPoison = 0xff;  // as floating point numbers of any size: NaN
+constexpr int kPoison = 0xff;  // NaN in floating point types of any size
 
-// What to run.
+// Size of a launch.
 struct Launch {
   unsigned blocks, threads_a_block;  // threads_a_block: a multiple of 32
-  std::size_t shared_bytes;          // of each block
-  std::uint64_t seed;                // of the order of threads
+  std::size_t shared_bytes;          // per block
+  std::uint64_t seed;                // for the order of the threads
 };
 
 // splitmix64 (Steele, Lea, Flood 2014)
@@ -68,8 +68,8 @@ class Random {
   std::uint64_t state_;
 };
 
-// The fibers' stacks: one mapping that grows and is kept for the next grid. Only pages that a fiber
-// has touched take memory.
+// Stacks of the fibers: one mapping that grows and is reused by the next grid. Only touched pages
+// use memory.
 class Stacks {
  public:
   Stacks() = default;
@@ -85,7 +85,7 @@ class Stacks {
     if (memory == MAP_FAILED) throw std::runtime_error("no memory for the threads' stacks");
     memory_ = static_cast<char*>(memory);
     size_ = count * kStackStride;
-    // A huge page a touch would make every stack resident from end to end.
+    // With huge pages every stack would be resident as a whole.
     madvise(memory_, size_, MADV_NOHUGEPAGE);
   }
   char* of(std::size_t fiber) const { return memory_ + fiber * kStackStride; }
@@ -101,11 +101,11 @@ class Stacks {
   std::size_t size_ = 0;
 };
 
-// Those out of 0 ... count-1 that have something to do. One of them is the favourite for a while:
-// all turns are its until it has nothing to do or its time is over. Fair turns would keep all
-// blocks within a step of each other, and a missing wait between them would never show; with
-// favourites one block (in a block: one warp) runs as far ahead as its barriers and flags let it.
-// How long a while is: 2^0 ... 2^patience turns, so that short and long ones are equally frequent.
+// The runnable ones among 0 ... count-1. One of them is the favourite: it gets all turns until it
+// must wait or its period ends. Fair scheduling would keep all blocks within a step of each other,
+// and would never reveal a missing wait between blocks. With favourites one block (within a block:
+// one warp) runs as far ahead as its barriers and flags allow. A period has 2^0 ... 2^patience
+// turns; short and long periods are equally frequent.
 class Candidates {
  public:
   Candidates(unsigned count, unsigned patience) : place_(count, kNowhere), patience_(patience) {
@@ -136,8 +136,8 @@ class Candidates {
  private:
   static constexpr unsigned kNowhere = ~0u;
 
-  std::vector<unsigned> ready_;  // in no order
-  std::vector<unsigned> place_;  // of each in ready_
+  std::vector<unsigned> ready_;  // unordered
+  std::vector<unsigned> place_;  // index of each one in ready_
   unsigned patience_;
   unsigned favourite_ = 0, turns_ = 0;
 };
@@ -154,13 +154,13 @@ enum State {
   kReturned,
   kStates
 };
-// As in "waits ...".
+// Completes the message "waits ...".
 constexpr const char* kWhere[kStates] = {
     "for its turn",       "in sync",        "in sync_warp", "in shuffle_xor",  "in mma of float16",
     "in mma of bfloat16", "in mma of tf32", "for a flag",   "after its return"};
 
-// The operands of an mma as its instruction has them (PTX ISA, "Matrix Fragments for mma"), V
-// values of k in a word:
+// Layout of the operands of an mma (PTX ISA, "Matrix Fragments for mma"), with V values of k per
+// word:
 //
 //   lane = 4 g + q      a[0]: row g    k = V q + (0 ... V-1)      a[2]: row g    k + 4 V
 //                       a[1]: row g+8  k                          a[3]: row g+8  k + 4 V
@@ -185,29 +185,29 @@ struct Operand<float> {
 };
 
 struct Fiber {
-  jmp_buf at;  // where it goes on, once started
+  jmp_buf at;  // where to resume, once started
   unsigned block, index;
   bool is_started = false;
   State state = kCanRun;
-  const std::uint64_t* flag = nullptr;  // what it waits for, if anything
+  const std::uint64_t* flag = nullptr;  // the flag that the fiber waits for, or null
   std::uint64_t at_least = 0;
-  Fiber* next_waiter = nullptr;  // for the same flag
+  Fiber* next_waiter = nullptr;  // next fiber that waits for the same flag
 };
 
 struct Warp {
-  // What the lanes hand each other: values of a shuffle, or the matrices of an mma.
+  // Data exchanged between lanes: values of a shuffle, or the matrices of an mma.
   struct Exchange {
     float lane[kWarp];
     float a[16][16];  // [row, k]
     float b[8][16];   // [column, k]
   };
 
-  std::uint32_t ready = 0;  // a bit a lane
-  State meeting = kCanRun;  // where the lanes gather that have arrived
+  std::uint32_t ready = 0;  // one bit per lane
+  State meeting = kCanRun;  // the barrier at which the arrived lanes wait
   unsigned arrived = 0;
   unsigned returned = 0;
-  // One for even meetings and one for odd ones: when somebody writes one again, the meeting in
-  // between is over, so that everybody has read.
+  // One for even barriers and one for odd ones. When a lane writes one again, all lanes have passed
+  // the barrier in between and have read it.
   unsigned meetings = 0;
   Exchange exchange[2];
 };
@@ -216,7 +216,7 @@ struct Block {
   Block(unsigned warps, unsigned patience) : warp(warps), candidates(warps, patience) {}
 
   std::vector<Warp> warp;
-  Candidates candidates;  // warps with lanes that can run
+  Candidates candidates;  // warps with runnable lanes
   unsigned in_sync = 0;
   unsigned returned = 0;
 };
@@ -230,7 +230,7 @@ class Grid {
         call_(call),
         kernel_(kernel),
         random_(launch.seed),
-        // Drawn once a grid, so that some seeds change between blocks (warps) at every turn.
+        // Drawn once per grid, so that some seeds switch between blocks (warps) at every turn.
         candidates_(launch.blocks, random_.below(17)),
         shared_stride_((launch.shared_bytes + kMarginBytes + sizeof(Line) - 1) / sizeof(Line)) {
     if (launch.threads_a_block == 0 || launch.threads_a_block % kWarp != 0)
@@ -249,7 +249,7 @@ class Grid {
     }
   }
 
-  // Until every thread has returned, or a failure.
+  // Runs until every thread has returned or one has failed.
   void run() {
     for (unsigned block = 0; block < launch_.blocks; ++block)
       for (unsigned warp = 0; warp < block_[block].warp.size(); ++warp)
@@ -270,14 +270,14 @@ class Grid {
   }
   Warp& warp_of(const Fiber& fiber) { return block_[fiber.block].warp[fiber.index / kWarp]; }
 
-  // The exchange of the warp's meeting to come; what it has at the end is there until the next but
-  // one.
+  // The exchange of the next barrier of the warp. Its content stays valid until the barrier after
+  // the next one.
   Warp::Exchange& exchange_of(const Fiber& fiber) {
     Warp& warp = warp_of(fiber);
     return warp.exchange[warp.meetings % 2];
   }
 
-  // Waits until all threads of the warp (in sync: the block) have come.
+  // Waits until all threads of the warp (for sync: of the block) have arrived.
   void meet(Fiber& fiber, State where) {
     Block& block = block_[fiber.block];
     Warp& warp = warp_of(fiber);
@@ -327,14 +327,14 @@ class Grid {
     rest(fiber);
   }
 
-  // Lets others run now and then where nothing demands it.
+  // Occasionally lets other fibers run where no synchronisation requires it.
   void rest(Fiber& fiber) {
     if (random_.next() % 8 != 0) return;
     make_ready(fiber);
     suspend(fiber);
   }
 
-  // Ends the grid's run; the fibers are left as they are.
+  // Ends the run of the grid and abandons its fibers.
   [[noreturn]] void fail(std::string sentence) {
     failure_ = std::move(sentence);
     fastrnn_test_jump(home_, 1);
@@ -353,7 +353,7 @@ class Grid {
     static thread_local Stacks stacks;
     return stacks;
   }
-  // On this OS thread, null if none is.
+  // The grid that runs on this OS thread, or null.
   static Grid*& running() {
     static thread_local Grid* running = nullptr;
     return running;
@@ -378,14 +378,14 @@ class Grid {
     make_ready(block, warp, ~std::uint32_t(0));
   }
 
-  // Who runs next; null if nobody can.
+  // Returns the fiber to run next, or null if none can run.
   Fiber* pick() {
     if (candidates_.empty()) return nullptr;
     const unsigned block = candidates_.pick(random_);
     Block& of = block_[block];
     const unsigned warp = of.candidates.pick(random_);
     std::uint32_t& ready = of.warp[warp].ready;
-    // The first one from a random lane on.
+    // The first runnable lane from a random one on.
     const unsigned from = random_.below(kWarp);
     const std::uint32_t turned = ready >> from | ready << (kWarp - from) % kWarp;
     const unsigned lane = (from + unsigned(__builtin_ctz(turned))) % kWarp;
@@ -397,7 +397,7 @@ class Grid {
     return &fiber_[std::size_t(block) * launch_.threads_a_block + warp * kWarp + lane];
   }
 
-  // Lets others run; returns when it is this fiber's turn again.
+  // Lets other fibers run. Returns when this fiber is resumed.
   void suspend(Fiber& fiber) {
     Fiber* const next = pick();
     if (next == &fiber) return;
@@ -405,8 +405,8 @@ class Grid {
     change_to(*next, fiber.at);
   }
 
-  // ucontext only starts a fiber: its swap of the signal mask, at every change, is a system call.
-  // Not inlined, so that the caller has nothing in registers that a return by a jump may lose.
+  // ucontext only starts a fiber, because each switch by ucontext makes a system call for the
+  // signal mask. Not inlined, so that the caller keeps no values in registers that a jump may lose.
   __attribute__((noinline)) void change_to(Fiber& fiber, jmp_buf from) {
     if (_setjmp(from) != 0) return;
     if (fiber.is_started) fastrnn_test_jump(fiber.at, 1);
@@ -479,28 +479,28 @@ class Grid {
   const Call call_;
   const void* const kernel_;
   Random random_;
-  Candidates candidates_;            // blocks with threads that can run
+  Candidates candidates_;            // blocks with runnable threads
   const std::size_t shared_stride_;  // in lines
   std::vector<Line> shared_;         // [blocks, shared_stride_]
   std::vector<Block> block_;
   std::vector<Fiber> fiber_;  // [blocks, threads_a_block]
   std::unordered_map<const std::uint64_t*, Fiber*> waiters_;
-  jmp_buf home_;  // of the OS thread, where run() goes on
+  jmp_buf home_;  // where run() continues on the OS thread
   Fiber* starting_ = nullptr;
   std::string failure_;
   std::exception_ptr thrown_;
 };
 
-// What a kernel sees.
+// The thread interface that a kernel sees.
 class HostThread {
  public:
   HostThread(Grid& grid, Fiber& fiber) : grid_(grid), fiber_(fiber) {}
 
-  unsigned index() const { return fiber_.index; }  // in its block
-  unsigned block() const { return fiber_.block; }  // in the grid
+  unsigned index() const { return fiber_.index; }  // within the block
+  unsigned block() const { return fiber_.block; }  // within the grid
   char* shared() const { return grid_.shared(fiber_); }
 
-  int uniform(int value) const { return value; }  // of what is the same in all lanes
+  int uniform(int value) const { return value; }  // value must be equal in all lanes
 
   void sync() { grid_.meet(fiber_, kInSync); }
   void sync_warp() { grid_.meet(fiber_, kInSyncWarp); }
@@ -529,11 +529,11 @@ class HostThread {
   void wait(const std::uint64_t* flag, std::uint64_t at_least) {
     grid_.wait(fiber_, flag, at_least);
   }
-  // *flag = value, and wakes who waits for it; a flag written in any other way wakes nobody.
+  // Sets *flag = value and wakes the fibers that wait for it. Any other write wakes no fiber.
   void publish(std::uint64_t* flag, std::uint64_t value) { grid_.publish(fiber_, flag, value); }
 
-  // d += a b of a warp, Kind: Float16, BFloat16 (m16n8k16) or float (m16n8k8, as TF32). Products
-  // are exact; the sum runs over ascending k.
+  // d += a b of a warp. Kind: Float16, BFloat16 (m16n8k16) or float (m16n8k8, as TF32). Products
+  // are exact and summed over ascending k.
   template <class Kind>
   void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     constexpr unsigned kValues = Operand<Kind>::kValues, kDepth = 8 * kValues;
@@ -560,9 +560,9 @@ class HostThread {
   Fiber& fiber_;
 };
 
-// kernel(thread) for every thread of the grid. Throws std::runtime_error where threads wait for
-// what never comes (see Grid::meet) and where one misuses its HostThread, and whatever the kernel
-// itself throws; local variables of the threads that have not returned are not destroyed then.
+// Runs kernel(thread) for every thread of the grid. Throws std::runtime_error on a deadlock (see
+// Grid::meet) and on misuse of a HostThread, and passes on exceptions of the kernel. Local
+// variables of threads that have not returned are not destroyed then.
 template <class Kernel>
 void run(const Launch& launch, const Kernel& kernel) {
   const auto call = [](const void* kernel, Grid& grid, Fiber& fiber) {

@@ -1,20 +1,20 @@
-"""Trains one client in one way and writes down what came out: ``run.py CLIENT WAY FILE``.
+"""Trains one client in one way and saves the results: ``run.py CLIENT WAY FILE``.
 
-A client is a file ``train_CLIENT.py`` here with
+A client is a file ``train_CLIENT.py`` in this folder with
 
-    build() -> anything: makes the models
-    roots(built) -> the modules to convert, where there are any before training
-    train(built) -> (modules, results): the modules that were trained, and numbers by name
+    build() -> anything: creates the models
+    roots(built) -> the modules to convert, if they exist before training
+    train(built) -> (modules, results): the trained modules, and numbers by name
 
 The ways:
 
     torch    fastrnn is never imported
     patch    ``fastrnn.patch()`` after the client's package is imported
-    import   ``fastrnn.patch()`` before that
+    import   ``fastrnn.patch()`` before the client's package is imported
     convert  ``fastrnn.convert`` on the roots, after they are built
 
-The file gets where torch was found, the classes of the recurrent modules by name, and the results
-as float64 tensors.
+The file contains the location of torch, the classes of the recurrent modules by name, and the
+results as float64 tensors.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _BASES = (nn.RNNBase, nn.RNNCellBase)
 
 def seed() -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002  the clients draw from it
+    np.random.seed(0)  # noqa: NPY002  the clients use it
     torch.manual_seed(0)
 
 
 def recurrent_modules(modules: Iterable[nn.Module]) -> dict[str, list[str]]:
-    """The classes of each recurrent module, itself and those it derives from, by its name."""
+    """Returns the class and base classes of each recurrent module, by its name."""
     return {
         f"{index}.{name}": [f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__]
         for index, root in enumerate(modules)

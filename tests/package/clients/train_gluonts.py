@@ -1,4 +1,4 @@
-"""GluonTS: DeepAR in torch, trained by Lightning, and its forecasts by sampling."""
+"""GluonTS: DeepAR in torch, trained by Lightning, with sampled forecasts."""
 
 from __future__ import annotations
 

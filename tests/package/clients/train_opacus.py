@@ -1,10 +1,10 @@
-"""Opacus: training with clipped per-sample gradients, from its own layers and from fastrnn's.
+"""Opacus: training with clipped per-sample gradients, with its own layers and with fastrnn's.
 
-Opacus refuses ``torch.nn.LSTM`` and offers DPLSTM in its place. So in the way "torch" the models
-hold DPLSTM, DPGRU and DPRNN, whose per-sample gradients are its hooks'. In the others they hold
-fastrnn's LSTM, GRU and RNN, and ``torch.func`` computes the per-sample gradients
-(``grad_sample_mode="functorch"``). The noise is left out: the two number their parameters
-differently, so that each would draw another one.
+Opacus rejects ``torch.nn.LSTM`` and offers DPLSTM instead. In the way "torch" the models hold
+DPLSTM, DPGRU and DPRNN, whose hooks compute per-sample gradients. In the other ways they hold
+fastrnn's LSTM, GRU and RNN, and ``torch.func`` computes per-sample gradients
+(``grad_sample_mode="functorch"``). Training adds no noise: the layers order their parameters
+differently and would draw different noise.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ warnings.filterwarnings("ignore")
 
 
 def _layer(name: str, *args: Any, **options: Any) -> nn.Module:
-    """The layer that this way is about, with the weights of torch's."""
+    """Returns the layer of the current way, with the weights of the layer in torch.nn."""
     module = getattr(nn, name)(*args, **options)
     if not _is_torch():
         return module
-    with torch.random.fork_rng():  # what comes next draws the same in all ways
+    with torch.random.fork_rng():  # later random draws are the same in all ways
         own = OWN[name](*args, **options)
     own.load_state_dict(module.state_dict())
     return own
@@ -42,7 +42,7 @@ def _is_torch() -> bool:
 
 
 def _first_output(cls: type[nn.Module]) -> type[nn.Module]:
-    """``cls`` without the states in its result: ``functorch`` wants layers with one output."""
+    """Returns a subclass that returns only the output, because ``functorch`` supports only one."""
 
     class Layer(cls):
         def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _first_output(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class Outputs(nn.Module):
-    """A layer, with the states left out of its result."""
+    """A layer that returns its output without the states."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Outputs(nn.Module):
 
 
 class Classifier(nn.Module):
-    """[B,T,I] to two logits."""
+    """Maps [B,T,I] to two logits."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def build() -> Any:
 
 
 def _compare_layers(layers: dict[str, nn.Module]) -> dict[str, Any]:
-    """Outputs and gradients of every layer, over a padded batch and over packed sequences."""
+    """Returns outputs and gradients of every layer for a padded batch and packed sequences."""
     results: dict[str, Any] = {}
     rows = torch.randn(STEPS, BATCH, INPUT)
     packed = pack_sequence([torch.randn(length, INPUT) for length in (7, 5, 5, 2)])
@@ -104,7 +104,11 @@ def _compare_layers(layers: dict[str, nn.Module]) -> dict[str, Any]:
 
 
 def _train_privately(name: str, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """DP-SGD without noise: per-sample gradients of the first step, losses, the last weights."""
+    """Runs DP-SGD without noise.
+
+    Returns:
+        The model, and the per-sample gradients of the first step, the losses and final weights.
+    """
     assert ModuleValidator.validate(model) == []
     x, labels = torch.randn(BATCH, STEPS, INPUT), torch.randint(2, (BATCH,))
     data = torch.utils.data.TensorDataset(x, labels)
@@ -133,7 +137,7 @@ def _train_privately(name: str, model: nn.Module) -> tuple[nn.Module, dict[str, 
 
 
 def _weights(model: nn.Module) -> dict[str, Any]:
-    """Parameters under torch's names, which Opacus' layers use as well."""
+    """Returns the parameters under torch's names, which the layers of Opacus use too."""
     return {n.replace("encoder.layer.", "encoder."): w for n, w in model.named_parameters()}
 
 

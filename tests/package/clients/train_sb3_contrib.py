@@ -1,4 +1,4 @@
-"""sb3-contrib: RecurrentPPO on CartPole, whose actor and critic have an LSTM each."""
+"""sb3-contrib: RecurrentPPO on CartPole, with one LSTM each in actor and critic."""
 
 from __future__ import annotations
 

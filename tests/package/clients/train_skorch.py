@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """[B,T,1] to two probabilities."""
+    """Maps [B,T,1] to two probabilities."""
 
     def __init__(self, hidden_size: int = 16) -> None:
         super().__init__()

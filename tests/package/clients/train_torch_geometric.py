@@ -1,4 +1,4 @@
-"""PyTorch Geometric: graphs through GatedGraphConv (GRUCell), an LSTM aggregation and Set2Set."""
+"""PyTorch Geometric: GatedGraphConv (GRUCell), LSTM aggregation and Set2Set on graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch_geometric.nn import GatedGraphConv, LSTMAggregation, Set2Set
 
 
 class Network(nn.Module):
-    """Nodes [N,8] and edges [2,E] of G graphs to [G,1]."""
+    """Maps nodes [N,8] and edges [2,E] of G graphs to [G,1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def train(network: Any) -> tuple[Iterable[nn.Module], dict[str, Any]]:
     sizes = torch.tensor([5, 9, 7, 4])
     graph = torch.arange(4).repeat_interleave(sizes)
     first = sizes.cumsum(0) - sizes
-    # six edges from each node to nodes of its own graph
+    # six edges from each node to nodes of the same graph
     sources = torch.arange(25).repeat(6)
     targets = first[graph[sources]] + (torch.rand(150) * sizes[graph[sources]]).long()
     x, edges, goal = torch.randn(25, 8), torch.stack([sources, targets]), torch.randn(4, 1)

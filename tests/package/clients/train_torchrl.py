@@ -1,4 +1,4 @@
-"""TorchRL: LSTMModule and GRUModule over rollouts in which episodes begin anew."""
+"""TorchRL: LSTMModule and GRUModule over rollouts that contain several episodes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def train(policy: Any) -> tuple[Iterable[nn.Module], dict[str, Any]]:
         optimizer.step()
         losses.append(loss.item())
     data = _rollout(1).squeeze(1)
-    with torch.no_grad():  # as a policy steps through its environment
+    with torch.no_grad():  # single steps, like a policy in its environment
         for _ in range(3):
             after = policy(data.clone())
             for name in ("lstm_h", "lstm_c", "gru_h"):

@@ -1,17 +1,17 @@
-"""The same training twice: with `fastrnn` and with `torch.nn`, step for step.
+"""The same training twice: with `fastrnn` and with `torch.nn`, step by step.
 
-Both start from the same weights and see the same batches. They run in turns, a block of steps
-each, and who goes first alternates, so that a machine that slows down slows down both:
+Both trainings start from the same weights and see the same batches. They alternate in blocks of
+steps, and the order within a pair of blocks alternates too, so that a temporary slowdown of the
+machine affects both:
 
     fastrnn 1-10 | torch 1-10 | torch 11-20 | fastrnn 11-20 | fastrnn 21-30 | ...
 
-The speed ratio is the median over blocks of the ratio of two neighbours' times: training steps
-only, no evaluation, no sampling, no start-up, and without the first steps, which warm up.
+The speed ratio is the median over blocks of the ratio of the two times. It counts training steps
+only: no evaluation, no sampling, no start-up and no warm-up steps.
 
-How far may two exact programs differ? Rounding alone makes any two orders of summation drift
-apart. The judge is a third run of the first steps, `torch.nn` in float64: `fastrnn` agrees to
-rounding if it is no further from it than twice as far as `torch.nn` in float32 is (or within
-`FLOOR`).
+Rounding makes any two orders of summation drift apart, so a third run of the first steps, with
+`torch.nn` in float64, is the reference. `fastrnn` agrees to rounding if its distance from the
+reference is at most twice that of `torch.nn` in float32, or within `ERROR_FLOOR`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .config import Config
 from .data import Corpus
 from .model import build_model
 from .plot import Curve, draw, training_curve, validation_curve
-from .train import NATS_TO_BITS, Stop, Trainer, never
+from .train import NATS_TO_BITS, Stop, Trainer, never_stop
 
-FIRST_STEPS: Final = 20  # which must agree to rounding
-WARM_UP_STEPS: Final = 10  # whose times do not count
-FLOOR: Final = 1e-5  # bits per character
+FIRST_STEPS: Final = 20  # must agree to rounding
+WARM_UP_STEPS: Final = 10  # not timed
+ERROR_FLOOR: Final = 1e-5  # bits per character
 NAMES: Final = ("fastrnn", "torch.nn")
 
 
@@ -48,11 +48,11 @@ class Block:
 
 @dataclass
 class Pair:
-    """Two trainings that take turns.
+    """Two trainings that alternate.
 
     Attributes:
-        fastrnn: the training with `fastrnn`'s modules.
-        torch: the one with `torch.nn`'s, from the same weights.
+        fastrnn: the training with the modules of `fastrnn`.
+        torch: the training with the modules of `torch.nn`, from the same weights.
         blocks: the times so far.
     """
 
@@ -62,7 +62,7 @@ class Pair:
 
     @classmethod
     def start(cls, config: Config, corpus: Corpus) -> Pair:
-        """Two new trainings from the same weights."""
+        """Creates two trainings with the same weights."""
         fastrnn = Trainer(config.changed({"backend": "fastrnn"}), corpus)
         torch_config = config.changed({"backend": "torch"})
         model = build_model(len(corpus.vocabulary), torch_config)
@@ -71,11 +71,11 @@ class Pair:
 
     @property
     def main(self) -> Trainer:
-        """The training that is sampled from and saved: `fastrnn`'s."""
+        """The training that generates samples and is saved: that of `fastrnn`."""
         return self.fastrnn
 
-    def run(self, steps: int, stop: Stop = never) -> None:
-        """Runs a block of steps with both, one after the other; ``stop`` ends both alike."""
+    def run(self, steps: int, stop: Stop = never_stop) -> None:
+        """Runs a block of steps with both trainings. ``stop`` ends both at the same step."""
         first, second = (self.fastrnn, self.torch)[:: -1 if len(self.blocks) % 2 else 1]
         start, before = first.step, (self.fastrnn.seconds, self.torch.seconds)
         first.run(steps, stop)
@@ -91,7 +91,7 @@ class Pair:
         )
 
     def evaluate(self) -> str:
-        """Measures both validation losses and says them in one line."""
+        """Measures both validation losses and returns them as one line of text."""
         self.fastrnn.evaluate()
         self.torch.evaluate()
         a, b = self.fastrnn.evaluations[-1], self.torch.evaluations[-1]
@@ -102,45 +102,45 @@ class Pair:
         )
 
     def status(self) -> str:
-        """Loss and speeds of the last steps in one line."""
+        """Returns loss and speeds of the last steps as one line of text."""
         return f"{self.fastrnn.recent_bits():.3f} bits/char, {self.speeds()}"
 
     def speeds(self) -> str:
-        """Both speeds in words."""
+        """Returns both speeds as text."""
         return (
             f"{self.fastrnn.characters_per_second:,.0f} chars/s "
             f"(torch.nn {self.torch.characters_per_second:,.0f})"
         )
 
 
-def referee_losses(pair: Pair, steps: int, stop: Stop = never) -> list[float]:
-    """Losses (nats) of the first steps with `torch.nn` in float64, from the pair's weights.
+def float64_losses(pair: Pair, steps: int, stop: Stop = never_stop) -> list[float]:
+    """Returns the losses (nats) of the first steps with `torch.nn` in float64.
 
-    The pair must not have been trained yet.
+    The run starts from the weights of the pair, which must be untrained.
     """
     model = build_model(len(pair.torch.corpus.vocabulary), pair.torch.config)
     model.load_state_dict(pair.torch.model.state_dict(), strict=True)
-    referee = Trainer(pair.torch.config, pair.torch.corpus, model.double())
-    referee.run(steps, stop)
-    return referee.losses
+    trainer = Trainer(pair.torch.config, pair.torch.corpus, model.double())
+    trainer.run(steps, stop)
+    return trainer.losses
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two trainings showed; losses and differences in bits per character.
+    """Results of two trainings. Losses and differences are in bits per character.
 
     Attributes:
-        steps: number of steps that both made.
-        first_steps: how many of them count as the first.
+        steps: number of steps that both trainings completed.
+        first_steps: number of first steps, which must agree to rounding.
         first_difference: largest difference of the two losses in the first steps.
-        largest_difference: the same over all steps.
-        fastrnn_error: largest distance from the float64 run in the first steps, if there is one.
-        torch_error: the same of `torch.nn`.
-        speed_ratio: how many times faster `fastrnn` trains; None if too few steps were timed.
-        fastrnn_speed: characters per second over the timed steps.
-        torch_speed: the same of `torch.nn`.
+        largest_difference: largest difference of the two losses in all steps.
+        fastrnn_error: largest error of `fastrnn` against float64 in the first steps, or None.
+        torch_error: largest error of `torch.nn` against float64 in the first steps, or None.
+        speed_ratio: time of `torch.nn` / time of `fastrnn`; None if too few steps were timed.
+        fastrnn_speed: characters per second of `fastrnn` over the timed steps.
+        torch_speed: characters per second of `torch.nn` over the timed steps.
         rows: (step, loss with `fastrnn`, loss with `torch.nn`) at some steps.
-        validation: the same for the validation loss.
+        validation: (step, loss with `fastrnn`, loss with `torch.nn`) at every evaluation.
     """
 
     steps: int
@@ -160,10 +160,10 @@ class Comparison:
         """Whether the first steps agree to rounding; None without a float64 run."""
         if self.fastrnn_error is None or self.torch_error is None:
             return None
-        return self.fastrnn_error <= max(2 * self.torch_error, FLOOR)
+        return self.fastrnn_error <= max(2 * self.torch_error, ERROR_FLOOR)
 
     def lines(self) -> list[str]:
-        """The comparison for people."""
+        """Returns the comparison as lines of text."""
         lines = ["", "loss in bits per character, from the same weights on the same batches:"]
         lines.append(f"{'step':>10}  {'fastrnn':>10}  {'torch.nn':>10}  {'difference':>10}")
         for step, a, b in self.rows:
@@ -200,22 +200,22 @@ class Comparison:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """The comparison as plain data."""
+        """Returns the comparison as plain data."""
         return {**vars(self), "agrees": self.agrees}
 
 
-def compare(pair: Pair, referee: Sequence[float] = ()) -> Comparison:
-    """Compares two trainings as far as both have come.
+def compare(pair: Pair, truth: Sequence[float] = ()) -> Comparison:
+    """Compares two trainings over the steps that both completed.
 
     Args:
         pair: the trainings.
-        referee: `referee_losses`; empty where dropout makes a float64 run another training.
+        truth: result of `float64_losses`; empty with dropout, which drops other units in float64.
     """
     a = [loss * NATS_TO_BITS for loss in pair.fastrnn.losses]
     b = [loss * NATS_TO_BITS for loss in pair.torch.losses]
     steps = min(len(a), len(b))
     first = min(FIRST_STEPS, steps)
-    judge = [loss * NATS_TO_BITS for loss in referee[:first]]
+    exact = [loss * NATS_TO_BITS for loss in truth[:first]]
     timed = [block for block in pair.blocks if block.steps and block.first_step > WARM_UP_STEPS]
     characters = sum(block.steps for block in timed) * pair.fastrnn.config.characters_per_step
     return Comparison(
@@ -223,8 +223,8 @@ def compare(pair: Pair, referee: Sequence[float] = ()) -> Comparison:
         first_steps=first,
         first_difference=largest_difference(a[:first], b[:first]),
         largest_difference=largest_difference(a, b),
-        fastrnn_error=largest_difference(a, judge) if judge else None,
-        torch_error=largest_difference(b, judge) if judge else None,
+        fastrnn_error=largest_difference(a, exact) if exact else None,
+        torch_error=largest_difference(b, exact) if exact else None,
         speed_ratio=(
             statistics.median(block.torch / block.fastrnn for block in timed) if timed else None
         ),
@@ -239,18 +239,18 @@ def compare(pair: Pair, referee: Sequence[float] = ()) -> Comparison:
 
 
 def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
-    """The largest |a_i - b_i| as far as both go; 0 if there is none."""
+    """Returns the largest |a_i - b_i| over the common length; 0 if it is empty."""
     return max((abs(x - y) for x, y in zip(a, b, strict=False)), default=0.0)
 
 
 def shown_steps(steps: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50, ... and the last."""
+    """Returns the steps shown in the table: 1, 2, 5, 10, 20, 50, ... and the last."""
     shown = [lead * 10**power for power in range(10) for lead in (1, 2, 5)]
     return [*(step for step in shown if step < steps), steps] if steps else []
 
 
 def save_comparison(folder: Path, pair: Pair, comparison: Comparison) -> None:
-    """Writes ``compare.json`` and the picture ``loss.png``.
+    """Writes ``compare.json`` and the plot ``loss.png``.
 
     Raises:
         TrainingError: a file cannot be written.
@@ -269,7 +269,7 @@ def save_comparison(folder: Path, pair: Pair, comparison: Comparison) -> None:
 
 
 def speed_curves(pair: Pair) -> list[Curve]:
-    """Characters per second of each timed block, for both trainings."""
+    """Returns the characters per second of each timed block, for both trainings."""
     timed = [block for block in pair.blocks if block.steps and block.first_step > WARM_UP_STEPS]
     size = pair.fastrnn.config.characters_per_step
     x = [block.first_step + (block.steps - 1) / 2 for block in timed]
