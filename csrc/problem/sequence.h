@@ -54,6 +54,7 @@ struct RowRange {
   std::int64_t first, count;
 };
 
+// Always inlined: a copy compiled for one instruction set must not be shared by the program.
 struct Sequence {
   std::int64_t steps;               // T
   std::int64_t batch;               // B
@@ -61,16 +62,16 @@ struct Sequence {
   const std::int64_t* step_offset;  // [T] on the host
   const std::int64_t* step_rows;    // [T] on the host
 
-  std::int64_t offset(std::int64_t t) const { return step_offset[t]; }
-  std::int64_t rows(std::int64_t t) const { return step_rows[t]; }
-  std::int64_t total_rows() const {  // N
+  FASTRNN_HD std::int64_t offset(std::int64_t t) const { return step_offset[t]; }
+  FASTRNN_HD std::int64_t rows(std::int64_t t) const { return step_rows[t]; }
+  FASTRNN_HD std::int64_t total_rows() const {  // N
     return steps == 0 ? 0 : step_offset[steps - 1] + step_rows[steps - 1];
   }
 
   // The k-th step in order of computation.
-  std::int64_t step(std::int64_t k) const { return reverse ? steps - 1 - k : k; }
+  FASTRNN_HD std::int64_t step(std::int64_t k) const { return reverse ? steps - 1 - k : k; }
 
-  StepRows at(std::int64_t t) const {
+  FASTRNN_HD StepRows at(std::int64_t t) const {
     const bool has_earlier = t > 0, has_later = t + 1 < steps;
     const std::int64_t here = step_rows[t], later = has_later ? step_rows[t + 1] : 0;
     if (reverse)
@@ -81,7 +82,7 @@ struct Sequence {
   }
 
   // The rows of the steps begin ... end - 1 in order of computation.
-  RowRange rows_between(std::int64_t begin, std::int64_t end) const {
+  FASTRNN_HD RowRange rows_between(std::int64_t begin, std::int64_t end) const {
     const std::int64_t low = reverse ? step(end - 1) : step(begin);
     const std::int64_t high = reverse ? step(begin) : step(end - 1);
     return {step_offset[low], step_offset[high] + step_rows[high] - step_offset[low]};
@@ -89,7 +90,7 @@ struct Sequence {
 
   // Steps from the k-th on that have at most `most_rows` rows together, but at least one step.
   // Returns the k of the first step after them.
-  std::int64_t chunk_end(std::int64_t k, std::int64_t most_rows) const {
+  FASTRNN_HD std::int64_t chunk_end(std::int64_t k, std::int64_t most_rows) const {
     std::int64_t count = step_rows[step(k++)];
     while (k < steps && count + step_rows[step(k)] <= most_rows) count += step_rows[step(k++)];
     return k;
