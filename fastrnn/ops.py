@@ -105,7 +105,7 @@ def _expect_sizes(name: str, t: Tensor, sizes: Sequence[int]) -> None:
 
 
 class _FakeLayer:
-    """The sizes of a layer that is traced, checked as csrc/torch/layer_args.h checks them."""
+    """The sizes of a layer that is traced, checked as csrc/torch/arguments.h checks them."""
 
     def __init__(
         self,

@@ -13,8 +13,7 @@
 //   kGates               gates: row blocks of H rows in w_ih and w_hh
 //   kPre                 pre-activations per unit that forward reads
 //   kPreX[kGates]        index of the pre-activation that gate g of the input side is added to
-//   kPreH[kGates]        the same for the hidden side; must be 0, 1, ..., kGates - 1, because
-//   backward
+//   kPreH[kGates]        the same for the hidden side; must be 0, 1, ..., kGates - 1: backward
 //                        multiplies the first kGates columns of d_pre by w_hh
 //   kSaved               values per unit and step that forward leaves for backward
 //   kStates              1: the state is h; 2: the states are h and c. State 0 is the output.
@@ -26,11 +25,6 @@
 //                        Otherwise backward leaves it alone.
 //
 // A schedule loads only what the flags name; the other entries of an array are zero.
-//
-// To come, each with a place here and in the schedules: per-unit parameters (a further pointer in
-// the inputs, summed over rows in backward), more states (kMostStates), and a recurrence that is
-// diagonal or absent (no product with w_hh). A stage that needs all gates of a row at once, such as
-// layer normalisation, runs between the product and forward and belongs to the schedules.
 #pragma once
 
 namespace fastrnn::cells {

@@ -40,8 +40,8 @@ struct Gru {
     A *d_pre = outputs.d_pre, *d_state = outputs.d_state;
     const A one = A(ScalarOf<A>(1));
     const A r = saved[0], z = saved[1], n = saved[2], hn = saved[3];
-    const A d_h =
-        d_next_state[0] * z;  // of an infinite dh', dn is NaN: torch has no (1 - z) either
+    // An infinite dh' makes dn NaN, as in torch, which does not multiply by (1 - z) either.
+    const A d_h = d_next_state[0] * z;
     const A d_xn = (d_next_state[0] - d_h) * (one - n * n);
     d_pre[0] = d_xn * hn * r * (one - r);
     d_pre[1] = d_next_state[0] * (state[0] - n) * z * (one - z);

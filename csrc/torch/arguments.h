@@ -1,5 +1,6 @@
-// From the operators' arguments to the plain structs of problem.h, for the CPU and CUDA alike:
-// every check that keeps a kernel from reading or writing where it must not, and the outputs.
+// From the operators' arguments to the plain structs of problem/layer.h, for the CPU and CUDA
+// alike: every check that keeps a kernel from reading or writing where it must not, and the
+// outputs.
 //
 //   schema -> Layer (checked, laid out) -> ForwardOutputs  -> forward_problem(d)   one a direction
 //                                       -> BackwardInputs, BackwardOutputs -> backward_problem(d)

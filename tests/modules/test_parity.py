@@ -3,7 +3,7 @@
 One class a row, in this order: order of the constructor's arguments, ValueError, TypeError,
 warning, state_dict, attributes, methods, extra_repr, inputs, errors of the input, of the hidden
 states, of the cells, of devices, dtypes, autocast, torch.nn.utils, subclassing. Where torch falls
-short is in test_beyond_torch. Errors are compared with torch's own by calling both.
+short is in test_torch_gaps. Errors are compared with torch's own by calling both.
 """
 
 from __future__ import annotations

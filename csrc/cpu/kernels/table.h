@@ -1,5 +1,4 @@
-// Everything above, instantiated for every cell and type: one instruction set's row of the
-// dispatch.
+// The kernels of one instruction set, instantiated for every cell and type: a row of the dispatch.
 #pragma once
 
 #include "cpu/kernels/peak.h"

@@ -12,6 +12,7 @@
 
 #include <utility>
 
+#include "cells/contract.h"
 #include "cuda/math/half.h"
 #include "problem/sequence.h"
 

@@ -49,7 +49,8 @@ class ForwardWalk {
 
   void run() {
     pack();
-    if (shape_.sequence.steps > 0) start_rows(shape_.sequence.at(shape_.sequence.step(0)), 0);
+    StepRows at{};
+    if (shape_.sequence.steps > 0) start_rows(at = shape_.sequence.at(shape_.sequence.step(0)), 0);
     barrier_.arrive(rank_);
     barrier_.wait(rank_, 0, plan_.threads);  // panels are packed in shares by all row groups
     std::int64_t chunk_end = 0;              // steps before this one have their gates_x
@@ -59,9 +60,9 @@ class ForwardWalk {
         await_input(k + 1);
       else if (k == chunk_end)
         chunk_end = project_ahead(k);
-      step(shape_.sequence.at(shape_.sequence.step(k)), k % 2, k > 0);
+      step(at, k % 2, k > 0);
       if (k + 1 < shape_.sequence.steps)
-        start_rows(shape_.sequence.at(shape_.sequence.step(k + 1)), (k + 1) % 2);
+        start_rows(at = shape_.sequence.at(shape_.sequence.step(k + 1)), (k + 1) % 2);
       barrier_.arrive(rank_);
     }
     if (shape_.sequence.steps == 0) finish_untouched();

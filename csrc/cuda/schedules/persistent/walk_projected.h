@@ -106,7 +106,7 @@ struct ProjectedForwardWalk {
         on.exchange.arrive(thread, tile, place.unit_block, k + 1);
         if (is_output) {
           on.y[(at.first + b) * on.y_stride + output] = narrow<S>(y);
-          if (b >= at.first_ending) on.h_n[b * outputs + output] = narrow<S>(y);
+          if (at.ends(b)) on.h_n[b * outputs + output] = narrow<S>(y);
         }
       }
     }
@@ -171,8 +171,7 @@ struct ProjectedBackwardWalk {
           const bool is_output = is_row && output < outputs;
           float d_h = 0;
           if (is_output && b < at.rows) {
-            if (b >= at.first_ending && on.d_h_n != nullptr)
-              d_h = widen(on.d_h_n[b * outputs + output]);
+            if (at.ends(b) && on.d_h_n != nullptr) d_h = widen(on.d_h_n[b * outputs + output]);
             if (on.d_y != nullptr) d_h += widen(on.d_y[(at.first + b) * on.d_y_stride + output]);
           }
           if (rows_after > first) {
