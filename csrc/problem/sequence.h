@@ -35,15 +35,16 @@ struct StepRowsOf {
     return {first, first_before, Other(rows), Other(first_starting), Other(first_ending)};
   }
 
-  FASTRNN_HD bool starts(std::int64_t b) const { return b >= first_starting; }
-  FASTRNN_HD bool ends(std::int64_t b) const { return b >= first_ending; }
+  FASTRNN_HD bool starts(Count b) const { return b >= first_starting; }
+  FASTRNN_HD bool ends(Count b) const { return b >= first_ending; }
 
   // The state from which row b of this step is computed: what the step before wrote, states
   // [N, *], or the initial state [B, *].
   template <class S>
   FASTRNN_HD const S* state_before(std::int64_t b, const S* states, std::int64_t states_stride,
                                    const S* initial, std::int64_t initial_stride) const {
-    return starts(b) ? initial + b * initial_stride : states + (first_before + b) * states_stride;
+    return starts(Count(b)) ? initial + b * initial_stride
+                            : states + (first_before + b) * states_stride;
   }
 };
 
