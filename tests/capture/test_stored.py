@@ -82,6 +82,43 @@ def test_autocast_acts_on_a_stored_graph(name: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+def test_errors_of_a_stored_graph_are_those_of_the_operator() -> None:
+    stored = load("gru", "traced")
+    with pytest.raises(RuntimeError) as info:
+        stored(torch.randn(2, 5, 7))
+    assert "fastrnn: x must have the input size 3 of w_ih, got 7." in str(info.value)
+    weights = [torch.randn(12, 3), torch.randn(12, 4)]
+    given = (torch.randn(5, 2, 7), torch.zeros(1, 2, 4), None)
+    for wrong, message in (
+        (weights, "x must have the input size 3 of w_ih, got 7."),
+        (weights[:1], "weights must hold 2 to 5 tensors per direction, got 1."),
+    ):
+        with pytest.raises(RuntimeError) as info:
+            torch.ops.fastrnn.layer(*given, wrong, None, "gru")
+        assert torch.__version__ < "2.13" or str(info.value) == f"fastrnn: {message}"
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_a_stored_graph_is_compiled_for_all_sizes(with_gradient: bool) -> None:
+    """The alias asks for no size, which is a symbol then."""
+    layer = torch.ops.fastrnn.layer
+    weights = [p.detach() for p in fastrnn.LSTM(3, 4).parameters()]
+
+    def call(x: Tensor, h: Tensor) -> Tensor:
+        y: Tensor = layer(x, h, h, weights, None, "lstm")[0]
+        return y
+
+    compiled = torch.compile(call, backend="aot_eager", dynamic=True, fullgraph=True)
+    for steps, batch in ((5, 2), (7, 3)):
+        x = torch.randn(steps, batch, 3, requires_grad=with_gradient)
+        h = torch.zeros(1, batch, 4)
+        found, expected = compiled(x, h), call(x, h)
+        assert torch.equal(found, expected)
+        if with_gradient:
+            gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+            assert torch.equal(*gradients)
+
+
 def test_a_stored_graph_holds_the_operator_of_its_time() -> None:
     """Otherwise the tests above would show nothing."""
     program = torch.export.load(STORED / "lstm.pt2")
