@@ -3,7 +3,8 @@
     csrc/cpu/**/*.cpp               fastrnn/lib/libfastrnn_kernels.so     no torch, no Python
     csrc/bindings/*.cpp             fastrnn/_C.<python abi>.so            pybind11, links kernels
     csrc/torch/*.cpp                fastrnn/lib/libfastrnn_torch.so       stable ABI, links kernels
-    csrc/cuda/**/*.cu, ops_cuda.cpp fastrnn/lib/libfastrnn_torch_cuda.so  where CUDA is wanted
+    csrc/cuda/**/*.cu, ops_cuda.cpp fastrnn/lib/libfastrnn_torch_cuda.so  where CUDA is wanted;
+                                    torch/arguments.cpp is compiled into both
 
 Environment variables:
     FASTRNN_CUDA          unset: CUDA is built if nvcc and a CUDA torch are there; 1: it has to be;
@@ -274,7 +275,11 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
     system = system_include(torch.include, *cuda.include)
     cuda_ops = Extension(
         "fastrnn.lib.libfastrnn_torch_cuda",
-        sources=[*files("csrc/cuda/**/*.cu"), "csrc/torch/ops_cuda.cpp"],
+        sources=[
+            *files("csrc/cuda/**/*.cu"),
+            "csrc/torch/arguments.cpp",
+            "csrc/torch/ops_cuda.cpp",
+        ],
         define_macros=[*torch_macros, ("USE_CUDA", "1")],
         library_dirs=[torch.lib],
         libraries=["torch_cpu", "torch_cuda"],

@@ -10,6 +10,7 @@ torch.Size([5, 3, 20])
 from fastrnn import _C, functional
 from fastrnn import flops as _flops  # noqa: F401 - registers the operators' formulas
 from fastrnn.convert import ConversionReport, convert, patch, unpatch
+from fastrnn.explanation import Explanation, explain
 from fastrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fastrnn.quantization import quantization_mapping
 
@@ -20,11 +21,13 @@ __all__ = [
     "LSTM",
     "RNN",
     "ConversionReport",
+    "Explanation",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "__version__",
     "convert",
+    "explain",
     "functional",
     "patch",
     "quantization_mapping",

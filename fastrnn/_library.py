@@ -34,7 +34,7 @@ def load() -> None:
         ImportError: a library is missing or does not load.
     """
     global cuda_kernels, why_no_cuda
-    if hasattr(torch.ops.fastrnn, "layer_forward"):
+    if hasattr(torch.ops.fastrnn, "recurrent_forward"):
         return
     _load_library("libfastrnn_torch.so")
     # Ranks of a team wait for each other: they need threads of their own, as OpenMP gives them.

@@ -13,74 +13,56 @@ The types of the results are those of ``torch.nn``, with A for autocast's type:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from fastrnn.spec import CellSpec
+from fastrnn._torch_internals import is_any_autocast_enabled
+from fastrnn.layer_call import LayerCall, Results
 
 
 def acts_on(x: Tensor) -> bool:
     """Whether autocast is enabled on the device of this tensor."""
-    if not torch._C._is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         return False
     device_type = x.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-class Arguments(NamedTuple):
-    """Tensors of one type: what a layer, or one step of it, computes with."""
-
-    x: Tensor
-    h0: Tensor
-    c0: Tensor | None
-    weights: Sequence[Tensor]
-
-
-def cast_arguments(
-    x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]
-) -> Arguments:
-    """Casts the arguments of a layer, or of one step (h0 [B,R]), while autocast acts on ``x``."""
+def cast_call(call: LayerCall) -> LayerCall:
+    """Casts the arguments of a layer, or of one step, while autocast acts on ``x``."""
+    x, h0, c0, weights = call.x, call.h0, call.c0, call.weights
     if x.device.type != "cpu":
         dtype = torch.get_autocast_dtype(x.device.type)
-    elif any(t is not None and t.dtype != x.dtype for t in (h0, c0, *weights)):
+    elif any(t is not None and t.dtype != x.dtype for t in (h0, c0, *weights.flat)):
         dtype = torch.float32
     else:
-        return Arguments(x, h0, c0, weights)
-    return Arguments(
-        _cast(x, dtype),
-        _cast(h0, dtype),
-        None if c0 is None else _cast(c0, dtype),
-        [_cast(w, dtype) for w in weights],
+        return call
+    return call._replace(
+        x=_cast(x, dtype),
+        h0=_cast(h0, dtype),
+        c0=None if c0 is None else _cast(c0, dtype),
+        weights=weights._replace(flat=[_cast(w, dtype) for w in weights.flat]),
     )
 
 
-def cast_results(
-    spec: CellSpec,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    y: Tensor,
-    h_n: Tensor,
-    c_n: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts the results of a layer; ``x``, ``h0``, ``c0`` are its arguments before they were cast.
+def cast_results(call: LayerCall, results: Results) -> Results:
+    """Casts the results of a layer; ``call`` holds its arguments before they were cast.
 
     y and h_n have one type, so for a single step one tensor may be both.
     """
+    x, h0, c0 = call.x, call.h0, call.c0
+    y, h_n, c_n = results
     if not _is_cast(x):
-        return y, h_n, c_n
+        return results
     device_type = x.device.type
     dtype = torch.get_autocast_dtype(device_type)
     if device_type == "cpu":
-        if spec.name == "gru":
+        if call.spec.torch.keeps_state_dtype:
             dtype = torch.promote_types(dtype, h0.dtype)
         elif c0 is not None and h0.dim() == 2:
             dtype = torch.promote_types(dtype, c0.dtype)
     if y.dtype == dtype and (c_n is None or c_n.dtype == dtype):
-        return y, h_n, c_n
+        return results
     return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
 
 

@@ -84,7 +84,8 @@ def _explain(search: Callable[..., None], *arguments: Any) -> None:
         return
     else:
         return
-    raise error from None
+    in_flight = sys.exc_info()[1]
+    raise error from None if in_flight is None else in_flight.__cause__
 
 
 def _wrong(cls: type[Exception], owner: str, argument: str, expected: str, actual: str) -> NoReturn:
@@ -406,6 +407,20 @@ def check_options(spec: CellSpec, values: dict[str, Any]) -> None:
     else:
         return
     raise error
+
+
+def check_weight_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Returns ``weight_dtype``, the dtype in which the kernels may hold w_hh.
+
+    None, or ``torch.float16`` for faster inference of one sequence on the CPU;
+    docs/float16_weights.md tells when it acts and what it costs.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if weight_dtype is None or weight_dtype is torch.float16:
+        return weight_dtype
+    raise ValueError(f"weight_dtype must be None or torch.float16, got {describe(weight_dtype)}")
 
 
 def is_bool(value: Any) -> bool:

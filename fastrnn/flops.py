@@ -1,4 +1,4 @@
-"""What ``torch.utils.flop_counter`` counts for the operators: their matrix products.
+"""The FLOPs that ``torch.utils.flop_counter`` counts for the operators: their matrix products.
 
 A product [M,K] by [K,N] counts 2*M*K*N, as torch counts ``mm``. With N rows, that is steps times
 sequences, a layer has for each direction
@@ -18,10 +18,15 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrnn import _library
+from fastrnn.spec import GRADIENT_OUTPUTS, WEIGHT_SLOTS, present
 
 _library.load()
 
 Shape = Sequence[int]
+
+_W_IH, _W_HH, _W_HR = (WEIGHT_SLOTS.index(name) for name in ("w_ih", "w_hh", "w_hr"))
+_FIRST_WEIGHT = GRADIENT_OUTPUTS.index("d_w_ih")
+_PER_DIRECTION = len(GRADIENT_OUTPUTS) - _FIRST_WEIGHT
 
 
 class _Products(NamedTuple):
@@ -32,48 +37,41 @@ class _Products(NamedTuple):
     projection: int
 
 
-def _products(rows: int, weights: Sequence[Shape], directions: int) -> list[_Products]:
-    count = len(weights) // directions
+def _products(rows: int, weights: Sequence[Shape], slots: int) -> list[_Products]:
+    """The products of each layer and direction."""
+    own = present(slots)
     products = []
-    for first in range(0, count * directions, count):
-        w_ih, w_hh = weights[first], weights[first + 1]
-        w_hr = weights[first + count - 1] if count in (3, 5) else (0, 0)
-        products.append(_Products(*(2 * rows * math.prod(shape) for shape in (w_ih, w_hh, w_hr))))
+    for first in range(0, len(weights), len(own)):
+        shapes = dict(zip(own, weights[first : first + len(own)], strict=True))
+        w_hr = shapes.get(_W_HR, (0, 0))
+        products.append(
+            _Products(*(2 * rows * math.prod(w) for w in (shapes[_W_IH], shapes[_W_HH], w_hr)))
+        )
     return products
 
 
-def _directions(h0: Shape) -> int:
-    return h0[0] if len(h0) == 3 else 1
-
-
 def _forward_flops(
-    x: Shape, h0: Shape, c0: Shape | None, weights: Sequence[Shape], *_: Any, **__: Any
+    x: Shape, h0: Any, c0: Any, weights: Sequence[Shape], slots: int, *_: Any, **__: Any
 ) -> int:
-    """Of layer and layer_forward."""
-    return sum(map(sum, _products(math.prod(x[:-1]), weights, _directions(h0))))
+    """Of recurrent_layer, recurrent_forward and recurrent_stack."""
+    return sum(map(sum, _products(math.prod(x[:-1]), weights, slots)))
 
 
-def _stack_flops(
-    x: Shape, h0: Sequence[Shape], c0: Sequence[Shape], weights: Sequence[Shape], *_: Any, **__: Any
-) -> int:
-    """Of stack_forward: layers of one direction."""
-    return sum(map(sum, _products(math.prod(x[:-1]), weights, len(h0))))
-
-
-def _walk_flops(
+def _backward_flops(
     d_y: Shape | None,
     d_h_n: Shape | None,
     d_c_n: Shape | None,
     h0: Shape,
     c0: Shape | None,
     weights: Sequence[Shape],
+    slots: int,
     batch_sizes: Shape | None,
     y: Shape,
     *_: Any,
     **__: Any,
 ) -> int:
-    """Of layer_backward: what goes back from step to step."""
-    products = _products(math.prod(y[:-1]), weights, _directions(h0))
+    """Of recurrent_backward: the gradients of h."""
+    products = _products(math.prod(y[:-1]), weights, slots)
     return sum(p.h + p.projection for p in products)
 
 
@@ -85,27 +83,30 @@ def _gradients_flops(
     h0: Shape,
     c0: Shape | None,
     weights: Sequence[Shape],
+    slots: int,
     batch_sizes: Shape | None,
     y: Shape,
     saved: Shape,
     cell: str,
-    needs: int,
+    outputs: int,
     **_: Any,
 ) -> int:
-    """Of layer_gradients and bidirectional_gradients: what goes back, and what is wanted."""
-    directions = _directions(h0)
-    count = len(weights) // directions
+    """Of recurrent_gradients and recurrent_bidirectional_gradients: what is asked for."""
     total = 0
-    for direction, p in enumerate(_products(math.prod(x[:-1]), weights, directions)):
-        first = 1 + direction * count
+    for direction, p in enumerate(_products(math.prod(x[:-1]), weights, slots)):
+        d_w_ih = _FIRST_WEIGHT + direction * _PER_DIRECTION
         total += p.h + p.projection
-        total += p.x * ((needs & 1) + (needs >> first & 1)) + p.h * (needs >> (first + 1) & 1)
+        total += p.x * ((outputs & 1) + (outputs >> d_w_ih & 1)) + p.h * (
+            outputs >> (d_w_ih + 1) & 1
+        )
     return total
 
 
-register_flop_formula([torch.ops.fastrnn.layer, torch.ops.fastrnn.layer_forward])(_forward_flops)
-register_flop_formula(torch.ops.fastrnn.stack_forward)(_stack_flops)
-register_flop_formula(torch.ops.fastrnn.layer_backward)(_walk_flops)
+_operators = torch.ops.fastrnn
 register_flop_formula(
-    [torch.ops.fastrnn.layer_gradients, torch.ops.fastrnn.bidirectional_gradients]
+    [_operators.recurrent_layer, _operators.recurrent_forward, _operators.recurrent_stack]
+)(_forward_flops)
+register_flop_formula(_operators.recurrent_backward)(_backward_flops)
+register_flop_formula(
+    [_operators.recurrent_gradients, _operators.recurrent_bidirectional_gradients]
 )(_gradients_flops)

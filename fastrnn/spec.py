@@ -1,4 +1,4 @@
-"""One line a cell: the sizes that the Python side has to know about each recurrent cell."""
+"""The cells and the weights as Python sees them: the kernels' contract, and facts about torch."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+
+from fastrnn import _C
+from fastrnn._torch_internals import VF
 
 
 class Run(NamedTuple):
-    """Pre-activation columns that lie side by side and belong to gates that lie side by side."""
+    """Neighbouring pre-activation columns that belong to neighbouring gates."""
 
     column: int
     gate: int
     width: int
 
     def columns(self, hidden: int) -> slice:
-        """Where the run lies in Q*H columns."""
+        """The place of the run in Q*H columns."""
         return slice(self.column * hidden, (self.column + self.width) * hidden)
 
     def gate_rows(self, hidden: int) -> slice:
-        """Where the run lies in G*H rows of a weight."""
+        """The place of the run in G*H rows of a weight."""
         return slice(self.gate * hidden, (self.gate + self.width) * hidden)
 
 
-def _runs(columns: tuple[int, ...]) -> tuple[Run, ...]:
+def _runs(columns: Sequence[int]) -> tuple[Run, ...]:
     runs: list[Run] = []
     for gate, column in enumerate(columns):
         if runs and column == runs[-1].column + runs[-1].width:
@@ -36,9 +38,53 @@ def _runs(columns: tuple[int, ...]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
+class TorchFacts(NamedTuple):
+    """The names and rules that torch, autocast and ONNX have for a cell.
+
+    Attributes:
+        mode: the name that ``torch.nn.RNNBase`` gives this cell.
+        torch_function: torch's own layer, in ``torch._VF``; None if torch has none.
+        torch_step: torch's own single step; None if torch has none.
+        keeps_state_dtype: whether autocast on the CPU leaves a state of a wider type as it is.
+        onnx_type: the node of ONNX.
+        onnx_gates: ONNX's gates by their places in torch.
+        onnx_attributes: attributes of the node; ``activations`` has one entry per direction.
+    """
+
+    mode: str
+    torch_function: Callable[..., Any] | None
+    torch_step: Callable[..., Any] | None
+    keeps_state_dtype: bool
+    onnx_type: str
+    onnx_gates: tuple[int, ...]
+    onnx_attributes: dict[str, Any]
+
+
+def _elman(mode: str, activation: str, function: Any = None, step: Any = None) -> TorchFacts:
+    return TorchFacts(mode, function, step, False, "RNN", (0,), {"activations": [activation]})
+
+
+# Gates in torch: i,f,g,o and r,z,n; in ONNX: i,o,f,g and z,r,n.
+TORCH: dict[str, TorchFacts] = {
+    "rnn_tanh": _elman("RNN_TANH", "Tanh", VF.rnn_tanh, VF.rnn_tanh_cell),
+    "rnn_relu": _elman("RNN_RELU", "Relu", VF.rnn_relu, VF.rnn_relu_cell),
+    "rnn_sigmoid": _elman("RNN_SIGMOID", "Sigmoid"),
+    "lstm": TorchFacts("LSTM", VF.lstm, VF.lstm_cell, False, "LSTM", (0, 3, 1, 2), {}),
+    "gru": TorchFacts(
+        "GRU", VF.gru, VF.gru_cell, True, "GRU", (1, 0, 2), {"linear_before_reset": 1}
+    ),
+}
+
+#: Bit i of an operator's ``outputs`` asks for its result i; these are the names of the results.
+FORWARD_OUTPUTS = ("y", "h_n", "c_n", "saved")
+GRADIENT_OUTPUTS = ("d_x", "d_h0", "d_c0", "d_h_all", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh")
+
+
 @dataclass(frozen=True)
 class CellSpec:
-    """What a cell looks like from outside its kernels. A "column" is H wide.
+    """A cell as seen from outside its kernels. A "column" is H wide.
+
+    All but ``torch`` comes from ``fastrnn._C.cells()``.
 
     Attributes:
         name: the cell's name in the kernels' registry.
@@ -48,10 +94,10 @@ class CellSpec:
         pre_x: for each gate, the pre-activation column that the input side (``w_ih``, ``b_ih``)
             feeds.
         pre_h: the same for the hidden side (``w_hh``, ``b_hh``).
-        states: 2 if there is a cell state c beside h, else 1.
-        mode: the name ``torch.nn.RNNBase`` gives this cell.
-        torch_step: torch's own single step of this cell, None if it has none.
+        states: 2 if there is a cell state c next to h, else 1.
+        torch: the facts about torch.
         runs_x, runs_h: ``pre_x`` and ``pre_h`` as runs of neighbours, for few large products.
+        inference_outputs, training_outputs: the results of ``recurrent_forward`` to ask for.
     """
 
     name: str
@@ -61,37 +107,49 @@ class CellSpec:
     pre_x: tuple[int, ...]
     pre_h: tuple[int, ...]
     states: int
-    mode: str
-    torch_step: Callable[..., Any] | None
+    torch: TorchFacts
     runs_x: tuple[Run, ...] = field(init=False)
     runs_h: tuple[Run, ...] = field(init=False)
+    inference_outputs: int = field(init=False)
+    training_outputs: int = field(init=False)
+    has_cell_state: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "runs_x", _runs(self.pre_x))
-        object.__setattr__(self, "runs_h", _runs(self.pre_h))
+        outputs = 0b0111 if self.states == 2 else 0b0011
+        for name, value in (
+            ("runs_x", _runs(self.pre_x)),
+            ("runs_h", _runs(self.pre_h)),
+            ("inference_outputs", outputs),
+            ("training_outputs", outputs | 1 << FORWARD_OUTPUTS.index("saved")),
+            ("has_cell_state", self.states == 2),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
-    def has_cell_state(self) -> bool:
-        return self.states == 2
+    def mode(self) -> str:
+        return self.torch.mode
 
 
-# gate order i,f,g,o and r,z,n; a GRU keeps both sides of n apart: pre-activations r,z,hn,xn
-CELLS: dict[str, CellSpec] = {
-    spec.name: spec
-    for spec in (
-        CellSpec("rnn_tanh", 1, 0, 1, (0,), (0,), 1, "RNN_TANH", torch._VF.rnn_tanh_cell),
-        CellSpec("rnn_relu", 1, 0, 1, (0,), (0,), 1, "RNN_RELU", torch._VF.rnn_relu_cell),
-        CellSpec("rnn_sigmoid", 1, 0, 1, (0,), (0,), 1, "RNN_SIGMOID", None),
-        CellSpec("lstm", 4, 5, 4, (0, 1, 2, 3), (0, 1, 2, 3), 2, "LSTM", torch._VF.lstm_cell),
-        CellSpec("gru", 3, 4, 4, (0, 1, 3), (0, 1, 2), 1, "GRU", torch._VF.gru_cell),
+def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
+    return CellSpec(
+        name=name,
+        gates=facts["gates"],
+        saved=facts["saved"],
+        pre=facts["pre"],
+        pre_x=tuple(facts["pre_x"]),
+        pre_h=tuple(facts["pre_h"]),
+        states=facts["states"],
+        torch=TORCH[name],
     )
-}
+
+
+CELLS: dict[str, CellSpec] = {name: _spec(name, facts) for name, facts in _C.cells().items()}
 
 BY_MODE: dict[str, CellSpec] = {spec.mode: spec for spec in CELLS.values()}
 
 
 class DirectionWeights(NamedTuple):
-    """The parameters of one layer and direction, in torch's flat order.
+    """The parameters of one layer and direction, by slot in the order of csrc/torch/slots.h.
 
     ``w_ih`` [G*H,I], ``w_hh`` [G*H,R], ``b_ih`` and ``b_hh`` [G*H] or None, ``w_hr`` [P,H] or None;
     R is P with a projection and H without.
@@ -99,25 +157,58 @@ class DirectionWeights(NamedTuple):
 
     w_ih: Tensor
     w_hh: Tensor
-    b_ih: Tensor | None
-    b_hh: Tensor | None
-    w_hr: Tensor | None
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
 
 
-def split_weights(weights: Sequence[Tensor], directions: int) -> list[DirectionWeights]:
-    """Names the flat weights of one layer: 2, 3, 4 or 5 of them a direction say what is there."""
-    count = len(weights) // directions
-    result = []
-    for start in range(0, count * directions, count):
-        part = weights[start : start + count]
-        has_bias = count >= 4
-        result.append(
-            DirectionWeights(
-                part[0],
-                part[1],
-                part[2] if has_bias else None,
-                part[3] if has_bias else None,
-                part[-1] if count in (3, 5) else None,
-            )
-        )
-    return result
+WEIGHT_SLOTS = DirectionWeights._fields
+
+#: masks of weight slots: bit i stands for slot i
+MATRICES = 0b00011
+BIASES = 0b01100
+PROJECTION = 0b10000
+
+#: the slots of a mask, in their order
+_PRESENT: dict[int, tuple[int, ...]] = {
+    mask: tuple(slot for slot in range(len(WEIGHT_SLOTS)) if mask >> slot & 1)
+    for mask in range(1 << len(WEIGHT_SLOTS))
+}
+
+
+def slots_of(has_biases: bool, has_projection: bool) -> int:
+    """The mask of weight slots of a layer."""
+    return MATRICES | (BIASES if has_biases else 0) | (PROJECTION if has_projection else 0)
+
+
+def slots_of_names(names: Sequence[str]) -> int:
+    """The mask of a module's parameters, which `torch.nn` names ``weight_ih_l0`` and so on."""
+    slots = MATRICES | BIASES if "bias_ih_l0" in names else MATRICES
+    return slots | PROJECTION if "weight_hr_l0" in names else slots
+
+
+def present(slots: int) -> tuple[int, ...]:
+    """The slots of a mask, in their order."""
+    return _PRESENT[slots]
+
+
+class Weights(NamedTuple):
+    """The weights of one or more layers: ``flat`` holds ``slots`` of each layer and direction."""
+
+    flat: Sequence[Tensor]
+    slots: int
+
+    def has(self, mask: int) -> bool:
+        return self.slots & mask != 0
+
+    def directions(self) -> list[DirectionWeights]:
+        """The parameters of each layer and direction by name."""
+        slots = _PRESENT[self.slots]
+        count = len(slots)
+        result = []
+        for first in range(0, len(self.flat), count):
+            own: list[Any] = [None] * len(WEIGHT_SLOTS)
+            for position, slot in enumerate(slots):
+                own[slot] = self.flat[first + position]
+            result.append(DirectionWeights(*own))
+        return result

@@ -8,18 +8,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.jit._trace import is_tracing as _is_tracing
 from torch.nn.utils import parametrize
+
+from fastrnn._torch_internals import get_tracing_state, set_tracing_state
 
 _R = TypeVar("_R")
 
-#: whether ``torch.jit.trace`` records
-is_tracing: Callable[[], bool] = _is_tracing
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records."""
+    return get_tracing_state() is not None
 
 
-def is_written_down() -> bool:
-    """Whether what is called now is written into a graph."""
-    return torch.compiler.is_exporting() or is_tracing()
+def is_capturing() -> bool:
+    """Whether the current call is captured in a graph that runs later."""
+    return torch.compiler.is_exporting() or get_tracing_state() is not None
 
 
 def is_in_onnx_export() -> bool:
@@ -33,26 +36,27 @@ def is_in_onnx_export() -> bool:
 is_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def unrecorded(function: Callable[..., _R], *arguments: object) -> _R:
-    """Calls a function in such a way that ``torch.jit.trace`` does not see it.
+def without_tracing(function: Callable[..., _R], *arguments: object) -> _R:
+    """Calls a function outside of ``torch.jit.trace``, if that records.
 
-    While it records, sizes are tensors that may differ in the next call, and to compare one or to
-    count with it draws a warning. In here they are numbers.
+    While torch.jit.trace records, sizes are tensors that may differ in the next call, and comparing
+    or counting with one draws a warning. Inside the function they are numbers.
     """
-    if not is_tracing():
+    state = get_tracing_state()
+    if state is None:
         return function(*arguments)
-    state = torch._C._get_tracing_state()
-    set_state: Callable[[object], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
-    set_state(None)
+    set_tracing_state(None)
     try:
         return function(*arguments)
     finally:
-        set_state(state)
+        set_tracing_state(state)
 
 
 def size(t: Tensor, dim: int) -> int:
     """``t.shape[dim]`` as a number."""
-    return unrecorded(lambda: t.shape[dim])
+    if get_tracing_state() is None:
+        return t.shape[dim]
+    return without_tracing(lambda: t.shape[dim])
 
 
 def leaf_call(module: nn.Module, input: Any, hx: Any) -> Any:

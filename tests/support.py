@@ -21,7 +21,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import functional, ops, reference
+from fastrnn.engine import choose
+from fastrnn.layer_call import LayerCall, Options, Results
+from fastrnn.ops import kernel_layer
+from fastrnn.reference import reference_layer, reference_step
+from fastrnn.spec import CellSpec, Weights, slots_of
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -61,13 +65,53 @@ def torch_twin(module: nn.Module) -> nn.Module:
 @contextmanager
 def reference_math() -> Iterator[None]:
     """Inside, fastrnn computes with `fastrnn.reference`, whatever the dtype and the device."""
-    route, is_plain = functional._route, ops.is_plain
-    functional._route = lambda x: reference.layer
-    ops.is_plain = lambda: False  # nor the shortest way, which asks nobody for the route
-    try:
+    with choose.override(_Reference()):
         yield
-    finally:
-        functional._route, ops.is_plain = route, is_plain
+
+
+class _Reference:
+    """`fastrnn.reference` as a backend."""
+
+    NAME = "reference"
+    WHOLE_STACK = False
+
+    def unsupported(self, call: LayerCall, /) -> str:
+        return ""
+
+    def run(self, call: LayerCall, /) -> Results:
+        return reference_step(call) if call.is_step else reference_layer(call)
+
+
+def slots_by_count(count: int) -> int:
+    """The weight slots of a direction with so many weights."""
+    return slots_of(has_biases=count >= 4, has_projection=count in (3, 5))
+
+
+def layer_call(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    spec: CellSpec,
+    num_layers: int = 1,
+    half_weights: bool = False,
+) -> LayerCall:
+    """The call of a stack of layers, or of one step (h0 [B,R])."""
+    states = h0.shape[0] if h0.dim() == 3 else 1
+    named = Weights(weights, slots_by_count(len(weights) // states))
+    options = Options(num_layers, 0.0, half_weights)
+    return LayerCall(spec, x, batch_sizes, h0, c0, named, options)
+
+
+def by_kernels(*args: Any, **options: Any) -> Results:
+    """One layer by the kernels; arguments of `layer_call`."""
+    return kernel_layer(layer_call(*args, **options))
+
+
+def by_reference(*args: Any) -> Results:
+    """One layer by the reference; arguments of `layer_call`."""
+    return reference_layer(layer_call(*args))
 
 
 def raised(call: Callable[[], Any]) -> Exception:

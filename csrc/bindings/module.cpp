@@ -1,31 +1,43 @@
-// fastrnn._C: what the kernels' library knows of itself, for Python. No tensors and no torch.
+// fastrnn._C: build facts, CPU capability and plans of the kernels' library, for Python. No tensors
+// and no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <chrono>
 #include <cstdio>
-#include <cstdlib>
-#include <limits>
+#include <iterator>
 #include <optional>
 #include <sstream>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "bindings/bindings.h"
 #include "cpu/api.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/thread_budget.h"
-#include "cuda/plan.h"
+#include "torch/slots.h"
 
 namespace py = pybind11;
 
-namespace {
+namespace fastrnn::bindings {
 
-using fastrnn::CellInfo;
+void check_size(const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
+  if (value < least || value > most)
+    throw py::value_error(
+        std::string(name) + " must be at " + (value < least ? "least " : "most ") +
+        std::to_string(value < least ? least : most) + ", got " + std::to_string(value));
+}
+
+void check_range(const char* name, double value, double least, double most) {
+  if (value >= least && value <= most) return;
+  char text[160];
+  std::snprintf(text, sizeof(text), "%s must be from %g to %g, got %g", name, least, most, value);
+  throw py::value_error(text);
+}
+
+namespace {
 
 std::optional<std::string> if_any(const std::string& text) {
   return text.empty() ? std::nullopt : std::optional(text);
@@ -59,41 +71,6 @@ void set_isa(const std::optional<std::string>& name) {
                         "'");
 }
 
-const CellInfo& find_cell(const std::string& name) {
-  std::string known;
-  for (const CellInfo& info : fastrnn::kCells) {
-    if (name == info.name) return info;
-    known += std::string(known.empty() ? "" : ", ") + info.name;
-  }
-  throw py::value_error("cell must be one of " + known + ", got '" + name + "'");
-}
-
-int element_bytes(const std::string& dtype) {
-  if (dtype == "float64") return 8;
-  if (dtype == "float32") return 4;
-  if (dtype == "float16" || dtype == "bfloat16") return 2;
-  throw py::value_error("dtype must be one of float16, bfloat16, float32, float64, got '" + dtype +
-                        "'");
-}
-
-constexpr std::int64_t kMostOfASize = std::numeric_limits<std::int32_t>::max();
-
-void check_size(const char* name, std::int64_t value, std::int64_t least,
-                std::int64_t most = kMostOfASize) {
-  if (value < least || value > most)
-    throw py::value_error(
-        std::string(name) + " must be at " + (value < least ? "least " : "most ") +
-        std::to_string(value < least ? least : most) + ", got " + std::to_string(value));
-}
-
-// NaN is in no range.
-void check_range(const char* name, double value, double least, double most) {
-  if (value >= least && value <= most) return;
-  char text[160];
-  std::snprintf(text, sizeof(text), "%s must be from %g to %g, got %g", name, least, most, value);
-  throw py::value_error(text);
-}
-
 void set_max_threads(std::int64_t threads) {
   check_size("threads", threads, 0);
   fastrnn::cpu::set_max_threads(int(threads));
@@ -104,129 +81,6 @@ double fma_peak(std::int64_t threads, double seconds) {
   check_range("seconds", seconds, 1e-6, 60.0);
   const py::gil_scoped_release others_may_run;
   return fastrnn::cpu::fma_peak(int(threads), seconds);
-}
-
-fastrnn::LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
-                             std::int64_t input_size, std::int64_t hidden_size,
-                             std::int64_t proj_size, std::int64_t directions) {
-  const CellInfo& info = find_cell(cell);
-  check_size("steps", steps, 0);
-  check_size("batch", batch, 0);
-  check_size("input_size", input_size, 0);
-  check_size("hidden_size", hidden_size, 1);
-  check_size("proj_size", proj_size, 0);
-  check_size("directions", directions, 1, 2);
-  if (proj_size > 0 && info.states != 2)
-    throw py::value_error("proj_size must be 0 for " + cell + ", got " + std::to_string(proj_size));
-  const double products = double(steps) * double(batch) * double(info.gates) * double(hidden_size) *
-                          double(2 * input_size + hidden_size + proj_size + 1);
-  check_range("the number of multiply-adds", products, 0, double(std::int64_t(1) << 60));
-  const fastrnn::Sequence sequence = {steps, batch, false, nullptr, nullptr};
-  return {info.kind, sequence, input_size, hidden_size, proj_size};
-}
-
-py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
-                   std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
-                   const std::string& dtype, bool training, std::int64_t directions, bool tf32,
-                   const std::optional<std::string>& schedule, std::int64_t capability,
-                   std::int64_t multiprocessors, std::int64_t shared_bytes) {
-  using namespace fastrnn::cuda;
-  const fastrnn::LayerShape shape =
-      shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
-  check_size("capability", capability, 0);
-  check_size("multiprocessors", multiprocessors, 0);
-  check_size("shared_bytes", shared_bytes, 0);
-  Arithmetic arithmetic = tf32 ? Arithmetic::kTf32 : Arithmetic::kFloat32;
-  if (element_bytes(dtype) == 2)
-    arithmetic = dtype == "float16" ? Arithmetic::kFloat16 : Arithmetic::kBFloat16;
-  if (element_bytes(dtype) == 8) arithmetic = Arithmetic::kFloat64;
-  Choice choice;
-  try {
-    choice = choice_named(schedule ? schedule->c_str() : std::getenv("FASTRNN_SCHEDULE"));
-  } catch (const std::exception& error) {
-    throw py::value_error(error.what());
-  }
-  const Plan chosen =
-      make_plan({shape, int(directions), training ? Pass::kBackward : Pass::kForward, arithmetic,
-                 Chip{int(capability), int(multiprocessors), int(shared_bytes)}, choice});
-  py::dict result;
-  result["schedule"] = chosen.schedule->name;
-  result["chunk_rows"] = chosen.chunk_rows;
-  if (chosen.schedule->schedule == Schedule::kPersistent) {
-    const Tiling& tiling = chosen.tiling;
-    result["tensor_cores"] = tiling.tensor_cores;
-    result["units"] = tiling.units;
-    result["unit_blocks"] = tiling.unit_blocks;
-    result["output_blocks"] = tiling.output_blocks;
-    result["row_tiles"] = tiling.row_tiles;
-    result["row_groups"] = tiling.row_groups;
-    result["blocks"] = tiling.blocks;
-    result["shared_bytes"] = tiling.shared_bytes;
-  }
-  return result;
-}
-
-py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
-              std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
-              const std::string& dtype, std::int64_t threads, bool training,
-              std::int64_t directions, bool half_weights, std::int64_t layers) {
-  const fastrnn::LayerShape shape =
-      shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
-  const int bytes = element_bytes(dtype);
-  check_size("threads", threads, 1);
-  check_size("layers", layers, 1);
-  py::dict result;
-  const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
-  const fastrnn::cpu::Plan chosen =
-      // half types: in float32
-      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
-                              half_weights && dtype == "float32");
-  result["schedule"] = "persistent";
-  result["isa"] = chosen.isa;
-  result["vector_lanes"] = chosen.vector_lanes;
-  result["threads"] = chosen.threads;
-  result["together"] = chosen.together;
-  result["row_groups"] = chosen.row_groups;
-  result["unit_groups"] = chosen.unit_groups;
-  result["unit_vectors"] = chosen.unit_vectors;
-  result["back_vectors"] = chosen.back_vectors;
-  result["packed"] = chosen.packed;
-  result["half_weights"] = chosen.half_weights;
-  result["input"] = chosen.input_fused ? "fused" : "ahead";
-  result["shared"] = chosen.shared;
-  result["chunk_rows"] = chosen.chunk_rows;
-  result["stacked"] = false;
-  if (layers > 1 && directions == 1 && !training && !half_weights && bytes >= 4) {
-    fastrnn::LayerShape upper = shape;
-    upper.input_size = shape.output_size();
-    fastrnn::cpu::Plan pair[2];
-    result["stacked"] = fastrnn::cpu::make_stacked_plans(shape, upper, bytes, int(threads), pair);
-  }
-  return result;
-}
-
-std::vector<double> alone_after(const std::vector<std::pair<double, double>>& calls) {
-  using Clock = fastrnn::cpu::BusyMachine::Clock;
-  const auto ms = [](double count) {
-    return std::chrono::duration_cast<Clock::duration>(
-        std::chrono::duration<double, std::milli>(count));
-  };
-  fastrnn::cpu::BusyMachine machine;
-  Clock::time_point begin(ms(1));
-  std::vector<double> result;
-  double total = 0;
-  for (const auto& [lasted, slept] : calls) {
-    check_range("the time that a call took", lasted, 0, 1e9);
-    check_range("the time that a rank slept", slept, 0, 1e9);
-    check_range("the time that all calls took", total += lasted, 0, 1e9);
-    const Clock::time_point end = begin + ms(lasted);
-    machine.look(begin, end, ms(slept));
-    double alone = 0;
-    while (machine.noted(end + ms(alone))) alone += 1;
-    result.push_back(alone);
-    begin = end + ms(alone);
-  }
-  return result;
 }
 
 // What a signal's handler raised during a call that it ended, until raise_interruption.
@@ -280,9 +134,24 @@ py::dict cells() {
   return all;
 }
 
+std::vector<std::string> weight_slots() {
+  return {std::begin(fastrnn::kWeightSlotNames), std::end(fastrnn::kWeightSlotNames)};
+}
+
+py::dict output_slots() {
+  py::dict all;
+  all["recurrent_forward"] = std::vector<std::string>(std::begin(fastrnn::kForwardOutputNames),
+                                                      std::end(fastrnn::kForwardOutputNames));
+  all["recurrent_gradients"] = std::vector<std::string>(std::begin(fastrnn::kGradientOutputNames),
+                                                        std::end(fastrnn::kGradientOutputNames));
+  return all;
+}
+
 }  // namespace
+}  // namespace fastrnn::bindings
 
 PYBIND11_MODULE(_C, m) {
+  using namespace fastrnn::bindings;
   m.doc() = "Build facts, CPU capability and plans of the fastrnn kernels.";
   m.def("build_info", &build_info, "What this build is made of.");
   m.def("available_isas", &fastrnn::cpu::available_isas,
@@ -292,9 +161,6 @@ PYBIND11_MODULE(_C, m) {
         "Forces an instruction set; None goes back to FASTRNN_ISA or the best.");
   m.def("usable_cpus", &fastrnn::cpu::usable_cpus,
         "CPUs that this thread may use: its affinity and the control group's quota.");
-  m.def("quota_cpus", &fastrnn::cpu::quota_cpus, py::arg("membership") = "/proc/self/cgroup",
-        py::arg("root") = "/sys/fs/cgroup",
-        "CPUs that the control group's quota amounts to, rounded up; 0: no limit.");
   m.def("max_threads", &fastrnn::cpu::max_threads, "Upper bound of a call's threads, 0: none.");
   m.def("check_settings", &fastrnn::cpu::check_settings,
         "Raises ValueError where an environment variable has a value that it cannot have.");
@@ -304,31 +170,16 @@ PYBIND11_MODULE(_C, m) {
         "Bytes of CPU buffers that are kept ready for the next call.");
   m.def("release_kept_buffers", &fastrnn::cpu::release_kept_buffers,
         "Gives the kept CPU buffers back to the system.");
-  m.def("fresh_buffers", &fastrnn::cpu::fresh_buffers,
-        "Number of CPU buffers that were allocated since the process started.");
-  m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
-        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
-        py::arg("threads") = 1, py::arg("training") = false, py::arg("directions") = 1,
-        py::arg("half_weights") = false, py::arg("layers") = 1,
-        "How the CPU would walk a layer of this shape through time (training: its backward pass).");
-  m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("steps"), py::arg("batch"),
-        py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
-        py::arg("dtype") = "float32", py::arg("training") = false, py::arg("directions") = 1,
-        py::arg("tf32") = false, py::arg("schedule") = py::none(),
-        py::arg("capability") = fastrnn::cuda::kH100.major,
-        py::arg("multiprocessors") = fastrnn::cuda::kH100.multiprocessors,
-        py::arg("shared_bytes") = fastrnn::cuda::kH100.shared_bytes,
-        "The same on a GPU, an H100 unless told otherwise; schedule: auto, persistent or stepwise, "
-        "None: what FASTRNN_SCHEDULE says.");
-  m.def("most_threads", &fastrnn::cpu::most_threads,
-        "The most threads of the CPU that calls had together, since this was asked the last time.");
-  m.def("alone_after", &alone_after, py::arg("calls"),
-        "For how many ms a call sends those after it down one thread, if a team's calls took so "
-        "many ms and a rank of it slept so many of them, one call after the other.");
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of float32 multiply-adds on registers, all threads at once.");
-  m.def("cells", &cells, "The registry of cells.");
+  m.def("cells", &cells, "The contract of each cell in the registry.");
+  m.def("weight_slots", &weight_slots, "Names of the weight slots of the operators, by number.");
+  m.def("output_slots", &output_slots,
+        "Names of the results that the argument outputs of an operator asks for, by number.");
   m.def("raise_interruption", &raise_interruption, py::arg("message"),
         "Raises what a signal's handler raised, if the message is that of the call it ended.");
+  define_plans(m);
+  py::module_ testing = m.def_submodule("_testing");
+  define_testing(testing);
   fastrnn::cpu::set_interrupted(interrupted);
 }

@@ -3,13 +3,17 @@
 #include "cpu/api.h"
 #include "cpu/runtime/buffer_cache.h"
 
-#include "torch/arguments.h"
+#include <array>
+#include <cstring>
+
+#include "torch/problems.h"
+#include "torch/schemas.h"
 
 namespace fastrnn {
 namespace {
 
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch_call(torch_parallel_for(0, n, 1, body, context));
+  check_torch(torch_parallel_for(0, n, 1, body, context));
 }
 
 int threads() { return int(torch::stable::get_num_threads()); }
@@ -47,7 +51,8 @@ Tensor for_saved(const std::vector<int64_t>& sizes, ScalarType dtype, const Tens
 }
 
 template <class T>
-void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs, bool half_weights) {
+void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
+         bool half_weights) {
   const Rows rows(x);
   LayerForward<T, T> problems[cpu::kMostDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
@@ -58,37 +63,41 @@ void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs, boo
 }
 
 template <class T>
-void run(const Layer& layer, const BackwardInputs& inputs, const BackwardOutputs& outputs) {
+void run(const LayerArguments& layer, const BackwardInputs& inputs,
+         const BackwardOutputs& outputs) {
   LayerBackward<T, T> problems[cpu::kMostDirections];
   for (int64_t d = 0; d < layer.directions; ++d)
     problems[d] = backward_problem<T, T>(layer, d, inputs, outputs);
   cpu::backward(problems, int(layer.directions), threads(), parallel_for);
 }
 
-FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
-                          std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
-                          StringHandle cell_handle, bool save, bool half_weights) {
+FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
+                              std::vector<Tensor> weights, int64_t slots,
+                              std::optional<Tensor> batch_sizes, StringHandle cell_handle,
+                              int64_t outputs, bool half_weights) {
   return guarded([&] {
-    const std::string cell = take_text(cell_handle);
+    const std::string cell = consume_string(cell_handle);
     const ScalarType compute = accumulate_type(checked_dtype("x", x));
-    const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
+    const LayerArguments layer("x", x, h0, c0, weights, slots, batch_sizes, cell, compute);
     check_input(layer, x);
-    const ForwardOutputs outputs(layer, save, x, for_saved);
-    const Tensor input = layer.widened(x);
-    compute == ScalarType::Double ? run<double>(layer, input, outputs, half_weights)
-                                  : run<float>(layer, input, outputs, half_weights);
-    return outputs.results(layer);
+    const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
+    const Tensor input = layer.to_compute(x);
+    compute == ScalarType::Double ? run<double>(layer, input, results, half_weights)
+                                  : run<float>(layer, input, results, half_weights);
+    return results.tensors(layer);
   });
 }
 
-ThreeTensors layer(Tensor x, Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights,
-                   std::optional<Tensor> batch_sizes, StringHandle cell) {
-  auto [y, h_n, c_n, saved] = layer_forward(x, h0, c0, weights, batch_sizes, cell, false, false);
+ThreeTensors recurrent_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
+                             std::vector<Tensor> weights, int64_t slots,
+                             std::optional<Tensor> batch_sizes, StringHandle cell) {
+  auto [y, h_n, c_n, saved] =
+      recurrent_forward(x, h0, c0, weights, slots, batch_sizes, cell, 0, false);
   return {y, h_n, c_n};
 }
 
 template <class T>
-void run(const std::vector<Layer>& layers, const Tensor& x,
+void run(const std::vector<LayerArguments>& layers, const Tensor& x,
          const std::vector<ForwardOutputs>& outputs) {
   std::vector<LayerForward<T, T>> problems;
   std::vector<Rows> inputs;  // may be copies: they stay until the walk is over
@@ -100,11 +109,11 @@ void run(const std::vector<Layer>& layers, const Tensor& x,
   cpu::forward_stack(problems.data(), int(problems.size()), threads(), parallel_for);
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> stack_forward(
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> recurrent_stack(
     Tensor x, std::vector<Tensor> h0, std::vector<Tensor> c0, std::vector<Tensor> weights,
-    std::optional<Tensor> batch_sizes, StringHandle cell_handle) {
+    int64_t slots, std::optional<Tensor> batch_sizes, StringHandle cell_handle) {
   return guarded([&] {
-    const std::string cell = take_text(cell_handle);
+    const std::string cell = consume_string(cell_handle);
     const ScalarType dtype = checked_dtype("x", x);
     const size_t count = h0.size();
     FASTRNN_CHECK(!is_half(dtype), "x must be float32 or float64, got ",
@@ -115,7 +124,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> stack_forward(
     FASTRNN_CHECK(weights.size() % count == 0, "weights must hold as many tensors for each of the ",
                   count, " layers, got ", weights.size(), ".");
     const size_t each = weights.size() / count;
-    std::vector<Layer> layers;
+    std::vector<LayerArguments> layers;
     std::vector<ForwardOutputs> outputs;
     layers.reserve(count);
     outputs.reserve(count);
@@ -123,7 +132,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> stack_forward(
       const Tensor& input = i == 0 ? x : outputs[i - 1].y;
       layers.emplace_back(
           "x", input, h0[i], c0.empty() ? std::nullopt : std::optional(c0[i]),
-          std::vector<Tensor>(weights.begin() + i * each, weights.begin() + (i + 1) * each),
+          std::vector<Tensor>(weights.begin() + i * each, weights.begin() + (i + 1) * each), slots,
           batch_sizes, cell, dtype);
       FASTRNN_CHECK(layers[i].directions == 1, "h0 must hold states of one direction, got ",
                     layers[i].directions, ".");
@@ -140,57 +149,42 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> stack_forward(
   });
 }
 
-FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
-                           std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
-                           std::vector<Tensor> weights, std::optional<Tensor> batch_sizes, Tensor y,
-                           Tensor saved, StringHandle cell_handle) {
-  return guarded([&] {
-    const std::string cell = take_text(cell_handle);
-    const ScalarType compute = accumulate_type(checked_dtype("y", y));
-    const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, compute);
-    check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
-    const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-    const BackwardOutputs outputs(layer, y, ordinary);
-    compute == ScalarType::Double ? run<double>(layer, inputs, outputs)
-                                  : run<float>(layer, inputs, outputs);
-    return outputs.results(layer);
-  });
-}
-
 // The tensors that the products are written into, in the layer's compute type; empty where they are
-// not needed. Each direction has d_w_ih, d_w_hh, d_b_ih and d_b_hh, biases or not.
+// not asked for. Each direction has d_w_ih, d_w_hh, d_b_ih and d_b_hh, biases or not.
 struct GradientOutputs {
-  static constexpr int64_t kEach = 4;
   Tensor d_x;
   std::vector<Tensor> d_weights;
 
-  GradientOutputs(const Layer& layer, const Tensor& x, const std::vector<Tensor>& weights,
-                  int64_t needs)
-      : d_x(needs & 1 ? ordinary(sizes_of(x), layer.compute, x) : empty({0}, layer.compute, x)) {
-    const int64_t count = int64_t(weights.size()) / layer.directions;
-    const int64_t made = count >= kEach ? kEach : 2;  // never of w_hr
-    d_weights.reserve(layer.directions * kEach);
+  GradientOutputs(const LayerArguments& layer, const Tensor& x, const std::vector<Tensor>& weights,
+                  int64_t slots, int64_t outputs)
+      : d_x(has_slot(outputs, kDX) ? ordinary(sizes_of(x), layer.compute, x)
+                                   : placeholder(layer.compute, x)) {
+    const int64_t count = count_slots(slots);
+    d_weights.reserve(layer.directions * kGradientsPerDirection);
     for (int64_t d = 0; d < layer.directions; ++d) {
-      for (int64_t i = 0; i < kEach; ++i) {
-        const int64_t index = d * count + i;
-        const bool is_needed = i < made && (needs >> (1 + index) & 1);
-        d_weights.push_back(is_needed
-                                ? ordinary(sizes_of(weights[index]), layer.compute, weights[index])
-                                : empty({0}, layer.compute, x));
+      for (int slot = kWIh; slot < kGradientsPerDirection; ++slot) {
+        const int output = kDWIh + int(d) * kGradientsPerDirection + slot;
+        if (has_slot(slots, slot) && has_slot(outputs, output)) {
+          const Tensor& weight = weights[d * count + count_slots(slots, slot)];
+          d_weights.push_back(ordinary(sizes_of(weight), layer.compute, weight));
+        } else {
+          d_weights.push_back(placeholder(layer.compute, x));
+        }
       }
     }
   }
 
-  // Null where it is not needed.
+  // Null where it is not asked for.
   template <class T>
-  T* weight(int64_t d, int64_t i) const {
-    const Tensor& t = d_weights[d * kEach + i];
+  T* weight(int64_t d, WeightSlot slot) const {
+    const Tensor& t = d_weights[d * kGradientsPerDirection + slot];
     return t.dim() == 1 && t.size(0) == 0 ? nullptr : static_cast<T*>(t.data_ptr());
   }
 };
+static_assert(kBHh + 1 == kGradientsPerDirection, "the results follow the weight slots");
 
 template <class T>
-void run(const Layer& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
+void run(const LayerArguments& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
          const GradientOutputs& outputs, bool need_x) {
   if (need_x && layer.hidden_size == 0)  // a product over no units writes nothing
     std::memset(outputs.d_x.data_ptr(), 0, size_t(layer.rows * layer.input_size) * sizeof(T));
@@ -208,15 +202,15 @@ void run(const Layer& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
     problem.d_pre = input_of<T>(d_pre, d);
     problem.d_x = need_x ? static_cast<T*>(outputs.d_x.data_ptr()) : nullptr;
     problem.add_to_x = d > 0;
-    problem.d_w_ih = outputs.weight<T>(d, 0);
-    problem.d_w_hh = outputs.weight<T>(d, 1);
-    problem.d_b_ih = outputs.weight<T>(d, 2);
-    problem.d_b_hh = outputs.weight<T>(d, 3);
+    problem.d_w_ih = outputs.weight<T>(d, kWIh);
+    problem.d_w_hh = outputs.weight<T>(d, kWHh);
+    problem.d_b_ih = outputs.weight<T>(d, kBIh);
+    problem.d_b_hh = outputs.weight<T>(d, kBHh);
   }
   cpu::gradients(problems, int(layer.directions), threads(), parallel_for);
 }
 
-// What layer_gradients returns, of a layer with so many directions.
+// The results of recurrent_gradients, for either number of directions.
 struct Gradients {
   FourTensors first;  // d_x, d_h0, d_c0, d_h_all
   std::vector<Tensor> d_weights;
@@ -225,29 +219,29 @@ struct Gradients {
 Gradients gradients_of(int64_t directions, const std::optional<Tensor>& d_y,
                        const std::optional<Tensor>& d_h_n, const std::optional<Tensor>& d_c_n,
                        const Tensor& x, const Tensor& h0, const std::optional<Tensor>& c0,
-                       const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes,
-                       const Tensor& y, const Tensor& saved, const std::string& cell,
-                       int64_t needs) {
+                       const std::vector<Tensor>& weights, int64_t slots,
+                       const std::optional<Tensor>& batch_sizes, const Tensor& y,
+                       const Tensor& saved, const std::string& cell, int64_t outputs) {
   const ScalarType compute = accumulate_type(checked_dtype("x", x));
-  const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, compute);
+  const LayerArguments layer("x", x, h0, c0, weights, slots, batch_sizes, cell, compute);
   FASTRNN_CHECK(layer.directions == directions, "h0 must hold the states of ", directions,
                 " direction(s), got ", layer.directions, ".");
   check_input(layer, x);
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardOutputs walked(layer, x, ordinary, recycled);
-  GradientOutputs products(layer, x, weights, needs);
-  const Rows x_rows(layer.widened(x));
+  GradientOutputs products(layer, x, weights, slots, outputs);
+  const Rows x_rows(layer.to_compute(x));
   if (compute == ScalarType::Double) {
     run<double>(layer, inputs, walked);
-    run<double>(layer, x_rows, inputs.y, walked.d_pre, products, needs & 1);
+    run<double>(layer, x_rows, inputs.y, walked.d_pre, products, has_slot(outputs, kDX));
   } else {
     run<float>(layer, inputs, walked);
-    run<float>(layer, x_rows, inputs.y, walked.d_pre, products, needs & 1);
+    run<float>(layer, x_rows, inputs.y, walked.d_pre, products, has_slot(outputs, kDX));
   }
-  for (Tensor& d_weight : products.d_weights) d_weight = layer.narrowed(d_weight);
-  auto [d_pre, d_h_all, d_h0, d_c0] = walked.results(layer);
-  return {{layer.narrowed(products.d_x), d_h0, d_c0, d_h_all}, std::move(products.d_weights)};
+  for (Tensor& d_weight : products.d_weights) d_weight = layer.from_compute(d_weight);
+  auto [d_pre, d_h_all, d_h0, d_c0] = walked.tensors(layer);
+  return {{layer.from_compute(products.d_x), d_h0, d_c0, d_h_all}, std::move(products.d_weights)};
 }
 
 using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -258,29 +252,62 @@ FourTensors four(const std::vector<Tensor>& tensors, size_t first) {
   return {tensors[first], tensors[first + 1], tensors[first + 2], tensors[first + 3]};
 }
 
-EightTensors layer_gradients(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
-                             std::optional<Tensor> d_c_n, Tensor x, Tensor h0,
-                             std::optional<Tensor> c0, std::vector<Tensor> weights,
-                             std::optional<Tensor> batch_sizes, Tensor y, Tensor saved,
-                             StringHandle cell_handle, int64_t needs) {
+EightTensors recurrent_gradients(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
+                                 std::optional<Tensor> d_c_n, Tensor x, Tensor h0,
+                                 std::optional<Tensor> c0, std::vector<Tensor> weights,
+                                 int64_t slots, std::optional<Tensor> batch_sizes, Tensor y,
+                                 Tensor saved, StringHandle cell_handle, int64_t outputs) {
   return guarded([&] {
-    const std::string cell = take_text(cell_handle);
-    auto [first, d_weights] =
-        gradients_of(1, d_y, d_h_n, d_c_n, x, h0, c0, weights, batch_sizes, y, saved, cell, needs);
+    const std::string cell = consume_string(cell_handle);
+    auto [first, d_weights] = gradients_of(1, d_y, d_h_n, d_c_n, x, h0, c0, weights, slots,
+                                           batch_sizes, y, saved, cell, outputs);
     return std::tuple_cat(first, four(d_weights, 0));
   });
 }
 
-TwelveTensors bidirectional_gradients(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
-                                      std::optional<Tensor> d_c_n, Tensor x, Tensor h0,
-                                      std::optional<Tensor> c0, std::vector<Tensor> weights,
-                                      std::optional<Tensor> batch_sizes, Tensor y, Tensor saved,
-                                      StringHandle cell_handle, int64_t needs) {
+TwelveTensors recurrent_bidirectional_gradients(
+    std::optional<Tensor> d_y, std::optional<Tensor> d_h_n, std::optional<Tensor> d_c_n, Tensor x,
+    Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights, int64_t slots,
+    std::optional<Tensor> batch_sizes, Tensor y, Tensor saved, StringHandle cell_handle,
+    int64_t outputs) {
   return guarded([&] {
-    const std::string cell = take_text(cell_handle);
-    auto [first, d_weights] =
-        gradients_of(2, d_y, d_h_n, d_c_n, x, h0, c0, weights, batch_sizes, y, saved, cell, needs);
+    const std::string cell = consume_string(cell_handle);
+    auto [first, d_weights] = gradients_of(2, d_y, d_h_n, d_c_n, x, h0, c0, weights, slots,
+                                           batch_sizes, y, saved, cell, outputs);
     return std::tuple_cat(first, four(d_weights, 0), four(d_weights, 4));
+  });
+}
+
+// The slots of a list without them: `fastrnn::layer` has none. By the number of dimensions of the
+// weights, because sizes may be symbols while a stored graph is compiled.
+int64_t slots_of(const std::vector<Tensor>& weights) {
+  const size_t count = weights.size();
+  const bool has_bias = count > 2 && weights[2].dim() == 1;
+  const size_t unprojected = has_bias ? 4 : 2;
+  const bool is_projected = count == unprojected + 1 || count == 2 * (unprojected + 1);
+  FASTRNN_CHECK(is_projected || count == unprojected || count == 2 * unprojected,
+                "weights must hold 2 to 5 tensors per direction, got ", count, ".");
+  int64_t slots = int64_t(1) << kWIh | int64_t(1) << kWHh;
+  if (has_bias) slots |= int64_t(1) << kBIh | int64_t(1) << kBHh;
+  if (is_projected) slots |= int64_t(1) << kWHr;
+  return slots;
+}
+
+// For graphs that were stored before recurrent_layer had its name.
+ThreeTensors stored_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
+                          std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
+                          StringHandle cell) {
+  return guarded([&] {
+    namespace detail = torch::stable::detail;
+    const int64_t slots = slots_of(weights);
+    // the call consumes the arguments, the string among them, and leaves the results
+    std::array<StableIValue, 7> stack{
+        detail::from(x),     detail::from(h0),          detail::from(c0),  detail::from(weights),
+        detail::from(slots), detail::from(batch_sizes), detail::from(cell)};
+    check_torch(
+        torch_call_dispatcher("fastrnn::recurrent_layer", "", stack.data(), TORCH_ABI_VERSION));
+    return ThreeTensors(detail::to<Tensor>(stack[0]), detail::to<Tensor>(stack[1]),
+                        detail::to<Tensor>(stack[2]));
   });
 }
 
@@ -290,17 +317,22 @@ TwelveTensors bidirectional_gradients(std::optional<Tensor> d_y, std::optional<T
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kForwardSchema);
   m.def(fastrnn::kLayerSchema);
+  m.def(fastrnn::kStoredLayerSchema);
   m.def(fastrnn::kBackwardSchema);
   m.def(fastrnn::kGradientsSchema);
-  m.def(fastrnn::kBothGradientsSchema);
+  m.def(fastrnn::kBidirectionalGradientsSchema);
   m.def(fastrnn::kStackSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
-  m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
-  m.impl("layer", TORCH_BOX(&fastrnn::layer));
-  m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
-  m.impl("stack_forward", TORCH_BOX(&fastrnn::stack_forward));
-  m.impl("layer_gradients", TORCH_BOX(&fastrnn::layer_gradients));
-  m.impl("bidirectional_gradients", TORCH_BOX(&fastrnn::bidirectional_gradients));
+  m.impl("recurrent_forward", TORCH_BOX(&fastrnn::recurrent_forward));
+  m.impl("recurrent_layer", TORCH_BOX(&fastrnn::recurrent_layer));
+  m.impl("recurrent_stack", TORCH_BOX(&fastrnn::recurrent_stack));
+  m.impl("recurrent_gradients", TORCH_BOX(&fastrnn::recurrent_gradients));
+  m.impl("recurrent_bidirectional_gradients",
+         TORCH_BOX(&fastrnn::recurrent_bidirectional_gradients));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeImplicitAutograd, m) {
+  m.impl("layer", TORCH_BOX(&fastrnn::stored_layer));
 }

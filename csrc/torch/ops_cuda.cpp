@@ -6,7 +6,7 @@
 
 #include <atomic>
 
-#include "torch/arguments.h"
+#include "torch/problems.h"
 
 namespace fastrnn {
 namespace {
@@ -39,12 +39,12 @@ DeviceGuard on_device_of(const char* name, const Tensor& t) {
 // The kernels of one call, for all directions. Their memory goes back to torch's allocator, which
 // hands it out again in the order of the stream, so nothing has to wait.
 template <class S, class Problem>
-void run_kernels(const Layer& layer, const Problem* problems, const Tensor& like) {
+void run_kernels(const LayerArguments& layer, const Problem* problems, const Tensor& like) {
   cuda::Context context{};
-  torch_call(aoti_torch_get_current_cuda_stream(layer.place.index, &context.stream));
+  check_torch(aoti_torch_get_current_cuda_stream(layer.place.index, &context.stream));
   context.tf32 = layer.dtype == ScalarType::Float && is_tf32_allowed();
   // The handle of the current device and stream.
-  torch_call(torch_get_current_cuda_blas_handle(&context.blas));
+  check_torch(torch_get_current_cuda_blas_handle(&context.blas));
   const int directions = int(layer.directions);
   const cuda::Plan plan = cuda::plan<S>(problems, directions, context);
   const int64_t bytes = int64_t(cuda::workspace_bytes<S>(problems, directions, plan));
@@ -53,7 +53,7 @@ void run_kernels(const Layer& layer, const Problem* problems, const Tensor& like
 }
 
 template <class S>
-void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs) {
+void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs) {
   const Rows rows(x);
   cuda::Forward<S> problems[2]{};
   for (int64_t d = 0; d < layer.directions; ++d)
@@ -62,7 +62,8 @@ void run(const Layer& layer, const Tensor& x, const ForwardOutputs& outputs) {
 }
 
 template <class S>
-void run(const Layer& layer, const BackwardInputs& inputs, const BackwardOutputs& outputs) {
+void run(const LayerArguments& layer, const BackwardInputs& inputs,
+         const BackwardOutputs& outputs) {
   cuda::Backward<S> problems[2]{};
   for (int64_t d = 0; d < layer.directions; ++d)
     problems[d] = backward_problem<S, cuda::Accumulate<S>>(layer, d, inputs, outputs);
@@ -83,40 +84,46 @@ void run_in(ScalarType dtype, const Arguments&... arguments) {
   }
 }
 
-FourTensors layer_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
-                          std::vector<Tensor> weights, std::optional<Tensor> batch_sizes,
-                          StringHandle cell_handle, bool save, bool half_weights) {
+FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
+                              std::vector<Tensor> weights, int64_t slots,
+                              std::optional<Tensor> batch_sizes, StringHandle cell_handle,
+                              int64_t outputs, bool half_weights) {
   return guarded([&] {
-    const std::string cell = take_text(cell_handle);
+    const std::string cell = consume_string(cell_handle);
     const DeviceGuard guard = on_device_of("x", x);
     FASTRNN_CHECK(!half_weights, "half_weights is for the CPU, got tensors on a CUDA device.");
-    const Layer layer("x", x, h0, c0, weights, batch_sizes, cell, checked_dtype("x", x));
+    const LayerArguments layer("x", x, h0, c0, weights, slots, batch_sizes, cell,
+                               checked_dtype("x", x));
     check_input(layer, x);
-    const ForwardOutputs outputs(layer, save, x);
-    run_in(layer.dtype, layer, x, outputs);
-    return outputs.results(layer);
+    const ForwardOutputs results(layer, has_slot(outputs, kSaved), x);
+    run_in(layer.dtype, layer, x, results);
+    return results.tensors(layer);
   });
 }
 
-ThreeTensors layer(Tensor x, Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights,
-                   std::optional<Tensor> batch_sizes, StringHandle cell) {
-  auto [y, h_n, c_n, saved] = layer_forward(x, h0, c0, weights, batch_sizes, cell, false, false);
+ThreeTensors recurrent_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
+                             std::vector<Tensor> weights, int64_t slots,
+                             std::optional<Tensor> batch_sizes, StringHandle cell) {
+  auto [y, h_n, c_n, saved] =
+      recurrent_forward(x, h0, c0, weights, slots, batch_sizes, cell, 0, false);
   return {y, h_n, c_n};
 }
 
-FourTensors layer_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
-                           std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
-                           std::vector<Tensor> weights, std::optional<Tensor> batch_sizes, Tensor y,
-                           Tensor saved, StringHandle cell_handle) {
+FourTensors recurrent_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
+                               std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
+                               std::vector<Tensor> weights, int64_t slots,
+                               std::optional<Tensor> batch_sizes, Tensor y, Tensor saved,
+                               StringHandle cell_handle) {
   return guarded([&] {
-    const std::string cell = take_text(cell_handle);
+    const std::string cell = consume_string(cell_handle);
     const DeviceGuard guard = on_device_of("y", y);
-    const Layer layer("y", y, h0, c0, weights, batch_sizes, cell, checked_dtype("y", y));
+    const LayerArguments layer("y", y, h0, c0, weights, slots, batch_sizes, cell,
+                               checked_dtype("y", y));
     check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
     const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
     const BackwardOutputs outputs(layer, y);
     run_in(layer.dtype, layer, inputs, outputs);
-    return outputs.results(layer);
+    return outputs.tensors(layer);
   });
 }
 
@@ -129,7 +136,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
-  m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
-  m.impl("layer", TORCH_BOX(&fastrnn::layer));
-  m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
+  m.impl("recurrent_forward", TORCH_BOX(&fastrnn::recurrent_forward));
+  m.impl("recurrent_layer", TORCH_BOX(&fastrnn::recurrent_layer));
+  m.impl("recurrent_backward", TORCH_BOX(&fastrnn::recurrent_backward));
 }

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import weakref
 from operator import is_
+from types import NoneType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import checks, functional, ops
+from fastrnn import checks
+from fastrnn.backends import torch_step
+from fastrnn.engine import choose
+from fastrnn.engine.run import run
+from fastrnn.layer_call import DEFAULTS, LayerCall, Options
 from fastrnn.modules.quantization_warning import warn_if_left_float
-from fastrnn.spec import BY_MODE
-from fastrnn.tracing import check_scriptable, is_tracing, leaf_call, unrecorded
+from fastrnn.ops import HALF, check_is_refusal, forward_op
+from fastrnn.spec import BIASES, BY_MODE, MATRICES, PROJECTION, Weights, slots_of_names
+from fastrnn.tracing import check_scriptable, is_tracing, leaf_call, without_tracing
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
 Hidden = Any
@@ -61,15 +67,15 @@ class RecurrentBase(nn.RNNBase):
     @property
     @torch.jit.unused
     def weight_dtype(self) -> torch.dtype | None:
-        """How the CPU's kernels may hold w_hh: None or ``torch.float16``; may be set at any time.
+        """The dtype in which the CPU may hold w_hh: None or ``torch.float16``; can be set later.
 
-        See `fastrnn.functional.check_weight_dtype` for when it acts and what it costs.
+        docs/float16_weights.md tells when it acts and what it costs.
         """
         return self._weight_dtype
 
     @weight_dtype.setter
     def weight_dtype(self, weight_dtype: torch.dtype | None) -> None:
-        if functional.check_weight_dtype(weight_dtype) is None:
+        if checks.check_weight_dtype(weight_dtype) is None:
             self.__dict__.pop("_weight_dtype", None)
         else:
             self._weight_dtype = weight_dtype
@@ -142,7 +148,7 @@ class RecurrentBase(nn.RNNBase):
             self._flat_weights = weights
             self._refer_to_flat_weights()
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self) -> Weights:
         """The weights to compute with.
 
         Compiled code looks them up each time: `_flat_weights` is for eager code, and keeping it
@@ -153,11 +159,12 @@ class RecurrentBase(nn.RNNBase):
         else:
             self._update_flat_weights()
             weights = self._flat_weights
-        if any(w is None for w in weights):
-            return self._without_none(weights)
-        return weights  # type: ignore[return-value]
+        slots = slots_of_names(self._flat_weights_names)
+        if NoneType in map(type, weights):
+            return self._without_none(weights, slots)
+        return Weights(weights, slots)  # type: ignore[arg-type]
 
-    def _without_none(self, weights: list[Tensor | None]) -> list[Tensor]:
+    def _without_none(self, weights: list[Tensor | None], slots: int) -> Weights:
         """The weights with zeros for biases that are None, or without biases if all are None."""
         names = self._flat_weights_names
         is_bias = [name.startswith("bias") for name in names]
@@ -165,16 +172,17 @@ class RecurrentBase(nn.RNNBase):
             if weight is None and not bias:
                 raise RuntimeError(f"{type(self).__name__}: {name} must be a tensor, got None.")
         if all(weight is None for bias, weight in zip(is_bias, weights, strict=True) if bias):
-            return [weight for weight in weights if weight is not None]
+            return Weights([weight for weight in weights if weight is not None], slots & ~BIASES)
         # a bias has a value for each row of its direction's w_hh
         rows = {n: w.shape[0] for n, w in zip(names, weights, strict=True) if w is not None}
         first: Any = weights[0]
-        return [
+        flat = [
             first.new_zeros(rows["weight_hh" + name[len("bias_hh") :]])
             if weight is None
             else weight
             for name, weight in zip(names, weights, strict=True)
         ]
+        return Weights(flat, slots)
 
     def _refer_to_flat_weights(self) -> None:
         weights: list[Any] = self._flat_weights
@@ -207,77 +215,98 @@ class RecurrentBase(nn.RNNBase):
         return hx.unsqueeze(1)
 
     def _compute(
-        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: list[Tensor]
+        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Hidden]:
-        output, h_n, _ = functional.run(
-            BY_MODE[self.mode],
-            input,
-            batch_sizes,
-            hx,
-            None,
-            weights,
-            self.num_layers,
-            # not even looked at in vain: a float is an input of compiled code
-            self.dropout if self.num_layers > 1 and self.training else 0.0,
+        spec = BY_MODE[self.mode]
+        h0, c0 = self._states(hx) if spec.has_cell_state else (hx, None)
+        options = DEFAULTS
+        if self.num_layers > 1 or self._weight_dtype is not None:
+            options = Options(
+                self.num_layers,
+                # not read unless needed: Dynamo would make a float an input of compiled code
+                self.dropout if self.num_layers > 1 and self.training else 0.0,
+                self._weight_dtype is not None,
+            )
+        output, h_n, c_n = run(
+            LayerCall(spec, input, batch_sizes, h0, c0, weights, options),
             self.batch_first and batch_sizes is None,
-            self._weight_dtype is not None,
         )
-        return output, h_n
+        return output, h_n if c0 is None else (h_n, c_n)
 
     def _states(self, hx: Hidden) -> tuple[Tensor, Tensor | None]:
         """h and c, or h and None."""
         return hx, None
 
     def _run_quickly(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden] | None:
-        """One layer without a gradient, in as few steps as can be, or None if it is not as simple.
+        """Fast path: one layer by the kernels, without autograd. None where it does not apply.
 
-        The way to the kernel costs more than a small layer itself. The operator checks all that
-        must be right, but in words of its own: what it refuses, `_run` refuses in torch's.
+        The general path to the kernel costs more than a small layer itself. The operator checks the
+        arguments, with messages of its own; `_run` then takes the general path, which serves them
+        or raises an error in torch's words.
         """
-        weights = self._flat_weights
+        weights, names = self._flat_weights, self._flat_weights_names
         if not (
-            ops.is_plain()  # first: compiled code should not depend on the rest
+            choose.may_run_quickly()  # first: compiled code should not depend on the rest
             and type(input) is Tensor
             and self.num_layers == 1
             and self._weight_dtype is None
             and input.dim() == 3
             and not input.is_meta  # of which the operator checks no sizes
-            and all(map(is_, map(self._parameters.get, self._flat_weights_names), weights))
+            and all(map(is_, map(self._parameters.get, names), weights))
         ):
             return None
-        if self.batch_first:
+        batch_first = self.batch_first
+        if batch_first:
             input = input.transpose(0, 1)
         steps, batch, _ = input.shape
+        spec = BY_MODE[self.mode]
         if steps == 0 or (
             steps == 1
-            and input.dtype in ops.HALF
-            and functional.torch_computes_half_step(BY_MODE[self.mode], batch, weights)  # type: ignore[arg-type]
+            and input.dtype in HALF
+            and torch_step.is_faster_in_half(spec, batch, weights)
         ):
             return None
-        if hx is None:
-            hx = self._zero_states(input, batch)
-        try:
+        if hx is not None:
             h0, c0 = self._states(hx)
-            y, h_n, c_n, _ = ops.forward(
-                input, h0, c0, weights, None, BY_MODE[self.mode].name, False
-            )
-        except Exception as error:  # whatever it is, the long way meets it as well
-            ops.raise_interruption(error)  # but for this
-            return None
-        return y.transpose(0, 1) if self.batch_first else y, h_n if c0 is None else (h_n, c_n)
+        elif spec.has_cell_state:
+            h0, c0 = self._zero_states(input, batch)
+        else:
+            h0, c0 = self._zero_states(input, batch), None
+        # the operator rejects attributes that no longer fit the weights
+        slots = MATRICES | BIASES if self.bias else MATRICES
+        if self.proj_size:
+            slots |= PROJECTION
+        y, h_n, c_n, _ = forward_op(
+            input,
+            h0,
+            c0,
+            weights,
+            slots,
+            None,
+            spec.name,
+            spec.inference_outputs,
+        )
+        return y.transpose(0, 1) if batch_first else y, h_n if c0 is None else (h_n, c_n)
 
     def _run(
         self, input: Tensor | PackedSequence, hx: Hidden
     ) -> tuple[Tensor | PackedSequence, Hidden]:
+        refusal = None
         try:
-            quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
-            if quick is not None:
-                return quick
+            try:
+                quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
+                if quick is not None:
+                    return quick
+            except Exception as error:
+                check_is_refusal(error)
+                refusal = error
             node = leaf_call(self, input, hx)
             if node is not None:
                 return node  # type: ignore[no-any-return]
             return self._run_slowly(input, hx)
-        except Exception:
+        except Exception as error:
+            if refusal is not None:
+                error.__cause__ = refusal
             checks.explain_layer(self, input, hx)
             raise
 
@@ -299,7 +328,7 @@ class RecurrentBase(nn.RNNBase):
             hx = self._zero_states(input, input.shape[batch_dim])
         else:
             hx = self._add_batch(hx, is_batched)
-        unrecorded(self.check_forward_args, input, hx, None)
+        without_tracing(self.check_forward_args, input, hx, None)
         output, hidden = self._compute(input, hx, None, weights)
         if is_batched:
             return output, hidden
@@ -309,7 +338,7 @@ class RecurrentBase(nn.RNNBase):
         return output, tuple([state.squeeze(1) for state in hidden])
 
     def _run_packed(
-        self, packed: PackedSequence, hx: Hidden, weights: list[Tensor]
+        self, packed: PackedSequence, hx: Hidden, weights: Weights
     ) -> tuple[PackedSequence, Hidden]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         for indices in (sorted_indices, unsorted_indices):
@@ -331,7 +360,7 @@ class RecurrentBase(nn.RNNBase):
         if is_compiling:
             self._check_packed_by_shapes(data, hx, batch_sizes)
         else:
-            unrecorded(self.check_forward_args, data, hx, batch_sizes)
+            without_tracing(self.check_forward_args, data, hx, batch_sizes)
         output, hidden = self._compute(data, hx, batch_sizes, weights)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden(hidden, unsorted_indices)

@@ -6,14 +6,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._jit_internal import is_scripting
 
-from fastrnn import checks, functional
+from fastrnn import checks
+from fastrnn._torch_internals import is_scripting
+from fastrnn.engine.run import run_step
 from fastrnn.modules.quantization_warning import warn_if_left_float
-from fastrnn.spec import CELLS, CellSpec
+from fastrnn.modules.scripted import script_slots
+from fastrnn.spec import CELLS, MATRICES, CellSpec, Weights, slots_of
 from fastrnn.tracing import check_scriptable, leaf_call
 
 _Device = torch.device | str | int | None
+
+_ALL = slots_of(has_biases=True, has_projection=False)
 
 
 class CellBase(nn.RNNCellBase):
@@ -41,8 +45,8 @@ class CellBase(nn.RNNCellBase):
         check_scriptable(self, names)
         return self
 
-    def _weights(self) -> list[Tensor]:
-        """The weights to compute with: two, or four with a bias; a single bias gets a zero one."""
+    def _weights(self) -> Weights:
+        """The weights to compute with; zeros for a single bias that is None."""
         parameters = self._parameters
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = []
@@ -51,11 +55,11 @@ class CellBase(nn.RNNCellBase):
             weight = parameters[name] if name in parameters else getattr(self, name)
             if weight is not None:
                 weights.append(weight)
-        if len(weights) == 4 or not self.bias:
-            return weights
+        if len(weights) == len(names):
+            return Weights(weights, _ALL)
         return self._without_none()
 
-    def _without_none(self) -> list[Tensor]:
+    def _without_none(self) -> Weights:
         """The weights with zeros for one bias that is None, or without biases if both are."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         w_ih, w_hh, b_ih, b_hh = [getattr(self, name) for name in names]
@@ -63,9 +67,10 @@ class CellBase(nn.RNNCellBase):
             if weight is None:
                 raise RuntimeError(f"{self._label}: {name} must be a tensor, got None.")
         if b_ih is None and b_hh is None:
-            return [w_ih, w_hh]
+            return Weights([w_ih, w_hh], MATRICES)
         zeros = w_hh.new_zeros(w_hh.shape[0])
-        return [w_ih, w_hh, zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh]
+        biases = [zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh]
+        return Weights([w_ih, w_hh, *biases], _ALL)
 
     def _check_dims(self, input: Tensor) -> bool:
         """Whether the input is batched; raises unless it is 1-D or 2-D."""
@@ -77,9 +82,9 @@ class CellBase(nn.RNNCellBase):
     def _zeros(self, input: Tensor) -> Tensor:
         return input.new_zeros(input.shape[0], self.hidden_size)
 
-    def _check_meta(self, input: Tensor, weights: list[Tensor]) -> None:
+    def _check_meta(self, input: Tensor, *matrices: Tensor) -> None:
         """Raises where torch's step would multiply a weight that has no memory."""
-        for weight in weights[:2]:
+        for weight in matrices:
             if weight.is_meta and not input.is_meta:
                 raise RuntimeError(checks.at_different_devices(input, weight, "parameter"))
 
@@ -90,7 +95,8 @@ class CellBase(nn.RNNCellBase):
         weights = [self.weight_ih, self.weight_hh]
         if self.bias:
             weights.extend([self.bias_ih, self.bias_hh])
-        _, h_n, c_n = torch.ops.fastrnn.layer(input, h, c, weights, None, cell)
+        slots = script_slots(self.bias, False)
+        _, h_n, c_n = torch.ops.fastrnn.recurrent_layer(input, h, c, weights, slots, None, cell)
         return h_n, c_n
 
     def _script_one_state(self, cell: str, input: Tensor, hx: Tensor | None) -> Tensor:
@@ -119,9 +125,10 @@ class CellBase(nn.RNNCellBase):
             elif not is_batched:
                 hx = hx.unsqueeze(0)
             weights = self._weights()
-            if weights[0].is_meta or weights[1].is_meta:
-                self._check_meta(input, weights)
-            h, _ = functional.run_cell(spec, input, hx, None, weights)
+            w_ih, w_hh, *_ = weights.flat
+            if w_ih.is_meta or w_hh.is_meta:
+                self._check_meta(input, w_ih, w_hh)
+            h, _ = run_step(spec, input, hx, None, weights)
             return h if is_batched else h.squeeze(0)
         except Exception:
             checks.explain_cell(self, input, hx)
@@ -277,7 +284,7 @@ class LSTMCell(CellBase):
                 h, c = hx
             else:
                 h, c = hx[0].unsqueeze(0), hx[1].unsqueeze(0)
-            h, c_next = functional.run_cell(CELLS["lstm"], x, h, c, self._weights())
+            h, c_next = run_step(CELLS["lstm"], x, h, c, self._weights())
             assert c_next is not None
             return (h, c_next) if is_batched else (h.squeeze(0), c_next.squeeze(0))
         except Exception:

@@ -4,13 +4,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch._jit_internal import _overload_method, is_scripting
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional
+from fastrnn._torch_internals import is_scripting, overload_method
 from fastrnn.modules.base import Hidden
 from fastrnn.modules.scripted import OneState, TwoStates
-from fastrnn.spec import CELLS
 
 _Device = torch.device | str | int | None
 
@@ -40,7 +38,7 @@ class RNN(OneState):
     Args:
         input_size: I, features of each input step.
         hidden_size: H, features of the hidden state.
-        num_layers: L, layers stacked upon one another. Default: 1
+        num_layers: L, number of stacked layers. Default: 1
         nonlinearity: f, one of ``'tanh'``, ``'relu'``, ``'sigmoid'``. Default: ``'tanh'``
         bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
         batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
@@ -48,7 +46,7 @@ class RNN(OneState):
         bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
-            speed, by `fastrnn.functional.check_weight_dtype`'s rules. Default: ``None``
+            speed, see docs/float16_weights.md. Default: ``None``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -109,10 +107,10 @@ class RNN(OneState):
             self.mode = "RNN_SIGMOID"
 
     @overload
-    @_overload_method
+    @overload_method
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
     @overload
-    @_overload_method
+    @overload_method
     def forward(
         self, input: PackedSequence, hx: Tensor | None = None
     ) -> tuple[PackedSequence, Tensor]: ...
@@ -144,7 +142,7 @@ class LSTM(TwoStates):
     Args:
         input_size: I, features of each input step.
         hidden_size: H, features of the cell state.
-        num_layers: L, layers stacked upon one another. Default: 1
+        num_layers: L, number of stacked layers. Default: 1
         bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
         batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
         dropout: probability of zeroing an output between two layers in training. Default: 0
@@ -152,7 +150,7 @@ class LSTM(TwoStates):
         proj_size: P, features of the projected hidden state; 0 for no projection. Default: 0
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
-            speed, by `fastrnn.functional.check_weight_dtype`'s rules. Default: ``None``
+            speed, see docs/float16_weights.md. Default: ``None``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -259,31 +257,13 @@ class LSTM(TwoStates):
             )
         return h.unsqueeze(1), c.unsqueeze(1)
 
-    def _compute(
-        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: list[Tensor]
-    ) -> tuple[Tensor, Hidden]:
-        h0, c0 = self._states(hx)
-        output, h_n, c_n = functional.run(
-            CELLS["lstm"],
-            input,
-            batch_sizes,
-            h0,
-            c0,
-            weights,
-            self.num_layers,
-            self.dropout if self.num_layers > 1 and self.training else 0.0,
-            self.batch_first and batch_sizes is None,
-            self._weight_dtype is not None,
-        )
-        return output, (h_n, c_n)
-
     @overload
-    @_overload_method
+    @overload_method
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
     @overload
-    @_overload_method
+    @overload_method
     def forward(
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
@@ -313,14 +293,14 @@ class GRU(OneState):
     Args:
         input_size: I, features of each input step.
         hidden_size: H, features of the hidden state.
-        num_layers: L, layers stacked upon one another. Default: 1
+        num_layers: L, number of stacked layers. Default: 1
         bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
         batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
         dropout: probability of zeroing an output between two layers in training. Default: 0
         bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
-            speed, by `fastrnn.functional.check_weight_dtype`'s rules. Default: ``None``
+            speed, see docs/float16_weights.md. Default: ``None``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -363,10 +343,10 @@ class GRU(OneState):
         super().__init__("GRU", *_without_projection(args, kwargs), **kwargs)
 
     @overload
-    @_overload_method
+    @overload_method
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
     @overload
-    @_overload_method
+    @overload_method
     def forward(
         self, input: PackedSequence, hx: Tensor | None = None
     ) -> tuple[PackedSequence, Tensor]: ...

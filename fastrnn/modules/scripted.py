@@ -2,8 +2,8 @@
 
 `forward` of a module is two things: called from Python it is `RecurrentBase._run`; compiled it is
 ``_script_padded`` or ``_script_packed`` below, in which every value has one type. Both compute with
-the same kernels; compiled it is the operator ``fastrnn::layer``, which finds out for itself whether
-a gradient is wanted. ``weight_dtype`` does not act there.
+the same kernels; compiled it is the operator ``fastrnn::recurrent_layer``, which decides whether a
+gradient is recorded. ``weight_dtype`` does not act there.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn.modules.base import RecurrentBase
 
 
+def script_slots(has_biases: bool, has_projection: bool) -> int:
+    """`fastrnn.spec.slots_of`, whose constants the compiler cannot read."""
+    return 3 + (12 if has_biases else 0) + (16 if has_projection else 0)
+
+
 def run_layers(
     x: Tensor,
     batch_sizes: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     weights: list[Tensor],
+    slots: int,
     cell: str,
     num_layers: int,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack of layers: as `fastrnn.reference.forward`, with an empty c_n for "None"."""
+    """A stack of layers: as `fastrnn.engine.run.run_stack`, with an empty c_n for "None"."""
     count = len(weights) // num_layers
     directions = h0.size(0) // num_layers
     h_n: list[Tensor] = []
@@ -34,11 +40,12 @@ def run_layers(
         if index > 0 and dropout > 0.0:
             x = torch.dropout(x, dropout, True)
         first = index * directions
-        x, h, c = torch.ops.fastrnn.layer(
+        x, h, c = torch.ops.fastrnn.recurrent_layer(
             x,
             h0[first : first + directions],
             None if c0 is None else c0[first : first + directions],
             weights[index * count : (index + 1) * count],
+            slots,
             batch_sizes,
             cell,
         )
@@ -60,6 +67,7 @@ class Scriptable(RecurrentBase):
             h0,
             c0,
             self._flat_weights,  # type: ignore[arg-type]
+            script_slots(self.bias, self.proj_size > 0),
             self.mode.lower(),
             self.num_layers,
             self.dropout if self.training else 0.0,

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build, exact_call, make_step, run_python
+from support import CELLS, build, exact_call, layer_call, make_step, run_python
 from tolerance import assert_agrees
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
-from fastrnn import onnx_nodes
+from fastrnn.backends import onnx_node
 from fastrnn.spec import CELLS as CELL_SPECS
 
 LAYERS = [
@@ -109,7 +109,7 @@ class TestExport:
     ) -> None:
         model = Model(build(cell, 3, 4, **options))
         program = exported(model, states)
-        assert targets(program)["fastrnn.layer.default"] == model.layer.num_layers
+        assert targets(program)["fastrnn.recurrent_layer.default"] == model.layer.num_layers
         for steps, batch in SIZES:
             args = inputs(model.layer, steps, batch, states)
             assert_agrees(program.module()(*args), model(*args), exact_call(model, *args))
@@ -147,13 +147,13 @@ class TestExport:
     def test_decompositions_keep_the_kernel(self) -> None:
         with torch.no_grad():
             program = exported(Model(build("lstm", 3, 4)), False).run_decompositions()
-        assert targets(program)["fastrnn.layer.default"] == 1
+        assert targets(program)["fastrnn.recurrent_layer.default"] == 1
 
     @pytest.mark.parametrize("cell", CELLS)
     def test_steps(self, cell: str) -> None:
         model = Steps(make_step(cell, 3, 4))
         program = torch.export.export(model, (torch.randn(3, 3),), dynamic_shapes=({0: B},))
-        assert targets(program)["fastrnn.layer.default"] == 2
+        assert targets(program)["fastrnn.recurrent_layer.default"] == 2
         for batch in (1, 5):
             x = torch.randn(batch, 3)
             assert_agrees(program.module()(x), model(x), exact_call(model, x))
@@ -342,4 +342,6 @@ class TestOnnx:
         x, h0, c0 = inputs(layer, 4, 3, True)
         batch_sizes = torch.tensor([2, 1, 1]) if packed else None
         with pytest.raises(RuntimeError, match=message):
-            onnx_nodes.layer(x, h0, c0, layer._flat_weights, batch_sizes, CELL_SPECS["lstm"])
+            onnx_node.run(
+                layer_call(x, h0, c0, layer._flat_weights, batch_sizes, CELL_SPECS["lstm"])
+            )

@@ -279,7 +279,7 @@ class TestTrace:
             for steps in (4, 40)
         ]
         assert kinds[0] == kinds[1]
-        assert kinds[0].count("fastrnn::layer") == 3
+        assert kinds[0].count("fastrnn::recurrent_layer") == 3
 
 
 def test_fresh_process(tmp_path: Path) -> None:

@@ -1,31 +1,55 @@
-"""The reference against torch.nn in float64, and the table of cells against the kernels."""
+"""The reference against torch.nn in float64, and the tables of cells and slots."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support import CELLS, TORCH_CELLS, build, pack, random, reference_math, run, torch_twin
+from support import (
+    CELLS,
+    TORCH_CELLS,
+    build,
+    by_reference,
+    pack,
+    random,
+    reference_math,
+    run,
+    torch_twin,
+)
 from tolerance import assert_same_in_double
 
-from fastrnn import _C, reference
-from fastrnn.spec import BY_MODE, split_weights
+from fastrnn import _C
+from fastrnn.modules.scripted import script_slots
+from fastrnn.spec import (
+    BY_MODE,
+    FORWARD_OUTPUTS,
+    GRADIENT_OUTPUTS,
+    WEIGHT_SLOTS,
+    Weights,
+    present,
+    slots_of,
+    slots_of_names,
+)
 from fastrnn.spec import CELLS as SPECS
 
 F64 = torch.float64
 
 
-def test_specs_match_the_kernels() -> None:
-    kernels = _C.cells()
-    assert kernels.keys() == SPECS.keys()
-    for name, spec in SPECS.items():
-        assert kernels[name] == {
-            "gates": spec.gates,
-            "pre": spec.pre,
-            "saved": spec.saved,
-            "states": spec.states,
-            "pre_x": list(spec.pre_x),
-            "pre_h": list(spec.pre_h),
-        }
+def test_every_cell_of_the_kernels_has_its_facts() -> None:
+    assert list(SPECS) == list(_C.cells()) == list(CELLS)
+
+
+def test_slots_match_the_operators() -> None:
+    assert list(WEIGHT_SLOTS) == _C.weight_slots()
+    assert _C.output_slots() == {
+        "recurrent_forward": list(FORWARD_OUTPUTS),
+        "recurrent_gradients": list(GRADIENT_OUTPUTS),
+    }
+    for operator, names in _C.output_slots().items():
+        schema = getattr(torch.ops.fastrnn, operator).default._schema
+        assert [result.name for result in schema.returns] == names
+    both = torch.ops.fastrnn.recurrent_bidirectional_gradients.default._schema.returns
+    second = [f"{name}_reverse" for name in GRADIENT_OUTPUTS[4:]]
+    assert [result.name for result in both] == [*GRADIENT_OUTPUTS, *second]
 
 
 def test_modes_match_the_modules() -> None:
@@ -33,20 +57,26 @@ def test_modes_match_the_modules() -> None:
         assert BY_MODE[build(cell, 2, 3).mode].name == cell
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_split_weights_names_each_tensor(count: int) -> None:
+@pytest.mark.parametrize("slots", [0b00011, 0b10011, 0b01111, 0b11111])
+def test_weights_have_their_names(slots: int) -> None:
+    expected = [name for i, name in enumerate(WEIGHT_SLOTS) if slots >> i & 1]
+    count = len(expected)
     weights = [torch.tensor(float(i)) for i in range(2 * count)]
-    first, second = split_weights(weights, 2)
-    expected = {
-        2: "w_ih w_hh",
-        3: "w_ih w_hh w_hr",
-        4: "w_ih w_hh b_ih b_hh",
-        5: "w_ih w_hh b_ih b_hh w_hr",
-    }[count].split()
+    first, second = Weights(weights, slots).directions()
     for direction, start in ((first, 0), (second, count)):
         present = [(n, v) for n, v in direction._asdict().items() if v is not None]
         assert [name for name, _ in present] == expected
         assert [int(value) for _, value in present] == list(range(start, start + count))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("proj_size", [0, 2])
+def test_slots_of_modules_and_of_scripts(bias: bool, proj_size: int) -> None:
+    module = build("lstm", 3, 4, 2, bias=bias, proj_size=proj_size, bidirectional=True)
+    expected = slots_of(bias, proj_size > 0)
+    assert slots_of_names(module._flat_weights_names) == expected
+    assert script_slots(bias, proj_size > 0) == expected
+    assert len(list(module.parameters())) == 4 * len(present(expected))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +121,7 @@ def test_sigmoid_matches_a_hand_calculation() -> None:
     """Checks h' = 1 / (1 + exp(-(w x + u h + b + d))) with fixed numbers."""
     one = torch.ones((), dtype=F64)
     w, u, b, d, x, h = (one * v for v in (0.5, -2.0, 0.25, 0.5, 3.0, 0.75))
-    y, h_n, c_n = reference.layer(
+    y, h_n, c_n = by_reference(
         x.view(1, 1, 1),
         h.view(1, 1, 1),
         None,

@@ -21,19 +21,22 @@ from support import (
     CELLS,
     DTYPES,
     build,
+    by_kernels,
+    by_reference,
     check,
     exact_call,
     exact_run,
     pack,
     random,
     run,
+    slots_by_count,
     torch_twin,
 )
 from tolerance import Change, assert_agrees, assert_is_between, error
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn import _library, ops, reference
+from fastrnn import _library
 from fastrnn.spec import CELLS as SPECS
 
 pytestmark = [
@@ -222,11 +225,11 @@ def test_schedules_agree_on_many_steps(
     with torch.no_grad():
         for name in SCHEDULES:
             monkeypatch.setenv("FASTRNN_SCHEDULE", name)
-            found[name], *_ = ops.layer(x, h0, c0, weights, sizes, spec)
+            found[name], *_ = by_kernels(x, h0, c0, weights, sizes, spec)
 
         def exact(change: Change) -> Tensor:
             wide = [t if t is None else change(t) for t in (x, h0, c0)]
-            return ops.layer(*wide, [change(w) for w in weights], sizes, spec)[0]
+            return by_kernels(*wide, [change(w) for w in weights], sizes, spec)[0]
 
         assert_agrees(found["persistent"], found["stepwise"], exact)
 
@@ -237,7 +240,7 @@ def first(module: nn.Module, x: Tensor) -> Tensor:
 
 def gradients(args: tuple[Any, ...]) -> list[Tensor]:
     x, h0, c0, weights, *_ = args
-    y, h_n, c_n = ops.layer(*args)
+    y, h_n, c_n = by_kernels(*args)
     outputs = [y, h_n] if c_n is None else [y, h_n, c_n]
     leaves = [x, h0, *([] if c0 is None else [c0]), *weights]
     return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
@@ -305,15 +308,15 @@ def test_graph_of_forward_replays_with_new_input(cell: str) -> None:
     args = arguments(cell, 9, 4, 32)
     static = args[0].detach().clone()
     with torch.no_grad():
-        ops.layer(static, *args[1:])
+        by_kernels(static, *args[1:])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = ops.layer(static, *args[1:])
+            captured = by_kernels(static, *args[1:])
         for seed in (21, 22):
             x = make(*static.shape, dtype=static.dtype, seed=seed).detach()
             static.copy_(x)
             graph.replay()
-            expected = ops.layer(x, *args[1:])
+            expected = by_kernels(x, *args[1:])
             for a, b in zip(captured, expected, strict=True):
                 assert a is b is None or torch.equal(a, b)
 
@@ -465,7 +468,7 @@ def test_unknown_schedule_is_rejected(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("FASTRNN_SCHEDULE", name)
     message = "fastrnn: FASTRNN_SCHEDULE must be auto, persistent or stepwise, got"
     with pytest.raises(RuntimeError, match=rf"^{message} '{name}'\.$"):
-        ops.layer(*args)
+        by_kernels(*args)
     monkeypatch.setenv("FASTRNN_SCHEDULE", "auto")
     assert all(torch.equal(a, b) for a, b in zip(gradients(args), expected, strict=True))
 
@@ -547,10 +550,10 @@ def both_passes(cell: str, args: tuple[Any, ...], change: Change) -> dict[str, T
     """Returns the results of both operators. The outputs serve as their own gradients."""
     x, h0, c0 = (None if t is None else change(t.detach()) for t in args[:3])
     weights = [change(w.detach()) for w in args[3]]
-    forward = torch.ops.fastrnn.layer_forward
-    y, h_n, c_n, saved = forward(x, h0, c0, weights, None, cell, True)
-    d_pre, _, d_h0, _ = torch.ops.fastrnn.layer_backward(
-        y, h_n, None if c0 is None else c_n, h0, c0, weights, None, y, saved, cell
+    given = (h0, c0, weights, slots_by_count(len(weights)), None)
+    y, h_n, c_n, saved = torch.ops.fastrnn.recurrent_forward(x, *given, cell, -1)
+    d_pre, _, d_h0, _ = torch.ops.fastrnn.recurrent_backward(
+        y, h_n, None if c0 is None else c_n, *given, y, saved, cell
     )
     return {"y": y, "h_n": h_n, "d_pre": d_pre, "d_h0": d_h0}
 
@@ -588,14 +591,14 @@ def test_tf32_follows_the_cudnn_setting() -> None:
         for a in args[:4]
     ]
     with torch.no_grad():
-        truth, *_ = reference.layer(*truth_args, None, args[5])
+        truth, *_ = by_reference(*truth_args, None, args[5])
         torch.backends.cuda.matmul.allow_tf32 = True
-        exact, *_ = ops.layer(*args)
+        exact, *_ = by_kernels(*args)
         torch.backends.cuda.matmul.allow_tf32 = False
         square = torch.randn(512, 512, device="cuda")
         product = square @ square
         torch.backends.cudnn.allow_tf32 = True
-        fast, *_ = ops.layer(*args)
+        fast, *_ = by_kernels(*args)
         assert torch.equal(square @ square, product)
     assert not torch.equal(fast, exact)
     assert error(fast, truth) > 8 * error(exact, truth)  # products have 13 bits fewer
@@ -619,10 +622,11 @@ def test_other_device_than_the_current_one_works() -> None:
 
 def test_tensors_on_two_devices_are_rejected() -> None:
     x, h0, c0, weights, _, _ = arguments("gru", 3, 2, 4)
+    slots = slots_by_count(len(weights))
     with pytest.raises(RuntimeError, match="h0 must be on the device of the input"):
-        torch.ops.fastrnn.layer_forward(x, h0.cpu(), c0, weights, None, "gru", False)
+        torch.ops.fastrnn.recurrent_forward(x, h0.cpu(), c0, weights, slots, None, "gru", 0)
     with pytest.raises(RuntimeError, match="x must be on a CUDA device"):
-        torch.ops.fastrnn.layer_forward(x.cpu(), h0, c0, weights, None, "gru", False)
+        torch.ops.fastrnn.recurrent_forward(x.cpu(), h0, c0, weights, slots, None, "gru", 0)
 
 
 @both_schedules
@@ -630,8 +634,9 @@ def test_tensors_on_two_devices_are_rejected() -> None:
 def test_operator_passes_opcheck(cell: str) -> None:
     x, h0, c0, weights, _, _ = arguments(cell, 3, 2, 4)
     weights = [w.detach() for w in weights]
-    given = (x.detach(), h0.detach(), None if c0 is None else c0.detach(), weights, None, cell)
-    torch.library.opcheck(torch.ops.fastrnn.layer_forward.default, (*given, True))
+    states = (h0.detach(), None if c0 is None else c0.detach())
+    given = (x.detach(), *states, weights, slots_by_count(len(weights)), None, cell)
+    torch.library.opcheck(torch.ops.fastrnn.recurrent_forward.default, (*given, -1))
 
 
 def test_module_moved_to_the_gpu_matches_the_cpu() -> None:

@@ -20,13 +20,25 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, DTYPES, build, check, pack, random
+from support import (
+    CELLS,
+    DTYPES,
+    build,
+    by_kernels,
+    by_reference,
+    check,
+    pack,
+    random,
+    slots_by_count,
+)
 from tolerance import Change, assert_agrees, assert_is_between
 from torch import Tensor, nn
 
-from fastrnn import functional, ops, reference
+from fastrnn.backends import torch_step
+from fastrnn.modules import base
+from fastrnn.ops import autograd, gradients, operators
 from fastrnn.spec import CELLS as SPECS
-from fastrnn.spec import split_weights
+from fastrnn.spec import PROJECTION, Weights
 
 ROOT = Path(__file__).resolve().parents[2]
 # in the order of the enumerations in csrc/cuda/plan.h; 2 is float32 in TF32
@@ -88,9 +100,10 @@ class Kernels:
         h0: Tensor,
         c0: Tensor | None,
         weights: Sequence[Tensor],
+        slots: int,
         batch_sizes: Tensor | None,
         cell: str,
-        save: bool,
+        outputs: int,
     ) -> tuple[Tensor, ...]:
         spec = SPECS[cell]
         directions, batch, out = h0.shape
@@ -102,12 +115,18 @@ class Kernels:
         h_n = poison(directions, batch, out, dtype=x.dtype)
         c_n = poison(directions, batch, hidden, dtype=x.dtype) if c0 is not None else x.new_empty(0)
         saved = poison(
-            *((directions, count, spec.saved * hidden) if save and spec.saved else (0,)),
+            *(
+                (directions, count, spec.saved * hidden)
+                if outputs & 0b1000 and spec.saved
+                else (0,)
+            ),
             dtype=accumulate(x.dtype),
         )
         calls, kept = [], []
         for d in range(directions):
-            call, tensors = self._call(spec.name, d, h0, c0, weights, batch_sizes, rows[0])
+            call, tensors = self._call(
+                spec.name, d, h0, c0, Weights(weights, slots), batch_sizes, rows[0]
+            )
             set_rows(call, "x", x_rows)
             set_rows(call, "y", y[:, d * out :])
             set_tensor(call, "h_n", h_n[d])
@@ -129,6 +148,7 @@ class Kernels:
         h0: Tensor,
         c0: Tensor | None,
         weights: Sequence[Tensor],
+        slots: int,
         batch_sizes: Tensor | None,
         y: Tensor,
         saved: Tensor,
@@ -137,7 +157,7 @@ class Kernels:
         spec = SPECS[cell]
         directions, batch, out = h0.shape
         hidden = weights[0].shape[0] // spec.gates
-        projected = len(weights) // directions in (3, 5)
+        projected = slots & PROJECTION != 0
         count = y.shape[:-1].numel()
         y_rows = spread(y.reshape(count, -1) if count else y.new_empty(0, directions * out))
         d_y_rows = None if d_y is None else spread(d_y.reshape(y_rows.shape))
@@ -151,7 +171,9 @@ class Kernels:
         d_c_n = None if d_c_n is None else d_c_n.contiguous()
         calls, kept = [], []
         for d in range(directions):
-            call, tensors = self._call(spec.name, d, h0, c0, weights, batch_sizes, y.shape[0])
+            call, tensors = self._call(
+                spec.name, d, h0, c0, Weights(weights, slots), batch_sizes, y.shape[0]
+            )
             set_rows(call, "y", y_rows[:, d * out :])
             if saved.numel() > 0:
                 set_tensor(call, "saved", saved[d])
@@ -177,14 +199,14 @@ class Kernels:
         direction: int,
         h0: Tensor,
         c0: Tensor | None,
-        weights: Sequence[Tensor],
+        weights: Weights,
         batch_sizes: Tensor | None,
         steps: int,
     ) -> tuple[Call, list[Tensor]]:
         """Returns the arguments of both passes, and tensors that must outlive the call."""
         directions, batch, out = h0.shape
-        hidden = weights[0].shape[0] // SPECS[cell].gates
-        w = split_weights(weights, directions)[direction]
+        w = weights.directions()[direction]
+        hidden = w.w_ih.shape[0] // SPECS[cell].gates
         step_rows = torch.full((steps,), batch)
         if batch_sizes is not None:
             step_rows = batch_sizes.contiguous()
@@ -285,10 +307,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     """Replaces the operators for CPU tensors by the harness, and checks that it was used."""
     kernels = Kernels(library)
-    monkeypatch.setattr(ops, "forward", kernels.forward)
-    monkeypatch.setattr(ops, "_forward", kernels.forward)
-    monkeypatch.setattr(functional, "torch_computes_half_step", lambda *_: False)
-    monkeypatch.setattr(ops, "_backward", kernels.backward)
+    monkeypatch.setattr(base, "forward_op", kernels.forward)
+    monkeypatch.setattr(operators, "interruptible_forward", kernels.forward)
+    monkeypatch.setattr(autograd, "interruptible_forward", kernels.forward)
+    monkeypatch.setattr(torch_step, "is_faster_in_half", lambda *_: False)
+    monkeypatch.setattr(gradients, "cpu_gradients", gradients.gradients_by_torch)
+    monkeypatch.setattr(gradients, "backward_op", kernels.backward)
     yield kernels
     persistent = kernels.choice == PERSISTENT
     assert kernels.persistent == [persistent] * max(len(kernels.persistent), 1)
@@ -426,11 +450,12 @@ def test_persistent_projection_matches_torch(
 def test_layers_that_cannot_be_resident_run_stepwise(library: ctypes.CDLL, proj: int) -> None:
     kernels = Kernels(library, PERSISTENT)
     x, h0, c0, weights = random_layer("lstm", (4, 3), 3, 9, proj=proj)
+    slots = slots_by_count(len(weights) // h0.shape[0])
     results = []
     for kernels.resident in (0, 1):
-        results.append(kernels.forward(x, h0, c0, weights, None, "lstm", True))
+        results.append(kernels.forward(x, h0, c0, weights, slots, None, "lstm", -1))
         y, h_n, c_n, saved = results[-1]
-        results[-1] += kernels.backward(y, h_n, c_n, h0, c0, weights, None, y, saved, "lstm")
+        results[-1] += kernels.backward(y, h_n, c_n, h0, c0, weights, slots, None, y, saved, "lstm")
     assert kernels.persistent == [False, False, True, True]
 
     def exact(change: Change) -> tuple[Tensor, ...]:
@@ -454,12 +479,12 @@ def test_input_size_0_matches_reference(kernels: Kernels, cell: str) -> None:
     h0 = torch.randn(1, 2, 4)
     c0 = torch.randn(1, 2, 4) if spec.has_cell_state else None
     x = torch.empty(5, 2, 0)
-    ours = ops.layer(x, h0, c0, weights, None, spec)
-    theirs = reference.layer(x, h0, c0, weights, None, spec)
+    ours = by_kernels(x, h0, c0, weights, None, spec)
+    theirs = by_reference(x, h0, c0, weights, None, spec)
 
     def exact(change: Change) -> Any:
         given = (x.double(), change(h0), None if c0 is None else change(c0))
-        return reference.layer(*given, [change(w) for w in weights], None, spec)
+        return by_reference(*given, [change(w) for w in weights], None, spec)
 
     assert_agrees(ours, theirs, exact)
 
@@ -472,17 +497,19 @@ def test_no_steps_return_the_initial_state(library: ctypes.CDLL, cell: str) -> N
     h0 = torch.randn(1, 2, 4)
     c0 = torch.randn(1, 2, 4) if cell == "lstm" else None
     x = torch.empty(0, 2, 3)
-    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, None, cell, True)
+    slots = slots_by_count(len(weights))
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots, None, cell, -1)
+    given = (h0, c0, weights, slots, None, y, saved, cell)
     assert y.shape == (0, 2, 4)
     assert torch.equal(h_n, h0)
     d_h_n = torch.randn(1, 2, 4)
     d_c_n = torch.randn(1, 2, 4) if cell == "lstm" else None
-    _, _, d_h0, d_c0 = kernels.backward(None, d_h_n, d_c_n, h0, c0, weights, None, y, saved, cell)
+    _, _, d_h0, d_c0 = kernels.backward(None, d_h_n, d_c_n, *given)
     assert torch.equal(d_h0, d_h_n)
     if c0 is not None:
         assert torch.equal(c_n, c0)
         assert torch.equal(d_c0, d_c_n)
-    _, _, d_h0, d_c0 = kernels.backward(None, None, None, h0, c0, weights, None, y, saved, cell)
+    _, _, d_h0, d_c0 = kernels.backward(None, None, None, *given)
     assert not d_h0.any()
     assert not d_c0.any()
 
@@ -516,11 +543,13 @@ def both_passes(
     kernels: Kernels, cell: str, layer: tuple[Any, ...], sizes: Tensor | None = None
 ) -> dict[str, Tensor]:
     x, h0, c0, weights = layer
-    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, sizes, cell, True)
+    slots = slots_by_count(len(weights) // h0.shape[0])
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots, sizes, cell, -1)
     d_c_n = c_n if c0 is not None else None
-    gradients = kernels.backward(y, h_n, d_c_n, h0, c0, weights, sizes, y, saved, cell)
+    given = (h0, c0, weights, slots, sizes, y, saved, cell)
+    d_results = kernels.backward(y, h_n, d_c_n, *given)
     names = "y h_n c_n saved d_pre d_h_all d_h0 d_c0".split()
-    return dict(zip(names, [y, h_n, c_n, saved, *gradients], strict=True))
+    return dict(zip(names, [y, h_n, c_n, saved, *d_results], strict=True))
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -587,13 +616,15 @@ def test_missing_barrier_is_found(
     kernels.tf32 = tf32
     sizes = torch.tensor([20, 18, 18, 5, 2])
     x, h0, c0, weights = random_layer(cell, (int(sizes.sum()),), 20, 70, proj=proj)
-    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, sizes, cell, True)
+    slots = slots_by_count(len(weights) // h0.shape[0])
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots, sizes, cell, -1)
     d_c_n = c_n if c0 is not None else None
+    given = (h0, c0, weights, slots, sizes, y, saved, cell)
 
     def result() -> Tensor:
         if not backward:
-            return kernels.forward(x, h0, c0, weights, sizes, cell, False)[0]
-        return kernels.backward(y, h_n, d_c_n, h0, c0, weights, sizes, y, saved, cell)[0]
+            return kernels.forward(x, h0, c0, weights, slots, sizes, cell, 0)[0]
+        return kernels.backward(y, h_n, d_c_n, *given)[0]
 
     expected = result()
     kernels.forget = forget

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build, exact_call, run_python
+from support import CELLS, build, by_kernels, exact_call, run_python
 from tolerance import assert_agrees
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn import _C, functional, ops
+from fastrnn import _C, functional
 from fastrnn import spec as specs
 
 HALF = torch.float16
@@ -342,10 +342,10 @@ def test_operator_with_half_weights_passes_opcheck() -> None:
     weights = [w.detach() for w in module.parameters()]
     x, h0 = torch.randn(STEPS, 1, 5), torch.randn(1, 1, HIDDEN)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    arguments = (x, h0, None, weights, None, spec.name, False)
-    operator = torch.ops.fastrnn.layer_forward.default
+    arguments = (x, h0, None, weights, 15, None, spec.name, spec.inference_outputs)
+    operator = torch.ops.fastrnn.recurrent_forward.default
     torch.library.opcheck(operator, (*arguments, True), test_utils=checks)
-    y, _, _ = ops.layer(x, h0, None, weights, None, spec, half_weights=True)
+    y, _, _ = by_kernels(x, h0, None, weights, None, spec, half_weights=True)
     assert torch.equal(y, operator(*arguments, half_weights=True)[0])
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support import run_python
+from support import by_kernels, by_reference, layer_call, run_python, slots_by_count
 from tolerance import Change, Exact, assert_agrees
 from torch import Tensor
 
-from fastrnn import _C, ops, reference
+from fastrnn import _C
+from fastrnn.ops.gradients import cpu_gradients
+from fastrnn.ops.sequence import previous_by_index, previous_packed
 from fastrnn.spec import CELLS, CellSpec
 
 ISAS = _C.available_isas()
@@ -95,25 +96,20 @@ class Case:
         result = {name: output.detach() for name, output in outputs.items()}
         return result | {f"d_{n}": g for n, g in zip(leaves, gradients, strict=True)}
 
-    def changed(self, change: Change) -> Case:
-        """Returns a copy of the case with ``change`` applied to every input."""
-        other = copy.copy(self)
-        other.x, other.h0 = change(self.x), change(self.h0)
-        other.c0 = None if self.c0 is None else change(self.c0)
-        other.weights = [change(w) for w in self.weights]
-        return other
-
     def compute(self, layer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         return self.run(layer, lambda value: value.to(dtype, copy=True))
 
     def exact(self, dtype: torch.dtype) -> Exact:
         """Returns the exact results for the inputs, rounded to ``dtype``."""
-        return lambda change: self.run(reference.layer, lambda value: change(value.to(dtype)))
+        return lambda change: self.run(by_reference, lambda value: change(value.to(dtype)))
 
     def check(self, dtype: torch.dtype) -> None:
-        ours, theirs = (self.compute(layer, dtype) for layer in (ops.layer, reference.layer))
+        ours, theirs = (self.compute(layer, dtype) for layer in (by_kernels, by_reference))
         assert_agrees(ours, theirs, self.exact(dtype))
 
+
+#: all weight slots but w_hr; all results of recurrent_forward
+ALL, SAVE = slots_by_count(4), 0b1111
 
 #           T   B   I   H   options
 SHAPES: list[tuple[int, int, int, int, dict[str, Any]]] = [
@@ -201,13 +197,21 @@ def test_shared_blocks_match_reference(isa: str, threads: int, cell: str) -> Non
 # --- gradient products after the backward time loop ----------------------------------------------
 
 
-def gradients_of(case: Case, layer: Any, needs: list[bool]) -> list[Tensor | None]:
-    """Returns d_x and d_weights from one of the gradient functions in `ops`."""
-    given = (case.x, case.h0, case.c0, case.weights, case.batch_sizes)
-    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*given, case.spec.name, True)
+def gradients_of(case: Case, needs: list[bool]) -> list[Tensor | None]:
+    """Returns d_x and d_weights by the operator, None where they are not needed."""
+    call = layer_call(case.x, case.h0, case.c0, case.weights, case.batch_sizes, case.spec)
+    y, h_n, c_n, saved = torch.ops.fastrnn.recurrent_forward(
+        case.x,
+        case.h0,
+        case.c0,
+        *call.weights,
+        case.batch_sizes,
+        case.spec.name,
+        case.spec.training_outputs,
+    )
     d_outputs = (y.cos(), h_n, c_n if case.spec.has_cell_state else None)
-    needs = [needs[0], True, case.spec.has_cell_state, *needs[1:]]
-    d_x, _, _, *d_weights = layer(needs, d_outputs, *given, y, saved, case.spec)
+    wanted = (needs[0], True, case.spec.has_cell_state, *needs[1:])
+    d_x, _, _, *d_weights = cpu_gradients(call, wanted, d_outputs, y, saved)
     return [d_x, *d_weights]
 
 
@@ -220,15 +224,7 @@ def gradients_of(case: Case, layer: Any, needs: list[bool]) -> list[Tensor | Non
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_products_match_torch(cell: str, sizes: tuple[int, ...], options: Any) -> None:
     steps, batch, inputs, hidden = sizes
-    case = Case(CELLS[cell], steps, batch, inputs, hidden, **options)
-    needs = [True] * (1 + len(case.weights))
-    ours = gradients_of(case, ops._gradients_on_cpu, needs)
-    torchs = gradients_of(case, ops._gradients_by_torch, needs)
-
-    def exact(change: Change) -> list[Tensor | None]:
-        return gradients_of(case.changed(change), ops._gradients_by_torch, needs)
-
-    assert_agrees(ours, torchs, exact)
+    Case(CELLS[cell], steps, batch, inputs, hidden, **options).check(torch.float32)
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -243,8 +239,8 @@ def test_previous_states_of_packed_rows_match_a_loop(sizes: list[int], backwards
         states = torch.cat([step, states[size:]])
     truth = torch.cat(expected[::-1] if backwards else expected)
     batch_sizes = torch.tensor(sizes)
-    assert torch.equal(ops._previous_packed(y, h0, batch_sizes, backwards), truth)
-    assert torch.equal(ops._previous_by_index(y, h0, batch_sizes, backwards), truth)
+    assert torch.equal(previous_packed(y, h0, batch_sizes, backwards), truth)
+    assert torch.equal(previous_by_index(y, h0, batch_sizes, backwards), truth)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -259,36 +255,44 @@ def test_only_needed_gradients_are_computed(cell: str) -> None:
     proj = 3 if cell == "lstm" else 0
     case = Case(CELLS[cell], 4, 3, 5, 7, proj, directions=2)
     count = 1 + len(case.weights)
-    everything = gradients_of(case, ops._gradients_on_cpu, [True] * count)
+    everything = gradients_of(case, [True] * count)
     for index in range(count):
         needs = [i == index for i in range(count)]
-        found = gradients_of(case, ops._gradients_on_cpu, needs)
+        found = gradients_of(case, needs)
         assert [g is not None for g in found] == needs
         assert torch.equal(found[index], everything[index])
 
 
 def test_gradients_do_not_share_memory() -> None:
     case = Case(CELLS["lstm"], 4, 3, 5, 7)
-    gradients = gradients_of(case, ops._gradients_on_cpu, [True] * 5)
+    gradients = gradients_of(case, [True] * 5)
     assert len({g.untyped_storage().data_ptr() for g in gradients if g is not None}) == 5
 
 
-def test_layer_gradients_rejects_wrong_tensors() -> None:
+def test_gradient_operator_rejects_wrong_tensors() -> None:
     case = Case(CELLS["gru"], 3, 2, 4, 5)
-    given = (case.h0, None, case.weights, None)
-    y, h_n, _, saved = torch.ops.fastrnn.layer_forward(case.x, *given, "gru", True)
+    given = (case.h0, None, case.weights, ALL, None)
+    y, h_n, _, saved = torch.ops.fastrnn.recurrent_forward(case.x, *given, "gru", SAVE)
 
-    def call(saved: Tensor = saved, x: Tensor = case.x, y: Tensor = y, d_y: Tensor = y) -> Any:
-        gradients = torch.ops.fastrnn.layer_gradients
-        return gradients(d_y, h_n, None, x, *given, y, saved, "gru", 31)
+    def call(
+        saved: Tensor = saved,
+        x: Tensor = case.x,
+        y: Tensor = y,
+        d_y: Tensor | None = y,
+        d_h_n: Tensor | None = h_n,
+    ) -> Any:
+        gradients = torch.ops.fastrnn.recurrent_gradients
+        return gradients(d_y, d_h_n, None, x, *given, y, saved, "gru", 31)
 
     call()
+    call(d_y=None, d_h_n=None)
     for changed in (
         {"d_y": y[:2]},
         {"d_y": y.double()},
         {"saved": saved[:, :2]},
         {"saved": saved.double()},
         {"saved": torch.empty(0)},
+        {"d_h_n": h_n[:, :1]},
         {"x": case.x[:, :, :3]},
         {"x": case.x.double()},
         {"y": y[:2]},
@@ -396,7 +400,7 @@ def activation(cell: str, x: Tensor) -> Tensor:
     """Returns f(x), computed by a layer with one unit and an input weight of 1."""
     one = torch.ones(1, 1, dtype=x.dtype)
     zero = torch.zeros(1, x.numel(), 1, dtype=x.dtype)
-    y, _, _ = ops.layer(x.view(1, -1, 1), zero, None, [one, 0 * one], None, CELLS[cell])
+    y, _, _ = by_kernels(x.view(1, -1, 1), zero, None, [one, 0 * one], None, CELLS[cell])
     return y.view(x.shape)
 
 
@@ -433,19 +437,19 @@ def test_activations_of_infinity_nan_and_zero_match_torch(isa: str, dtype: torch
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_are_bitwise_reproducible(threads: int, cell: str) -> None:
     case = Case(CELLS[cell], 20, 9, 12, 70, directions=2)
-    first, second = (case.compute(ops.layer, torch.float32) for _ in range(2))
+    first, second = (case.compute(by_kernels, torch.float32) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
 def test_calls_from_many_python_threads_match_reference() -> None:
     cases = [Case(CELLS[cell], 15, 8, 16, 64) for cell in CELLS for _ in range(2)]
-    expected = [case.compute(ops.layer, torch.float32) for case in cases]
+    expected = [case.compute(by_kernels, torch.float32) for case in cases]
     wrong: list[str] = []
 
     def work(index: int) -> None:
         for _ in range(5):
-            found = cases[index].compute(ops.layer, torch.float32)
+            found = cases[index].compute(by_kernels, torch.float32)
             try:
                 assert_agrees(found, expected[index], cases[index].exact(torch.float32))
             except AssertionError as failure:
@@ -487,10 +491,10 @@ def test_more_threads_than_cores_give_the_same_result() -> None:
 # --- checks of the operators ---------------------------------------------------------------------
 
 
-def test_layer_forward_rejects_wrong_tensors() -> None:
+def test_forward_operator_rejects_wrong_tensors() -> None:
     spec = CELLS["lstm"]
     case = Case(spec, 3, 2, 4, 5)
-    forward = torch.ops.fastrnn.layer_forward
+    forward = torch.ops.fastrnn.recurrent_forward
 
     def call(**changed: Any) -> Any:
         arguments = {
@@ -498,9 +502,10 @@ def test_layer_forward_rejects_wrong_tensors() -> None:
             "h0": case.h0,
             "c0": case.c0,
             "weights": case.weights,
+            "slots": ALL,
             "batch_sizes": None,
             "cell": "lstm",
-            "save": True,
+            "outputs": SAVE,
         }
         return forward(**{**arguments, **changed})
 
@@ -516,6 +521,12 @@ def test_layer_forward_rejects_wrong_tensors() -> None:
         {"c0": None},
         {"c0": torch.randn(1, 2, 4)},
         {"weights": case.weights[:1]},
+        {"slots": 0b00011},
+        {"slots": 0b11111},
+        {"slots": 0b01110},
+        {"slots": 0b00111},
+        {"slots": 0b101111},
+        {"slots": -1},
         {"weights": [w.double() for w in case.weights]},
         {"weights": [case.weights[0], case.weights[1][:, :4], *case.weights[2:]]},
         {"weights": [case.weights[0], case.weights[1], case.weights[2][:3], case.weights[3]]},
@@ -542,68 +553,44 @@ def test_single_step_operators_match_a_layer_of_one_step(cell: str, dtype: torch
     c0 = None if case.c0 is None else case.c0.to(dtype)
     states = (h0, c0)
     step = (h0[0], None if c0 is None else c0[0])
-    whole = torch.ops.fastrnn.layer_forward(x, *states, weights, None, cell, True)
-    own = torch.ops.fastrnn.layer_forward(x[0], *step, weights, None, cell, True)
+    whole = torch.ops.fastrnn.recurrent_forward(x, *states, weights, ALL, None, cell, SAVE)
+    own = torch.ops.fastrnn.recurrent_forward(x[0], *step, weights, ALL, None, cell, SAVE)
     assert own[0].shape == own[1].shape == step[0].shape
     for a, b in zip(own, whole, strict=True):
         assert torch.equal(a, b.view(a.shape))
 
     def backward(x: Tensor, states: Any, y: Tensor, h_n: Tensor, c_n: Tensor, saved: Tensor) -> Any:
         d_outputs = (y, h_n, None if c0 is None else c_n)
-        return torch.ops.fastrnn.layer_gradients(
-            *d_outputs, x, *states, weights, None, y, saved, cell, 31
+        return torch.ops.fastrnn.recurrent_gradients(
+            *d_outputs, x, *states, weights, ALL, None, y, saved, cell, -1
         )
 
     for a, b in zip(backward(x[0], step, *own), backward(x, states, *whole), strict=True):
         assert torch.equal(a, b.view(a.shape))
     for wrong in (x[0, :2], x[0, 0], x):
         with pytest.raises(RuntimeError):
-            torch.ops.fastrnn.layer_forward(wrong, *step, weights, None, cell, False)
+            torch.ops.fastrnn.recurrent_forward(wrong, *step, weights, ALL, None, cell, 0)
     torch.library.opcheck(
-        torch.ops.fastrnn.layer_forward.default,
-        (x[0], *step, weights, None, cell, True),
+        torch.ops.fastrnn.recurrent_forward.default,
+        (x[0], *step, weights, ALL, None, cell, SAVE),
         test_utils=("test_schema", "test_faketensor"),
     )
-
-
-def test_layer_backward_rejects_wrong_tensors() -> None:
-    case = Case(CELLS["gru"], 3, 2, 4, 5)
-    y, h_n, _, saved = torch.ops.fastrnn.layer_forward(
-        case.x, case.h0, None, case.weights, None, "gru", True
-    )
-    backward = torch.ops.fastrnn.layer_backward
-
-    def call(d_y: Tensor | None = y, d_h_n: Tensor | None = h_n, saved: Tensor = saved) -> Any:
-        return backward(d_y, d_h_n, None, case.h0, None, case.weights, None, y, saved, "gru")
-
-    call()
-    call(d_y=None, d_h_n=None)
-    for changed in (
-        {"d_y": y[:2]},
-        {"d_y": y.double()},
-        {"d_h_n": h_n[:, :1]},
-        {"saved": saved[:, :2]},
-        {"saved": saved.double()},
-        {"saved": torch.empty(0)},
-    ):
-        with pytest.raises(RuntimeError):
-            call(**changed)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_operators_pass_opcheck(cell: str) -> None:
     case = Case(CELLS[cell], 3, 2, 4, 5, directions=2)
-    given = (case.h0, case.c0, case.weights, None)
+    given = (case.h0, case.c0, case.weights, ALL, None)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.fastrnn.layer_forward.default, (case.x, *given, cell, True), test_utils=checks
+        torch.ops.fastrnn.recurrent_forward.default,
+        (case.x, *given, cell, SAVE),
+        test_utils=checks,
     )
-    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(case.x, *given, cell, True)
+    y, h_n, c_n, saved = torch.ops.fastrnn.recurrent_forward(case.x, *given, cell, SAVE)
     d_outputs = (y, h_n, c_n if case.spec.has_cell_state else None)
-    backward = (*d_outputs, *given, y, saved, cell)
-    torch.library.opcheck(torch.ops.fastrnn.layer_backward.default, backward, test_utils=checks)
     torch.library.opcheck(
-        torch.ops.fastrnn.bidirectional_gradients.default,
+        torch.ops.fastrnn.recurrent_bidirectional_gradients.default,
         (*d_outputs, case.x, *given, y, saved, cell, 0b10101),
         test_utils=checks,
     )

@@ -80,12 +80,12 @@ def test_loop_of_one_shape_keeps_its_buffers(cell: str) -> None:
     _C.release_kept_buffers()
     for _ in range(2):
         train(module, 40, 64)
-    fresh, kept = _C.fresh_buffers(), _C.kept_bytes()
+    fresh, kept = _C._testing.fresh_buffers(), _C.kept_bytes()
     assert kept > 0
     for _ in range(4):
         train(module, 40, 64)
         assert _C.kept_bytes() == kept
-    assert _C.fresh_buffers() == fresh
+    assert _C._testing.fresh_buffers() == fresh
 
 
 def test_buffers_of_other_shapes_are_freed() -> None:

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build, exact_call
+from support import CELLS, build, exact_call, layer_call, reference_math
 from tolerance import assert_agrees, assert_same_in_double
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import _C, functional, ops, reference
+from fastrnn import _C
+from fastrnn.backends import stacked_kernels
+from fastrnn.engine.run import run
 from fastrnn.spec import CELLS as SPECS
 
 
@@ -80,8 +82,8 @@ def test_stack_of_strided_input_matches_single_layers(cell: str, batch_first: bo
 
 def test_stack_runs_eager_inference_of_several_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    stack = ops.stack
-    monkeypatch.setattr(ops, "stack", lambda *args: calls.append("stack") or stack(*args))
+    stack = stacked_kernels.run
+    monkeypatch.setattr(stacked_kernels, "run", lambda call: calls.append("stack") or stack(call))
     x = torch.randn(40, 1, 8)
 
     def is_stack(module: torch.nn.Module, x: Tensor = x) -> bool:
@@ -111,14 +113,14 @@ def test_projected_stack_matches_single_layers(threads: int) -> None:
     assert_stacked(module, expected, x)
 
 
-def test_stack_forward_rejects_wrong_tensors() -> None:
+def test_stack_operator_rejects_wrong_tensors() -> None:
     x, h = torch.randn(5, 2, 3), [torch.randn(1, 2, 4) for _ in range(2)]
     w = [torch.randn(12, 3), torch.randn(12, 4), torch.randn(12, 4), torch.randn(12, 4)]
-    stack = torch.ops.fastrnn.stack_forward
+    stack = torch.ops.fastrnn.recurrent_stack
 
     def call(**changed: Any) -> Any:
-        given = {"x": x, "h0": h, "c0": [], "weights": w, "batch_sizes": None, "cell": "gru"}
-        return stack(**{**given, **changed})
+        given = {"x": x, "h0": h, "c0": [], "weights": w, "slots": 3, "batch_sizes": None}
+        return stack(**{**given, "cell": "gru", **changed})
 
     y, h_n, c_n = call()
     assert y.shape == (5, 2, 4)
@@ -132,6 +134,7 @@ def test_stack_forward_rejects_wrong_tensors() -> None:
         {"c0": h},
         {"c0": h[:1]},
         {"weights": w[:3]},
+        {"slots": 15},
         {"weights": [w[1], w[0], w[2], w[3]]},
         {"weights": [*w[:2], torch.randn(12, 5), w[3]]},
         {"x": x.half(), "h0": [s.half() for s in h], "weights": [v.half() for v in w]},
@@ -142,8 +145,8 @@ def test_stack_forward_rejects_wrong_tensors() -> None:
         with pytest.raises(RuntimeError):
             call(**changed)
     torch.library.opcheck(
-        torch.ops.fastrnn.stack_forward.default,
-        (x, h, [], w, None, "gru"),
+        torch.ops.fastrnn.recurrent_stack.default,
+        (x, h, [], w, 3, None, "gru"),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -153,11 +156,13 @@ def test_stack_matches_reference() -> None:
     module = build("lstm", 5, 70, 2).double()
     x, h0, c0 = torch.randn(40, 1, 5).double(), *torch.randn(2, 2, 1, 70).double().unbind()
     weights = [w.detach() for w in module.parameters()]
-    ours = ops.stack(x, h0, c0, weights, None, spec)
-    theirs = reference.forward(x, h0, c0, weights, None, spec, 2, 0.0, reference.layer)
+    call = layer_call(x, h0, c0, weights, None, spec, num_layers=2)
+    ours = stacked_kernels.run(call)
+    with reference_math():
+        theirs = run(call)
     for own, other in zip(ours, theirs, strict=True):
         assert_same_in_double(own, other)
-    assert functional.run(spec, x, None, h0, c0, weights, 2, 0.0)[0].equal(ours[0])
+    assert run(call)[0].equal(ours[0])
 
 
 def test_plan_runs_two_layers_together_if_their_weights_are_small() -> None:

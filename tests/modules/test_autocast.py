@@ -318,4 +318,4 @@ def test_a_graph_with_an_input_elsewhere_gets_the_operators_error() -> None:
     x, h = torch.zeros(5, 2, 3, device="meta"), torch.zeros(1, 2, 4)
     weights = [torch.zeros(4, 3), torch.zeros(4, 4)]
     with torch.autocast("cpu", BFLOAT16), pytest.raises(RuntimeError, match="on the device of"):
-        torch.ops.fastrnn.layer(x, h, None, weights, None, "rnn_tanh")
+        torch.ops.fastrnn.recurrent_layer(x, h, None, weights, 3, None, "rnn_tanh")

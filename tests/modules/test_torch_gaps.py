@@ -86,8 +86,8 @@ class TestLoopsOfSmallOperations:
     ) -> None:
         few, many = (self.counts(cell, steps, is_packed, is_training) for steps in (4, 40))
         assert few == many
-        assert many["fastrnn.layer_forward"] == 1
-        assert many["fastrnn.layer_gradients"] == int(is_training)
+        assert many["fastrnn.recurrent_forward"] == 1
+        assert many["fastrnn.recurrent_gradients"] == int(is_training)
         with reference_math():  # what the counter shows of a loop
             assert self.counts(cell, 40, is_packed, is_training).total() > 40
 

@@ -238,7 +238,7 @@ class TestFunc:
             with CountOps() as counter:
                 call()
             counts = counter.counts
-            return counts["fastrnn.layer_forward"], counts["fastrnn.layer_gradients"]
+            return counts["fastrnn.recurrent_forward"], counts["fastrnn.recurrent_gradients"]
 
         def pull_back() -> None:
             outputs, pull = vjp(case, *case.plain())
@@ -535,7 +535,7 @@ class TestEngine:
             with torch.no_grad():
                 case.inputs[0].view(-1)[0] = math.nan
             outputs = case(*case.inputs)
-            name = "" if is_torchs_step(cell, form) else "LayerBackward' "
+            name = "" if is_torchs_step(cell, form) else "LayerFunctionBackward' "
             with pytest.raises(RuntimeError, match=f"{name}returned nan values"):
                 torch.autograd.grad(outputs, case.inputs, directions_like(outputs))
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

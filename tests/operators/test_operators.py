@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrnn
 from fastrnn import _C, functional
-from fastrnn.spec import CELLS
+from fastrnn.spec import CELLS, slots_of
 
 T, B, I, H = 3, 2, 4, 5  # noqa: E741 - the sizes' names
 FLOATS = [torch.float32, torch.float64, torch.bfloat16]
@@ -33,7 +33,7 @@ def arguments(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Random arguments of `layer_forward`, without ``save``; proj 0 is a projection to nothing."""
+    """Random arguments of `recurrent_layer`; proj 0 is a projection to nothing."""
     gates = CELLS[cell].gates * hidden
     size = hidden if proj is None else proj
     shapes: list[tuple[int, ...]] = [(gates, inputs), (gates, size)]
@@ -46,13 +46,14 @@ def arguments(
         "h0": torch.randn(directions, batch, size, **new),
         "c0": torch.randn(directions, batch, hidden, **new) if has_c0 else None,
         "weights": [torch.randn(shape, **new) for _ in range(directions) for shape in shapes],
+        "slots": slots_of(bias, proj is not None),
         "batch_sizes": None,
         "cell": cell,
     }
 
 
 def forward(given: dict[str, Any]) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = torch.ops.fastrnn.layer_forward(**given, save=True)
+    outputs: tuple[Tensor, ...] = torch.ops.fastrnn.recurrent_forward(**given, outputs=-1)
     return outputs
 
 
@@ -62,8 +63,10 @@ def gradients(given: dict[str, Any], **changed: Any) -> tuple[Tensor, ...]:
     c_n = None if given["c0"] is None else c_n
     directions = given["h0"].shape[0]
     operators = torch.ops.fastrnn
-    call = operators.layer_gradients if directions == 1 else operators.bidirectional_gradients
-    own = {"d_y": y, "d_h_n": h_n, "d_c_n": c_n, "y": y, "saved": saved, "needs": -1}
+    call = operators.recurrent_gradients
+    if directions == 2:
+        call = operators.recurrent_bidirectional_gradients
+    own = {"d_y": y, "d_h_n": h_n, "d_c_n": c_n, "y": y, "saved": saved, "outputs": -1}
     results: tuple[Tensor, ...] = call(**{**given, **own, **changed})
     return results
 
@@ -80,22 +83,19 @@ def test_sizes_of_zero(cell: str, dtype: torch.dtype) -> None:
     for sizes, directions, bias in itertools.product(ZEROS, (1, 2), (False, True)):
         given = arguments(cell, *sizes, None, directions, bias, dtype)
         steps, batch, _, hidden = sizes
-        y, h_n, c_n, saved = outputs = forward(given)
+        y, h_n, *_ = outputs = forward(given)
         assert y.shape == (steps, batch, directions * hidden)
         assert h_n.shape == given["h0"].shape
         if steps == 0:
             assert torch.equal(h_n, given["h0"])
-        for found, expected in zip(torch.ops.fastrnn.layer(**given), outputs, strict=False):
+        for found, expected in zip(
+            torch.ops.fastrnn.recurrent_layer(**given), outputs, strict=False
+        ):
             assert torch.equal(found, expected)
-        d_c_n = None if given["c0"] is None else c_n
-        rest = {name: value for name, value in given.items() if name != "x"}
-        d_pre, *_ = torch.ops.fastrnn.layer_backward(
-            d_y=y, d_h_n=h_n, d_c_n=d_c_n, y=y, saved=saved, **rest
-        )
-        results = [*outputs, d_pre, *gradients(given)]
+        results = [*outputs, *gradients(given)]
         assert not any(t.isnan().any() for t in results)
         if sizes[:2] != (T, B):  # no rows: every gradient of a weight is zero
-            assert not any(t.any() for t in results[9:])
+            assert not any(t.any() for t in results[8:])
 
 
 @pytest.mark.parametrize("sizes", ZEROS, ids=str)
@@ -103,11 +103,12 @@ def test_sizes_of_zero_in_a_stack(sizes: tuple[int, ...]) -> None:
     steps, batch, _, hidden = sizes
     first = arguments("lstm", *sizes)
     second = arguments("lstm", steps, batch, hidden, hidden)
-    y, h_n, c_n = torch.ops.fastrnn.stack_forward(
+    y, h_n, c_n = torch.ops.fastrnn.recurrent_stack(
         first["x"],
         [first["h0"], second["h0"]],
         [first["c0"], second["c0"]],
         [*first["weights"], *second["weights"]],
+        first["slots"],
         None,
         "lstm",
     )
@@ -125,19 +126,16 @@ def test_a_projection_to_nothing(directions: int, steps: int, bias: bool) -> Non
     """No projection is one tensor fewer in weights; a size of 0 beside w_hr is a mistake."""
     given = arguments("lstm", steps, proj=0, directions=directions, bias=bias)
     sentence = "h0 must have a size of 1 or more with a projection, got 0"
-    for call in (forward, lambda given: torch.ops.fastrnn.layer(**given)):
+    for call in (forward, lambda given: torch.ops.fastrnn.recurrent_layer(**given)):
         with pytest.raises(RuntimeError, match=sentence):
             call(given)
     y = torch.randn(steps, B, 0)
     saved = torch.randn(directions, steps * B, 5 * H)
-    rest = {name: value for name, value in given.items() if name != "x"}
-    with pytest.raises(RuntimeError, match=sentence):
-        torch.ops.fastrnn.layer_backward(d_y=y, d_h_n=None, d_c_n=None, y=y, saved=saved, **rest)
-    call = torch.ops.fastrnn.layer_gradients
+    call = torch.ops.fastrnn.recurrent_gradients
     if directions == 2:
-        call = torch.ops.fastrnn.bidirectional_gradients
+        call = torch.ops.fastrnn.recurrent_bidirectional_gradients
     with pytest.raises(RuntimeError, match=sentence):
-        call(d_y=y, d_h_n=None, d_c_n=None, y=y, saved=saved, needs=-1, **given)
+        call(d_y=y, d_h_n=None, d_c_n=None, y=y, saved=saved, outputs=-1, **given)
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
@@ -177,10 +175,13 @@ def test_layouts_without_rows(name: str, change: Callable[[Tensor], Tensor]) -> 
     given = arguments()
     value = given[name]
     given[name] = [change(value[0]), *value[1:]] if name == "weights" else change(value)
-    for operator in (torch.ops.fastrnn.layer, torch.ops.fastrnn.layer_forward):
-        extra = {"save": True} if operator is torch.ops.fastrnn.layer_forward else {}
-        with pytest.raises(RuntimeError, match="tensors must be dense"):
-            operator(**given, **extra)
+    with pytest.raises(RuntimeError, match="tensors must be dense"):
+        forward(given)
+    with pytest.raises(RuntimeError, match="tensors must be dense"):
+        torch.ops.fastrnn.recurrent_layer(**given)
+    del given["slots"]
+    with pytest.raises(RuntimeError, match="tensors must be dense"):
+        torch.ops.fastrnn.layer(**given)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -298,7 +299,9 @@ def test_weights_of_a_wrong_number() -> None:
     given = arguments()
     for count in (0, 1, 6, 9):
         weights = (given["weights"] * 3)[:count]
-        with pytest.raises(RuntimeError, match=f"weights must hold 2 to 5 tensors .*got {count}"):
+        with pytest.raises(
+            RuntimeError, match=f"weights must hold 4 tensors per direction .*got {count}"
+        ):
             forward({**given, "weights": weights})
 
 
@@ -380,12 +383,17 @@ WRONG: dict[str, dict[str, Any]] = {
     "c0 of another batch": {"c0": torch.zeros(1, B + 1, H)},
     "no weights": {"weights": []},
     "too many weights": {"weights": [torch.zeros(4 * H, H)] * 6},
+    "no slot of w_hh": {"slots": 0b01101},
+    "one bias": {"slots": 0b10111},
+    "an unknown slot": {"slots": 0b100011},
+    "slots of fewer weights": {"slots": 0b00011},
     "w_ih of one dimension": {"weights": [torch.zeros(4 * H)] * 4},
     "b_ih of another size": {
         "weights": [torch.zeros(4 * H, I), torch.zeros(4 * H, H), torch.zeros(H), torch.zeros(H)]
     },
     "w_hr of another size": {
-        "weights": [torch.zeros(4 * H, I), torch.zeros(4 * H, H), torch.zeros(H, H + 1)]
+        "weights": [torch.zeros(4 * H, I), torch.zeros(4 * H, H), torch.zeros(H, H + 1)],
+        "slots": 0b10011,
     },
     "an unknown cell": {"cell": "elman"},
     "another cell": {"cell": "gru"},
@@ -415,9 +423,9 @@ def test_a_fake_kernel_rejects_what_the_real_one_rejects(name: str) -> None:
     with FakeTensorMode() as mode, pytest.raises(RuntimeError, match="fastrnn: "):
         forward(faked(mode, given))
     stack = (given["x"], [given["h0"]], [c for c in [given["c0"]] if c is not None])
-    rest = (given["weights"], given["batch_sizes"], given["cell"])
+    rest = (given["weights"], given["slots"], given["batch_sizes"], given["cell"])
     with pytest.raises(RuntimeError, match=r"^fastrnn: "):
-        torch.ops.fastrnn.stack_forward(*stack, *rest)
+        torch.ops.fastrnn.recurrent_stack(*stack, *rest)
 
 
 @pytest.mark.parametrize("directions", [1, 2])
@@ -428,11 +436,11 @@ def test_fake_gradients_have_the_shapes_of_the_real_ones(
 ) -> None:
     if proj is not None and cell != "lstm":
         pytest.skip("a projection is for LSTM")
-    for bias, needs in itertools.product((False, True), (0, 0b1011, -1)):
+    for bias, asked in itertools.product((False, True), (0, 0b10110011, -1)):
         given = arguments(cell, directions=directions, proj=proj, bias=bias)
-        real = gradients(given, needs=needs)
+        real = gradients(given, outputs=asked)
         with FakeTensorMode() as mode:
-            fake = gradients(faked(mode, given), needs=needs)
+            fake = gradients(faked(mode, given), outputs=asked)
         assert [t.shape for t in fake] == [t.shape for t in real]
         assert [t.dtype for t in fake] == [t.dtype for t in real]
 
@@ -467,12 +475,12 @@ def test_tensors_of_two_devices() -> None:
 
 
 def test_one_direction_is_not_two() -> None:
-    for directions, other in ((1, "bidirectional_gradients"), (2, "layer_gradients")):
+    for directions, other in ((1, "recurrent_bidirectional_gradients"), (2, "recurrent_gradients")):
         given = arguments(directions=directions)
         y, h_n, c_n, saved = forward(given)
         with pytest.raises(RuntimeError, match="h0 must hold the states of"):
             getattr(torch.ops.fastrnn, other)(
-                d_y=y, d_h_n=h_n, d_c_n=c_n, y=y, saved=saved, needs=-1, **given
+                d_y=y, d_h_n=h_n, d_c_n=c_n, y=y, saved=saved, outputs=-1, **given
             )
 
 
@@ -514,7 +522,9 @@ def test_training_of_every_cell_compiled_to_cpp(name: str, options: dict[str, An
     check_cpp_wrapper(getattr(fastrnn, name)(I, H, **options))
 
 
-@pytest.mark.parametrize("operator", ["layer_gradients", "bidirectional_gradients", "layer"])
+@pytest.mark.parametrize(
+    "operator", ["recurrent_gradients", "recurrent_bidirectional_gradients", "recurrent_layer"]
+)
 def test_operators_return_a_fixed_number_of_tensors(operator: str) -> None:
     schema = getattr(torch.ops.fastrnn, operator).default._schema
     assert {str(result.type) for result in schema.returns} == {"Tensor"}
@@ -566,7 +576,7 @@ def test_impossible_times(value: float) -> None:
         _C.fma_peak(1, value)
     for call in ((value, 1.0), (1.0, value)):
         with pytest.raises(ValueError, match=r"^the time that a \w+ \w+ must be from 0 to 1e\+09"):
-            _C.alone_after([call])
+            _C._testing.alone_after([call])
 
 
 @pytest.mark.parametrize("threads", [-1, 0, 4097, 10**6, 2**62])
@@ -603,9 +613,9 @@ def test_impossible_bounds_of_threads(threads: int) -> None:
 def test_impossible_quotas(tmp_path: Path, text: str, cpus: int) -> None:
     (tmp_path / "membership").write_text("0::/\n", encoding="utf-8")
     (tmp_path / "cpu.max").write_text(text, encoding="utf-8")
-    assert _C.quota_cpus(str(tmp_path / "membership"), str(tmp_path)) == cpus
+    assert _C._testing.quota_cpus(str(tmp_path / "membership"), str(tmp_path)) == cpus
 
 
 @pytest.mark.parametrize("endless", ["/dev/zero", "/dev/urandom"])
 def test_quotas_of_endless_files(endless: str) -> None:
-    assert _C.quota_cpus(endless, "/nowhere") == 0
+    assert _C._testing.quota_cpus(endless, "/nowhere") == 0

@@ -36,6 +36,7 @@ BAD = [
     ("FASTRNN_THREADS", "9" * 40, "a whole number from 0 (no bound) to 2147483647"),
     ("FASTRNN_POISON", "yes", "0 or 1"),
     ("FASTRNN_WIDEN_BYTES", "16", "32 or 64"),
+    ("FASTRNN_VERBOSE", "yes", "0 or 1"),
 ]
 
 

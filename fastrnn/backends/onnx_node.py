@@ -5,7 +5,7 @@ A layer of D directions becomes one standard node, whatever its T and B::
     x [T,B,I] -> RNN | GRU | LSTM -> Y [T,D,B,H] -> Transpose [T,B,D,H] -> Reshape y [T,B,D*H]
 
 with its gates in ONNX's order. (The older exporter, ``dynamo=False``, has rules of its own for
-torch's operators, which `fastrnn.functional` gives it.)
+torch's operators: `fastrnn.backends.torch_builtin` serves it.)
 """
 
 from __future__ import annotations
@@ -16,35 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.spec import CellSpec, split_weights
+from fastrnn.backends.conditions import against_types
+from fastrnn.layer_call import LayerCall, Results
+from fastrnn.spec import CellSpec
+from fastrnn.tracing import is_in_onnx_export, is_tracing, size
 
-#: ONNX's gates (gru: z,r,n; lstm: i,o,f,g) by their places in torch (gru: r,z,n; lstm: i,f,g,o)
-GATE_ORDER = {"gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}
-ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu", "rnn_sigmoid": "Sigmoid"}
+NAME = "ONNX node"
+WHOLE_STACK = False
 
 
-def layer(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    spec: CellSpec,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer as a node. Arguments and results are those of `fastrnn.reference.layer`.
+def unsupported(call: LayerCall) -> str:
+    if not is_in_onnx_export():
+        return "no ONNX graph is captured"
+    if is_tracing():
+        return "the older ONNX exporter has no nodes of others"
+    if call.is_step:
+        return "ONNX has no single steps"
+    return against_types(call)
+
+
+def run(call: LayerCall) -> Results:
+    """One layer as a node.
 
     Raises:
         RuntimeError: ONNX's nodes have no packed rows and no projection.
     """
+    check_projection(call)
+    spec, x, batch_sizes, h0, c0, weights, _ = call
     if batch_sizes is not None:
         raise RuntimeError(
             "torch.onnx.export: ONNX has no packed sequences, expected a padded input, got a "
             "PackedSequence"
         )
     directions, batch, hidden = h0.shape[0], x.shape[1], h0.shape[2]
-    ways = split_weights(weights, directions)
-    if c0 is not None:
-        check_projection(hidden, c0.shape[2])
+    ways = weights.directions()
     inputs: list[Tensor | None] = [
         x,
         torch.stack([_in_order(w.w_ih, spec) for w in ways]),
@@ -63,11 +68,10 @@ def layer(
     attributes: dict[str, Any] = {
         "hidden_size": hidden,
         "direction": "bidirectional" if directions == 2 else "forward",
+        **spec.torch.onnx_attributes,
     }
-    if spec.name in ACTIVATIONS:
-        attributes["activations"] = [ACTIVATIONS[spec.name]] * directions
-    if spec.name == "gru":
-        attributes["linear_before_reset"] = 1
+    if "activations" in attributes:  # one per direction
+        attributes["activations"] = attributes["activations"] * directions
     shapes: list[Sequence[int | torch.SymInt]] = [
         (x.shape[0], directions, batch, hidden),
         h0.shape,
@@ -76,25 +80,29 @@ def layer(
         inputs.append(c0)
         shapes.append(c0.shape)
     y, *states = torch.onnx.ops.symbolic_multi_out(
-        spec.mode.split("_")[0], inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
+        spec.torch.onnx_type, inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
     )
     y = y.transpose(1, 2).reshape(x.shape[0], batch, directions * hidden)
     return y, states[0], states[1] if c0 is not None else None
 
 
-def check_projection(size: int, hidden: int) -> None:
+def check_projection(call: LayerCall) -> None:
     """Raises for an LSTM whose outputs [..,R] are not as wide as its cell state [..,H]."""
-    if size != hidden:
+    if call.c0 is None:
+        return
+    projected, hidden = size(call.h0, -1), size(call.c0, -1)
+    if projected != hidden:
         raise RuntimeError(
             "torch.onnx.export: ONNX has no LSTM with a projection, expected proj_size 0, "
-            f"got {size}"
+            f"got {projected}"
         )
 
 
 def _in_order(weight: Tensor, spec: CellSpec) -> Tensor:
     """The gates [G*H,...] of a weight in ONNX's order."""
-    if spec.name not in GATE_ORDER:
+    order = spec.torch.onnx_gates
+    if len(order) == 1:
         return weight
     hidden = weight.shape[0] // spec.gates
     # slices of a constant are folded by the exporter, chunks are not
-    return torch.cat([weight[g * hidden : (g + 1) * hidden] for g in GATE_ORDER[spec.name]])
+    return torch.cat([weight[g * hidden : (g + 1) * hidden] for g in order])

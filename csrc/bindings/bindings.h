@@ -1,0 +1,23 @@
+// The parts of the module fastrnn._C, and the checks that they share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <limits>
+
+namespace fastrnn::bindings {
+
+// CPU and CUDA plans, in bindings/plans.cpp.
+void define_plans(pybind11::module_& m);
+// fastrnn._C._testing: hooks for the tests, in bindings/testing.cpp.
+void define_testing(pybind11::module_& m);
+
+constexpr std::int64_t kLargestSize = std::numeric_limits<std::int32_t>::max();
+
+// Raise ValueError unless least <= value <= most. NaN is in no range.
+void check_size(const char* name, std::int64_t value, std::int64_t least,
+                std::int64_t most = kLargestSize);
+void check_range(const char* name, double value, double least, double most);
+
+}  // namespace fastrnn::bindings

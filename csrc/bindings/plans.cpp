@@ -1,0 +1,154 @@
+// fastrnn._C.plan and cuda_plan: how a layer of a given shape would run.
+#include "bindings/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "cpu/api.h"
+#include "cuda/plan.h"
+
+namespace py = pybind11;
+
+namespace fastrnn::bindings {
+namespace {
+
+const CellInfo& find_cell(const std::string& name) {
+  std::string known;
+  for (const CellInfo& info : fastrnn::kCells) {
+    if (name == info.name) return info;
+    known += std::string(known.empty() ? "" : ", ") + info.name;
+  }
+  throw py::value_error("cell must be one of " + known + ", got '" + name + "'");
+}
+
+int element_bytes(const std::string& dtype) {
+  if (dtype == "float64") return 8;
+  if (dtype == "float32") return 4;
+  if (dtype == "float16" || dtype == "bfloat16") return 2;
+  throw py::value_error("dtype must be one of float16, bfloat16, float32, float64, got '" + dtype +
+                        "'");
+}
+
+fastrnn::LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
+                             std::int64_t input_size, std::int64_t hidden_size,
+                             std::int64_t proj_size, std::int64_t directions) {
+  const CellInfo& info = find_cell(cell);
+  check_size("steps", steps, 0);
+  check_size("batch", batch, 0);
+  check_size("input_size", input_size, 0);
+  check_size("hidden_size", hidden_size, 1);
+  check_size("proj_size", proj_size, 0);
+  check_size("directions", directions, 1, 2);
+  if (proj_size > 0 && info.states != 2)
+    throw py::value_error("proj_size must be 0 for " + cell + ", got " + std::to_string(proj_size));
+  const double products = double(steps) * double(batch) * double(info.gates) * double(hidden_size) *
+                          double(2 * input_size + hidden_size + proj_size + 1);
+  check_range("the number of multiply-adds", products, 0, double(std::int64_t(1) << 60));
+  const Sequence sequence = {steps, batch, false, nullptr, nullptr};
+  return {info.kind, sequence, input_size, hidden_size, proj_size};
+}
+
+py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
+                   std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
+                   const std::string& dtype, bool training, std::int64_t directions, bool tf32,
+                   const std::optional<std::string>& schedule, std::int64_t capability,
+                   std::int64_t multiprocessors, std::int64_t shared_bytes) {
+  using namespace fastrnn::cuda;
+  const fastrnn::LayerShape shape =
+      shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
+  check_size("capability", capability, 0);
+  check_size("multiprocessors", multiprocessors, 0);
+  check_size("shared_bytes", shared_bytes, 0);
+  Arithmetic arithmetic = tf32 ? Arithmetic::kTf32 : Arithmetic::kFloat32;
+  if (element_bytes(dtype) == 2)
+    arithmetic = dtype == "float16" ? Arithmetic::kFloat16 : Arithmetic::kBFloat16;
+  if (element_bytes(dtype) == 8) arithmetic = Arithmetic::kFloat64;
+  Choice choice;
+  try {
+    choice = choice_named(schedule ? schedule->c_str() : std::getenv("FASTRNN_SCHEDULE"));
+  } catch (const std::exception& error) {
+    throw py::value_error(error.what());
+  }
+  const Plan chosen =
+      make_plan({shape, int(directions), training ? Pass::kBackward : Pass::kForward, arithmetic,
+                 Chip{int(capability), int(multiprocessors), int(shared_bytes)}, choice});
+  py::dict result;
+  result["schedule"] = chosen.schedule->name;
+  result["chunk_rows"] = chosen.chunk_rows;
+  if (chosen.schedule->schedule == Schedule::kPersistent) {
+    const Tiling& tiling = chosen.tiling;
+    result["tensor_cores"] = tiling.tensor_cores;
+    result["units"] = tiling.units;
+    result["unit_blocks"] = tiling.unit_blocks;
+    result["output_blocks"] = tiling.output_blocks;
+    result["row_tiles"] = tiling.row_tiles;
+    result["row_groups"] = tiling.row_groups;
+    result["blocks"] = tiling.blocks;
+    result["shared_bytes"] = tiling.shared_bytes;
+  }
+  return result;
+}
+
+py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
+              std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
+              const std::string& dtype, std::int64_t threads, bool training,
+              std::int64_t directions, bool half_weights, std::int64_t layers) {
+  const fastrnn::LayerShape shape =
+      shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
+  const int bytes = element_bytes(dtype);
+  check_size("threads", threads, 1);
+  check_size("layers", layers, 1);
+  py::dict result;
+  const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
+  const fastrnn::cpu::Plan chosen =
+      // half types: in float32
+      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
+                              half_weights && dtype == "float32");
+  result["schedule"] = "persistent";
+  result["isa"] = chosen.isa;
+  result["vector_lanes"] = chosen.vector_lanes;
+  result["threads"] = chosen.threads;
+  result["together"] = chosen.together;
+  result["row_groups"] = chosen.row_groups;
+  result["unit_groups"] = chosen.unit_groups;
+  result["unit_vectors"] = chosen.unit_vectors;
+  result["back_vectors"] = chosen.back_vectors;
+  result["packed"] = chosen.packed;
+  result["half_weights"] = chosen.half_weights;
+  result["input"] = chosen.input_fused ? "fused" : "ahead";
+  result["shared"] = chosen.shared;
+  result["chunk_rows"] = chosen.chunk_rows;
+  result["stacked"] = false;
+  if (layers > 1 && directions == 1 && !training && !half_weights && bytes >= 4) {
+    fastrnn::LayerShape upper = shape;
+    upper.input_size = shape.output_size();
+    fastrnn::cpu::Plan pair[2];
+    result["stacked"] = fastrnn::cpu::make_stacked_plans(shape, upper, bytes, int(threads), pair);
+  }
+  return result;
+}
+
+}  // namespace
+
+void define_plans(py::module_& m) {
+  m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
+        py::arg("threads") = 1, py::arg("training") = false, py::arg("directions") = 1,
+        py::arg("half_weights") = false, py::arg("layers") = 1,
+        "How the CPU would walk a layer of this shape through time (training: its backward pass).");
+  m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("steps"), py::arg("batch"),
+        py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
+        py::arg("dtype") = "float32", py::arg("training") = false, py::arg("directions") = 1,
+        py::arg("tf32") = false, py::arg("schedule") = py::none(),
+        py::arg("capability") = fastrnn::cuda::kH100.major,
+        py::arg("multiprocessors") = fastrnn::cuda::kH100.multiprocessors,
+        py::arg("shared_bytes") = fastrnn::cuda::kH100.shared_bytes,
+        "The same on a GPU, an H100 unless told otherwise; schedule: auto, persistent or stepwise, "
+        "None: what FASTRNN_SCHEDULE says.");
+}
+
+}  // namespace fastrnn::bindings

@@ -1,0 +1,245 @@
+#include "torch/arguments.h"
+
+#include <algorithm>
+
+namespace fastrnn {
+namespace {
+
+// Bounds that keep every size of a buffer, padded to whole vectors, far below 2^63 bytes. Tensors
+// of no memory, expanded or without elements, reach them.
+constexpr int64_t kMostValues = int64_t(1) << 52;
+constexpr int64_t kPadding = 64;  // values of the widest block of units
+
+inline int64_t checked_product(int64_t a, int64_t b) {
+  FASTRNN_CHECK(a == 0 || (a <= kMostValues && b <= kMostValues / a),
+                "the sizes of a layer must multiply to at most 2^52 values, got ", a, " times ", b,
+                ".");
+  return a * b;
+}
+
+// A storage may have been resized after a tensor was made in it.
+inline void check_memory(const char* name, const Tensor& t, int64_t value_bytes) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t offset = 0, bytes = 0;
+  check_torch(aoti_torch_get_storage_offset(t.get(), &offset));
+  check_torch(aoti_torch_get_storage_size(t.get(), &bytes));
+  int64_t values = offset + 1;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return;
+    values += (sizes[i] - 1) * strides[i];
+  }
+  FASTRNN_CHECK(values <= bytes / value_bytes, name, " must have memory for all of its ", values,
+                " values, got a storage of ", bytes, " bytes.");
+}
+template <class Expected>
+void check_sizes(const char* name, const Tensor& t, const Expected& expected) {
+  const auto sizes = t.sizes();
+  bool same = sizes.size() == expected.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == expected.begin()[i];
+  FASTRNN_CHECK(same, name, " must have the shape ",
+                text(std::vector<int64_t>(expected.begin(), expected.end())), ", got ",
+                text(sizes_of(t)), ".");
+}
+inline void check_sizes(const char* name, const Tensor& t,
+                        std::initializer_list<int64_t> expected) {
+  check_sizes<std::initializer_list<int64_t>>(name, t, expected);
+}
+
+const CellInfo* find_cell(const std::string& name) {
+  std::string known;
+  for (const CellInfo& info : kCells)
+    if (name == info.name) return &info;
+  for (const CellInfo& info : kCells) known += (known.empty() ? "" : ", ") + std::string(info.name);
+  throw_error("cell must be one of ", known, ", got '", name, "'.");
+}
+
+std::string slot_names(int64_t slots) {
+  std::string names;
+  for (int slot = 0; slot < kWeightSlots; ++slot)
+    if (has_slot(slots, slot))
+      names += (names.empty() ? "" : ", ") + std::string(kWeightSlotNames[slot]);
+  return names;
+}
+
+void check_slots(int64_t slots) {
+  FASTRNN_CHECK(slots >> kWeightSlots == 0 && has_slot(slots, kWIh) && has_slot(slots, kWHh),
+                "slots must hold w_ih and w_hh and no bit beyond w_hr, got ", slots, ".");
+  FASTRNN_CHECK(has_slot(slots, kBIh) == has_slot(slots, kBHh),
+                "slots must hold both biases or none, got ", slots, ".");
+}
+
+}  // namespace
+
+LayerArguments::LayerArguments(const char* sequence_name, const Tensor& sequence, const Tensor& h0_,
+                               const std::optional<Tensor>& c0_, const std::vector<Tensor>& weights,
+                               int64_t slots, const std::optional<Tensor>& batch_sizes,
+                               const std::string& cell_name, ScalarType compute_type)
+    : cell(find_cell(cell_name)),
+      dtype(checked_dtype(sequence_name, sequence)),
+      compute(compute_type),
+      code(dtype_code(sequence)),
+      place(sequence),
+      packed(batch_sizes.has_value()),
+      single(!packed && h0_.dim() == 2),
+      h0(h0_),
+      c0(c0_) {
+  FASTRNN_CHECK(single || h0.dim() == 3, "h0 must be [D, B, R], got ", h0.dim(), " dimensions.");
+  const int64_t dims = packed || single ? 2 : 3;
+  FASTRNN_CHECK(sequence.dim() == dims, sequence_name, " must have ", dims, " dimensions ",
+                packed   ? "with batch_sizes"
+                : single ? "with a 2-D h0"
+                         : "without batch_sizes",
+                ", got ", sequence.dim(), ".");
+  directions = single ? 1 : h0.size(0);
+  batch = h0.size(single ? 0 : 1);
+  FASTRNN_CHECK(directions == 1 || directions == 2, "h0 must have 1 or 2 directions, got ",
+                directions, ".");
+  check_memory(sequence_name, sequence, value_bytes(dtype));
+  read_weights(weights, slots);
+  read_steps(sequence_name, sequence, batch_sizes);
+  check_products();
+}
+
+void LayerArguments::read_weights(const std::vector<Tensor>& weights, int64_t slots) {
+  check_slots(slots);
+  const int64_t count = count_slots(slots);
+  FASTRNN_CHECK(count * directions == int64_t(weights.size()), "weights must hold ", count,
+                " tensors per direction (", slot_names(slots), "), got ", weights.size(), " for ",
+                directions, " direction(s).");
+  const bool projected = has_slot(slots, kWHr);
+  FASTRNN_CHECK(!projected || cell->states == 2,
+                "weights must hold a projection for lstm only, got one for ", cell->name, ".");
+  for (const Tensor& w : weights) check_like("weights", w);
+  FASTRNN_CHECK(weights[0].dim() == 2, "w_ih must be 2-D, got ", weights[0].dim(),
+                " dimension(s).");
+  input_size = weights[0].size(1);
+  hidden_size = weights[0].size(0) / cell->gates;
+  const int64_t out = h0.size(single ? 1 : 2);
+  for (const int64_t size : {batch, input_size, hidden_size, out}) checked_product(size, 1);
+  FASTRNN_CHECK(!projected || out > 0,
+                "h0 must have a size of 1 or more with a projection, got 0.");
+  proj_size = projected ? out : 0;
+  check_like("h0", h0);
+  check_sizes("h0", h0, state_sizes(projected ? proj_size : hidden_size));
+  FASTRNN_CHECK(c0.has_value() == (cell->states == 2), "c0 must ",
+                cell->states == 2 ? "be given for " : "not be given for ", cell->name, ".");
+  if (c0) {
+    check_like("c0", *c0);
+    check_sizes("c0", *c0, state_sizes(hidden_size));
+  }
+  h0 = contiguous_compute(h0);
+  if (c0) c0 = contiguous_compute(*c0);
+  const int64_t gate_rows = cell->gates * hidden_size;
+  direction.reserve(directions);
+  for (int64_t d = 0; d < directions; ++d) {
+    const Tensor* next = &weights[d * count];
+    const auto matrix = [&](WeightSlot slot, int64_t rows, int64_t columns) {
+      check_sizes(kWeightSlotNames[slot], *next, {rows, columns});
+      return Rows(to_compute(*next++));
+    };
+    const auto bias = [&](WeightSlot slot) -> std::optional<Tensor> {
+      if (!has_slot(slots, slot)) return std::nullopt;
+      check_sizes(kWeightSlotNames[slot], *next, {gate_rows});
+      return contiguous_compute(*next++);
+    };
+    // in the order of the slots; an initialiser list evaluates from left to right
+    direction.push_back(Direction{
+        matrix(kWIh, gate_rows, input_size), matrix(kWHh, gate_rows, out), bias(kBIh), bias(kBHh),
+        projected ? std::optional(matrix(kWHr, proj_size, hidden_size)) : std::nullopt});
+  }
+}
+
+void LayerArguments::read_steps(const char* name, const Tensor& sequence,
+                                const std::optional<Tensor>& batch_sizes) {
+  if (!packed) {
+    steps = single ? 1 : sequence.size(0);
+    const int64_t own_batch = sequence.size(single ? 0 : 1);
+    FASTRNN_CHECK(own_batch == batch, name, " must have the batch ", batch, " of h0, got ",
+                  own_batch, ".");
+    rows = checked_product(steps, batch);
+    step_rows.assign(batch > 0 ? steps : 0, batch);  // T may be anything where nothing has rows
+  } else {
+    FASTRNN_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+                      dtype_code(*batch_sizes) == aoti_torch_dtype_int64(),
+                  "batch_sizes must be a 1-D int64 tensor on the CPU, got another.");
+    check_memory("batch_sizes", *batch_sizes, value_bytes(ScalarType::Long));
+    const Tensor sizes = as_contiguous(*batch_sizes);
+    steps = sizes.size(0);
+    const auto* values = static_cast<const int64_t*>(sizes.const_data_ptr());
+    step_rows.assign(values, values + steps);
+    rows = 0;
+    int64_t before = batch;
+    for (int64_t t = 0; t < steps; ++t) {
+      FASTRNN_CHECK(step_rows[t] > 0 && step_rows[t] <= before && (t > 0 || step_rows[0] == batch),
+                    "batch_sizes must start with the batch size ", batch,
+                    ", be positive and not increase, got ", step_rows[t], " at step ", t, ".");
+      before = step_rows[t];
+      rows = std::min(rows + step_rows[t], kMostValues);
+    }
+    FASTRNN_CHECK(rows == sequence.size(0), name, " must have the ", rows,
+                  " rows that batch_sizes add up to, got ", sequence.size(0), ".");
+  }
+  step_offset.reserve(step_rows.size());
+  int64_t offset = 0;
+  for (const int64_t size : step_rows) {
+    step_offset.push_back(offset);
+    offset += size;
+  }
+}
+
+// Of outputs, workspaces and what is saved; a chunk of rows has 4 times the batch at most.
+void LayerArguments::check_products() const {
+  const int64_t width = checked_product(4 * cell->pre + cell->saved, hidden_size + kPadding);
+  const int64_t most = std::max({input_size, out(), hidden_size}) + kPadding;
+  checked_product(width, most);
+}
+
+void LayerArguments::check_like(const char* name, const Tensor& t) const {
+  FASTRNN_CHECK(DeviceId(t) == place, name, " must be on the device of the input, got another.");
+  FASTRNN_CHECK(dtype_code(t) == code, name, " must have the dtype ",
+                torch::headeronly::toString(dtype), " of the input, got ", dtype_name(t), ".");
+  check_memory(name, t, value_bytes(dtype));
+}
+
+void check_input(const LayerArguments& layer, const Tensor& x) {
+  const int64_t size = x.size(x.dim() - 1);
+  FASTRNN_CHECK(size == layer.input_size, "x must have the input size ", layer.input_size,
+                " of w_ih, got ", size, ".");
+}
+
+// What backward is given beyond the layer itself.
+void check_backward(const LayerArguments& layer, const Tensor& y, const Tensor& saved,
+                    const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
+                    const std::optional<Tensor>& d_c_n) {
+  layer.check_like("y", y);
+  check_sizes("y", y, layer.output_sizes());
+  if (layer.cell->saved > 0) {
+    check_sizes("saved", saved,
+                {layer.directions, layer.rows, layer.cell->saved * layer.hidden_size});
+    const ScalarType expected = accumulate_type(layer.dtype);
+    const int32_t code =
+        expected == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    FASTRNN_CHECK(
+        dtype_code(saved) == code && saved.is_contiguous() && DeviceId(saved) == layer.place,
+        "saved must be the result of recurrent_forward, got another tensor.");
+    check_memory("saved", saved, value_bytes(accumulate_type(layer.dtype)));
+  }
+  if (d_y) {
+    layer.check_like("d_y", *d_y);
+    check_sizes("d_y", *d_y, layer.output_sizes());
+  }
+  if (d_h_n) {
+    layer.check_like("d_h_n", *d_h_n);
+    check_sizes("d_h_n", *d_h_n, layer.state_sizes(layer.out()));
+  }
+  FASTRNN_CHECK(!d_c_n || layer.c0, "d_c_n must not be given for ", layer.cell->name,
+                ", got a tensor.");
+  if (d_c_n) {
+    layer.check_like("d_c_n", *d_c_n);
+    check_sizes("d_c_n", *d_c_n, layer.state_sizes(layer.hidden_size));
+  }
+}
+
+// What a direction writes of states and their gradients [D, B, *], of values saved [D, N, *], or
+}  // namespace fastrnn

@@ -1,0 +1,153 @@
+// The results of an operator, and the structs of problem/layer.h that a kernel gets: one for each
+// direction.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "problem/layer.h"
+#include "torch/arguments.h"
+
+namespace fastrnn {
+
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// null.
+inline int64_t direction_offset(const Tensor& t, int64_t d) {
+  return d == 0 ? 0 : d * t.size(1) * t.size(2);
+}
+template <class S>
+S* output_of(const Tensor& t, int64_t d) {
+  return static_cast<S*>(t.data_ptr()) + direction_offset(t, d);
+}
+template <class S>
+S* output_of(const std::optional<Tensor>& t, int64_t d) {
+  return t ? output_of<S>(*t, d) : nullptr;
+}
+// The same of what it reads.
+template <class S>
+const S* input_of(const Tensor& t, int64_t d) {
+  return static_cast<const S*>(t.const_data_ptr()) + direction_offset(t, d);
+}
+template <class S>
+const S* input_of(const std::optional<Tensor>& t, int64_t d) {
+  return t ? input_of<S>(*t, d) : nullptr;
+}
+
+// Where large tensors come from.
+using Allocate = Tensor (*)(const std::vector<int64_t>& sizes, ScalarType dtype,
+                            const Tensor& like);
+
+struct ForwardOutputs {
+  Tensor y, h_n;
+  std::optional<Tensor> c_n, saved;
+
+  // All in the layer's compute type, saved in what that accumulates in.
+  ForwardOutputs(const LayerArguments& layer, bool save, const Tensor& like,
+                 Allocate allocate = empty)
+      : y(empty(layer.output_sizes(), layer.compute, like)),
+        h_n(empty(layer.state_sizes(layer.out()), layer.compute, like)) {
+    if (layer.c0) c_n = empty(layer.state_sizes(layer.hidden_size), layer.compute, like);
+    if (save && layer.cell->saved > 0)
+      saved = allocate({layer.directions, layer.rows, layer.cell->saved * layer.hidden_size},
+                       accumulate_type(layer.compute), like);
+  }
+
+  // As the schema returns them, with placeholders.
+  FourTensors tensors(const LayerArguments& layer) const {
+    return {layer.from_compute(y), layer.from_compute(h_n),
+            c_n ? layer.from_compute(*c_n) : placeholder(layer.dtype, y),
+            saved ? *saved : placeholder(accumulate_type(layer.dtype), y)};
+  }
+};
+
+template <class S, class A>
+LayerForward<S, A> forward_problem(const LayerArguments& layer, int64_t d, const Rows& x,
+                                   const ForwardOutputs& outputs) {
+  LayerForward<S, A> problem{};
+  problem.shape = layer.shape(d);
+  problem.weights = layer.direction[d].view<S>();
+  problem.x = static_cast<const S*>(x.data);
+  problem.x_stride = x.stride;
+  problem.h0 = input_of<S>(layer.h0, d);
+  problem.c0 = input_of<S>(layer.c0, d);
+  problem.y = static_cast<S*>(outputs.y.data_ptr()) + d * layer.out();
+  problem.y_stride = layer.directions * layer.out();
+  problem.h_n = output_of<S>(outputs.h_n, d);
+  problem.c_n = output_of<S>(outputs.c_n, d);
+  problem.saved = output_of<A>(outputs.saved, d);
+  return problem;
+}
+
+struct BackwardInputs {
+  Rows y;
+  Tensor saved;
+  std::optional<Rows> d_y;
+  std::optional<Tensor> d_h_n, d_c_n;
+
+  BackwardInputs(const LayerArguments& layer, const Tensor& y_, const Tensor& saved_,
+                 const std::optional<Tensor>& d_y_, const std::optional<Tensor>& d_h_n_,
+                 const std::optional<Tensor>& d_c_n_)
+      : y(layer.to_compute(y_)),
+        saved(saved_),
+        d_h_n(layer.contiguous_compute(d_h_n_)),
+        d_c_n(layer.contiguous_compute(d_c_n_)) {
+    if (d_y_) d_y.emplace(layer.to_compute(*d_y_));
+  }
+};
+
+struct BackwardOutputs {
+  Tensor d_pre;
+  std::optional<Tensor> d_h_all;
+  Tensor d_h0;
+  std::optional<Tensor> d_c0;
+
+  // All in the layer's compute type.
+  BackwardOutputs(const LayerArguments& layer, const Tensor& like, Allocate allocate = empty)
+      : BackwardOutputs(layer, like, allocate, allocate) {}
+  // d_pre from elsewhere: not every caller returns it.
+  BackwardOutputs(const LayerArguments& layer, const Tensor& like, Allocate allocate,
+                  Allocate allocate_pre)
+      : d_pre(allocate_pre({layer.directions, layer.rows, layer.cell->pre * layer.hidden_size},
+                           layer.compute, like)),
+        d_h0(empty(layer.state_sizes(layer.out()), layer.compute, like)) {
+    if (layer.proj_size > 0)
+      d_h_all = allocate({layer.directions, layer.rows, layer.proj_size}, layer.compute, like);
+    if (layer.c0) d_c0 = empty(layer.state_sizes(layer.hidden_size), layer.compute, like);
+  }
+
+  // As the schema returns them, with placeholders.
+  FourTensors tensors(const LayerArguments& layer) const {
+    return {d_pre, d_h_all ? *d_h_all : placeholder(layer.compute, d_pre), layer.from_compute(d_h0),
+            d_c0 ? layer.from_compute(*d_c0) : placeholder(layer.dtype, d_pre)};
+  }
+};
+
+template <class S, class A>
+LayerBackward<S, A, S> backward_problem(const LayerArguments& layer, int64_t d,
+                                        const BackwardInputs& inputs,
+                                        const BackwardOutputs& outputs) {
+  LayerBackward<S, A, S> problem{};
+  problem.shape = layer.shape(d);
+  problem.weights = layer.direction[d].view<S>();
+  problem.h0 = input_of<S>(layer.h0, d);
+  problem.c0 = input_of<S>(layer.c0, d);
+  problem.y = static_cast<const S*>(inputs.y.data) + d * layer.out();
+  problem.y_stride = inputs.y.stride;
+  if (layer.cell->saved > 0) problem.saved = input_of<A>(inputs.saved, d);
+  if (inputs.d_y) {
+    problem.d_y = static_cast<const S*>(inputs.d_y->data) + d * layer.out();
+    problem.d_y_stride = inputs.d_y->stride;
+  }
+  problem.d_h_n = input_of<S>(inputs.d_h_n, d);
+  problem.d_c_n = input_of<S>(inputs.d_c_n, d);
+  problem.d_pre = output_of<S>(outputs.d_pre, d);
+  problem.d_h_all = output_of<S>(outputs.d_h_all, d);
+  problem.d_h0 = output_of<S>(outputs.d_h0, d);
+  problem.d_c0 = output_of<S>(outputs.d_c0, d);
+  return problem;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,37 @@
+// Numbers of the operators' optional arguments and of their results. No torch in here: fastrnn._C
+// exports the names, and fastrnn/spec.py has the same table.
+//
+// `int slots` of an operator: bit i says that every direction has weight slot i. The list `weights`
+// holds, for each direction, the tensors that are there in the order of their slots.
+//
+// `int outputs` of an operator: bit i asks for its result i. A result that is not asked for, or
+// that the layer does not have, is an empty placeholder where leaving it out saves work. (An
+// operator returns a fixed number of tensors because compiled C++ code cannot receive a list.)
+#pragma once
+
+#include <cstdint>
+
+namespace fastrnn {
+
+enum WeightSlot : int { kWIh, kWHh, kBIh, kBHh, kWHr, kWeightSlots };
+inline constexpr const char* kWeightSlotNames[kWeightSlots] = {"w_ih", "w_hh", "b_ih", "b_hh",
+                                                               "w_hr"};
+
+// Results of recurrent_forward.
+enum ForwardOutput : int { kY, kHN, kCN, kSaved, kForwardOutputs };
+inline constexpr const char* kForwardOutputNames[kForwardOutputs] = {"y", "h_n", "c_n", "saved"};
+
+// Results of recurrent_gradients. recurrent_bidirectional_gradients continues with the weights of
+// the second direction. d_h_all, the gradients at the projected outputs, stands for that of w_hr.
+enum GradientOutput : int { kDX, kDH0, kDC0, kDHAll, kDWIh, kDWHh, kDBIh, kDBHh, kGradientOutputs };
+inline constexpr const char* kGradientOutputNames[kGradientOutputs] = {
+    "d_x", "d_h0", "d_c0", "d_h_all", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh"};
+inline constexpr int kGradientsPerDirection = kGradientOutputs - kDWIh;
+
+constexpr bool has_slot(std::int64_t mask, int slot) { return mask >> slot & 1; }
+// Slots below `end` that are present: the number of tensors before slot `end` in a direction.
+constexpr int count_slots(std::int64_t mask, int end = kWeightSlots) {
+  return __builtin_popcountll(std::uint64_t(mask) & ((std::uint64_t(1) << end) - 1));
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,19 @@
+"""torch operations, for all calls that no other backend supports."""
+
+from __future__ import annotations
+
+from fastrnn.layer_call import LayerCall
+from fastrnn.ops import composite_layer
+from fastrnn.tracing import is_in_onnx_export, is_tracing
+
+NAME = "composite"
+WHOLE_STACK = False
+
+
+def unsupported(call: LayerCall) -> str:
+    if not call.is_step and is_in_onnx_export() and is_tracing():
+        return "torch.onnx.export: an RNN with 'sigmoid' needs dynamo=True"
+    return ""
+
+
+run = composite_layer

@@ -1,0 +1,42 @@
+"""Conditions that several backends have in common: "" or a reason against the kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from fastrnn._torch_internals import (
+    TransformType,
+    are_transforms_active,
+    forward_ad,
+    interpreter_stack,
+)
+from fastrnn.layer_call import LayerCall
+from fastrnn.ops import DEVICES, DTYPES
+
+
+def against_transforms() -> str:
+    """The kernels support neither tangents nor the batched tensors of ``torch.func``."""
+    if are_transforms_active():
+        # Dynamo does not see that a tensor inside a transform requires a gradient
+        if torch.compiler.is_compiling():
+            return "a transform of torch.func is compiled"
+        if not _only_reverse_mode():
+            return "the kernels support no transform of torch.func but grad, vjp and jacrev"
+    elif forward_ad._current_level >= 0:
+        return "the kernels have no forward-mode derivative"
+    return ""
+
+
+def against_types(call: LayerCall) -> str:
+    """The devices and dtypes of the kernels."""
+    x = call.x
+    if not x.is_cpu and x.device.type not in DEVICES:
+        return "there are no kernels for {device}"
+    if x.dtype not in DTYPES:
+        return "there are no kernels for {dtype}"
+    return ""
+
+
+def _only_reverse_mode() -> bool:
+    stack = interpreter_stack() or []
+    return all(interpreter.key() == TransformType.Grad for interpreter in stack)

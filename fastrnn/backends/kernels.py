@@ -1,0 +1,27 @@
+"""fastrnn's kernels, one layer or step at a time, with their own gradients."""
+
+from __future__ import annotations
+
+from fastrnn._torch_internals import are_transforms_active, forward_ad
+from fastrnn.backends.conditions import against_transforms, against_types
+from fastrnn.layer_call import LayerCall
+from fastrnn.ops import kernel_layer
+from fastrnn.tracing import is_capturing, size
+
+NAME = "kernels"
+WHOLE_STACK = False
+
+
+def unsupported(call: LayerCall) -> str:
+    if is_capturing():
+        return "a graph is captured"
+    if call.h0.dim() == 2 and size(call.h0, 1) == 0:  # a single step
+        return "the hidden size is 0"
+    if are_transforms_active() or forward_ad._current_level >= 0:
+        reason = against_transforms()
+        if reason:
+            return reason
+    return against_types(call)
+
+
+run = kernel_layer

@@ -1,0 +1,38 @@
+"""fastrnn's kernels for inference of stacked layers: two layers at a time in parallel."""
+
+from __future__ import annotations
+
+import torch
+
+from fastrnn.backends import kernels
+from fastrnn.layer_call import LayerCall
+from fastrnn.ops import HALF, infer_stack, records
+from fastrnn.tracing import is_capturing
+
+NAME = "stacked kernels"
+WHOLE_STACK = True
+
+
+def unsupported(call: LayerCall) -> str:
+    num_layers, dropout, half_weights = call.options
+    if num_layers == 1:
+        return "there is a single layer"
+    x = call.x
+    if x.device.type != "cpu":
+        return "the stacked kernels are for the CPU"
+    if x.dtype in HALF:
+        return "the stacked kernels compute in float32 and float64, not in {dtype}"
+    if torch.compiler.is_compiling() or is_capturing():
+        return "a graph is captured or compiled"
+    if call.h0.shape[0] != num_layers:
+        return "the layers are bidirectional"
+    if dropout != 0:
+        return "there is dropout between the layers"
+    if half_weights:
+        return "the stacked kernels have no float16 weights"
+    if records(call):
+        return "a gradient is recorded"
+    return kernels.unsupported(call)
+
+
+run = infer_stack

@@ -1,0 +1,145 @@
+"""`explain`: the backend that would run a call, and the reasons against the faster ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import _C, autocast
+from fastrnn.backends import Backend, captured, kernels, stacked_kernels, torch_step
+from fastrnn.engine import choose
+from fastrnn.layer_call import LayerCall
+from fastrnn.modules.base import RecurrentBase
+from fastrnn.modules.cells import CellBase
+from fastrnn.ops import records
+from fastrnn.spec import PROJECTION
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call would run; ``print`` shows it.
+
+    Attributes:
+        call: the call in a few words.
+        backend: the name of the backend that would run each layer, or the step.
+        skipped: the reason against each backend that comes before it.
+        plans: for the kernels, the plan of each layer, as `fastrnn._C.plan` returns it.
+    """
+
+    call: str
+    backend: str
+    skipped: Mapping[str, str]
+    plans: Sequence[Mapping[str, Any]] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [f"{self.call}: {self.backend}"]
+        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        for index, plan in enumerate(self.plans):
+            facts = ", ".join(f"{key}={value}" for key, value in plan.items())
+            lines.append(f"  plan of layer {index}: {facts}")
+        return "\n".join(lines)
+
+
+class _Chosen(BaseException):
+    """Ends a call after its choice: no Exception, which the modules would explain."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        super().__init__()
+        self.explanation = explanation
+
+
+def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = None) -> Explanation:
+    """Returns how a call of a module would run, without running it.
+
+    Gradients, autocast, ``torch.func`` and the number of threads count as they are now. Weights
+    that are computed (by a parametrization) are computed once.
+
+    Args:
+        module: an RNN, LSTM, GRU or one of their cells, of fastrnn.
+        input, hx: the arguments of its ``forward``.
+
+    Raises:
+        TypeError: the module is another one.
+        Exception: ``module(input, hx)`` would raise it before its computation begins.
+    """
+    if not isinstance(module, RecurrentBase | CellBase):
+        raise TypeError(
+            "explain: module must be an RNN, LSTM, GRU or a cell of fastrnn, got "
+            f"{type(module).__module__}.{type(module).__name__}."
+        )
+    skipped: dict[str, str] = {}
+
+    def watch(call: LayerCall, backends: Sequence[Backend]) -> Backend:
+        chosen = choose.choose_unwatched(call, backends)
+        for backend in backends[: backends.index(chosen)]:
+            skipped[backend.NAME] = choose.reason_against(backend, call)
+        if (
+            chosen is not torch_step
+            and backends in (choose.PRIORITY, choose.STEPS)
+            and autocast.acts_on(call.x)
+        ):
+            return chosen  # autocast casts the tensors, then the choice is made again
+        plans = _plans(call) if chosen in (kernels, stacked_kernels, captured) else []
+        raise _Chosen(Explanation(choose.describe(call), chosen.NAME, dict(skipped), plans))
+
+    try:
+        with choose.watched(watch):
+            module.forward(input, hx)
+    except _Chosen as chosen:
+        return chosen.explanation
+    raise AssertionError("the call made no choice")
+
+
+def _plans(call: LayerCall) -> list[Mapping[str, Any]]:
+    """The kernels' plan of each layer; none on a device without memory."""
+    device = call.x.device
+    if device.type not in ("cpu", "cuda"):
+        return []
+    directions = 1 if call.is_step else call.h0.shape[0] // call.options.num_layers
+    width = call.x.shape[-1]
+    plans: list[Mapping[str, Any]] = []
+    for index in range(call.options.num_layers):
+        plans.append(_plan(call, index, width, directions))
+        width = directions * call.h0.shape[-1]
+    return plans
+
+
+def _plan(call: LayerCall, index: int, width: int, directions: int) -> Mapping[str, Any]:
+    x, batch_sizes, (flat, slots) = call.x, call.batch_sizes, call.weights
+    if batch_sizes is not None:
+        steps, batch = len(batch_sizes), int(batch_sizes[0])
+    else:
+        steps, batch = (1, x.shape[0]) if call.is_step else (x.shape[0], x.shape[1])
+    hidden = flat[1].shape[0] // call.spec.gates
+    sizes = (steps, batch, width, hidden, call.h0.shape[-1] if slots & PROJECTION else 0)
+    options: dict[str, Any] = {
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "training": records(call),
+        "directions": directions,
+    }
+    if x.device.type == "cpu":
+        remaining = call.options.num_layers - index
+        return _C.plan(
+            call.spec.name,
+            *sizes,
+            **options,
+            threads=torch.get_num_threads(),
+            half_weights=call.options.half_weights,
+            layers=remaining,
+        )
+    about: Any = torch.cuda.get_device_properties(x.device)
+    rnn: Any = torch.backends.cudnn.rnn
+    return _C.cuda_plan(
+        call.spec.name,
+        *sizes,
+        **options,
+        tf32=rnn.fp32_precision == "tf32",
+        capability=about.major,
+        multiprocessors=about.multi_processor_count,
+        shared_bytes=about.shared_memory_per_block_optin,
+    )

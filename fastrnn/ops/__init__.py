@@ -1,0 +1,28 @@
+"""The kernels as torch operators: how Python calls them, their shapes, and their derivatives."""
+
+from fastrnn.ops import fakes as _fakes  # noqa: F401 - registers the operators' shapes
+from fastrnn.ops.autograd import kernel_layer
+from fastrnn.ops.composite import composite_layer
+from fastrnn.ops.operators import (
+    DEVICES,
+    DTYPES,
+    HALF,
+    captured_layer,
+    check_is_refusal,
+    forward_op,
+    infer_stack,
+    records,
+)
+
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "HALF",
+    "captured_layer",
+    "check_is_refusal",
+    "composite_layer",
+    "forward_op",
+    "infer_stack",
+    "kernel_layer",
+    "records",
+]

@@ -1,0 +1,144 @@
+"""The operators of ``torch.ops.fastrnn`` as Python calls them.
+
+An operator returns a fixed number of tensors. `decode` and `decode_layer` are the only places
+that know which of them are placeholders.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn import _C, _library
+from fastrnn._torch_internals import has_kernel
+from fastrnn.layer_call import LayerCall, Results
+
+_library.load()
+
+
+def raise_interruption(error: BaseException) -> None:
+    """Raises the exception of a signal's handler (Ctrl-C: KeyboardInterrupt) if it ended a call."""
+    _C.raise_interruption(str(error))
+
+
+def check_is_refusal(error: Exception) -> None:
+    """Raises the error again unless `forward_op` or the dispatcher rejected the arguments.
+
+    Another path may support such arguments or explain them in torch's words. A failure (not enough
+    memory, a bug) must not be retried: that would hide it.
+    """
+    raise_interruption(error)
+    message = str(error)
+    is_refusal = message.startswith(("fastrnn: ", "fastrnn::recurrent_forward() "))
+    is_failure = message.startswith("fastrnn: the call failed: ")
+    # the dispatcher raises NotImplementedError for a device without kernels
+    if is_failure or not (is_refusal or isinstance(error, NotImplementedError)):
+        raise error
+
+
+def _interruptible(operator: Any) -> Any:
+    """The operator; the exception of a signal's handler replaces its own."""
+
+    @functools.wraps(operator)
+    def call(*args: Any) -> Any:
+        try:
+            return operator(*args)
+        except RuntimeError as error:
+            raise_interruption(error)
+            raise
+
+    return call
+
+
+#: the operators themselves, for the quick path and for graphs
+forward_op = torch.ops.fastrnn.recurrent_forward.default
+layer_op = torch.ops.fastrnn.recurrent_layer.default
+backward_op = torch.ops.fastrnn.recurrent_backward.default
+
+interruptible_forward = _interruptible(forward_op)
+_interruptible_stack = _interruptible(torch.ops.fastrnn.recurrent_stack.default)
+#: by the number of directions
+gradient_ops = {
+    1: _interruptible(torch.ops.fastrnn.recurrent_gradients.default),
+    2: _interruptible(torch.ops.fastrnn.recurrent_bidirectional_gradients.default),
+}
+
+OPERATORS = (
+    "layer",
+    "recurrent_layer",
+    "recurrent_forward",
+    "recurrent_backward",
+    "recurrent_gradients",
+    "recurrent_bidirectional_gradients",
+    "recurrent_stack",
+)
+
+#: dtypes that the kernels compute with
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+#: devices with kernels; "meta" stands for tensors that have shapes only
+DEVICES = frozenset(
+    {"meta"}
+    | {key.lower() for key in ("CPU", "CUDA") if has_kernel("fastrnn::recurrent_forward", key)}
+)
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the kernels accumulate in."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def decode(results: Sequence[Tensor], numbers: Sequence[int | None]) -> list[Tensor | None]:
+    """The results with these numbers; None for None, whose result is a placeholder."""
+    return [None if number is None else results[number] for number in numbers]
+
+
+def decode_layer(call: LayerCall, y: Tensor, h_n: Tensor, c_n: Tensor) -> Results:
+    """The results of a layer, None for a cell state that the cell does not have."""
+    return y, h_n, None if call.c0 is None else c_n
+
+
+def records(call: LayerCall) -> bool:
+    """Whether autograd will record the results."""
+    c0 = call.c0
+    return torch.is_grad_enabled() and (
+        call.x.requires_grad
+        or call.h0.requires_grad
+        or (c0 is not None and c0.requires_grad)
+        or True in [w.requires_grad for w in call.weights.flat]
+    )
+
+
+def infer_layer(call: LayerCall) -> Results:
+    """One layer by the kernels without a gradient."""
+    spec, x, batch_sizes, h0, c0, (weights, slots), options = call
+    # while a graph is captured, half_weights alone comes here
+    run = forward_op if torch.compiler.is_compiling() else interruptible_forward
+    outputs = spec.inference_outputs
+    if options.half_weights and x.device.type == "cpu":
+        y, h_n, c_n, _ = run(x, h0, c0, weights, slots, batch_sizes, spec.name, outputs, True)
+    else:
+        y, h_n, c_n, _ = run(x, h0, c0, weights, slots, batch_sizes, spec.name, outputs)
+    return decode_layer(call, y, h_n, c_n)
+
+
+def captured_layer(call: LayerCall) -> Results:
+    """One layer as one operator in a graph, which decides when it runs whether to save."""
+    spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
+    y, h_n, c_n = layer_op(x, h0, c0, weights, slots, batch_sizes, spec.name)
+    return decode_layer(call, y, h_n, c_n)
+
+
+def infer_stack(call: LayerCall) -> Results:
+    """Stacked layers of one direction in one call, two at a time in parallel where that pays."""
+    spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
+    c0s = [] if c0 is None else list(c0.split(1))
+    y, h_n, c_n = _interruptible_stack(
+        x, list(h0.split(1)), c0s, weights, slots, batch_sizes, spec.name
+    )
+    return y, torch.cat(h_n), None if c0 is None else torch.cat(c_n)

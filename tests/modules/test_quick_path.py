@@ -1,0 +1,118 @@
+"""The quick path of a module: what the operator rejects is explained, a failure is not retried."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support import build, make_step, raised
+from torch import nn
+
+from fastrnn.engine import run
+from fastrnn.modules import base
+from fastrnn.spec import CELLS
+
+X = (5, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(base, "forward_op", fail)
+    monkeypatch.setattr(run, "forward_op", fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("fastrnn: the call failed: there is not enough memory."),
+        torch.OutOfMemoryError("out of memory"),
+        RuntimeError("a bug"),
+        IndexError("a bug"),
+        MemoryError(),
+    ],
+    ids=str,
+)
+def test_a_failure_is_not_retried(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    layer, step = build("gru", 3, 4), make_step("gru", 3, 4)
+    monkeypatch.setattr(layer, "_run_slowly", lambda *_: pytest.fail("retried"))
+    monkeypatch.setattr(run, "_run_step_slowly", lambda *_: pytest.fail("retried"))
+    fail_with(monkeypatch, error)
+    assert raised(lambda: layer(torch.randn(X))) is error
+    assert raised(lambda: step(torch.randn(2, 3))) is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("fastrnn: x must be something else."),
+        RuntimeError("fastrnn::recurrent_forward() Expected a value of type 'Tensor'"),
+        NotImplementedError("Could not run 'fastrnn::recurrent_forward'"),
+    ],
+    ids=str,
+)
+def test_a_refusal_takes_the_general_path(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    layer, step, x = build("gru", 3, 4), make_step("gru", 3, 4), torch.randn(X)
+    expected = layer(x)[0], step(x[0])
+    fail_with(monkeypatch, error)
+    assert torch.equal(layer(x)[0], expected[0])
+    assert torch.equal(step(x[0]), expected[1])
+
+
+def test_the_refusal_is_the_cause_of_the_error() -> None:
+    module = build("lstm", 3, 4)
+    for wrong in (torch.randn(5, 2, 7), torch.zeros(5, 2, 3, dtype=torch.int64)):
+        error = raised(lambda wrong=wrong: module(wrong))
+        assert not str(error).startswith("fastrnn: ")
+        assert str(error.__cause__).startswith("fastrnn: x must ")
+
+
+def test_the_refusal_of_a_step_is_the_cause_of_the_error() -> None:
+    error = raised(lambda: make_step("lstm", 3, 4)(torch.randn(2, 7)))
+    assert str(error).startswith("input has inconsistent input_size")
+    assert str(error.__cause__).startswith("fastrnn: x must ")
+
+
+def test_a_failure_of_torch_s_step_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step("rnn_tanh", 3, 4)
+    failure = RuntimeError("a bug")
+
+    def fail(*args: Any) -> Any:
+        raise failure
+
+    facts = CELLS["rnn_tanh"].torch._replace(torch_step=fail)
+    monkeypatch.setitem(CELLS, "rnn_tanh", replace(CELLS["rnn_tanh"], torch=facts))
+    assert raised(lambda: step(torch.randn(2, 3))) is failure
+    error = raised(lambda: step(torch.randn(2, 7)))
+    assert str(error).startswith("input has inconsistent input_size")
+
+
+def test_parameters_of_another_kind_take_the_general_path() -> None:
+    """An attribute that no longer fits the weights: the operator rejects it, names decide."""
+    module, x = build("gru", 3, 4), torch.randn(X)
+    expected, _ = module(x)
+    module.bias = False
+    assert torch.equal(module(x)[0], expected)
+    without: nn.Module = build("lstm", 3, 4, bias=False)
+    expected, _ = without(x)
+    without.bias = True
+    assert torch.equal(without(x)[0], expected)
+
+
+def test_memory_that_torch_lacks_is_a_failure() -> None:
+    """The message of the operator itself begins as `check_is_refusal` expects."""
+    x = torch.zeros(1).expand(1, 1 << 40, 1)
+    error = raised(lambda: build("gru", 1, 4)(x, torch.zeros(1).expand(1, 1 << 40, 4)))
+    assert str(error).startswith("fastrnn: the call failed: ")
+    assert error.__cause__ is None
