@@ -27,7 +27,7 @@ MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine of the ELF header
 
 @dataclass(frozen=True)
 class Microkernel:
-    """What has to be there of name<types, M, N>, a tile of M rows and N vectors."""
+    """The instances that name<types, M, N> must have: tiles of M rows and N vectors."""
 
     types: tuple[str, ...] = ()
     rows: str = ""  # the function of tile.h: most rows for n vectors
@@ -98,7 +98,7 @@ class Function:
 
     @property
     def on_stack(self) -> re.Pattern[str]:
-        """What memory on the stack looks like; rbp and x29 are other pointers without a frame."""
+        """Matches an operand on the stack; without a frame, rbp and x29 are other pointers."""
         begin, frame = FRAME[self.machine]
         has_frame = any(f"{i.code} {i.operands}" == begin for i in self.body)
         return re.compile(STACK[self.machine] + (f"|{frame}" if has_frame else ""))

@@ -2,17 +2,22 @@
 
     compile.py kernels --compiler aarch64-linux-gnu-g++ --out FOLDER [--link]
     compile.py torch --torch SITE_PACKAGES/torch --out FOLDER
+    compile.py database [--out FOLDER]
 
-Objects only (with --link, the kernels' shared library too); a warning is an error.
+Objects only (with --link, the kernels' shared library too); a warning is an error. `database`
+compiles nothing: it writes compile_commands.json, from which clangd and clang-tidy know the flags
+of every source and header in csrc/ and tests/ (CUDA sources where the torch and nvcc are there).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import runpy
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,20 +47,66 @@ def torch_sources(folder: Path) -> dict[str, list[str]]:
     return result
 
 
+def database() -> list[dict[str, str | list[str]]]:
+    """Returns the entries of compile_commands.json."""
+    torch = SETUP["find_torch"]()
+    cuda = SETUP["find_cuda"](torch)
+    flags: dict[str, list[str]] = {}
+    for library in SETUP["libraries"](SETUP["project_version"](), torch, cuda):
+        compile_args = library.extra_compile_args
+        cxx = compile_args["cxx"] if isinstance(compile_args, dict) else compile_args
+        macros = [f"-D{name}={value}" for name, value in library.define_macros]
+        if library.name == "fastrnn._C":  # setuptools adds it when it compiles
+            macros.append(f"-I{sysconfig.get_paths()['include']}")
+        for source in library.sources:
+            own = cxx
+            if source.endswith(".cu"):  # for clang, which takes no flag of nvcc
+                own = [*cxx, "-xcuda", "--cuda-host-only", "-nocudalib"]
+            flags[source] = [*own, *macros]
+    # A header alone has the flags of the sources around it, as C++.
+    of_kernels, of_torch = flags["csrc/cpu/call.cpp"], flags["csrc/torch/ops.cpp"]
+    for header in SETUP["files"]("csrc/**/*.h"):
+        own = of_torch if header.startswith("csrc/torch/") else of_kernels
+        flags[header] = [*own, "-xc++-header"]
+    for source in SETUP["files"]("tests/**/*.cpp"):
+        flags[source] = [*of_kernels, *[f for f in of_torch if f not in of_kernels]]
+    return [
+        {
+            "directory": str(ROOT),
+            "file": source,
+            "arguments": ["clang++", "-Icsrc", *own, "-c", source],
+        }
+        for source, own in sorted(flags.items())
+    ]
+
+
 def run(command: list[str]) -> None:
     print(command[0], "->", command[-1], flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
 
 
+def run_all(commands: list[list[str]]) -> None:
+    """Runs MAX_JOBS (2) commands at a time; raises CalledProcessError if one fails."""
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        list(pool.map(run, commands))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["kernels", "torch"])
+    parser.add_argument("what", choices=["kernels", "torch", "database"])
     parser.add_argument("--compiler", default="g++")
     parser.add_argument("--torch", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT)
     parser.add_argument("--link", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.what == "database":
+        path = options.out / "compile_commands.json"
+        path.write_text(json.dumps(database(), indent=1) + "\n")
+        print(f"wrote {path}")
+        return 0
+    if options.out == ROOT:
+        parser.error("--out must name a folder for the objects")
 
     sources = kernels() if options.what == "kernels" else torch_sources(options.torch.resolve())
     objects = [str(options.out / Path(source).with_suffix(".o").name) for source in sources]
@@ -65,8 +116,7 @@ def main() -> int:
         for (source, flags), target in zip(sources.items(), objects, strict=True)
     ]
     try:
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-            list(pool.map(run, commands))
+        run_all(commands)
         if options.link:
             library = str(options.out / "libfastrnn_kernels.so")
             link = [*SETUP["LINK_FLAGS"], SETUP["NO_UNDEFINED"]]

@@ -180,7 +180,7 @@ def text_of(version: str, found: list[Kernel]) -> str:
 
 
 def problems(version: str, found: list[Kernel], table: str) -> list[str]:
-    """What is wrong, in sentences."""
+    """Returns a message for each problem."""
     result = [
         f"{kernel.name} for {kernel.arch} spills {kernel.spilled} bytes and has a stack of "
         f"{kernel.stack}"

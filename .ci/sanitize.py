@@ -1,0 +1,107 @@
+"""Compiles the CPU kernels with a sanitizer and runs tests/kernels/sanitize/driver.cpp on them.
+
+    sanitize.py address     AddressSanitizer and UndefinedBehaviorSanitizer
+    sanitize.py thread      ThreadSanitizer
+
+First the driver makes a mistake of each kind on purpose, which the sanitizer must report; then it
+compares every layer with plain loops, which must end without a report. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from compile import ROOT, SETUP, run_all
+
+SOURCES = ROOT / "tests" / "kernels" / "sanitize"
+SECONDS = 900  # far more than a run takes
+
+
+@dataclass(frozen=True)
+class Sanitizer:
+    compiler: str
+    flags: list[str]
+    planted: dict[str, str]  # mistake of the driver -> words of the report
+
+
+SANITIZERS = {
+    "address": Sanitizer(
+        "clang++",
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        {"overflow": "heap-buffer-overflow", "misaligned": "misaligned address"},
+    ),
+    # Not clang++, which does not watch accesses of more than 16 bytes: those of AVX2 and AVX-512.
+    "thread": Sanitizer("g++", ["-fsanitize=thread"], {"race": "data race"}),
+}
+
+
+def build(sanitizer: Sanitizer, folder: Path) -> Path:
+    """Compiles the kernels and the driver into a folder; returns the program."""
+    flags = [*SETUP["CXX_FLAGS"], *SETUP["KERNEL_FLAGS"], "-O1", "-g", *sanitizer.flags]
+    sources = [*SETUP["files"]("csrc/cpu/**/*.cpp"), str(SOURCES / "driver.cpp")]
+    objects = [str(folder / f"{number}.o") for number in range(len(sources))]
+    start = [sanitizer.compiler, *flags, "-Icsrc"]
+    run_all(
+        [
+            [*start, "-c", source, "-o", target]
+            for source, target in zip(sources, objects, strict=True)
+        ]
+    )
+    program = folder / "driver"
+    run_all([[*start, *objects, "-o", str(program)]])
+    return program
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "FASTRNN_POISON": "1",  # what a kernel reads before it was written is NaN
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+    return subprocess.run(
+        [str(program), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def check(name: str, sanitizer: Sanitizer, program: Path) -> bool:
+    for mistake, report in sanitizer.planted.items():
+        result = run(program, "--plant", mistake)
+        if result.returncode == 0 or report not in result.stderr:
+            print(f"{result.stderr}\nThe sanitizer '{name}' did not report '{mistake}'.")
+            return False
+        print(f"{name}: reports '{mistake}'")
+    result = run(program)
+    print(result.stdout + result.stderr, end="")
+    if result.returncode != 0:
+        print(f"The sanitizer '{name}' ended the driver with status {result.returncode}.")
+    return result.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="+", choices=list(SANITIZERS), metavar="address|thread")
+    for name in parser.parse_args().names:
+        sanitizer = SANITIZERS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                program = build(sanitizer, Path(folder))
+            except subprocess.CalledProcessError:
+                return 1
+            if not check(name, sanitizer, program):
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

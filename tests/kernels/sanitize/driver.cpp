@@ -1,0 +1,691 @@
+// Runs the CPU kernels on every instruction set of this machine and compares them with plain loops
+// (reference.h). `.ci/run sanitize` compiles this program and the kernels with a sanitizer; no
+// torch and no Python are involved.
+//
+//   driver                  all checks; prints what ran, exits with 1 at the first difference
+//   driver --plant NAME     makes one mistake on purpose, which the sanitizer must report:
+//     overflow              y is one value too short
+//     misaligned            the numbers of rows start in the middle of a value
+//     race                  two calls write the same y at the same time
+#include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <set>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+#include "cpu/api.h"
+#include "cpu/runtime/buffer_cache.h"
+#include "cpu/runtime/thread_budget.h"
+#include "reference.h"
+
+// Makes the kernels believe in 8 CPUs, so that teams of 4 run on a smaller machine too.
+extern "C" int sched_getaffinity(pid_t, std::size_t size, cpu_set_t* mask) noexcept {
+  std::memset(mask, 0, size);
+  for (int cpu = 0; cpu < 8; ++cpu) CPU_SET_S(cpu, size, mask);
+  return 0;
+}
+
+namespace sanitize {
+namespace {
+
+namespace cpu = fastrnn::cpu;
+
+[[noreturn]] void fail(const std::string& message) {
+  std::fprintf(stderr, "driver: %s\n", message.c_str());
+  std::exit(1);
+}
+
+// A matrix as a caller of the kernels has it: exactly as long as it must be, so that
+// AddressSanitizer sees the first value beyond it. Padding between rows is NaN and must stay so.
+template <class T>
+class Matrix {
+ public:
+  // Unwritten: NaN.
+  Matrix(std::int64_t rows, std::int64_t columns, std::int64_t stride)
+      : rows_(rows),
+        columns_(columns),
+        stride_(stride),
+        values_(std::size_t(rows == 0 ? 0 : (rows - 1) * stride + columns),
+                std::numeric_limits<T>::quiet_NaN()) {
+    values_.reserve(1);  // not null
+  }
+  Matrix(const Values& from, std::int64_t rows, std::int64_t columns, std::int64_t padding = 0)
+      : Matrix(rows, columns, columns + padding) {
+    for (std::int64_t i = 0; i < rows * columns; ++i)
+      data()[i / columns * stride_ + i % columns] = T(from[std::size_t(i)]);
+  }
+
+  T* data() { return values_.data(); }
+  const T* data() const { return values_.data(); }
+  std::int64_t stride() const { return stride_; }
+  void drop_last() {
+    values_.pop_back();
+    values_.shrink_to_fit();
+  }
+
+  // Columns [first, first + count) must be `expected`, to within an error.
+  void check(const Values& expected, double tolerance, const std::string& name,
+             std::int64_t first = 0, std::int64_t count = -1) const {
+    if (count < 0) count = columns_;
+    for (std::int64_t i = 0; i < rows_ * count; ++i) {
+      const double want = expected[std::size_t(i)];
+      const double got = double(values_[std::size_t(i / count * stride_ + first + i % count)]);
+      if (!(std::abs(got - want) <= tolerance * (1.0 + std::abs(want))))
+        fail(name + " is " + std::to_string(got) + " at row " + std::to_string(i / count) +
+             ", column " + std::to_string(i % count) + ", expected " + std::to_string(want));
+    }
+    for (std::int64_t row = 0; row + 1 < rows_; ++row)
+      for (std::int64_t i = columns_; i < stride_; ++i)
+        if (!std::isnan(values_[std::size_t(row * stride_ + i)]))
+          fail(name + " was written between its rows");
+  }
+
+ private:
+  std::int64_t rows_, columns_, stride_;
+  std::vector<T> values_;
+};
+
+// The caller's thread pool.
+std::atomic<int> parallel_calls{0};
+void on_threads(std::int64_t n, void (*body)(std::int64_t, std::int64_t, void*), void* context) {
+  ++parallel_calls;
+  std::vector<std::thread> others;
+  for (std::int64_t piece = 1; piece < n; ++piece)
+    others.emplace_back([=] { body(piece, piece + 1, context); });
+  body(0, 1, context);
+  for (std::thread& other : others) other.join();
+}
+// A pool that grants fewer threads than it was asked for.
+void on_half_the_threads(std::int64_t n, void (*body)(std::int64_t, std::int64_t, void*),
+                         void* context) {
+  ++parallel_calls;
+  std::vector<std::thread> others;
+  for (std::int64_t piece = 2; piece < n; piece += 2)
+    others.emplace_back([=] { body(piece, std::min(piece + 2, n), context); });
+  body(0, std::min<std::int64_t>(2, n), context);
+  for (std::thread& other : others) other.join();
+}
+
+// After threads of a team slept for long, the kernels run calls on one thread for some
+// milliseconds. Repeats a call until it ran on the threads of its plan.
+template <class Call>
+void run_as_planned(const cpu::Plan& plan, bool any_threads, const std::string& name, Call call) {
+  if (any_threads) return call();
+  for (int attempt = 0; attempt < 50; ++attempt) {
+    const int before = parallel_calls.load();
+    call();
+    if (plan.threads * plan.together == 1 || parallel_calls.load() != before) return;
+    std::this_thread::sleep_for(std::chrono::milliseconds(60));
+  }
+  fail(name + " never ran on more than one thread");
+}
+
+template <class T>
+struct Checker {
+  const Layer& layer;
+  const int threads;
+  const bool half_weights = false;
+  const cpu::ParallelFor parallel_for = on_threads;
+  std::set<std::string>* rules = nullptr;  // of the plan that were in use
+  const bool any_threads = false;          // may run on fewer threads than planned
+
+  std::int64_t inputs = layer.sizes.input_size, hidden = layer.sizes.hidden_size;
+  std::int64_t outputs = layer.output_size(), batch = layer.batch(), rows = layer.rows;
+  std::int64_t gate_rows = layer.info().gates * hidden;
+  double tolerance = half_weights ? 1e-2 : sizeof(T) == 4 ? 2e-4 : 1e-10;
+
+  std::string name(const char* what) const {
+    return layer.sizes.name + ", " + layer.info().name + ", " + cpu::isa_in_use() + ", " +
+           (sizeof(T) == 4 ? "float" : "double") + ", " + std::to_string(threads) +
+           " threads: " + what;
+  }
+
+  // The weights of a direction, with padding between their rows.
+  struct Weights {
+    Matrix<T> w_ih, w_hh, b_ih, b_hh, w_hr;
+    Weights(const Checker& c, const Direction& d)
+        : w_ih(d.w_ih, c.gate_rows, c.inputs, 3),
+          w_hh(d.w_hh, c.gate_rows, c.outputs, 5),
+          b_ih(d.b_ih, 1, c.gate_rows),
+          b_hh(d.b_hh, 1, c.gate_rows),
+          w_hr(d.w_hr, c.layer.sizes.proj_size, c.hidden, 1) {}
+    fastrnn::LayerWeights<T> pointers() const {
+      fastrnn::LayerWeights<T> weights{};
+      weights.w_ih = w_ih.data();
+      weights.w_hh = w_hh.data();
+      weights.b_ih = b_ih.data();
+      weights.b_hh = b_hh.data();
+      weights.w_hr = w_hr.data();
+      weights.w_ih_stride = w_ih.stride();
+      weights.w_hh_stride = w_hh.stride();
+      weights.w_hr_stride = w_hr.stride();
+      return weights;
+    }
+  };
+
+  using Directions = std::vector<const Direction*>;
+
+  cpu::Plan plan(cpu::Pass pass, const Directions& directions) const {
+    const cpu::Plan plan = cpu::make_plan(layer.shape(false), pass, sizeof(T), threads,
+                                          int(directions.size()), half_weights);
+    if (rules != nullptr) {
+      auto note = [&](bool is_in_use, const char* rule) {
+        if (is_in_use) rules->insert(rule);
+      };
+      note(plan.unit_groups > 1, "unit groups");
+      note(plan.row_groups > 1, "row groups");
+      note(plan.packed, "packed weights");
+      note(!plan.packed, "unpacked weights");
+      note(plan.input_fused, "input in the step");
+      note(!plan.input_fused, "input ahead of the step");
+      note(plan.shared, "shared blocks");
+      note(plan.half_weights, "half weights");
+      note(plan.together == 2, "two directions at once");
+    }
+    return plan;
+  }
+
+  // The directions' columns of y lie side by side; one alone has padding there.
+  std::int64_t y_stride(const Directions& directions) const {
+    return directions.size() == 1 ? outputs + 2 : outputs * 2;
+  }
+
+  void forward(const Directions& directions) const {
+    const Matrix<T> x(layer.x, rows, inputs, 2);
+    std::vector<Weights> weights;
+    std::vector<Matrix<T>> h0, c0;
+    for (const Direction* d : directions) {
+      weights.emplace_back(*this, *d);
+      h0.emplace_back(d->h0, batch, outputs);
+      c0.emplace_back(d->c0, batch, hidden);
+    }
+    run_as_planned(plan(cpu::Pass::kForward, directions), any_threads, name("forward"), [&] {
+      Matrix<T> y(rows, outputs * std::int64_t(directions.size()), y_stride(directions));
+      std::vector<Matrix<T>> h_n, c_n, saved;
+      for (std::size_t i = 0; i < directions.size(); ++i) {
+        h_n.emplace_back(batch, outputs, outputs);
+        c_n.emplace_back(batch, hidden, hidden);
+        saved.emplace_back(rows, layer.info().saved * hidden, layer.info().saved * hidden);
+      }
+      std::vector<fastrnn::LayerForward<T, T>> problems;
+      for (std::size_t i = 0; i < directions.size(); ++i) {
+        fastrnn::LayerForward<T, T> problem{};
+        problem.shape = layer.shape(directions[i]->reverse);
+        problem.weights = weights[i].pointers();
+        problem.x = x.data();
+        problem.x_stride = x.stride();
+        problem.h0 = h0[i].data();
+        problem.c0 = c0[i].data();
+        problem.y = y.data() + std::int64_t(i) * outputs;
+        problem.y_stride = y.stride();
+        problem.h_n = h_n[i].data();
+        problem.c_n = c_n[i].data();
+        problem.saved = layer.info().saved > 0 && !half_weights ? saved[i].data() : nullptr;
+        problem.half_weights = half_weights;
+        problems.push_back(problem);
+      }
+      cpu::forward(problems.data(), int(problems.size()), threads, parallel_for);
+      for (std::size_t i = 0; i < directions.size(); ++i) {
+        const Direction& d = *directions[i];
+        y.check(d.y, tolerance, name("y"), std::int64_t(i) * outputs, outputs);
+        h_n[i].check(d.h_n, tolerance, name("h_n"));
+        if (layer.info().states == 2) c_n[i].check(d.c_n, tolerance, name("c_n"));
+        if (problems[i].saved != nullptr) saved[i].check(d.saved, tolerance, name("saved"));
+      }
+    });
+  }
+
+  // Of one direction: y and what forward saved, with its padding.
+  void backward(const Directions& directions) const {
+    const std::int64_t width = layer.info().pre * hidden;
+    std::vector<Weights> weights;
+    std::vector<Matrix<T>> h0, c0, y, saved, d_y, d_h_n, d_c_n;
+    for (const Direction* d : directions) {
+      weights.emplace_back(*this, *d);
+      h0.emplace_back(d->h0, batch, outputs);
+      c0.emplace_back(d->c0, batch, hidden);
+      y.emplace_back(d->y, rows, outputs, 2);
+      saved.emplace_back(d->saved, rows, layer.info().saved * hidden);
+      d_y.emplace_back(d->d_y, rows, outputs, 3);
+      d_h_n.emplace_back(d->d_h_n, batch, outputs);
+      d_c_n.emplace_back(d->d_c_n, batch, hidden);
+    }
+    run_as_planned(plan(cpu::Pass::kBackward, directions), any_threads, name("backward"), [&] {
+      std::vector<Matrix<T>> d_pre, d_h_all, d_h0, d_c0;
+      for (std::size_t i = 0; i < directions.size(); ++i) {
+        d_pre.emplace_back(rows, width, width);
+        d_h_all.emplace_back(rows, outputs, outputs);
+        d_h0.emplace_back(batch, outputs, outputs);
+        d_c0.emplace_back(batch, hidden, hidden);
+      }
+      std::vector<fastrnn::LayerBackward<T, T>> problems;
+      for (std::size_t i = 0; i < directions.size(); ++i) {
+        fastrnn::LayerBackward<T, T> problem{};
+        problem.shape = layer.shape(directions[i]->reverse);
+        problem.weights = weights[i].pointers();
+        problem.h0 = h0[i].data();
+        problem.c0 = c0[i].data();
+        problem.y = y[i].data();
+        problem.y_stride = y[i].stride();
+        problem.saved = layer.info().saved > 0 ? saved[i].data() : nullptr;
+        problem.d_y = d_y[i].data();
+        problem.d_y_stride = d_y[i].stride();
+        problem.d_h_n = d_h_n[i].data();
+        problem.d_c_n = layer.info().states == 2 ? d_c_n[i].data() : nullptr;
+        problem.d_pre = d_pre[i].data();
+        problem.d_h_all = layer.sizes.proj_size > 0 ? d_h_all[i].data() : nullptr;
+        problem.d_h0 = d_h0[i].data();
+        problem.d_c0 = d_c0[i].data();
+        problems.push_back(problem);
+      }
+      cpu::backward(problems.data(), int(problems.size()), threads, parallel_for);
+      for (std::size_t i = 0; i < directions.size(); ++i) {
+        const Direction& d = *directions[i];
+        d_pre[i].check(d.d_pre, tolerance, name("d_pre"));
+        d_h0[i].check(d.d_h0, tolerance, name("d_h0"));
+        if (layer.sizes.proj_size > 0) d_h_all[i].check(d.d_h_all, tolerance, name("d_h_all"));
+        if (layer.info().states == 2) d_c0[i].check(d.d_c0, tolerance, name("d_c0"));
+      }
+    });
+  }
+
+  // Both directions add into one d_x.
+  void gradients(const Directions& directions) const {
+    const std::int64_t width = layer.info().pre * hidden;
+    const Matrix<T> x(layer.x, rows, inputs, 2);
+    Values d_x_of_all(layer.x.size());
+    std::vector<Weights> weights;
+    std::vector<Matrix<T>> h0, y, d_pre;
+    for (const Direction* d : directions) {
+      weights.emplace_back(*this, *d);
+      h0.emplace_back(d->h0, batch, outputs);
+      y.emplace_back(d->y, rows, outputs, 2);
+      d_pre.emplace_back(d->d_pre, rows, width);
+      for (std::size_t i = 0; i < d_x_of_all.size(); ++i) d_x_of_all[i] += d->d_x[i];
+    }
+    run_as_planned(plan(cpu::Pass::kGradients, directions), any_threads, name("gradients"), [&] {
+      Matrix<T> d_x(rows, inputs, inputs);
+      std::vector<Matrix<T>> d_w_ih, d_w_hh, d_b_ih, d_b_hh;
+      for (std::size_t i = 0; i < directions.size(); ++i) {
+        d_w_ih.emplace_back(gate_rows, inputs, inputs);
+        d_w_hh.emplace_back(gate_rows, outputs, outputs);
+        d_b_ih.emplace_back(1, gate_rows, gate_rows);
+        d_b_hh.emplace_back(1, gate_rows, gate_rows);
+      }
+      std::vector<fastrnn::LayerGradients<T>> problems;
+      for (std::size_t i = 0; i < directions.size(); ++i) {
+        fastrnn::LayerGradients<T> problem{};
+        problem.shape = layer.shape(directions[i]->reverse);
+        problem.w_ih = weights[i].w_ih.data();
+        problem.w_ih_stride = weights[i].w_ih.stride();
+        problem.x = x.data();
+        problem.x_stride = x.stride();
+        problem.h0 = h0[i].data();
+        problem.y = y[i].data();
+        problem.y_stride = y[i].stride();
+        problem.d_pre = d_pre[i].data();
+        problem.d_x = d_x.data();
+        problem.add_to_x = i > 0;
+        problem.d_w_ih = d_w_ih[i].data();
+        problem.d_w_hh = d_w_hh[i].data();
+        problem.d_b_ih = d_b_ih[i].data();
+        problem.d_b_hh = d_b_hh[i].data();
+        problems.push_back(problem);
+      }
+      cpu::gradients(problems.data(), int(problems.size()), threads, parallel_for);
+      d_x.check(d_x_of_all, tolerance, name("d_x"));
+      for (std::size_t i = 0; i < directions.size(); ++i) {
+        const Direction& d = *directions[i];
+        d_w_ih[i].check(d.d_w_ih, tolerance, name("d_w_ih"));
+        d_w_hh[i].check(d.d_w_hh, tolerance, name("d_w_hh"));
+        d_b_ih[i].check(d.d_b_ih, tolerance, name("d_b_ih"));
+        d_b_hh[i].check(d.d_b_hh, tolerance, name("d_b_hh"));
+      }
+    });
+  }
+
+  void all(const Directions& directions) const {
+    forward(directions);
+    if (half_weights) return;
+    backward(directions);
+    gradients(directions);
+  }
+};
+
+std::vector<std::int64_t> padded(std::int64_t steps, std::int64_t batch) {
+  return std::vector<std::int64_t>(std::size_t(batch), steps);
+}
+
+// Sizes are as small as they can be for the rule of the plan that they are for.
+std::vector<Case> cases() {
+  return {
+      {"no steps", 3, 5, 0, {0, 0}},
+      {"one step", 3, 70, 0, padded(1, 1)},
+      {"odd sizes", 5, 7, 0, padded(4, 3)},
+      {"unit groups", 24, 130, 0, padded(7, 3)},
+      {"row groups", 24, 130, 0, padded(3, 9)},
+      {"packed sequences", 9, 131, 0, {7, 6, 6, 4, 4, 3, 2, 1, 1}},
+      {"packed, few sequences", 33, 131, 0, {9, 5, 2}},
+      {"wide input", 270, 21, 0, padded(3, 4)},
+      {"many rows", 6, 9, 0, padded(90, 3)},
+  };
+}
+std::vector<Case> projections() {
+  return {
+      {"projection", 9, 70, 19, padded(7, 3)},
+      {"packed projection", 9, 70, 40, {6, 6, 5, 4, 4, 3, 2, 1, 1}},
+  };
+}
+const Case kShared{"shared blocks", 240, 200, 0, padded(4, 30)};
+const Case kHalf{"half weights", 5, 132, 0, padded(25, 1)};
+
+std::vector<int> thread_counts() {
+  const int most = std::min(4, cpu::usable_cpus());
+  if (most < 2) fail("the control group's quota must be at least 2 CPUs");
+  return most == 2 ? std::vector<int>{1, 2} : std::vector<int>{1, 2, most};
+}
+
+// Layers and their results, made once for all instruction sets, dtypes and numbers of threads.
+const Layer& layer_of(CellKind cell, const Case& sizes) {
+  static std::map<std::pair<int, std::string>, std::unique_ptr<Layer>> made;
+  auto& layer = made[{int(cell), sizes.name}];
+  if (layer == nullptr) layer = std::make_unique<Layer>(cell, sizes, unsigned(made.size()));
+  return *layer;
+}
+
+template <class T>
+void check_layers(std::set<std::string>& rules) {
+  for (const fastrnn::CellInfo& info : fastrnn::kCells) {
+    std::vector<Case> all = cases();
+    if (info.states == 2)
+      for (const Case& sizes : projections()) all.push_back(sizes);
+    for (const int threads : thread_counts()) {
+      for (const Case& sizes : all) {
+        const Layer& layer = layer_of(info.kind, sizes);
+        const Checker<T> checker{layer, threads, false, on_threads, &rules};
+        checker.all({&layer.directions[0], &layer.directions[1]});
+        checker.all({&layer.directions[threads % 2]});
+      }
+      const Layer& half = layer_of(info.kind, kHalf);
+      Checker<T>{half, threads, true, on_threads, &rules}.all({&half.directions[0]});
+    }
+    const int most = thread_counts().back();
+    const Layer& shared = layer_of(info.kind, kShared);
+    const Checker<T> checker{shared, most, false, on_threads, &rules};
+    checker.all({&shared.directions[0], &shared.directions[1]});
+    checker.all({&shared.directions[1]});
+    Checker<T>{shared, most, false, on_half_the_threads}.all({&shared.directions[0]});
+  }
+}
+
+// Three layers, each with y of the one before it as its x.
+template <class T>
+void check_stack(std::set<std::string>& rules) {
+  constexpr int kLayers = 3;
+  constexpr std::int64_t kInputs = 24, kHidden = 72, kSteps = 40;
+  for (const fastrnn::CellInfo& info : fastrnn::kCells) {
+    for (const int threads : thread_counts()) {
+      std::vector<std::unique_ptr<Layer>> layers;
+      for (int i = 0; i < kLayers; ++i)
+        layers.push_back(std::make_unique<Layer>(
+            info.kind, Case{"stack", i == 0 ? kInputs : kHidden, kHidden, 0, padded(kSteps, 1)},
+            unsigned(i)));
+      using Checks = Checker<T>;
+      std::vector<typename Checks::Weights> weights;
+      std::vector<Matrix<T>> h0, c0;
+      for (const auto& layer : layers) {
+        weights.emplace_back(Checks{*layer, threads}, layer->directions[0]);
+        h0.emplace_back(layer->directions[0].h0, 1, kHidden);
+        c0.emplace_back(layer->directions[0].c0, 1, kHidden);
+      }
+      const Matrix<T> x(layers[0]->x, kSteps, kInputs);
+      cpu::Plan plans[2];
+      const bool at_once = cpu::make_stacked_plans(layers[0]->shape(false), layers[1]->shape(false),
+                                                   sizeof(T), threads, plans);
+      if (at_once) rules.insert("two layers at once");
+      cpu::Plan plan = cpu::make_plan(layers[0]->shape(false), cpu::Pass::kForward, sizeof(T), 1);
+      const cpu::Plan one_thread = plan;
+      plan.together = at_once ? 2 : 1;
+
+      // A layer after the other, which the checks above cover, is what the stack is compared with.
+      std::vector<Matrix<T>> expected;
+      for (const bool stacked : {false, true}) {
+        run_as_planned(stacked ? plan : one_thread, false, "stack", [&] {
+          std::vector<Matrix<T>> y, h_n, c_n;
+          for (int i = 0; i < kLayers; ++i) {
+            y.emplace_back(kSteps, kHidden, kHidden);
+            h_n.emplace_back(1, kHidden, kHidden);
+            c_n.emplace_back(1, kHidden, kHidden);
+          }
+          std::vector<fastrnn::LayerForward<T, T>> problems;
+          for (std::size_t i = 0; i < kLayers; ++i) {
+            fastrnn::LayerForward<T, T> problem{};
+            problem.shape = layers[i]->shape(false);
+            problem.weights = weights[i].pointers();
+            problem.x = i == 0 ? x.data() : y[i - 1].data();
+            problem.x_stride = i == 0 ? kInputs : kHidden;
+            problem.h0 = h0[i].data();
+            problem.c0 = c0[i].data();
+            problem.y = y[i].data();
+            problem.y_stride = kHidden;
+            problem.h_n = h_n[i].data();
+            problem.c_n = c_n[i].data();
+            problems.push_back(problem);
+          }
+          if (stacked) {
+            cpu::forward_stack(problems.data(), kLayers, threads, on_threads);
+          } else {
+            for (const auto& problem : problems) cpu::forward(&problem, 1, 1, on_threads);
+            expected = y;
+            return;
+          }
+          for (std::size_t i = 0; i < kLayers; ++i) {
+            const Values want(expected[i].data(), expected[i].data() + kSteps * kHidden);
+            y[i].check(want, sizeof(T) == 4 ? 2e-4 : 1e-10, "y of a stack");
+          }
+        });
+      }
+    }
+  }
+}
+
+// Calls from two threads at once, as from two threads of Python.
+void check_two_callers() {
+  const Layer& lower = layer_of(CellKind::kLstm, cases()[3]);
+  const Layer& upper = layer_of(CellKind::kGru, kShared);
+  const int threads = thread_counts().back();
+  std::thread other([&] {
+    for (int round = 0; round < 20; ++round)
+      Checker<float>{lower, threads, false, on_threads, nullptr, true}.all(
+          {&lower.directions[0], &lower.directions[1]});
+  });
+  for (int round = 0; round < 4; ++round)
+    Checker<double>{upper, threads, false, on_threads, nullptr, true}.all(
+        {&upper.directions[round % 2]});
+  other.join();
+}
+
+template <class Call>
+void expect_interruption(const char* name, Call call) {
+  try {
+    call();
+  } catch (const std::runtime_error& error) {
+    if (std::string(error.what()) == cpu::kInterrupted) return;
+    fail(std::string(name) + " threw " + error.what());
+  }
+  fail(std::string(name) + " was not interrupted");
+}
+
+// Calls of a long sequence, which ask after 100 ms whether to give up. The slowest instruction set
+// takes longer than that.
+void check_interruption() {
+  constexpr std::int64_t kInputs = 512, kHidden = 128, kSteps = 200'000;
+  const Case sizes{"long", kInputs, kHidden, 0, {kSteps}};
+  std::vector<std::int64_t> offset, active(std::size_t(kSteps), 1);
+  for (std::int64_t t = 0; t < kSteps; ++t) offset.push_back(t);
+  const std::vector<float> w(kHidden * kInputs), bias(kHidden), x(kInputs), h0(kHidden);
+  std::vector<float> y(kSteps * kHidden), h_n(kHidden), d_pre(kSteps * kHidden), d_h0(kHidden);
+  std::vector<float> d_w_ih(kHidden * kInputs), d_w_hh(kHidden * kHidden), d_b(kHidden);
+  fastrnn::LayerWeights<float> weights{};
+  weights.w_ih = weights.w_hh = w.data();
+  weights.b_ih = weights.b_hh = bias.data();
+  weights.w_ih_stride = kInputs;
+  weights.w_hh_stride = kHidden;
+
+  fastrnn::LayerForward<float, float> forward{};
+  forward.shape = layer_shape(CellKind::kRnnTanh, sizes, false, offset, active);
+  forward.weights = weights;
+  forward.x = x.data();
+  forward.x_stride = 0;  // all steps read one row
+  forward.h0 = h0.data();
+  forward.y = y.data();
+  forward.y_stride = kHidden;
+  forward.h_n = h_n.data();
+  fastrnn::LayerBackward<float, float> backward{};
+  backward.shape = forward.shape;
+  backward.weights = weights;
+  backward.h0 = h0.data();
+  backward.y = y.data();
+  backward.y_stride = kHidden;
+  backward.d_pre = d_pre.data();
+  backward.d_h0 = d_h0.data();
+  fastrnn::LayerGradients<float> gradients{};
+  gradients.shape = forward.shape;
+  gradients.w_ih = w.data();
+  gradients.w_ih_stride = kInputs;
+  gradients.x = x.data();
+  gradients.x_stride = 0;
+  gradients.h0 = h0.data();
+  gradients.y = y.data();
+  gradients.y_stride = kHidden;
+  gradients.d_pre = d_pre.data();
+  gradients.d_w_ih = d_w_ih.data();
+  gradients.d_w_hh = d_w_hh.data();
+  gradients.d_b_ih = d_b.data();
+
+  cpu::set_isa("baseline");
+  cpu::set_interrupted([] { return true; });
+  for (const int threads : {1, 2}) {
+    expect_interruption("forward", [&] { cpu::forward(&forward, 1, threads, on_threads); });
+    expect_interruption("backward", [&] { cpu::backward(&backward, 1, threads, on_threads); });
+    expect_interruption("gradients", [&] { cpu::gradients(&gradients, 1, threads, on_threads); });
+  }
+  cpu::set_interrupted(nullptr);
+}
+
+// A forked child makes threads of its own for a long call, and none for a short one.
+void check_fork() {
+  const Layer& longer = layer_of(CellKind::kGru, kShared);
+  const Layer& shorter = layer_of(CellKind::kLstm, cases()[3]);
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child < 0) fail("fork failed");
+  if (child == 0) {
+    const int threads = thread_counts().back();
+    const int before = parallel_calls.load();
+    Checker<float>{longer, threads, false, on_threads, nullptr, true}.all(
+        {&longer.directions[0], &longer.directions[1]});
+    Checker<float>{shorter, threads, false, on_threads, nullptr, true}.all(
+        {&shorter.directions[1]});
+    _exit(parallel_calls.load() == before ? 0 : 2);
+  }
+  int status = 0;
+  if (waitpid(child, &status, 0) != child || !WIFEXITED(status) || WEXITSTATUS(status) != 0)
+    fail("the forked process failed with status " + std::to_string(status));
+}
+
+void require(const std::set<std::string>& rules, bool half_weights) {
+  std::string missing;
+  for (const char* rule :
+       {"unit groups", "row groups", "packed weights", "unpacked weights", "input in the step",
+        "input ahead of the step", "shared blocks", "two directions at once", "two layers at once"})
+    if (rules.count(rule) == 0) missing += std::string("; ") + rule;
+  if (half_weights && rules.count("half weights") == 0) missing += "; half weights";
+  if (!missing.empty()) fail(cpu::isa_in_use() + " ran no case with " + missing.substr(2));
+}
+
+void plant(const std::string& mistake) {
+  const Layer& layer = layer_of(CellKind::kGru, cases()[3]);
+  const std::int64_t hidden = layer.sizes.hidden_size, inputs = layer.sizes.input_size;
+  const Direction& d = layer.directions[0];
+  const Checker<float> checker{layer, 1};
+  const Checker<float>::Weights weights(checker, d);
+  const Matrix<float> x(layer.x, layer.rows, inputs), h0(d.h0, layer.batch(), hidden);
+  const std::size_t bytes = layer.step_rows.size() * sizeof(std::int64_t);
+  std::vector<char> shifted(bytes + 1);
+  std::memcpy(shifted.data() + 1, layer.step_rows.data(), bytes);
+  Matrix<float> y(layer.rows, hidden, hidden), h_n(layer.batch(), hidden, hidden);
+  Matrix<float> other_h_n = h_n;
+  fastrnn::LayerForward<float, float> problem{};
+  problem.shape = layer.shape(false);
+  problem.weights = weights.pointers();
+  problem.x = x.data();
+  problem.x_stride = inputs;
+  problem.h0 = h0.data();
+  problem.h_n = h_n.data();
+  problem.y_stride = hidden;
+  if (mistake == "overflow") y.drop_last();
+  if (mistake == "misaligned")
+    problem.shape.sequence.step_rows = reinterpret_cast<std::int64_t*>(shifted.data() + 1);
+  problem.y = y.data();
+  if (mistake == "race") {
+    auto other = problem;
+    other.h_n = other_h_n.data();
+    std::atomic<int> ready{0};
+    auto repeat = [&ready](const auto& call) {
+      ++ready;
+      while (ready.load(std::memory_order_relaxed) < 2) std::this_thread::yield();
+      for (int round = 0; round < 100; ++round) cpu::forward(&call, 1, 1, on_threads);
+    };
+    std::thread thread([&] { repeat(other); });
+    repeat(problem);
+    thread.join();
+  } else {
+    cpu::forward(&problem, 1, 1, on_threads);
+  }
+}
+
+void check_all() {
+  for (const std::string& isa : cpu::available_isas()) {
+    cpu::set_isa(isa);
+    for (const bool in_double : {false, true}) {
+      std::set<std::string> rules;
+      in_double ? check_layers<double>(rules) : check_layers<float>(rules);
+      in_double ? check_stack<double>(rules) : check_stack<float>(rules);
+      require(rules, !in_double && isa != "baseline");
+    }
+    check_two_callers();
+    std::printf("%s: every layer agrees, with %d calls on several threads so far\n", isa.c_str(),
+                parallel_calls.load());
+    std::fflush(stdout);
+  }
+  check_interruption();
+  check_fork();
+  cpu::release_kept_buffers();
+}
+
+}  // namespace
+}  // namespace sanitize
+
+int main(int count, char** arguments) {
+  if (count == 3 && std::string(arguments[1]) == "--plant") {
+    sanitize::plant(arguments[2]);
+  } else if (count == 1) {
+    sanitize::check_all();
+  } else {
+    std::fprintf(stderr, "usage: driver [--plant overflow|misaligned|race]\n");
+    return 2;
+  }
+  std::puts("driver: no difference found");
+}
