@@ -19,6 +19,8 @@ from grid import GRID, SHORT, chosen_points
 
 from fastrnn.tools.benchmark.shapes import Point
 
+ROOT = Path(__file__).resolve().parents[2]
+README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results" / "zen4-2-cores"
 POINT = Point("latency", 100, 1, 64, 64)
 
 
@@ -89,13 +91,16 @@ def test_the_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "a machine, threads 2, commit 0123456789+, 2030-01-02" in out
     lines = out.splitlines()
     start = lines.index("|---|---|---|--:|--:|--:|--:|--:|--:|")
+    summary = out[: out.index("\n## All tasks")]
     assert "fastrnn ms | torch.nn ms | ONNX Runtime ms | ratio" in lines[start - 1]
     ratios = [float(line.split("|")[7]) for line in lines[start + 1 : start + 5]]
     assert ratios == [0.5, 2, 3, 4]  # the worst first, against the best peer
     gflops = POINT.flops("rnn", "forward") / 1e-3 * 1e-9
     assert lines[start + 4].endswith(f"| 4.00 | {gflops:.1f} | {gflops:.0f} |")
-    assert "| gru | forward | 2 | 0.50 | 1.00 |" in lines
-    assert readme.read_text() == f"before\n<!-- speed -->\n{out}<!-- /speed -->\nafter\n"
+    assert "| GRU | inference | 2 | 1.00 | 0.50 (T100 B1 I64 H64) |  |  |" in lines
+    own, best = "9.00 | 9.00 (T100 B1 I64 H64)", "4.00 | 4.00 (T100 B1 I64 H64)"
+    assert f"| RNN | inference | 1 | {own} | {best} |" in lines
+    assert readme.read_text() == f"before\n<!-- speed -->\n{summary}<!-- /speed -->\nafter\n"
     assert out in (tmp_path / "out/report.md").read_text()
     for name in ("ratio", "roofline"):
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -122,9 +127,9 @@ def test_regressions(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ("text", "sentence"),
     [
         (None, "cannot be read (No such file"),
-        ("{}", "is no result of pytest bench"),
-        ("[1", "is no result of pytest bench"),
-        ('{"benchmarks": []}', "is no result of pytest bench"),
+        ("{}", "must be a result of pytest bench"),
+        ("[1", "must be a result of pytest bench"),
+        ('{"benchmarks": []}', "must be a result of pytest bench"),
     ],
 )
 def test_what_is_no_result(tmp_path: Path, text: str | None, sentence: str) -> None:
@@ -137,8 +142,21 @@ def test_what_is_no_result(tmp_path: Path, text: str | None, sentence: str) -> N
 
 
 def test_a_page_without_marks() -> None:
-    with pytest.raises(SystemExit, match="the page does not have <!-- speed --> and <!-- /speed"):
+    with pytest.raises(SystemExit, match="the page must have <!-- speed --> and <!-- /speed"):
         report.insert("nothing", "text")
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="needs the source tree")
+@pytest.mark.parametrize("name", ["grid", "short-list", "short-list-1-thread"])
+def test_committed_pages_match_their_results(name: str) -> None:
+    run = report.load(RESULTS / f"{name}.json")
+    assert (RESULTS / f"{name}.md").read_text() == f"# Speed\n\n{report.table(run)}"
+
+
+@pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+def test_the_readme_has_the_summary_of_the_grid() -> None:
+    page = README.read_text(encoding="utf-8")
+    assert report.insert(page, report.summary(report.load(RESULTS / "grid.json"))) == page
 
 
 def test_what_a_sweep_runs_over() -> None:

@@ -17,6 +17,8 @@ from cuda_grid import BLOCKS, POINTS, GpuTask, tasks
 
 from fastrnn.tools.benchmark.shapes import CELLS, MODES
 
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "h200"
+
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +79,12 @@ def test_speed_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     page.unlink()
     assert speed("--budget", 0, "--json", path, "--report", page) == 0
     assert page.read_text() == text
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="needs the source tree")
+def test_the_committed_page_matches_its_results() -> None:
+    document = json.loads((RESULTS / "cuda-speed.json").read_text())
+    assert (RESULTS / "cuda-speed.md").read_text() == cuda_report.report(document)
 
 
 def test_speed_goes_on_where_it_was_cut_off(
