@@ -46,7 +46,7 @@ def report(document: Mapping[str, Any]) -> str:
         parts += ["## All tasks, lowest ratio first", "", *_table(timed), ""]
         blocks = sorted({line["block"] for line in measured})
         parts += ["## Means by block of shapes", "", *_means(measured, blocks), ""]
-    parts += [*_choices(lines), *_refusals(lines)]
+    parts += [*_choices(lines), *_rejections(lines)]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
@@ -131,10 +131,10 @@ def _choices(lines: Iterable[Mapping[str, Any]]) -> list[str]:
     return [*found, ""]
 
 
-def _refusals(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    refused = [
+def _rejections(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    rejected = [
         f"- {line['task']}, {name}: {why}"
         for line in lines
-        for name, why in line["refused"].items()
+        for name, why in line["rejected"].items()
     ]
-    return ["## Not timed", "", *refused, ""] if refused else []
+    return ["## Not timed", "", *rejected, ""] if rejected else []

@@ -1,4 +1,4 @@
-"""``bench/``: the grid, the clock that replays, the report and the search for cliffs."""
+"""``bench/``: grid, replaying clock, report, sweeps, derivatives, compile time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POINT = Point("latency", 100, 1, 64, 64)
 
 
 def write_run(path: Path, *tasks: tuple[str, str, Point, dict[str, float]]) -> Path:
-    """A file like pytest-benchmark's: cell, mode, point and milliseconds of each library."""
+    """Writes a file like pytest-benchmark's: cell, mode, shape and milliseconds per library."""
     entries = [
         {
             "group": f"{cell} {mode} {point.label}",
@@ -70,7 +70,9 @@ def test_the_grid() -> None:
     assert chosen_points("all") == GRID
     assert len(set(GRID)) == len(GRID)
     assert {point.block for point in chosen_points("overhead")} == {"overhead"}
-    with pytest.raises(ValueError, match="there is no block 'none'; choose short, all or one of "):
+    with pytest.raises(
+        ValueError, match=r"--points must be short, all or a block of shapes \(.*\), got 'none'"
+    ):
         chosen_points("none")
 
 
@@ -94,7 +96,7 @@ def test_the_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     summary = out[: out.index("\n## All tasks")]
     assert "fastrnn ms | torch.nn ms | ONNX Runtime ms | ratio" in lines[start - 1]
     ratios = [float(line.split("|")[7]) for line in lines[start + 1 : start + 5]]
-    assert ratios == [0.5, 2, 3, 4]  # the worst first, against the best peer
+    assert ratios == [0.5, 2, 3, 4]  # lowest first, against the best peer
     gflops = POINT.flops("rnn", "forward") / 1e-3 * 1e-9
     assert lines[start + 4].endswith(f"| 4.00 | {gflops:.1f} | {gflops:.0f} |")
     assert "| GRU | inference | 2 | 1.00 | 0.50 (T100 B1 I64 H64) |  |  |" in lines
@@ -109,7 +111,7 @@ def test_the_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_regressions(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(result), "--baseline", str(result)]) == 0
     assert "4 tasks, 0 slower by more than 10%, on average +0.0%" in capsys.readouterr().out
-    # A machine of half the speed, where one task became 20% slower against torch.
+    # Half the speed, and one task 20% slower relative to torch.
     other = write_run(
         tmp_path / "other.json",
         ("rnn", "forward", POINT, {"fastrnn": 2, "torch": 18}),
@@ -132,7 +134,7 @@ def test_regressions(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ('{"benchmarks": []}', "must be a result of pytest bench"),
     ],
 )
-def test_what_is_no_result(tmp_path: Path, text: str | None, sentence: str) -> None:
+def test_invalid_results_file(tmp_path: Path, text: str | None, sentence: str) -> None:
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
@@ -159,7 +161,7 @@ def test_the_readme_has_the_summary_of_the_grid() -> None:
     assert report.insert(page, report.summary(report.load(RESULTS / "grid.json"))) == page
 
 
-def test_what_a_sweep_runs_over() -> None:
+def test_sizes_of_a_sweep() -> None:
     assert sweep.sizes("H", 128, 1) == [*range(1, 301), 511, 512, 513, 1023, 1024, 1025]
     assert sweep.sizes("H", 128, 100) == [1, 101, 201, 511, 512, 513, 1023, 1024, 1025]
     assert sweep.sizes("B", 128, 1) == list(range(1, 41))
@@ -195,7 +197,7 @@ def test_every_derivative_is_measured(cell: str) -> None:
     assert all(ratio > 0 for ratio in measured.values())
 
 
-def test_compile_time_gives_up() -> None:
+def test_compile_time_stops_at_its_limit() -> None:
     assert compile_time.fastest("fastrnn", 3, False, limit=0.01, repeat=1) is None
 
 

@@ -1,4 +1,4 @@
-"""``bench/cuda_*.py``, rehearsed on the CPU: all but the GPU's time and the sanitizer's eyes."""
+"""``bench/cuda_*.py`` on the CPU: everything except GPU times and the real sanitizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "h200"
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured asks for schedules there."""
+    """Restores FASTRNN_SCHEDULE, which the benchmark sets."""
     monkeypatch.setenv("FASTRNN_SCHEDULE", "auto")
 
 
@@ -51,7 +51,7 @@ def test_speed_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     shapes = ["--blocks", "batch-1", "packed", "--commit", "abc"]
     assert speed(*shapes, "--json", path, "--report", page) == 0
     out = capsys.readouterr().out
-    assert "36 tasks measured now, 0 left of 36" in out
+    assert "36 tasks measured, 0 of 36 left" in out
     document = json.loads(path.read_text())
     assert document["machine"]["commit"] == "abc"
     assert document["machine"]["torch"] == torch.__version__
@@ -60,7 +60,7 @@ def test_speed_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {line["block"] for line in lines} == {"batch-1", "packed"}
     assert {line["graph"] for line in lines} == {False, True}
     for line in lines:
-        assert line["refused"] == {}
+        assert line["rejected"] == {}
         assert line["seconds"].keys() == {"stepwise", "persistent", "auto", "torch"}
         rounds = {len(times) for times in line["rounds"].values()}
         assert rounds in ({3}, {4}, {5})
@@ -87,7 +87,7 @@ def test_the_committed_page_matches_its_results() -> None:
     assert (RESULTS / "cuda-speed.md").read_text() == cuda_report.report(document)
 
 
-def test_speed_goes_on_where_it_was_cut_off(
+def test_speed_continues_after_a_cut_off(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "gpu.json"
@@ -105,12 +105,12 @@ def test_speed_goes_on_where_it_was_cut_off(
     under_way = json.loads(path.read_text())["under_way"]
     monkeypatch.setattr(cuda_speed, "measure", real)
     assert speed(*shapes, "--budget", 1000) == 0
-    assert "3 tasks measured now, 0 left of 6" in capsys.readouterr().out
+    assert "3 tasks measured, 0 of 6 left" in capsys.readouterr().out
     lines = {line["task"]: line for line in json.loads(path.read_text())["results"]}
     assert len(lines) == 6
-    assert lines[under_way]["refused"] == {"all": "a measurement was cut off here"}
+    assert lines[under_way]["rejected"] == {"all": "the measurement was cut off"}
     text = cuda_report.report(json.loads(path.read_text()))
-    assert f"- {under_way}, all: a measurement was cut off here" in text
+    assert f"- {under_way}, all: the measurement was cut off" in text
     with pytest.raises(SystemExit, match=r"gpu\.json: was measured on another machine, "):
         speed(*shapes, "--commit", "def")
 
@@ -118,10 +118,10 @@ def test_speed_goes_on_where_it_was_cut_off(
 def test_speed_keeps_to_its_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.json"
     assert speed("--budget", 1e-9, "--json", path) == 0
-    assert "0 tasks measured now" in capsys.readouterr().out
+    assert "0 tasks measured" in capsys.readouterr().out
 
 
-def test_speed_refuses_what_differs(
+def test_speed_rejects_results_that_differ(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = cuda_speed.Call.results
@@ -137,28 +137,28 @@ def test_speed_refuses_what_differs(
     task = tasks([cuda_grid.tiny(POINTS[0])], ["gru"], ["float32"], ["training"])[0]
     line = cuda_speed.measure(task, "cpu", 1e-4)
     assert line["seconds"].keys() == {"stepwise", "auto", "torch"}
-    assert line["refused"].keys() == {"persistent"}
-    assert line["refused"]["persistent"].startswith("differs from float64: d_bias_hh_l0 by ")
+    assert line["rejected"].keys() == {"persistent"}
+    assert line["rejected"]["persistent"].startswith("differs from float64: d_bias_hh_l0 by ")
     assert "   persistent: differs from float64" in cuda_speed.row(line)
 
 
-def test_speed_notes_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_records_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nAnd a long story.")
 
     monkeypatch.setattr(cuda_speed, "Problem", fail)
     task = tasks([cuda_grid.tiny(POINTS[0])])[0]
-    line = cuda_speed.measure_or_refuse(task, "cpu", 1e-4)
-    assert line["refused"] == {"all": "CUDA out of memory."}
+    line = cuda_speed.measure_or_record_failure(task, "cpu", 1e-4)
+    assert line["rejected"] == {"all": "CUDA out of memory."}
     assert line["task"] == task.label
 
 
-def test_the_report_shows_wrong_choices() -> None:
+def test_report_shows_wrong_choices() -> None:
     task = tasks(POINTS)[0]
     line = {
-        **cuda_speed.nothing(task, ""),
+        **cuda_speed.failed_entry(task, ""),
         "flops": 1e9,
-        "refused": {},
+        "rejected": {},
         "plan": cuda_speed.plans(task, "auto", {}),
         "seconds": {"stepwise": 1e-3, "persistent": 2e-3, "auto": 2e-3, "torch": 3e-3},
     }
@@ -171,12 +171,12 @@ def test_the_report_shows_wrong_choices() -> None:
     ("text", "sentence"),
     [
         (None, "cannot be read (No such file"),
-        ("{}", "is no result of cuda_speed.py"),
-        ('{"machine": {"commit": ""}, "results": [1', "is no result of cuda_speed.py"),
-        ('{"machine": {"commit": ""}, "results": [1]}', "is no result of cuda_speed.py"),
+        ("{}", "must be a result of cuda_speed.py"),
+        ('{"machine": {"commit": ""}, "results": [1', "must be a result of cuda_speed.py"),
+        ('{"machine": {"commit": ""}, "results": [1]}', "must be a result of cuda_speed.py"),
     ],
 )
-def test_what_is_no_result(tmp_path: Path, text: str | None, sentence: str) -> None:
+def test_invalid_results_file(tmp_path: Path, text: str | None, sentence: str) -> None:
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
@@ -188,9 +188,7 @@ def test_what_is_no_result(tmp_path: Path, text: str | None, sentence: str) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("program", [cuda_speed, cuda_sanitize], ids=["speed", "sanitize"])
 def test_no_gpu(program: Any) -> None:
-    with pytest.raises(
-        SystemExit, match=r"^cuda_\w+\.py needs a CUDA device, and torch finds none"
-    ):
+    with pytest.raises(SystemExit, match=r"^cuda_\w+\.py needs a CUDA device; torch found none"):
         program.main([])
 
 
@@ -216,7 +214,7 @@ sys.exit(code)
 
 @pytest.fixture
 def fake(tmp_path: Path) -> str:
-    """A sanitizer that sees a race wherever it looks for races."""
+    """A sanitizer that always reports a race."""
     path = tmp_path / "sanitizer"
     path.write_text(FAKE.format(python=sys.executable))
     path.chmod(0o755)
@@ -260,5 +258,5 @@ def test_verdicts(output: str, exit_code: int | None, verdict: str) -> None:
 def test_no_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"compute-sanitizer, .*: nowhere/x is no program\.$"):
+    with pytest.raises(SystemExit, match=r"compute-sanitizer, .*: nowhere/x is not a program\.$"):
         cuda_sanitize.main(["--device", "cpu", "--sanitizer", "nowhere/x"])
