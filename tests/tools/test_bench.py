@@ -161,6 +161,27 @@ def test_the_readme_has_the_summary_of_the_grid() -> None:
     assert report.insert(page, report.summary(report.load(RESULTS / "grid.json"))) == page
 
 
+def means(name: str) -> dict[tuple[str, str], list[str]]:
+    """Geometric means against torch.nn and the best peer, as the documents print them."""
+    rows = report.load(RESULTS / f"{name}.json").rows
+    found = {}
+    for line in report.means(rows)[2:]:
+        cell, mode, _, torch, _, best, _ = (text.strip() for text in line.split("|")[1:-1])
+        found[cell, mode] = [torch, best]
+    return found
+
+
+@pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+def test_the_tables_of_the_documents_match_the_results() -> None:
+    page = (ROOT / "docs" / "performance" / "cpu.md").read_text(encoding="utf-8")
+    rows = [[text.strip() for text in line.split("|")[1:-1]] for line in page.splitlines()]
+    for kind, figures in means("grid").items():
+        assert [*kind, *figures] in rows
+    one_thread = means("short-list-1-thread")
+    for kind, figures in means("short-list").items():
+        assert [*kind, *figures, *one_thread[kind]] in rows
+
+
 def test_sizes_of_a_sweep() -> None:
     assert sweep.sizes("H", 128, 1) == [*range(1, 301), 511, 512, 513, 1023, 1024, 1025]
     assert sweep.sizes("H", 128, 100) == [1, 101, 201, 511, 512, 513, 1023, 1024, 1025]

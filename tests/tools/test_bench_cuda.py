@@ -87,6 +87,21 @@ def test_the_committed_page_matches_its_results() -> None:
     assert (RESULTS / "cuda-speed.md").read_text() == cuda_report.report(document)
 
 
+@pytest.mark.skipif(not RESULTS.exists(), reason="needs the source tree")
+def test_the_table_of_the_documents_matches_the_results() -> None:
+    page = (RESULTS.parents[2] / "docs" / "performance" / "gpu.md").read_text(encoding="utf-8")
+    rows = [[text.strip(" *") for text in line.split("|")[1:-1]] for line in page.splitlines()]
+    table = {(row[0], row[1]): row[2:] for row in rows if len(row) == 6}
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for line in json.loads((RESULTS / "cuda-speed.json").read_text())["results"]:
+        kind = line["cell"].upper(), {"forward": "inference"}.get(line["mode"], line["mode"])
+        ratios.setdefault((*kind, line["dtype"]), []).append(cuda_report.ratio(line))
+    for (cell, mode, dtype), values in ratios.items():
+        column = ["bfloat16", "tf32", "float16", "float32"].index(dtype)
+        figures = f"{cuda_report.geometric_mean(values):.2f} ({min(values):.2f})"
+        assert table[cell, mode][column].replace("*", "") == figures
+
+
 def test_speed_continues_after_a_cut_off(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
