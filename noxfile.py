@@ -35,7 +35,8 @@ def test(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run the examples of the documentation."""
+    """Build the documentation site in site/ and run the examples of its pages."""
+    session.run("mkdocs", "build", "--strict")
     session.run("python", "-m", "pytest", "-q", "tests/package/test_documents.py", *session.posargs)
 
 

@@ -1,21 +1,21 @@
-"""How long torch.compile takes for a language model, fastrnn beside torch.nn.
+"""Time that torch.compile takes for a language model, fastrnn compared with torch.nn.
 
     python bench/compile_time.py [--steps 20 35 100] [--repeat N] [--limit SECONDS] [--json FILE]
 
 The model is Embedding -> LSTM of two layers -> Linear -> cross entropy, forward and backward, with
-inductor on the CPU. Each measurement has a process of its own and no caches; of several the fastest
-counts (one that takes a minute is not repeated). torch.nn.LSTM goes as torch lets it, with
+inductor on the CPU. Each measurement runs in a separate process without caches, and the fastest of
+several counts (a measurement of more than a minute is not repeated). torch.nn.LSTM needs
 `torch._dynamo.config.allow_rnn`. The columns:
 
-    setup     compiling one addition: what a process pays once for any model (imports, and trying
-              out the compiler's vector instructions, which torch otherwise keeps on the disk)
-    forward   the first forward pass after that, compilation included
+    setup     compiling one addition: the cost of any first compilation in a process (imports, and
+              detecting the compiler's vector instructions, which torch otherwise caches on disk)
+    forward   the first forward pass after that, including compilation
     backward  the first backward pass
     seconds   forward + backward
-    nodes     operators and other nodes in the graphs that are turned into code
+    nodes     operators and other nodes in the compiled graphs
 
-"neither" is the model without its LSTM: the seconds above it are those of the LSTM. `torch.nn` and
-T as a dynamic dimension do not go together (torch 2.13 stops with an AssertionError).
+"neither" is the model without its LSTM; subtract its seconds to get those of the LSTM. torch.nn
+cannot be measured with dynamic T: torch 2.13 raises an AssertionError.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LIBRARIES: dict[str, Any] = {"fastrnn": fastrnn, "torch": nn, "neither": None}
 
 
 class Model(nn.Module):
-    """Words [T,B] and what they should be followed by [T,B] give the loss."""
+    """Language model: words [T,B] and the words that follow them [T,B] give the loss."""
 
     def __init__(self, library: str) -> None:
         super().__init__()
@@ -60,12 +60,12 @@ class Model(nn.Module):
 
 
 def measure(library: str, steps: int, dynamic: bool) -> dict[str, float]:
-    """Seconds and nodes; to be called once in a process."""
+    """Returns seconds and nodes. Call it once per process."""
     torch._dynamo.config.allow_rnn = True
     nodes: list[int] = []
     inductor_config.post_grad_custom_post_pass = lambda graph: nodes.append(len(graph.nodes))
     start = time.perf_counter()
-    # as real as possible: with a backward pass and more than one loop
+    # like a real model: with a backward pass and more than one loop
     leaf = torch.zeros(64, 64, requires_grad=True)
     torch.compile(lambda t: (t.sin() + 1).sum())(leaf).backward()
     setup = time.perf_counter() - start
@@ -88,11 +88,11 @@ def measure(library: str, steps: int, dynamic: bool) -> dict[str, float]:
 
 
 def measure_apart(library: str, steps: int, dynamic: bool, limit: float) -> dict[str, float]:
-    """`measure` in a process of its own, without what earlier ones left on the disk.
+    """Runs `measure` in a separate process, without caches on disk.
 
     Raises:
-        subprocess.TimeoutExpired: it takes more than ``limit`` seconds.
-        RuntimeError: it fails.
+        subprocess.TimeoutExpired: the process takes more than ``limit`` seconds.
+        RuntimeError: the process fails.
     """
     done = subprocess.run(
         [sys.executable, __file__, "--one", library, str(steps), str(dynamic)],
@@ -111,7 +111,7 @@ def measure_apart(library: str, steps: int, dynamic: bool, limit: float) -> dict
 def fastest(
     library: str, steps: int, dynamic: bool, limit: float, repeat: int
 ) -> dict[str, float] | None:
-    """The fastest of ``repeat`` measurements, None if one takes more than ``limit`` seconds."""
+    """Fastest of ``repeat`` measurements, None if one takes more than ``limit`` seconds."""
     best: dict[str, float] | None = None
     for _ in range(repeat):
         try:
@@ -128,9 +128,9 @@ def fastest(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 35, 100], help="values of T")
-    parser.add_argument("--repeat", type=int, default=1, help="measurements of which one counts")
-    parser.add_argument("--limit", type=float, default=1200.0, help="seconds for one measurement")
-    parser.add_argument("--json", type=Path, help="write the measurements there as well")
+    parser.add_argument("--repeat", type=int, default=1, help="measurements; the fastest counts")
+    parser.add_argument("--limit", type=float, default=1200.0, help="seconds per measurement")
+    parser.add_argument("--json", type=Path, help="file that also gets the results")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # library, T, whether dynamic
     options = parser.parse_args()
     if options.one is not None:

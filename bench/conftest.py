@@ -1,4 +1,4 @@
-"""What ``pytest bench`` measures: its options, and a test for each point, cell, mode and library.
+"""Options of ``pytest bench``, and one test per shape, cell, mode and library.
 
 pytest bench [--points short|all|BLOCK] [--cells rnn gru lstm] [--modes forward training]
              [--threads 2] [--seconds 0.5]
@@ -19,11 +19,11 @@ from fastrnn.tools.benchmark.shapes import CELLS, MODES, Task
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastrnn")
-    group.addoption("--points", default="short", help="short, all, or a block of the grid")
+    group.addoption("--points", default="short", help="short, all, or a block of shapes")
     group.addoption("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL")
     group.addoption("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE")
-    group.addoption("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    group.addoption("--seconds", type=float, default=0.5, help="to spend a library and task")
+    group.addoption("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    group.addoption("--seconds", type=float, default=0.5, help="time per library and task")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable[[Task], Measurement]:
-    """Measures a task by all libraries in turns when its first test asks, and remembers it."""
+    """Measures a task with all libraries, interleaved, at its first test, and caches the result."""
     seconds = request.config.getoption("seconds")
     known: dict[Task, Measurement] = {}
 

@@ -1,4 +1,4 @@
-"""The tasks that are measured on a GPU, in an order that soon has something of everything."""
+"""Tasks to measure on a GPU, ordered so that every block of shapes comes early."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GpuPoint:
 
     Args:
         point: T, B, I, H, layers, directions.
-        cells: which ones have it.
+        cells: cells that are measured with this shape.
         graph: whether the call is captured in a CUDA graph and replayed.
     """
 
@@ -29,13 +29,13 @@ class GpuPoint:
 
     @property
     def label(self) -> str:
-        """Such as ``T128 B1 I512 H256 bi graph``."""
+        """Label such as ``T128 B1 I512 H256 bi graph``."""
         return self.point.label + (" graph" if self.graph else "")
 
 
 @dataclass(frozen=True)
 class GpuTask:
-    """What is measured: a point, by one cell, in one dtype and mode."""
+    """One measurement: a shape, a cell, a dtype and a mode."""
 
     at: GpuPoint
     cell: str
@@ -44,7 +44,7 @@ class GpuTask:
 
     @property
     def label(self) -> str:
-        """Such as ``lstm forward float16 T1024 B16 I768 H768``; no other task has it."""
+        """Unique label such as ``lstm forward float16 T1024 B16 I768 H768``."""
         return f"{self.cell} {self.mode} {self.dtype} {self.at.label}"
 
 
@@ -57,7 +57,7 @@ def _points() -> Iterator[GpuPoint]:
     for batch in (64, 2, 256, 8, 128, 32):
         yield GpuPoint(square("flashrnn", 1024, batch, 768))
     cliffs = list(product((20, 1, 64, 8, 136), (1000, 192, 512, 128, 1024, 160, 2048, 256, 1536)))
-    for index in range(len(cliffs)):  # neither B nor H stays the same for long
+    for index in range(len(cliffs)):  # both B and H change often
         batch, hidden = cliffs[index * 11 % len(cliffs)]
         yield GpuPoint(square("cliffs", 512, batch, hidden))
     yield GpuPoint(Shape("small-h", 2058, 62, 16, 168))
@@ -85,7 +85,7 @@ BLOCKS: Final = tuple(dict.fromkeys(at.point.block for at in POINTS))
 
 
 def tiny(at: GpuPoint) -> GpuPoint:
-    """A shape of the same kind that takes no time: to try out all but the timing."""
+    """Smallest shape of the same kind, to test everything except the timing."""
     point = at.point
     small = replace(
         point,
@@ -104,9 +104,9 @@ def tasks(
     dtypes: Sequence[str] = DTYPES,
     modes: Sequence[str] = MODES,
 ) -> list[GpuTask]:
-    """All tasks, in waves: the first point of every block in all ways, then the second ones, ...
+    """All tasks, in waves: the first shape of every block, then every second shape, and so on.
 
-    Whoever stops early has seen every block.
+    A run that is stopped early therefore contains every block.
     """
     blocks: dict[str, list[GpuPoint]] = {}
     for at in dict.fromkeys(points):

@@ -1,4 +1,4 @@
-"""Makes a page of what `cuda_speed.py` measured: the machine, means, every task, worst first."""
+"""Turns the results of `cuda_speed.py` into a page: machine, means, all tasks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 SCHEDULES = ("stepwise", "persistent")
 OWN_CHOICE, PEER = "auto", "torch"
-#: by how much the other schedule has to be faster before the choice counts as wrong
+#: the other schedule must be faster by this factor for the choice to count as wrong
 WORTH = 1.05
 
 
 def ratio(line: Mapping[str, Any]) -> float | None:
-    """torch.nn's time over that of fastrnn as it is; None if either was not timed."""
+    """Time of torch.nn divided by fastrnn's (schedule auto), None if either is missing."""
     seconds = line["seconds"]
     if OWN_CHOICE not in seconds or PEER not in seconds:
         return None
@@ -22,27 +22,31 @@ def ratio(line: Mapping[str, Any]) -> float | None:
 
 
 def report(document: Mapping[str, Any]) -> str:
-    """Markdown: the machine, means, every task, wrong choices, and who was refused."""
+    """Markdown: the machine, means, all tasks, wrong choices, and rejected measurements."""
     about = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     lines = document["results"]
     timed = sorted((found, line["task"], line) for line in lines if (found := ratio(line)))
     parts = [
         "# Speed on a GPU",
         "",
-        f"Measured on one machine: {about}. Times are of CUDA events around whole calls of a "
-        "layer, the product of the input included, medians over rounds in which all took turns; "
-        "training is forward and backward, to the weights and the input. torch.nn is cuDNN. The "
-        "ratio is its time over that of fastrnn as it is (auto): above 1 fastrnn is faster. "
-        "float32 is with torch's two TF32 switches off, tf32 is float32 with both on. Outputs and "
-        "gradients were compared with float64 first, and who errs too much is not timed.",
+        f"Measured on one machine: {about}. Each time is the median of interleaved rounds, "
+        "measured with CUDA events around whole calls of a layer, including the product of the "
+        "input. Training is forward and backward, to the weights and the input. torch.nn runs "
+        "cuDNN. The ratio is torch.nn's time divided by the time of fastrnn's own choice (auto): "
+        "above 1, fastrnn is faster. float32 has both of torch's TF32 switches off, tf32 has both "
+        "on. Outputs and gradients were first compared with float64; results outside the error "
+        "bound are not timed.",
         "",
         f"{len(timed)} of {len(lines)} tasks have a ratio.",
         "",
     ]
     if timed:
-        parts += [*_means([line for *_, line in timed]), ""]
-        parts += ["## All tasks, the worst ratio first", "", *_table(timed), ""]
-    parts += [*_choices(lines), *_refusals(lines)]
+        measured = [line for *_, line in timed]
+        parts += [*_means(measured, ["all"]), ""]
+        parts += ["## All tasks, lowest ratio first", "", *_table(timed), ""]
+        blocks = sorted({line["block"] for line in measured})
+        parts += ["## Means by block of shapes", "", *_means(measured, blocks), ""]
+    parts += [*_choices(lines), *_rejections(lines)]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
@@ -55,7 +59,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _header(names: Sequence[str], left: int) -> list[str]:
-    """The first two lines of a table whose first columns are text."""
+    """First two lines of a table whose ``left`` first columns hold text."""
     return [_row(names), "|" + "---|" * left + "--:|" * (len(names) - left)]
 
 
@@ -63,12 +67,11 @@ def _kind(line: Mapping[str, Any]) -> tuple[str, str, str]:
     return line["cell"], line["mode"], line["dtype"]
 
 
-def _means(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = _header(["block", "cell", "mode", "dtype", "tasks", "lowest", "mean"], 4)
-    blocks = sorted({line["block"] for line in lines})
+def _means(lines: Sequence[Mapping[str, Any]], blocks: Sequence[str]) -> list[str]:
+    found = _header(["block", "cell", "mode", "dtype", "tasks", "lowest ratio", "mean ratio"], 4)
     for kind in sorted({_kind(line) for line in lines}):
         own = [line for line in lines if _kind(line) == kind]
-        for block in ("all", *blocks):
+        for block in blocks:
             ratios = [ratio(line) for line in own if block in ("all", line["block"])]
             known = [value for value in ratios if value is not None]
             if known:
@@ -78,7 +81,7 @@ def _means(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(timed: Iterable[tuple[float, str, Mapping[str, Any]]]) -> list[str]:
-    names = ["block", "cell", "mode", "dtype", "point", "auto is"]
+    names = ["block", "cell", "mode", "dtype", "shape", "auto runs"]
     names += ["stepwise ms", "persistent ms", "auto ms", "torch.nn ms", "ratio", "TFLOP/s"]
     found = _header(names, 6)
     for value, _, line in timed:
@@ -95,9 +98,9 @@ def _table(timed: Iterable[tuple[float, str, Mapping[str, Any]]]) -> list[str]:
 
 
 def _walk(plans: Sequence[Mapping[str, Any]]) -> str:
-    """Such as ``persistent 96x1 of 8``: unit blocks, row groups, units of a block.
+    """Describes a plan: ``persistent 96x1 of 8`` is unit blocks x row groups of units per block.
 
-    Forward / backward where they differ.
+    Lists forward / backward where they differ.
     """
 
     def text(plan: Mapping[str, Any]) -> str:
@@ -109,7 +112,7 @@ def _walk(plans: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _choices(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The tasks in which the schedule that was not chosen is faster."""
+    """Tasks in which the schedule that was not chosen is faster."""
     wrong = []
     for line in lines:
         seconds = line["seconds"]
@@ -122,16 +125,16 @@ def _choices(lines: Iterable[Mapping[str, Any]]) -> list[str]:
     if not wrong:
         return []
     title = f"## Where the other schedule is more than {WORTH - 1:.0%} faster"
-    found = [title, "", *_header(["task", "auto is", "faster", "by"], 3)]
+    found = [title, "", *_header(["task", "auto runs", "faster", "by"], 3)]
     for gain, task, best_name, chosen in sorted(wrong, reverse=True):
         found.append(_row([task, chosen, best_name, f"{gain:.2f}"]))
     return [*found, ""]
 
 
-def _refusals(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    refused = [
+def _rejections(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    rejected = [
         f"- {line['task']}, {name}: {why}"
         for line in lines
-        for name, why in line["refused"].items()
+        for name, why in line["rejected"].items()
     ]
-    return ["## Not timed", "", *refused, ""] if refused else []
+    return ["## Not timed", "", *rejected, ""] if rejected else []

@@ -3,14 +3,13 @@
     python bench/cuda_sanitize.py [--tools memcheck racecheck synccheck]
            [--schedules stepwise persistent] [--limit 300] [--log DIR] [--sanitizer PATH]
 
-Every tool and schedule gets a process of its own that runs a few small layers, forward and
-backward: both kinds of product, several row tiles and groups, 8 and 16 units a block, both
-directions, rows of different lengths, projections. Only fastrnn's own kernels are looked at. Each
-tensor gets its own memory from CUDA, so that one that is overrun does not run into another of
-torch's pool.
+Each tool and schedule runs in a separate process with a few small layers, forward and backward:
+both kinds of product, several row tiles and groups, 8 and 16 units per block, both directions, rows
+of different lengths, projections. Only fastrnn's own kernels are checked. Each tensor gets its own
+memory from CUDA, so that an overrun does not end in another tensor of torch's pool.
 
-Prints a table and what was found while which layer ran. The exit code is 1 if anything was found,
-if a process failed or took more than --limit seconds, and 0 otherwise.
+Prints a table, and each finding with the layer that ran. The exit code is 1 if a tool found
+anything, if a process failed, or if it took more than --limit seconds; else 0.
 """
 
 from __future__ import annotations
@@ -53,14 +52,14 @@ CELLS = [
     ("rnn", "tf32"),
     ("rnn", "float16"),
 ]
-FOUND = 86  # the exit code of the tool if it found something
+FOUND = 86  # exit code that the tool is told to use for findings
 DONE = "all layers ran"
 STARTED = "layer: "
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer's I, H and directions, the lengths of its sequences, and an LSTM's projection."""
+    """I, H and directions of a layer, the lengths of its sequences, and an LSTM's projection."""
 
     name: str
     input_size: int
@@ -74,7 +73,7 @@ SHAPES = (
     Shape("few rows", 5, 17, True, (4, 4, 4)),
     Shape("two row tiles", 8, 40, False, (3,) * 20),
     Shape("lengths", 3, 24, True, (5, 1, 4, 4, 2, 3, 5, 1) * 4 + (2, 5)),
-    Shape("16 units a block", 8, 600, True, (2,) * 20),
+    Shape("16 units per block", 8, 600, True, (2,) * 20),
     Shape("projected, few rows", 5, 40, True, (4, 3, 2), 17),
     Shape("projected", 8, 600, True, (3,) * 17 + (2, 1), 100),
 )
@@ -86,7 +85,7 @@ LAYERS = [
 
 
 def run_layers(device: str) -> None:
-    """What the sanitizer watches: all layers, by the schedule that the environment asks for."""
+    """Runs all layers by the schedule that FASTRNN_SCHEDULE selects; the sanitizer watches this."""
     for shape, cell, dtype in LAYERS:
         print(f"{STARTED}{cell} {dtype} {shape.name}", flush=True)
         allowed = dtype == "tf32"
@@ -113,13 +112,13 @@ def run_layers(device: str) -> None:
 
 @dataclass
 class Outcome:
-    """What one process under one tool came to.
+    """Result of one process under one tool.
 
     Args:
-        verdict: ``clean``, or what is wrong.
-        layers: how many were begun.
-        findings: the tool's first line of each and the layer that ran.
-        count: as many as the tool counted itself.
+        verdict: ``clean``, or a description of the problem.
+        layers: number of layers that were started.
+        findings: for each finding, the layer that ran and the tool's first line.
+        count: number of findings that the tool reported.
     """
 
     verdict: str
@@ -133,11 +132,11 @@ _FINDING = re.compile(r"^=+ (?! )(?!COMPUTE-SANITIZER)(?!.*SUMMARY)(\S.*)")
 
 
 def judge(output: str, exit_code: int | None) -> Outcome:
-    """Reads what a tool and the program in it printed.
+    """Interprets the output of a tool and of the program that it ran.
 
     Args:
-        output: of both, in its order.
-        exit_code: None if the process was stopped for taking too long.
+        output: lines of both, in the order in which they were printed.
+        exit_code: None if the process was stopped at the time limit.
     """
     outcome, layer, summaries = Outcome("clean"), "before any layer", 0
     for line in output.splitlines():
@@ -163,7 +162,7 @@ def judge(output: str, exit_code: int | None) -> Outcome:
 def watch(
     sanitizer: str, tool: str, schedule: str, device: str, limit: float
 ) -> tuple[str, int | None]:
-    """Runs the layers under a tool: what was printed, and the exit code (None: stopped)."""
+    """Runs the layers under a tool. Returns the output and the exit code (None: time limit)."""
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     command += ["--report-api-errors", "no", "--kernel-regex", "kns=fastrnn"]
     command += [sys.executable, __file__, "--run-layers", "--device", device]
@@ -188,10 +187,10 @@ def watch(
 
 
 def find_sanitizer(given: str | None) -> str:
-    """The program.
+    """Path of compute-sanitizer.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: no such program exists.
     """
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [Path(home) / "bin" / "compute-sanitizer" for home in homes if home]
@@ -199,7 +198,7 @@ def find_sanitizer(given: str | None) -> str:
     for candidate in candidates:
         if found := shutil.which(candidate):
             return found
-    where = f"{given} is no program" if given else "PATH, CUDA_HOME and /usr/local/cuda have none"
+    where = f"{given} is not a program" if given else "not in PATH, CUDA_HOME or /usr/local/cuda"
     raise SystemExit(
         f"cuda_sanitize.py needs compute-sanitizer, a part of the CUDA toolkit: {where}."
     )
@@ -209,9 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, known in (("tools", TOOLS), ("schedules", SCHEDULES)):
         parser.add_argument(f"--{name}", nargs="+", default=known, choices=known, metavar="NAME")
-    parser.add_argument("--limit", type=float, default=300, help="seconds that a process may take")
-    parser.add_argument("--log", type=Path, metavar="DIR", help="for all that was printed")
-    parser.add_argument("--sanitizer", metavar="PATH", help="the program, if it is elsewhere")
+    parser.add_argument(
+        "--limit", type=float, default=300, help="time limit per process, in seconds"
+    )
+    parser.add_argument("--log", type=Path, metavar="DIR", help="folder for the full output")
+    parser.add_argument("--sanitizer", metavar="PATH", help="path of compute-sanitizer")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
     parser.add_argument("--run-layers", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -220,9 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.device == "cuda":
         if not torch.cuda.is_available():
-            raise SystemExit("cuda_sanitize.py needs a CUDA device, and torch finds none.")
+            raise SystemExit("cuda_sanitize.py needs a CUDA device; torch found none.")
         if not _library.cuda_kernels:
-            raise SystemExit(f"fastrnn has no CUDA kernels here: {_library.why_no_cuda}.")
+            raise SystemExit(
+                f"cuda_sanitize.py needs fastrnn's CUDA kernels: {_library.why_no_cuda}."
+            )
     sanitizer = find_sanitizer(options.sanitizer)
     if options.log is not None:
         options.log.mkdir(parents=True, exist_ok=True)

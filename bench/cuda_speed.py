@@ -1,28 +1,28 @@
-"""fastrnn beside torch.nn (cuDNN) on a GPU: both schedules and the one that fastrnn chooses.
+"""Speed on a GPU, compared with torch.nn (cuDNN): both schedules and fastrnn's own choice.
 
     python bench/cuda_speed.py --json FILE [--report FILE.md] [--budget SECONDS] [--seconds 0.2]
            [--blocks flashrnn ...] [--cells ...] [--dtypes ...] [--modes ...] [--commit TEXT]
 
 A task is a shape of `cuda_grid.py`, a cell, a dtype and forward or training (forward and backward,
-to the weights and the input). The product of the input is part of it. Who takes part, with the same
-weights and input:
+to the weights and the input). The input product is included. The contestants get the same weights
+and input:
 
-    stepwise, persistent   fastrnn with FASTRNN_SCHEDULE set so; persistent where the layer fits
-    auto                   fastrnn as it is
-    torch                  torch.nn, which is cuDNN
+    stepwise, persistent   fastrnn with this FASTRNN_SCHEDULE; persistent only if the layer fits
+    auto                   fastrnn's own choice
+    torch                  torch.nn, which runs cuDNN
 
-Before any timing the outputs, in training the gradients as well, are compared with torch.nn in
-float64 from the same rounded values. One may err four times as much as torch.nn does in the same
-dtype, or 16 units in the last place; in TF32 torch.nn in float16 counts as well, whose products
-have as many bits. Who errs more is refused, and who does not run the kernels of its plan. Then all
-take turns in random order, in five rounds, three where a call takes long; a turn is an untimed call
-and then calls between CUDA events, of which the median counts; and of the rounds' medians the
-median.
+Before any timing, outputs and gradients are compared with torch.nn in float64 from the same rounded
+values. The error bound is four times the error of torch.nn in the same dtype, or 16 units in the
+last place if that is larger; for TF32 also four times the error of torch.nn in float16, whose
+products have as many bits. Results outside the error bound, or produced by other kernels than
+planned, are rejected. Then the contestants are measured interleaved and in random order, in five
+rounds (three if calls take long). A measurement is an untimed call and then calls between CUDA
+events, of which the median counts. The result is the median of the rounds.
 
-FILE holds every task as soon as it is done. Where FILE exists, what it holds is not measured again:
-after a cut-off the same command goes on, behind the task that was under way. The tasks are in an
-order that has all blocks early; --budget starts no task after so many seconds (0: none at all, only
-the report). --report writes a table, the worst ratio first.
+FILE is written after every task. If FILE exists, the same command continues after the tasks that
+it holds, and skips a task that was running when the command was cut off. Tasks are ordered so that
+all blocks come early. --budget starts no task after this many seconds; 0 only writes the report.
+--report writes tables in Markdown.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ from fastrnn.tools.benchmark.shapes import CELLS, MODES
 
 SCHEDULES = ("stepwise", "persistent", "auto")
 ROUNDS = 5
-FEWEST_ROUNDS = 3  # where a call takes long
-MOST_CALLS = 200  # in one turn
+FEWEST_ROUNDS = 3  # if calls take long
+MOST_CALLS = 200  # per round
 CLASSES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 PLAN_CELLS = {"rnn": "rnn_tanh", "gru": "gru", "lstm": "lstm"}
 TORCH_DTYPES = {
@@ -69,16 +69,16 @@ FLOORS = {dtype: 16 * torch.finfo(dtype).eps for dtype in (torch.float16, torch.
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Turns torch's two switches."""
+    """Sets both of torch's TF32 switches."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 class Problem:
-    """What all contestants of a task get: weights, input, gradient of the output, on the device.
+    """Weights, input and gradient of the output of a task, on the device, for all contestants.
 
     Args:
-        task: what it is.
-        device: where.
+        task: the measurement.
+        device: the device of the tensors.
     """
 
     def __init__(self, task: GpuTask, device: str) -> None:
@@ -114,7 +114,7 @@ class Problem:
         return module
 
     def call(self, classes: Any, dtype: torch.dtype, rounded: torch.dtype) -> Call:
-        """A library's module in a dtype, on values that were rounded to another one before."""
+        """A library's module in ``dtype``, on values that were first rounded to ``rounded``."""
         module = self._module(classes, dtype)
         module.load_state_dict(
             {name: weight.to(rounded).to(dtype) for name, weight in self.weights.items()}
@@ -126,7 +126,7 @@ class Problem:
 
 
 class Call:
-    """A module that is ready to be called; ``d_output`` None means forward without gradients."""
+    """Module with its input, ready to run; ``d_output`` None: forward without gradients."""
 
     def __init__(
         self, module: nn.Module, x: Tensor, batch_sizes: Tensor | None, d_output: Tensor | None
@@ -139,7 +139,7 @@ class Call:
         self.leaves = [self.leaf, *module.parameters()]
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """The output, and in training the gradients of the input and the weights."""
+        """Returns the output, and in training the gradients of the input and the weights."""
         if self.d_output is None:
             with torch.no_grad():
                 return (self._output(),)
@@ -152,19 +152,19 @@ class Call:
         return rows
 
     def results(self) -> dict[str, Tensor]:
-        """The same by name."""
+        """Returns the results of a call by name."""
         output, *gradients = self()
         named = {f"d_{name}": d for name, d in zip(self.names, gradients, strict=False)}
         return {"output": output, **named}
 
 
 def flatten(module: nn.RNNBase) -> None:
-    """Lays torch.nn's weights out as cuDNN wants them, in bfloat16 too.
+    """Arranges torch.nn's weights in cuDNN's layout, in bfloat16 too.
 
-    ``flatten_parameters`` leaves that type alone, and cuDNN would gather the weights at each call.
+    ``flatten_parameters`` skips bfloat16, so that cuDNN would copy the weights at each call.
     """
     weights: list[Any] = module._flat_weights
-    # (not every cuDNN knows the type)
+    # some releases of cuDNN do not support the type
     with torch.no_grad(), contextlib.suppress(RuntimeError):
         torch._cudnn_rnn_flatten_weight(
             weights,
@@ -180,7 +180,7 @@ def flatten(module: nn.RNNBase) -> None:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of a call, to be replayed."""
+    """Captures a call in a CUDA graph and returns its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -194,7 +194,7 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def plans(task: GpuTask, schedule: str, chip: Mapping[str, int]) -> list[dict[str, Any]]:
-    """How fastrnn walks the first layer: forward, and in training backward."""
+    """Plans of the first layer: forward, and in training backward."""
     point = task.at.point
     return [
         dict(
@@ -217,8 +217,8 @@ def plans(task: GpuTask, schedule: str, chip: Mapping[str, int]) -> list[dict[st
     ]
 
 
-def walks(call: Callable[[], object]) -> bool | None:
-    """Whether a call launches a persistent kernel; None where the profiler sees none at all."""
+def runs_persistently(call: Callable[[], object]) -> bool | None:
+    """Whether a call launches a persistent kernel, None if the profiler sees no kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
@@ -229,7 +229,7 @@ def walks(call: Callable[[], object]) -> bool | None:
 
 
 def chip(device: str) -> dict[str, int]:
-    """What a plan depends on; that of an H100 where there is no GPU."""
+    """Properties of the GPU that a plan depends on; without a GPU empty, which means an H100."""
     if device == "cpu":
         return {}
     about = torch.cuda.get_device_properties(device)
@@ -239,18 +239,18 @@ def chip(device: str) -> dict[str, int]:
 
 
 class Clock:
-    """Times calls: by events on a GPU, on the CPU by the wall."""
+    """Times calls, with CUDA events on a GPU and with the wall clock on the CPU."""
 
     def __init__(self, device: str) -> None:
         self._on_gpu = device != "cpu"
 
     def wait(self) -> None:
-        """Until the device has done everything."""
+        """Waits until the device has finished."""
         if self._on_gpu:
             torch.cuda.synchronize()
 
     def times(self, call: Callable[[], object], count: int) -> list[float]:
-        """Seconds of each of so many calls, one after the other, after an untimed one."""
+        """Seconds of each of ``count`` successive calls, after an untimed call."""
         call()
         self.wait()
         if not self._on_gpu:
@@ -271,9 +271,9 @@ class Clock:
 def interleaved(
     calls: Mapping[str, Callable[[], object]], seconds: float, clock: Clock
 ) -> dict[str, list[float]]:
-    """The median call (seconds) of each round, by name; about ``seconds`` are spent on each."""
+    """Median seconds per call of each round, by name, spending ``seconds`` per contestant."""
     once = {name: min(clock.times(call, 2)) for name, call in calls.items()}
-    # An untimed and at least one timed call a turn.
+    # An untimed call and at least one timed call per round.
     rounds = min(ROUNDS, max(FEWEST_ROUNDS, round(seconds / max(1e-7, *once.values()))))
     counts = {
         name: min(MOST_CALLS, max(1, round(seconds / rounds / max(first, 1e-7))))
@@ -287,7 +287,7 @@ def interleaved(
 
 
 def allowances(problem: Problem, truth: Mapping[str, Tensor]) -> tuple[dict[str, float], float]:
-    """How much each result may err, and the largest error of torch.nn itself."""
+    """Error bound of each result, and the largest error of torch.nn itself."""
     dtype = TORCH_DTYPES[problem.task.dtype]
     found = problem.call(nn, dtype, dtype).results()
     own = {name: error(found[name], truth[name]) for name in truth}
@@ -300,7 +300,7 @@ def allowances(problem: Problem, truth: Mapping[str, Tensor]) -> tuple[dict[str,
 
 
 def measure(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:
-    """Checks and times a task: what the file holds of it."""
+    """Checks and times a task; returns its entry in the file."""
     about, clock = chip(device), Clock(device)
     allow_tf32(task.dtype == "tf32")
     dtype = TORCH_DTYPES[task.dtype]
@@ -316,7 +316,7 @@ def measure(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:
         "flops": task.at.point.flops(task.cell, task.mode),
         "plan": plans(task, "auto", about),
         "errors": {},
-        "refused": {},
+        "rejected": {},
         "seconds": {},
         "rounds": {},
     }
@@ -346,13 +346,13 @@ def measure(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:
         wrong = [key for key in errors if not errors[key] <= allowed[key]]
         planned = any(plan["schedule"] == "persistent" for plan in plans(task, name, about))
         if wrong:
-            line["refused"][name] = (
+            line["rejected"][name] = (
                 f"differs from float64: {wrong[0]} by {errors[wrong[0]]:.1e}, "
-                f"where {allowed[wrong[0]]:.1e} is allowed"
+                f"allowed is {allowed[wrong[0]]:.1e}"
             )
-        elif device != "cpu" and walks(ours) is (not planned):
-            line["refused"][name] = (
-                f"walked {'stepwise' if planned else 'persistently'}, which is not what is planned"
+        elif device != "cpu" and runs_persistently(ours) is (not planned):
+            line["rejected"][name] = (
+                f"ran {'stepwise' if planned else 'persistent'} kernels, which are not planned"
             )
         else:
             calls[name] = with_schedule(name, ours)
@@ -362,35 +362,42 @@ def measure(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:
         for name, call in list(calls.items()):
             try:
                 calls[name] = captured(call)
-            except RuntimeError as problem_of_capture:
+            except RuntimeError as capture_error:
                 del calls[name]
-                first = str(problem_of_capture).splitlines()[0]
-                line["refused"][name] = f"cannot be captured in a graph: {first}"
+                first = str(capture_error).splitlines()[0]
+                line["rejected"][name] = f"cannot be captured in a graph: {first}"
     line["rounds"] = interleaved(calls, seconds, clock)
     line["seconds"] = {name: statistics.median(times) for name, times in line["rounds"].items()}
     return line
 
 
-def measure_or_refuse(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:
-    """The same, where no memory or a failed call is something to be noted."""
+def measure_or_record_failure(task: GpuTask, device: str, seconds: float) -> dict[str, Any]:
+    """Like `measure`, but records a failed call or a lack of memory in the entry."""
     try:
         return measure(task, device, seconds)
     except RuntimeError as failure:  # torch.OutOfMemoryError is one
-        return nothing(task, str(failure).splitlines()[0])
+        return failed_entry(task, str(failure).splitlines()[0])
 
 
-def nothing(task: GpuTask, why: str) -> dict[str, Any]:
-    """What the file holds of a task that could not be measured."""
+def failed_entry(task: GpuTask, why: str) -> dict[str, Any]:
+    """Entry of a task that could not be measured."""
     about = {"task": task.label, "block": task.at.point.block, "cell": task.cell}
     about |= {"mode": task.mode, "dtype": task.dtype, "label": task.at.label}
-    return {**about, "plan": [], "errors": {}, "refused": {"all": why}, "seconds": {}, "rounds": {}}
+    return {
+        **about,
+        "plan": [],
+        "errors": {},
+        "rejected": {"all": why},
+        "seconds": {},
+        "rounds": {},
+    }
 
 
-# -- where and with what --------------------------------------------------------------------------
+# -- machine and results file ----------------------------------------------------------------------
 
 
 def output_of(*command: str) -> str:
-    """The first line that a program prints, "" if it cannot be run."""
+    """First line that a program prints, "" if it cannot run."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
@@ -401,14 +408,14 @@ def output_of(*command: str) -> str:
 
 
 def commit() -> str:
-    """Of this folder's repository, with a + for changes that are not committed."""
+    """Commit of this repository, followed by + if there are uncommitted changes."""
     found = output_of("git", "rev-parse", "--short=10", "HEAD")
     changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
     return found + ("+" if changed else "") if found else "unknown"
 
 
 def machine(device: str, commit_name: str) -> dict[str, Any]:
-    """What a ratio depends on."""
+    """Device, driver and versions."""
     about: dict[str, Any] = {"device": "cpu (a rehearsal)"}
     if device != "cpu":
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -427,11 +434,11 @@ def machine(device: str, commit_name: str) -> dict[str, Any]:
 
 
 class Results:
-    """The file, written anew after every task; without one only in memory.
+    """Results file, rewritten after every task.
 
     Args:
-        path: the file, or None.
-        about: the machine. A file of another one is not continued.
+        path: the file; None keeps the results in memory.
+        about: the machine. A file from another machine is not continued.
     """
 
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
@@ -442,26 +449,26 @@ class Results:
             if self.document["machine"] != about:
                 raise SystemExit(
                     f"{path}: was measured on another machine, with other versions or at another "
-                    "commit; name another file"
+                    "commit. Choose another file."
                 )
 
     @property
     def done(self) -> set[str]:
-        """The labels of the tasks that it holds."""
+        """Labels of the tasks in the file."""
         return {line["task"] for line in self.document["results"]}
 
     def begin(self, task: GpuTask) -> None:
-        """Notes what is under way, so that it is not tried again if it never ends."""
+        """Records the running task, so that it is skipped later if it never ends."""
         self.document["under_way"] = task.label
         self._write()
 
     def interrupted(self) -> str | None:
-        """The task that was under way when this file was last written."""
+        """Removes and returns the task that was running when the file was last written."""
         label: str | None = self.document.pop("under_way", None)
         return label
 
     def add(self, line: dict[str, Any]) -> None:
-        """Keeps what came out."""
+        """Adds an entry."""
         self.document["results"].append(line)
         self.document.pop("under_way", None)
         self._write()
@@ -475,10 +482,10 @@ class Results:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The contents of a file.
+    """Reads a results file.
 
     Raises:
-        SystemExit: it cannot be read, or is none of ours.
+        SystemExit: the file cannot be read, or was not written by this program.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -486,7 +493,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as problem:
         raise SystemExit(f"{path}: cannot be read ({problem.strerror})") from problem
     except (ValueError, KeyError, TypeError):
-        raise SystemExit(f"{path}: is no result of cuda_speed.py --json FILE") from None
+        raise SystemExit(f"{path}: must be a result of cuda_speed.py --json FILE") from None
     found: dict[str, Any] = document
     return found
 
@@ -495,14 +502,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def row(line: Mapping[str, Any]) -> str:
-    """A task in one line of the terminal."""
+    """One line per task for the terminal."""
     times = "".join(
         f"{line['seconds'][name] * 1e3:11.3f}" if name in line["seconds"] else f"{'-':>11}"
         for name in (*SCHEDULES, "torch")
     )
     chosen = "/".join(plan["schedule"] for plan in line["plan"])
-    refusals = "".join(f"   {name}: {why}" for name, why in line["refused"].items())
-    return f"{line['task']:<58}{times}   {chosen}{refusals}"
+    rejections = "".join(f"   {name}: {why}" for name, why in line["rejected"].items())
+    return f"{line['task']:<58}{times}   {chosen}{rejections}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -514,11 +521,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("modes", MODES),
     ):
         parser.add_argument(f"--{name}", nargs="+", default=known, choices=known, metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=0.2, help="to spend a contestant and task")
-    parser.add_argument("--budget", type=float, help="seconds after which no task is begun")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for the results")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="for a table in Markdown")
-    parser.add_argument("--commit", help="what to call the code (default: what git says)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="time per contestant and task")
+    parser.add_argument("--budget", type=float, help="start no task after this many seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="results file")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="report in Markdown")
+    parser.add_argument("--commit", help="name of the code (default: from git)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not options.seconds > 0:
@@ -526,12 +533,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.budget is not None and options.budget < 0:
         parser.error(f"--budget must be at least 0, got {options.budget}")
     if options.budget == 0 and (options.json is None or options.report is None):
-        parser.error("--budget 0 measures nothing and needs --json and --report")
+        parser.error("--budget 0 only writes a report and needs --json and --report")
     return options
 
 
 def is_broken(device: str) -> bool:
-    """Whether the GPU does nothing more for this process."""
+    """Whether the GPU has failed for this process."""
     try:
         Clock(device).wait()
     except RuntimeError:
@@ -547,9 +554,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.device == "cuda":
         if not torch.cuda.is_available():
-            raise SystemExit("cuda_speed.py needs a CUDA device, and torch finds none.")
+            raise SystemExit("cuda_speed.py needs a CUDA device; torch found none.")
         if not _library.cuda_kernels:
-            raise SystemExit(f"fastrnn has no CUDA kernels here: {_library.why_no_cuda}.")
+            raise SystemExit(f"cuda_speed.py needs fastrnn's CUDA kernels: {_library.why_no_cuda}.")
     results = Results(options.json, machine(options.device, options.commit or commit()))
     points = [at for at in POINTS if at.point.block in options.blocks]
     if options.device == "cpu":
@@ -558,27 +565,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted = results.interrupted()
     for task in chosen:
         if task.label == interrupted and task.label not in results.done:
-            results.add(nothing(task, "a measurement was cut off here"))
+            results.add(failed_entry(task, "the measurement was cut off"))
     done = results.done
     print(", ".join(f"{key} {value}" for key, value in results.document["machine"].items()))
-    print(f"{'ms':<58}" + "".join(f"{name:>11}" for name in (*SCHEDULES, "torch")) + "   auto is")
+    print(f"{'ms':<58}" + "".join(f"{name:>11}" for name in (*SCHEDULES, "torch")) + "   auto runs")
     left = [task for task in chosen if task.label not in done]
     count, status = 0, 0
     for task in left:
         if options.budget is not None and time.monotonic() - begin > options.budget:
             break
         results.begin(task)
-        line = measure_or_refuse(task, options.device, options.seconds)
+        line = measure_or_record_failure(task, options.device, options.seconds)
         results.add(line)
         count += 1
         print(row(line), flush=True)
         if options.device != "cpu":
             torch.cuda.empty_cache()
         if is_broken(options.device):
-            print("The GPU has failed; the same command goes on behind this task.", flush=True)
+            print("The GPU has failed. The same command continues after this task.", flush=True)
             status = 1
             break
-    print(f"{count} tasks measured now, {len(left) - count} left of {len(chosen)}")
+    print(f"{count} tasks measured, {len(left) - count} of {len(chosen)} left")
     if options.report is not None:
         options.report.write_text(report(results.document), encoding="utf-8")
     return status

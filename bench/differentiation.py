@@ -1,9 +1,9 @@
-"""What derivatives cost that kernels do not compute: ratios to calls that kernels do.
+"""Cost of derivatives that no kernel computes, relative to calls that kernels compute.
 
     python bench/differentiation.py [--seconds S] [--threads N]
 
-Prints the table of docs/differentiation.md: one layer in float32, T=50 steps, all calls measured in
-turns, medians. Both sides of a ratio are fastrnn.
+Prints the table of docs/differentiation.md: one layer in float32, T=50 steps, medians of
+interleaved calls. Both sides of a ratio are fastrnn.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fastrnn.tools.benchmark.timing import interleaved
 
 T = 50
 CELLS: dict[str, type[nn.Module]] = {"rnn": fastrnn.RNN, "lstm": fastrnn.LSTM, "gru": fastrnn.GRU}
-#: B, H (and I), how many models, inputs or samples
+#: B, H (= I), number of models, inputs or samples
 SHAPES = ((16, 64, 8), (1, 16, 8), (1, 16, 512))
-#: what is measured -> what it is divided by
+#: derivative -> the call that its time is divided by
 RATIOS = {
     "double backward": "training step",
     "jvp": "forward",
@@ -37,7 +37,7 @@ RATIOS = {
 
 
 def calls_of(cell: str, batch: int, size: int, count: int) -> dict[str, Callable[[], Any]]:
-    """Every call by name; ``count`` models [I=H=size], inputs [T,B,I] or samples of such."""
+    """All calls by name, for ``count`` models (I = H = ``size``), inputs [T,B,I] or samples."""
     module = CELLS[cell](size, size)
     models = [copy.deepcopy(module) for _ in range(count)]
     weights = list(module.parameters())
@@ -76,14 +76,14 @@ def calls_of(cell: str, batch: int, size: int, count: int) -> dict[str, Callable
 
 
 def ratios(cell: str, batch: int, size: int, count: int, seconds: float) -> dict[str, float]:
-    """The keys of `RATIOS` with what was measured."""
+    """Measured ratios, by the keys of `RATIOS`."""
     times = interleaved(calls_of(cell, batch, size, count), seconds)
     return {name: median(times[name]) / median(times[base]) for name, base in RATIOS.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.2, help="to spend on each call")
+    parser.add_argument("--seconds", type=float, default=0.2, help="time per call")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -95,13 +95,13 @@ def main() -> None:
     print("| | divided by | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
     measured = [[ratios(cell, *shape, options.seconds) for cell in CELLS] for shape in SHAPES]
     for name, base in RATIOS.items():
-        texts = []
+        cells_of_row = []
         for cells in measured:
             values = sorted(result[name] for result in cells)
-            texts.append(
+            cells_of_row.append(
                 " to ".join(f"{v:.{1 if v < 10 else 0}f}" for v in (values[0], values[-1]))
             )
-        print(f"| {name} | {base} | " + " | ".join(texts) + " |", flush=True)
+        print(f"| {name} | {base} | " + " | ".join(cells_of_row) + " |", flush=True)
 
 
 if __name__ == "__main__":

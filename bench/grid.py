@@ -1,4 +1,4 @@
-"""The shapes that are measured: `GRID`, block by block, and `SHORT`, for a first look."""
+"""Shapes to measure on the CPU: `GRID`, block by block, and `SHORT`, the short list."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def _points() -> Iterator[Shape]:
         yield Shape("deep", steps, 16, 1, 128, 3, True)
     for steps in (100, 500):
         yield Shape("packed", steps, 16, 128, 128, 2, packed=True)
-    yield Shape("overhead", 1, 1, 8, 8)  # next to nothing to compute: what a call costs
+    yield Shape("overhead", 1, 1, 8, 8)  # almost no arithmetic: the cost of a call
     for batch, hidden in ((1, 8), (1, 256), (64, 256)):
         yield Shape("overhead", 1, batch, hidden, hidden, single=True)
 
 
 GRID = tuple(_points())
-#: one point a block and regime, for a look in a few minutes
+#: one shape per kind of workload, measured in a few minutes
 SHORT = (
     Shape("latency", 100, 1, 64, 64),
     Shape("latency", 100, 1, 256, 256),
@@ -49,13 +49,13 @@ SHORT = (
 
 
 def chosen_points(name: str) -> tuple[Shape, ...]:
-    """The points that ``--points`` means.
+    """Returns the shapes that ``--points`` selects.
 
     Args:
-        name: ``short``, ``all`` or a block.
+        name: ``short``, ``all`` or the name of a block.
 
     Raises:
-        ValueError: there is no such block.
+        ValueError: no block has this name.
     """
     if name == "short":
         return SHORT
@@ -63,6 +63,6 @@ def chosen_points(name: str) -> tuple[Shape, ...]:
     if not points:
         blocks = ", ".join(dict.fromkeys(point.block for point in GRID))
         raise ValueError(
-            f"--points: there is no block {name!r}; choose short, all or one of {blocks}"
+            f"--points must be short, all or a block of shapes ({blocks}), got {name!r}"
         )
     return points

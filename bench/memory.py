@@ -1,11 +1,11 @@
-"""Peak memory of a training step, fastrnn beside torch.nn, each in a process of its own.
+"""Peak memory of a training step, fastrnn compared with torch.nn, each in a separate process.
 
     python bench/memory.py [--json FILE]        Linux only
 
-The peak is what the process has come to hold in the second of two steps (forward and backward,
-gradients kept) beyond what it held before the first one with the model and its input made: the
-first step also fills what libraries keep for later calls, which thus counts. A step on a small
-shape comes before, so that code which is loaded on first use does not count.
+A step is forward and backward; its gradients are kept. The result is the peak of the second step
+minus the memory held before the first step, when the model and its input exist. Memory that a
+library keeps for later calls is therefore included. A step on a small shape runs first, so that
+code loaded on first use is not included.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SMALL = Shape("training", 4, 2, 64, 64)
 
 
 def resident(field: str) -> int:
-    """Bytes that the process holds (VmRSS), or at most has held (VmHWM)."""
+    """Bytes that the process holds (VmRSS), or the largest number it has held (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -44,19 +44,19 @@ def resident(field: str) -> int:
 
 
 def peak(library: Library, task: Task) -> int:
-    """Bytes; to be called once in a process."""
-    library.prepare(Task(task.cell, task.mode, SMALL, task.threads))()  # code and threads are there
+    """Peak memory in bytes. Call it once per process."""
+    library.prepare(Task(task.cell, task.mode, SMALL, task.threads))()  # loads code, starts threads
     call = library.prepare(task)
     before = resident("VmRSS")
     call()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     call()
     return resident("VmHWM") - before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the measurements there as well")
+    parser.add_argument("--json", type=Path, help="file that also gets the results")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # library, cell, index of point
     options = parser.parse_args()
     threads = torch.get_num_threads()
@@ -73,8 +73,8 @@ def main() -> None:
             megabytes = {}
             for name in ("fastrnn", "torch"):
                 command = [sys.executable, __file__, "--one", name, cell, str(index)]
-                said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                megabytes[name] = int(said.split()[-1]) / 2**20
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                megabytes[name] = int(output.split()[-1]) / 2**20
             ratio = megabytes["fastrnn"] / megabytes["torch"]
             lines.append({"cell": cell, "shape": point.label, "MB": megabytes, "ratio": ratio})
             print(

@@ -1,11 +1,11 @@
-"""What a busy machine costs: fastrnn and torch.nn beside other processes that compute.
+"""Time per call on a busy machine, fastrnn compared with torch.nn.
 
     python bench/oversubscription.py [--seconds 3] [--json FILE]
 
-One call is timed alone, then beside 1, 2, ... busy processes, and with more threads than CPUs. The
-fair share of n threads beside k busy processes on C CPUs is C n / (n + k) CPUs, so `fair` is the
-slowdown that nobody can avoid, and `cost` how much slower than that it was (mean time of a call: a
-long wait counts).
+A call is timed alone, then with busy processes running, and with more threads than CPUs. With k
+busy processes on C CPUs, the fair share of n threads is C n / (n + k) CPUs; `fair` is the slowdown
+that follows from it. `cost` is the measured slowdown divided by `fair`. Times are means, so that
+long waits count.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SHAPES = [("LSTM", 100, 1, 128), ("GRU", 100, 16, 128), ("RNN", 1000, 1, 64), ("
 
 
 def burn() -> None:
-    """Another process that has something to do."""
+    """Keeps a CPU busy for ever."""
     while True:
         sum(range(10**6))
 
 
 def mean_ms(call: Callable[[], object], seconds: float) -> float:
-    """Mean time of a call over about this many seconds."""
+    """Mean time per call, measured for about ``seconds`` seconds."""
     call()
     count, start = 0, time.perf_counter()
     while count < 3 or time.perf_counter() - start < seconds:
@@ -59,8 +59,8 @@ def forward(library: Any, cell: str, steps: int, batch: int, size: int) -> Calla
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement")
-    parser.add_argument("--json", type=Path, help="write the measurements there as well")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time per measurement")
+    parser.add_argument("--json", type=Path, help="file that also gets the results")
     options = parser.parse_args()
     cpus = len(os.sched_getaffinity(0))
     print(f"{cpus} CPUs, torch {torch.__version__}, fastrnn {fastrnn.__version__}")

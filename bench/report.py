@@ -1,14 +1,16 @@
-"""Reads what ``pytest bench --benchmark-json RESULT.json`` wrote and makes a report of it.
+"""Makes a report from the file that ``pytest bench --benchmark-json RESULT.json`` writes.
 
     python bench/report.py RESULT.json [--out DIR] [--readme README.md] [--baseline OTHER.json]
 
-It prints the table, worst ratio first; ``--out`` writes it as report.md, with ratio.png and
-roofline.png; ``--readme`` puts it between the marks ``<!-- speed -->`` and ``<!-- /speed -->`` of a
-page. A ratio is the time of the best other library over fastrnn's: above 1 fastrnn is the fastest.
+Prints a summary and a table of all tasks, lowest ratio first. ``--out`` writes both as report.md,
+together with ratio.png and roofline.png. ``--readme`` writes the summary between the marks
+``<!-- speed -->`` and ``<!-- /speed -->`` of a page. A ratio is the time of another library divided
+by fastrnn's time: above 1, fastrnn is faster. The peers of fastrnn are all other libraries that
+were measured; the best peer of a task is the fastest of them.
 
-``--baseline`` compares with another run instead. Machines and their moods differ, so times are
-divided by those of torch.nn in the same run. The exit code is 1 if fastrnn became slower by more
-than 10% anywhere.
+``--baseline`` compares two runs instead. Machines differ and their speed varies, so every time is
+first divided by torch.nn's time in the same run. The exit code is 1 if fastrnn became more than 10%
+slower in any task.
 """
 
 from __future__ import annotations
@@ -27,17 +29,18 @@ from fastrnn.tools.benchmark.peers import FASTRNN, LIBRARIES, TORCH
 
 REGRESSION = 1.10
 MARKS = ("<!-- speed -->", "<!-- /speed -->")
+TITLES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "forward": "inference"}
 COLORS = {"rnn": "tab:blue", "gru": "tab:green", "lstm": "tab:red"}
 MARKERS = {"forward": "o", "training": "^"}
 
 
 @dataclass
 class Row:
-    """A task as all libraries did it.
+    """One task, measured with every library that supports it.
 
     Args:
-        facts: what the benchmark says of the task (``extra_info``).
-        seconds: the median call of each library.
+        facts: description of the task (``extra_info`` of the benchmark).
+        seconds: median time per call, by library.
     """
 
     facts: dict[str, Any]
@@ -49,9 +52,20 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """The best peer's time over fastrnn's."""
+        """Time of the best peer divided by fastrnn's."""
         others = [value for name, value in self.seconds.items() if name != FASTRNN.name]
         return min(others) / self.seconds[FASTRNN.name]
+
+    @property
+    def torch_ratio(self) -> float | None:
+        """Time of torch.nn divided by fastrnn's, None if torch.nn was not measured."""
+        torch = self.seconds.get(TORCH.name)
+        return None if torch is None else torch / self.seconds[FASTRNN.name]
+
+    @property
+    def has_other_peers(self) -> bool:
+        """Whether a library besides fastrnn and torch.nn was measured."""
+        return not self.seconds.keys() <= {FASTRNN.name, TORCH.name}
 
     @property
     def gflops(self) -> float:
@@ -60,13 +74,13 @@ class Row:
 
 @dataclass
 class Run:
-    """A file of pytest-benchmark.
+    """The contents of a file that pytest-benchmark wrote.
 
     Args:
-        rows: the worst ratio first; only tasks that fastrnn and a peer did.
-        machine: where it ran, and the versions.
-        commit: short, with a + for changes that are not committed.
-        date: of the measurement.
+        rows: tasks that fastrnn and at least one peer ran, lowest ratio first.
+        machine: the machine and the versions of the libraries.
+        commit: short hash, followed by + if there were uncommitted changes.
+        date: day of the measurement.
     """
 
     rows: list[Row]
@@ -76,16 +90,16 @@ class Run:
 
     @property
     def fma_peak(self) -> float:
-        """The largest that was measured, GFLOP/s."""
+        """Highest multiply-add throughput that was measured, in GFLOP/s."""
         return max(float(row.facts["fma_peak"]) for row in self.rows)
 
     def of_peak(self, row: Row) -> float:
-        """How much of it fastrnn reached, in per cent."""
+        """Throughput of fastrnn in percent of the peak."""
         return 100 * row.gflops / self.fma_peak
 
     @property
     def libraries(self) -> list[str]:
-        """The names of all that took part, fastrnn first."""
+        """Names of the measured libraries, fastrnn first."""
         present = {name for row in self.rows for name in row.seconds}
         return [library.name for library in LIBRARIES if library.name in present]
 
@@ -97,10 +111,10 @@ class Run:
 
 
 def load(path: Path) -> Run:
-    """Reads a file.
+    """Reads the result of a run.
 
     Raises:
-        SystemExit: it is none of ``pytest bench``.
+        SystemExit: the file was not written by ``pytest bench``.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -122,22 +136,33 @@ def load(path: Path) -> Run:
     except OSError as error:
         raise SystemExit(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, IndexError, TypeError):
-        raise SystemExit(f"{path}: is no result of pytest bench --benchmark-json FILE") from None
+        raise SystemExit(
+            f"{path}: must be a result of pytest bench --benchmark-json FILE"
+        ) from None
 
 
-# -- the table ------------------------------------------------------------------------------------
+# -- the tables -----------------------------------------------------------------------------------
+
+
+def summary(run: Run) -> str:
+    """Markdown: the machine, and the mean and lowest ratio per cell and mode."""
+    return (
+        f"Measured on one machine: {run.about}. Each figure is the other library's median time "
+        "divided by fastrnn's, from interleaved calls; above 1, fastrnn is faster. Means are "
+        "geometric. Training is forward and backward.\n\n" + "\n".join(means(run.rows)) + "\n"
+    )
 
 
 def table(run: Run) -> str:
-    """Markdown: what was measured where, a line a task, and the means."""
+    """Markdown: the summary, then one line per task, lowest ratio first."""
     titles = [library.title for library in LIBRARIES if library.name in run.libraries]
-    header = ["cell", "mode", "point", *(f"{title} ms" for title in titles)]
+    header = ["cell", "mode", "shape", *(f"{title} ms" for title in titles)]
     header += ["ratio", "GFLOP/s", "% of peak"]
     lines = [
-        f"Measured on one machine: {run.about}. The ratio is the time of the best other library "
-        "over fastrnn's (above 1 fastrnn is the fastest), of medians that were measured in turns; "
-        "training is forward and backward; the peak is that of multiply-adds alone, "
-        f"{run.fma_peak:.0f} GFLOP/s in this run.",
+        "## All tasks, lowest ratio first",
+        "",
+        "The ratio is the best peer's time divided by fastrnn's. The peak is the machine's "
+        f"throughput on multiply-adds alone, {run.fma_peak:.0f} GFLOP/s in this run.",
         "",
         _line(header),
         "|---|---|---|" + "--:|" * (len(header) - 3),
@@ -150,21 +175,43 @@ def table(run: Run) -> str:
         ]
         figures = [f"{row.ratio:.2f}", f"{row.gflops:.1f}", f"{run.of_peak(row):.0f}"]
         lines.append(_line([facts["cell"], facts["mode"], facts["label"], *times, *figures]))
-    return "\n".join([*lines, "", *means(run.rows)]) + "\n"
+    return summary(run) + "\n" + "\n".join(lines) + "\n"
 
 
 def means(rows: Sequence[Row]) -> list[str]:
-    """Markdown: lowest ratio and geometric mean, a line a cell and mode."""
+    """Markdown: geometric mean and lowest ratio against torch.nn and against the best peer.
+
+    The columns of the best peer are empty where torch.nn was the only peer.
+    """
     kinds = dict.fromkeys((row.facts["mode"], row.facts["cell"]) for row in sorted(rows, key=_kind))
     lines = [
-        _line(["cell", "mode", "points", "lowest ratio", "geometric mean"]),
-        "|---|---|--:|--:|--:|",
+        _line(["cell", "mode", "shapes", *_columns("torch.nn"), *_columns("best peer")]),
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for mode, cell in kinds:
-        ratios = [row.ratio for row in rows if _kind(row) == (mode, cell)]
-        lowest, mean = min(ratios), geometric_mean(ratios)
-        lines.append(_line([cell, mode, str(len(ratios)), f"{lowest:.2f}", f"{mean:.2f}"]))
+        own = [row for row in rows if _kind(row) == (mode, cell)]
+        figures = _mean_and_lowest(
+            [(row.torch_ratio, row.facts["label"]) for row in own if row.torch_ratio is not None]
+        )
+        if any(row.has_other_peers for row in own):
+            figures += _mean_and_lowest([(row.ratio, row.facts["label"]) for row in own])
+        else:
+            figures += ["", ""]
+        lines.append(
+            _line([TITLES.get(cell, cell), TITLES.get(mode, mode), str(len(own)), *figures])
+        )
     return lines
+
+
+def _columns(peer: str) -> list[str]:
+    return [f"vs {peer}: mean", f"vs {peer}: lowest"]
+
+
+def _mean_and_lowest(ratios: Sequence[tuple[float, str]]) -> list[str]:
+    if not ratios:
+        return ["", ""]
+    lowest, label = min(ratios)
+    return [f"{geometric_mean(ratio for ratio, _ in ratios):.2f}", f"{lowest:.2f} ({label})"]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -180,15 +227,15 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def insert(page: str, text: str) -> str:
-    """A page with a text between its marks.
+    """Replaces the text between the marks of a page.
 
     Raises:
-        SystemExit: the page does not have the marks, once and in their order.
+        SystemExit: the page must have each mark exactly once, in this order.
     """
     begin, end = MARKS
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if len(pattern.findall(page)) != 1:
-        raise SystemExit(f"--readme: the page does not have {begin} and {end} once")
+        raise SystemExit(f"--readme: the page must have {begin} and {end} exactly once")
     return pattern.sub(lambda _: f"{begin}\n{text}{end}", page)
 
 
@@ -206,9 +253,9 @@ def draw(run: Run, folder: Path) -> None:
     _scatter(axes, run.rows, [(row.ratio, labels.index(row.facts["label"])) for row in run.rows])
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("ratio to the best other library (above 1: fastrnn is the fastest)")
+    axes.set_xlabel("best peer's time divided by fastrnn's (above 1: fastrnn is the fastest)")
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    _finish(axes, figure, run, "fastrnn and the best of its peers")
+    _finish(axes, figure, run, "fastrnn compared with its best peer")
     FigureCanvasAgg(figure).print_png(folder / "ratio.png")
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -218,8 +265,8 @@ def draw(run: Run, folder: Path) -> None:
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("arithmetic intensity of a forward step (FLOP per byte of weights, x and h)")
-    axes.set_ylabel("% of the peak on multiply-adds")
-    _finish(axes, figure, run, "How much of the machine fastrnn uses")
+    axes.set_ylabel("% of the multiply-add peak")
+    _finish(axes, figure, run, "Share of the machine's peak that fastrnn uses")
     FigureCanvasAgg(figure).print_png(folder / "roofline.png")
 
 
@@ -249,40 +296,36 @@ def _finish(axes: Any, figure: Any, run: Run, title: str) -> None:
     figure.supxlabel(run.about, fontsize=6)
 
 
-# -- against another run --------------------------------------------------------------------------
+# -- comparison of two runs -----------------------------------------------------------------------
 
 
 def changes(run: Run, baseline: Run) -> list[tuple[float, str, float, float]]:
-    """How fastrnn's time in units of torch.nn's changed, the largest increase first.
+    """Changes of fastrnn's time divided by torch.nn's, largest increase first.
 
     Returns:
-        For each task of both runs: now over then, its name, then, now.
+        For each task of both runs: new value / old value, task name, old value, new value.
     """
-    then = {row.name: _of_torch(row) for row in baseline.rows if TORCH.name in row.seconds}
+    old = {row.name: 1 / row.torch_ratio for row in baseline.rows if row.torch_ratio is not None}
     found = [
-        (_of_torch(row) / then[row.name], row.name, then[row.name], _of_torch(row))
+        (1 / (row.torch_ratio * old[row.name]), row.name, old[row.name], 1 / row.torch_ratio)
         for row in run.rows
-        if row.name in then and TORCH.name in row.seconds
+        if row.name in old and row.torch_ratio is not None
     ]
     return sorted(found, reverse=True)
-
-
-def _of_torch(row: Row) -> float:
-    return row.seconds[FASTRNN.name] / row.seconds[TORCH.name]
 
 
 def compare(run: Run, baseline: Run) -> int:
     """Prints the changes and returns the exit code."""
     found = changes(run, baseline)
     if not found:
-        raise SystemExit("--baseline: the two runs have no task in common")
+        raise SystemExit("--baseline: the two runs must have a task in common")
     slower = sum(change > REGRESSION for change, *_ in found)
-    print(f"now:  {run.about}\nthen: {baseline.about}\n")
-    print("fastrnn's time / torch.nn's in the same run, the largest increase first:")
-    print(f"{'task':<48} {'then':>7} {'now':>7} {'change':>7}")
-    for change, name, before, now in found:
+    print(f"new: {run.about}\nold: {baseline.about}\n")
+    print("fastrnn's time divided by torch.nn's in the same run, largest increase first:")
+    print(f"{'task':<48} {'old':>7} {'new':>7} {'change':>7}")
+    for change, name, before, after in found:
         mark = "  slower" if change > REGRESSION else ""
-        print(f"{name:<48} {before:>7.3f} {now:>7.3f} {change - 1:>+7.0%}{mark}")
+        print(f"{name:<48} {before:>7.3f} {after:>7.3f} {change - 1:>+7.0%}{mark}")
     mean = geometric_mean(change for change, *_ in found)
     print(f"\n{len(found)} tasks, {slower} slower by more than 10%, on average {mean - 1:+.1%}")
     return 1 if slower else 0
@@ -291,9 +334,13 @@ def compare(run: Run, baseline: Run) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, metavar="RESULT.json")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for report.md and the pictures")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="a page to put the table into")
-    parser.add_argument("--baseline", type=Path, metavar="OTHER.json", help="a run to compare with")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for report.md and the pictures"
+    )
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="page that gets the summary")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="OTHER.json", help="earlier run to compare with"
+    )
     options = parser.parse_args(arguments)
     run = load(options.result)
     if options.baseline:
@@ -305,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.out / "report.md").write_text(f"# Speed\n\n{text}", encoding="utf-8")
         draw(run, options.out)
     if options.readme:
-        page = insert(options.readme.read_text(encoding="utf-8"), text)
+        page = insert(options.readme.read_text(encoding="utf-8"), summary(run))
         options.readme.write_text(page, encoding="utf-8")
     return 0
 

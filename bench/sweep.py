@@ -1,13 +1,13 @@
-"""Looks for cliffs: fastrnn's time per operation over every H, B or I, one size at a time.
+"""Searches for sizes that are slow: fastrnn's time per operation over every H, B or I.
 
     python bench/sweep.py [--axis H] [--cell lstm] [--mode forward] [--every 1] [--T 50] [--B 16]
                           [--H 128] [--passes 5] [--threads 2] [--out DIR]
 
 H runs over 1 ... 300 and then 2^k - 1, 2^k, 2^k + 1 up to 1025 (with I = H), B over 1 ... 40, I
 over 1 ... H. All sizes are measured in several passes, each in another order, and the fastest call
-counts, so that a busy moment of the machine does not look like a cliff. Printed are the sizes that
-take more than 15% over the median of their neighbours, five on each side; --out gets a picture and
-the figures, sweep-AXIS-CELL-MODE.png and .json.
+counts, so that a busy moment of the machine does not look like a slow size. Prints the sizes whose
+time is more than 15% above the median of their neighbours, five on each side. Writes a picture and
+the figures to --out: sweep-AXIS-CELL-MODE.png and .json.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fastrnn.tools.benchmark.shapes import CELLS, MODES, Shape, Task
 AXES = ("H", "B", "I")
 SPIKE = 1.15
 NEIGHBOURS = 5  # on each side; fewer near the ends
-CALLS = 3  # timed ones, in each pass
+CALLS = 3  # timed calls per pass
 
 
 def sizes(axis: str, hidden: int, every: int) -> list[int]:
-    """What an axis runs over, every so many."""
+    """Sizes along an axis, every ``every``-th one."""
     if axis == "H":
         return [
             *range(1, 301, every),
@@ -44,7 +44,7 @@ def sizes(axis: str, hidden: int, every: int) -> list[int]:
 
 
 def point(axis: str, size: int, steps: int, batch: int, hidden: int) -> Shape:
-    """The shape with that size on the axis."""
+    """Shape with ``size`` on the axis."""
     if axis == "H":
         return Shape("sweep", steps, batch, size, size)
     if axis == "B":
@@ -53,7 +53,7 @@ def point(axis: str, size: int, steps: int, batch: int, hidden: int) -> Shape:
 
 
 def fastest(tasks: Sequence[Task], passes: int) -> list[float]:
-    """The seconds of each task's fastest call."""
+    """Seconds of each task's fastest call."""
     calls = [FASTRNN.prepare(task) for task in tasks]
     best = [float("inf")] * len(calls)
     for _ in range(passes):
@@ -67,7 +67,7 @@ def fastest(tasks: Sequence[Task], passes: int) -> list[float]:
 
 
 def spikes(values: Sequence[float]) -> dict[int, float]:
-    """Places that stick out, with value over the median of as many neighbours on each side."""
+    """Indices of slow sizes, with their value divided by the median of their neighbours."""
     found = {}
     for place in range(1, len(values) - 1):
         reach = min(NEIGHBOURS, place, len(values) - 1 - place)
@@ -79,7 +79,7 @@ def spikes(values: Sequence[float]) -> dict[int, float]:
 
 
 def draw(path: Path, document: dict[str, Any]) -> None:
-    """The time per operation over the sizes, what sticks out in red."""
+    """Plots the time per operation over the sizes, slow sizes in red."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,13 +110,15 @@ def main() -> None:
     parser.add_argument("--axis", choices=AXES, default="H")
     parser.add_argument("--cell", choices=CELLS, default="lstm")
     parser.add_argument("--mode", choices=MODES, default="forward")
-    parser.add_argument("--every", type=int, default=1, help="only every so manyeth size")
+    parser.add_argument("--every", type=int, default=1, help="measure only every N-th size")
     parser.add_argument("--T", type=int, default=50, help="steps")
-    parser.add_argument("--B", type=int, default=16, help="batch, if it is not the axis")
-    parser.add_argument("--H", type=int, default=128, help="hidden size, if it is not the axis")
+    parser.add_argument("--B", type=int, default=16, help="batch, unless B is the axis")
+    parser.add_argument("--H", type=int, default=128, help="hidden size, unless H is the axis")
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="(default: here)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="folder (default: the current one)"
+    )
     options = parser.parse_args()
     for name in ("every", "T", "B", "H", "passes", "threads"):
         if getattr(options, name) < 1:
@@ -144,8 +146,8 @@ def main() -> None:
         ],
     }
     for place, over in found.items():
-        print(f"{axis} = {chosen[place]:<5} {over - 1:+.0%} over its neighbours")
-    print(f"{title}: {len(found)} of {len(chosen)} sizes stick out")
+        print(f"{axis} = {chosen[place]:<5} {over - 1:+.0%} above its neighbours")
+    print(f"{title}: {len(found)} of {len(chosen)} sizes are slow")
     options.out.mkdir(parents=True, exist_ok=True)
     name = f"sweep-{axis}-{cell}-{mode}"
     (options.out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")

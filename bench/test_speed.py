@@ -1,8 +1,8 @@
-"""pytest-benchmark's tables of fastrnn and its peers, a group a task; it fails where they differ.
+"""Tables of fastrnn and its peers by pytest-benchmark, one group per task.
 
-The libraries of a group are measured in turns, which pytest-benchmark, who times one test after the
-other, cannot do. So the first test of a group measures them all, and each test has its own samples
-replayed by the clock that pytest-benchmark looks at.
+A test fails if its library's results differ too much from float64. The libraries of a group are
+measured interleaved. pytest-benchmark times one test after the other, so the first test of a group
+measures all libraries, and a replaying clock then gives each test its own samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastrnn.tools.benchmark.shapes import Task
 
 
 class ReplayClock:
-    """A clock between whose readings, two by two, lie recorded times (seconds)."""
+    """Clock that replays recorded times (seconds): each pair of readings differs by one of them."""
 
     def __init__(self) -> None:
         self._readings: Iterator[float] = iter(())

@@ -1,28 +1,28 @@
 """Trains the character model of ``fastrnn charlm`` in several processes at once.
 
-Each process (rank) holds the whole model and walks along its share of the streams of text;
-DistributedDataParallel averages the gradients while the backward pass goes on, so all ranks make
-the same step. Two processes on this machine, with gloo on the CPU:
+Each process (rank) holds the whole model and reads its own part of the streams of text.
+DistributedDataParallel averages the gradients during the backward pass, so all ranks make the same
+step. Two CPU processes on this machine, with gloo:
 
     torchrun --standalone --nproc-per-node 2 examples/charlm_ddp.py
 
-One process a GPU, with nccl:
+One process per GPU, with nccl:
 
     torchrun --standalone --nproc-per-node gpu examples/charlm_ddp.py --device cuda
 
-Several hosts: the same on each of them, with the address of one that all of them reach,
+Several hosts: run the same command on each, with the address of one host that all can reach,
 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id charlm \\
         --rdzv-endpoint host0.example:29400 examples/charlm_ddp.py --device cuda
 
-or with ranks given by hand, on the first host ``--node-rank 0``, on the second ``--node-rank 1``:
+or with explicit ranks: ``--node-rank 0`` on the first host, ``--node-rank 1`` on the second:
 
     torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 \\
         --master-addr host0.example --master-port 29400 examples/charlm_ddp.py --device cuda
 
 All hosts must have the same text (with the default, the same release of Python). torchrun gives
-each process one CPU thread unless OMP_NUM_THREADS says otherwise: set it to the cores of a host
-divided by its processes.
+each process one CPU thread unless OMP_NUM_THREADS is set: set it to the number of cores of a host
+divided by the number of its processes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from fastrnn.tools.charlm.train import NATS_TO_BITS
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; see ``--help``."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description="Trains a character model on several processes.")
     parser.add_argument("--text", nargs="+", help="text files; default: Python's standard library")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -55,7 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--seq-length", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=32, help="streams of all ranks together")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="streams of text, over all ranks"
+    )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--report-every", type=int, default=100)
@@ -64,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """Joins the other ranks; yields this rank's own device."""
+    """Joins the process group; yields this rank's device."""
     if device == "cuda":
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
@@ -78,15 +80,16 @@ def process_group(device: str) -> Iterator[torch.device]:
 
 
 def train(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Trains this rank's share of every step.
+    """Trains with this rank's part of every batch.
 
     Raises:
-        CharlmError: an option is out of range, or the text too short.
+        CharlmError: an option is out of range, or the text is too short.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if arguments.batch_size % ranks != 0:
         raise CharlmError(
-            f"--batch-size {arguments.batch_size} does not divide among {ranks} ranks"
+            f"--batch-size must be a multiple of {ranks} (the number of ranks), "
+            f"got {arguments.batch_size}."
         )
     config = Config(
         cell=arguments.cell,
@@ -100,7 +103,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     text = data.read_files(arguments.text) if arguments.text else data.read_standard_library()
     corpus = data.prepare(text, config.batch_size, config.seq_length, device)
     share = config.batch_size // ranks
-    columns = slice(rank * share, (rank + 1) * share)  # of [T,B], this rank's streams
+    columns = slice(rank * share, (rank + 1) * share)  # this rank's columns of [T,B]
 
     model = build_model(len(corpus.vocabulary), config).to(device)
     parallel = DistributedDataParallel(
@@ -120,12 +123,12 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         logits, state = parallel(x[:, columns], detach(state))
         loss = cross_entropy(logits.flatten(0, 1), y[:, columns].flatten())
         optimizer.zero_grad()
-        loss.backward()  # every rank has the mean gradient now
+        loss.backward()  # also averages the gradients over the ranks
         nn.utils.clip_grad_norm_(parallel.parameters(), config.clip)
         optimizer.step()
         if step == 0 or (step + 1) % arguments.report_every == 0 or step + 1 == config.steps:
             mean = loss.detach()
-            dist.reduce(mean, dst=0)  # shares are equal, so the mean of means is the mean
+            dist.reduce(mean, dst=0)  # the ranks' parts are equal, so the mean of means is the mean
             if rank == 0:
                 seconds = time.perf_counter() - started
                 speed = (step + 1) * config.characters_per_step / seconds
@@ -134,9 +137,11 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def main() -> None:
-    """Trains as one of the processes that torchrun starts."""
+    """Trains as one of the processes that torchrun started."""
     if "RANK" not in os.environ:
-        raise SystemExit("start it with torchrun, see the top of the file")
+        raise SystemExit(
+            "charlm_ddp.py must be started by torchrun; its first lines show the commands."
+        )
     arguments = parse_arguments()
     with process_group(arguments.device) as device:
         try:

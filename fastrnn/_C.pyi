@@ -38,7 +38,7 @@ class Plan(TypedDict, total=False):
     stacked: bool
 
 class CudaPlan(TypedDict, total=False):
-    """What stands after `chunk_rows` is there for the persistent schedule only."""
+    """Plan of a GPU; only the persistent schedule has the keys after `chunk_rows`."""
 
     schedule: Literal["persistent", "stepwise"]
     chunk_rows: int

@@ -56,7 +56,7 @@ class Replacement:
 
 @dataclass
 class ConversionReport:
-    """What `convert` replaced and what it left alone. ``str()`` of it is meant to be read."""
+    """Modules that `convert` replaced and left alone; ``str()`` gives a readable summary."""
 
     replaced: list[Replacement] = field(default_factory=list)
     skipped: list[Replacement] = field(default_factory=list)

@@ -34,7 +34,7 @@ DEFAULTS = Options()
 
 
 class LayerCall(NamedTuple):
-    """What is to be computed. The caller has checked the shapes.
+    """One call of a layer. The caller has checked the shapes.
 
     Attributes:
         spec: the cell.

@@ -1,4 +1,4 @@
-"""What the recurrent modules share: torch's contract for inputs, states and weights."""
+"""Base class of the recurrent modules: torch's contract for inputs, states and weights."""
 
 from __future__ import annotations
 

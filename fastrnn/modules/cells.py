@@ -91,7 +91,7 @@ class CellBase(nn.RNNCellBase):
     def _script_step(
         self, cell: str, input: Tensor, h: Tensor, c: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What ``torch.jit.script`` compiles: x [B,I], h and c [B,H]; an empty c' for None."""
+        """Step for ``torch.jit.script``: x [B,I], h and c [B,H]; an empty c' stands for None."""
         weights = [self.weight_ih, self.weight_hh]
         if self.bias:
             weights.extend([self.bias_ih, self.bias_hh])

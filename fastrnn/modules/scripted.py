@@ -1,4 +1,4 @@
-"""What ``torch.jit.script`` compiles of the recurrent modules, in the part of Python that it knows.
+"""Code of the recurrent modules for ``torch.jit.script``, in the subset of Python that it compiles.
 
 `forward` of a module is two things: called from Python it is `RecurrentBase._run`; compiled it is
 ``_script_padded`` or ``_script_packed`` below, in which every value has one type. Both compute with

@@ -353,7 +353,7 @@ def test_packed_compiles_once() -> None:
 
 
 def test_wrong_states_of_packed_input() -> None:
-    """What shapes tell is said while compiling, what only batch_sizes tell on the call."""
+    """Wrong shapes raise while compiling; wrong batch_sizes raise at the call."""
     module = compiled(build("gru", 3, 4), fullgraph=False)
     x = pack(torch.randn(6, 3), [3, 2, 1], enforce_sorted=True)
     with pytest.raises(RuntimeError, match="batch_sizes must start with the batch size 2"):

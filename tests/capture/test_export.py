@@ -127,7 +127,7 @@ class TestExport:
 
     @pytest.mark.parametrize("cell", CELLS)
     def test_program_learns(self, cell: str) -> None:
-        """Though it was written down without gradients."""
+        """Even if the graph was captured without gradients."""
         model = Model(build(cell, 3, 4, num_layers=2))
         with torch.no_grad():
             program = exported(model, False)
@@ -271,7 +271,7 @@ class TestOnnx:
     @EXPORTERS
     @pytest.mark.parametrize("cell", CELLS)
     def test_steps(self, cell: str, dynamo: bool) -> None:
-        """ONNX has no cells; a step is written down as the operations it is made of."""
+        """ONNX has no cells, so a step is captured as elementary operations."""
         model = Steps(make_step(cell, 3, 4)).eval()
         _, run = onnx_outputs(model, (torch.randn(3, 3),), dynamo)
         x = torch.randn(5, 3)
@@ -337,7 +337,7 @@ class TestOnnx:
     def test_what_onnx_cannot_say(
         self, options: dict[str, Any], packed: bool, message: str
     ) -> None:
-        """What the exporter prints among the reasons why it failed."""
+        """The exporter prints this error among the reasons for its failure."""
         layer = build("lstm", 3, 4, **options)
         x, h0, c0 = inputs(layer, 4, 3, True)
         batch_sizes = torch.tensor([2, 1, 1]) if packed else None

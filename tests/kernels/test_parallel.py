@@ -97,7 +97,9 @@ def test_example_outside_torchrun_names_torchrun(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr == "start it with torchrun, see the top of the file\n"
+    assert done.stderr == (
+        "charlm_ddp.py must be started by torchrun; its first lines show the commands.\n"
+    )
 
 
 class TestReplicas:

@@ -193,7 +193,7 @@ def count_casts(module: nn.Module, hidden: int, steps: int) -> int:
 @pytest.mark.parametrize("hidden", [SMALL, LARGE])
 @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
 def test_weights_are_cast_once_at_most(name: str, hidden: int) -> None:
-    """What ten steps cast beyond one of them is no weight: x, the states and the results."""
+    """Ten steps cast more than one step only in x, the states and the results, not in weights."""
     module = getattr(fastrnn, name)(4, hidden)
     once, often = (count_casts(module, hidden, steps) for steps in (1, 11))
     assert (often - once) / 10 <= 2 * 4 + 8 * 2 * hidden

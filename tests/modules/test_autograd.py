@@ -202,7 +202,7 @@ def test_output_may_be_changed_in_place(
 
 
 def test_output_changed_in_place_through_data() -> None:
-    """What ``.data`` and NumPy write into is the caller's copy as well."""
+    """``.data`` and NumPy also write into the caller's copy."""
     module = build("gru", 3, 4)
     x = torch.randn(5, 2, 3)
     expected = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
@@ -227,7 +227,7 @@ def test_output_is_copied_only_when_it_is_changed() -> None:
 @pytest.mark.parametrize("make", [build, make_step])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_changed_input_is_noticed(cell: str, make: Callable[..., nn.Module]) -> None:
-    """What backward needs must not give a wrong gradient; the error names the remedy."""
+    """Changing a tensor that backward needs raises; the error names the remedy."""
     x = torch.randn(2, 3) if make is make_step else torch.randn(5, 2, 3)
     result = make(cell, 3, 4)(x)
     output = result if isinstance(result, Tensor) else result[0]

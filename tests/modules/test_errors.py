@@ -658,7 +658,7 @@ def test_sentences(is_recorded: bool) -> None:
 
 
 def test_errors_of_others_are_left_alone() -> None:
-    """What a subclass raises, with its own message and traceback."""
+    """Error of a subclass, with its own message and traceback."""
 
     class Broken(fastrnn.GRU):
         def check_forward_args(self, *args: Any) -> None:

@@ -694,7 +694,7 @@ class TestAutocast:
 
 
 class TestNnUtils:
-    """What replaces Parameters by computed tensors: gradients must still reach them."""
+    """Gradients reach Parameters that computed tensors replace."""
 
     def compare(self, prepare: Callable[[nn.Module], Any], name: str) -> None:
         ours = getattr(fastrnn, name)(3, 4, 2, dtype=torch.float64)

@@ -43,7 +43,7 @@ def quantize(model: nn.Module, spec: Any, **options: Any) -> Any:
 
 
 def said(model: nn.Module, spec: Any, **options: Any) -> tuple[nn.Module, str]:
-    """What `quantize_dynamic` returns, and the one warning that it gives, from this file."""
+    """Returns the result of `quantize_dynamic` after checking its one warning from this file."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = torch.ao.quantization.quantize_dynamic(model, spec, **options)

@@ -41,11 +41,11 @@ every_cell = pytest.mark.parametrize("cell", CELLS)
 
 
 class Derived(fastrnn.LSTM):
-    """What torch refuses to compile and to script where it derives from ``torch.nn.LSTM``."""
+    """Features that torch cannot compile or script in subclasses of ``torch.nn.LSTM``."""
 
 
 class TestSubclassesThatDynamoBreaksOn:
-    """torch breaks the graph at any subclass of its layers, and compiles each length anew."""
+    """torch breaks the graph at any subclass of its layers and compiles each length again."""
 
     @pytest.mark.parametrize("make", [fastrnn.RNN, fastrnn.LSTM, fastrnn.GRU, Derived])
     def test_one_graph_forward_and_backward(self, make: type[nn.Module]) -> None:

@@ -117,7 +117,7 @@ def scale(modules: list[Module]) -> None:
 
 
 class TestComputedWeights:
-    """What puts computed tensors in the place of Parameters: they are met, and so are gradients."""
+    """Utilities that replace Parameters by computed tensors: values and gradients agree."""
 
     def test_prune_and_make_it_permanent(self, pair: tuple[Module, Module]) -> None:
         def change(module: Module) -> None:
@@ -293,7 +293,7 @@ class TestCopies:
         self.compare(pair, reload)
 
     def test_saved_module_by_allowed_classes_alone(self, pair: tuple[Module, Module]) -> None:
-        """What ``weights_only=True`` needs to be told of for a whole module is named by torch."""
+        """torch names the classes that ``weights_only=True`` must allow for a whole module."""
         ours, theirs = pair
         buffer = saved(ours)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)

@@ -542,7 +542,7 @@ class TestEngine:
 
     @every_subject
     def test_saved_tensor_hooks(self, cell: str, form: dict[str, Any]) -> None:
-        """What was saved may come back as other tensors, for second derivatives as well."""
+        """Saved tensors may come back as other tensors, also for second derivatives."""
         case = Case(cell, **form)
 
         def derivatives() -> list[Tensor]:

@@ -337,7 +337,7 @@ HUGE = 1 << 40
     ids=["steps", "steps beyond 2^59", "batch", "inputs", "units", "nothing"],
 )
 def test_sizes_beyond_memory(changed: dict[str, Any]) -> None:
-    """Tensors without memory have such sizes; what they would need is never reckoned too small."""
+    """Tensors without memory can have such sizes; the size they need never overflows."""
     given = arguments()
     if "w_ih" in changed:
         given["weights"] = [changed["w_ih"], *given["weights"][1:]]

@@ -17,12 +17,17 @@ from torch.utils._pytree import tree_leaves
 
 import fastrnn
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-#: every fenced block of Python, also one that is indented as part of a list
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+#: pages for readers, whose relative links must lead to a file of the project
+LINKED = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "bench/results/README.md", *PAGES]
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+#: every fenced Python block, including indented blocks in lists
 BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 EXAMPLES = [
-    pytest.param(textwrap.dedent(match[2]), id=f"{page.name}-{number}")
-    for page in sorted(DOCS.glob("*.md"))
+    pytest.param(textwrap.dedent(match[2]), id=f"{page.relative_to(DOCS)}-{number}")
+    for page in PAGES
     for number, match in enumerate(BLOCK.finditer(page.read_text()))
 ]
 
@@ -38,8 +43,22 @@ def switches_as_they_were() -> Iterator[None]:
 
 
 def test_there_are_examples() -> None:
-    fences = sum(page.read_text().count("```python") for page in DOCS.glob("*.md"))
+    fences = sum(page.read_text().count("```python") for page in PAGES)
     assert len(EXAMPLES) == fences >= 5
+
+
+@pytest.mark.skipif(not LINKED[0].exists(), reason="needs the source tree")
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_files(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text("utf-8")) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.skipif(not LINKED[0].exists(), reason="needs the source tree")
+def test_the_navigation_lists_every_page() -> None:
+    listed = re.findall(r"^ *- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    assert {DOCS / name for name in listed} >= set(PAGES)
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
@@ -48,7 +67,7 @@ def test_example(code: str) -> None:
 
 
 def test_loops_by_class() -> None:
-    """What the page says of `isinstance`, of the base classes and of `patch`."""
+    """The page's statements on `isinstance`, the base classes and `patch` hold."""
     assert not isinstance(fastrnn.LSTM(3, 4), nn.LSTM)
     assert isinstance(fastrnn.LSTM(3, 4), nn.RNNBase)
     assert isinstance(fastrnn.LSTMCell(3, 4), nn.RNNCellBase)
@@ -78,7 +97,7 @@ def test_types_under_autocast(name: str) -> None:
 
 
 def test_in_place_and_biases_in_torch() -> None:
-    """What the page says that torch.nn raises."""
+    """torch.nn raises the errors that the page lists."""
     x = torch.randn(5, 2, 3)
     output, _ = nn.LSTM(3, 4)(x)
     with pytest.raises(RuntimeError, match="inplace"):

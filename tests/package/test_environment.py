@@ -79,7 +79,7 @@ def test_a_bad_value_that_comes_later_raises_where_it_is_used(
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 def test_the_page_has_every_variable() -> None:
-    """What the source reads is on the page, and what is on the page is read."""
+    """The page lists exactly the variables that the source reads."""
     patterns = (
         r'getenv\("(\w+)"\)',
         r'\bsetting\("(\w+)"\)',

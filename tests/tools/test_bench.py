@@ -1,4 +1,4 @@
-"""``bench/``: the grid, the replay clock, the report and the search for performance cliffs."""
+"""``bench/``: grid, replaying clock, report, sweeps, derivatives, compile time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from grid import GRID, SHORT, chosen_points
 
 from fastrnn.tools.benchmark.shapes import Shape
 
+ROOT = Path(__file__).resolve().parents[2]
+README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results" / "zen4-2-cores"
 POINT = Shape("latency", 100, 1, 64, 64)
 
 
 def write_run(path: Path, *tasks: tuple[str, str, Shape, dict[str, float]]) -> Path:
-    """Writes a pytest-benchmark file. A task is (cell, mode, shape, milliseconds by library)."""
+    """Writes a file like pytest-benchmark's: cell, mode, shape and milliseconds per library."""
     entries = [
         {
             "group": f"{cell} {mode} {point.label}",
@@ -68,7 +70,9 @@ def test_grid_is_selected_by_block() -> None:
     assert chosen_points("all") == GRID
     assert len(set(GRID)) == len(GRID)
     assert {point.block for point in chosen_points("overhead")} == {"overhead"}
-    with pytest.raises(ValueError, match="there is no block 'none'; choose short, all or one of "):
+    with pytest.raises(
+        ValueError, match=r"--points must be short, all or a block of shapes \(.*\), got 'none'"
+    ):
         chosen_points("none")
 
 
@@ -91,13 +95,16 @@ def test_report_lists_tasks_by_ratio(
     assert "a machine, threads 2, commit 0123456789+, 2030-01-02" in out
     lines = out.splitlines()
     start = lines.index("|---|---|---|--:|--:|--:|--:|--:|--:|")
+    summary = out[: out.index("\n## All tasks")]
     assert "fastrnn ms | torch.nn ms | ONNX Runtime ms | ratio" in lines[start - 1]
     ratios = [float(line.split("|")[7]) for line in lines[start + 1 : start + 5]]
-    assert ratios == [0.5, 2, 3, 4]  # the worst first, against the fastest other library
+    assert ratios == [0.5, 2, 3, 4]  # lowest first, against the best peer
     gflops = POINT.flops("rnn", "forward") / 1e-3 * 1e-9
     assert lines[start + 4].endswith(f"| 4.00 | {gflops:.1f} | {gflops:.0f} |")
-    assert "| gru | forward | 2 | 0.50 | 1.00 |" in lines
-    assert readme.read_text() == f"before\n<!-- speed -->\n{out}<!-- /speed -->\nafter\n"
+    assert "| GRU | inference | 2 | 1.00 | 0.50 (T100 B1 I64 H64) |  |  |" in lines
+    own, best = "9.00 | 9.00 (T100 B1 I64 H64)", "4.00 | 4.00 (T100 B1 I64 H64)"
+    assert f"| RNN | inference | 1 | {own} | {best} |" in lines
+    assert readme.read_text() == f"before\n<!-- speed -->\n{summary}<!-- /speed -->\nafter\n"
     assert out in (tmp_path / "out/report.md").read_text()
     for name in ("ratio", "roofline"):
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -108,7 +115,7 @@ def test_report_finds_regressions(
 ) -> None:
     assert report.main([str(result), "--baseline", str(result)]) == 0
     assert "4 tasks, 0 slower by more than 10%, on average +0.0%" in capsys.readouterr().out
-    # A machine with half the speed, on which one task is 20% slower relative to torch.
+    # Half the speed, and one task 20% slower relative to torch.
     other = write_run(
         tmp_path / "other.json",
         ("rnn", "forward", POINT, {"fastrnn": 2, "torch": 18}),
@@ -126,12 +133,12 @@ def test_report_finds_regressions(
     ("text", "message"),
     [
         (None, "cannot be read (No such file"),
-        ("{}", "is no result of pytest bench"),
-        ("[1", "is no result of pytest bench"),
-        ('{"benchmarks": []}', "is no result of pytest bench"),
+        ("{}", "must be a result of pytest bench"),
+        ("[1", "must be a result of pytest bench"),
+        ('{"benchmarks": []}', "must be a result of pytest bench"),
     ],
 )
-def test_report_rejects_other_files(tmp_path: Path, text: str | None, message: str) -> None:
+def test_invalid_results_file(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
@@ -140,12 +147,46 @@ def test_report_rejects_other_files(tmp_path: Path, text: str | None, message: s
     assert message in str(error.value)
 
 
-def test_report_needs_marks_in_the_page() -> None:
-    with pytest.raises(SystemExit, match="the page does not have <!-- speed --> and <!-- /speed"):
+def test_a_page_without_marks() -> None:
+    with pytest.raises(SystemExit, match="the page must have <!-- speed --> and <!-- /speed"):
         report.insert("nothing", "text")
 
 
-def test_sweep_covers_sizes_and_cliffs() -> None:
+@pytest.mark.skipif(not RESULTS.exists(), reason="needs the source tree")
+@pytest.mark.parametrize("name", ["grid", "short-list", "short-list-1-thread"])
+def test_committed_pages_match_their_results(name: str) -> None:
+    run = report.load(RESULTS / f"{name}.json")
+    assert (RESULTS / f"{name}.md").read_text() == f"# Speed\n\n{report.table(run)}"
+
+
+@pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+def test_the_readme_has_the_summary_of_the_grid() -> None:
+    page = README.read_text(encoding="utf-8")
+    assert report.insert(page, report.summary(report.load(RESULTS / "grid.json"))) == page
+
+
+def means(name: str) -> dict[tuple[str, str], list[str]]:
+    """Geometric means against torch.nn and the best peer, as the documents print them."""
+    rows = report.load(RESULTS / f"{name}.json").rows
+    found = {}
+    for line in report.means(rows)[2:]:
+        cell, mode, _, torch, _, best, _ = (text.strip() for text in line.split("|")[1:-1])
+        found[cell, mode] = [torch, best]
+    return found
+
+
+@pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+def test_the_tables_of_the_documents_match_the_results() -> None:
+    page = (ROOT / "docs" / "performance" / "cpu.md").read_text(encoding="utf-8")
+    rows = [[text.strip() for text in line.split("|")[1:-1]] for line in page.splitlines()]
+    for kind, figures in means("grid").items():
+        assert [*kind, *figures] in rows
+    one_thread = means("short-list-1-thread")
+    for kind, figures in means("short-list").items():
+        assert [*kind, *figures, *one_thread[kind]] in rows
+
+
+def test_sizes_of_a_sweep() -> None:
     assert sweep.sizes("H", 128, 1) == [*range(1, 301), 511, 512, 513, 1023, 1024, 1025]
     assert sweep.sizes("H", 128, 100) == [1, 101, 201, 511, 512, 513, 1023, 1024, 1025]
     assert sweep.sizes("B", 128, 1) == list(range(1, 41))

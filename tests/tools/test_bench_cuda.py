@@ -1,4 +1,4 @@
-"""``bench/cuda_*.py`` on the CPU, without GPU timing and with a fake sanitizer."""
+"""``bench/cuda_*.py`` on the CPU: everything except GPU times and the real sanitizer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from cuda_grid import BLOCKS, POINTS, GpuTask, tasks
 
 from fastrnn.tools.benchmark.shapes import CELLS, MODES
 
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "h200"
+
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restores FASTRNN_SCHEDULE, which the measurements set."""
+    """Restores FASTRNN_SCHEDULE, which the benchmark sets."""
     monkeypatch.setenv("FASTRNN_SCHEDULE", "auto")
 
 
@@ -51,7 +53,7 @@ def test_speed_measures_and_reports_all_tasks(
     shapes = ["--blocks", "batch-1", "packed", "--commit", "abc"]
     assert speed(*shapes, "--json", path, "--report", page) == 0
     out = capsys.readouterr().out
-    assert "36 tasks measured now, 0 left of 36" in out
+    assert "36 tasks measured, 0 of 36 left" in out
     document = json.loads(path.read_text())
     assert document["machine"]["commit"] == "abc"
     assert document["machine"]["torch"] == torch.__version__
@@ -60,7 +62,7 @@ def test_speed_measures_and_reports_all_tasks(
     assert {line["block"] for line in lines} == {"batch-1", "packed"}
     assert {line["graph"] for line in lines} == {False, True}
     for line in lines:
-        assert line["refused"] == {}
+        assert line["rejected"] == {}
         assert line["seconds"].keys() == {"stepwise", "persistent", "auto", "torch"}
         rounds = {len(times) for times in line["rounds"].values()}
         assert rounds in ({3}, {4}, {5})
@@ -81,7 +83,28 @@ def test_speed_measures_and_reports_all_tasks(
     assert page.read_text() == text
 
 
-def test_speed_resumes_after_an_interruption(
+@pytest.mark.skipif(not RESULTS.exists(), reason="needs the source tree")
+def test_the_committed_page_matches_its_results() -> None:
+    document = json.loads((RESULTS / "cuda-speed.json").read_text())
+    assert (RESULTS / "cuda-speed.md").read_text() == cuda_report.report(document)
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="needs the source tree")
+def test_the_table_of_the_documents_matches_the_results() -> None:
+    page = (RESULTS.parents[2] / "docs" / "performance" / "gpu.md").read_text(encoding="utf-8")
+    rows = [[text.strip(" *") for text in line.split("|")[1:-1]] for line in page.splitlines()]
+    table = {(row[0], row[1]): row[2:] for row in rows if len(row) == 6}
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for line in json.loads((RESULTS / "cuda-speed.json").read_text())["results"]:
+        kind = line["cell"].upper(), {"forward": "inference"}.get(line["mode"], line["mode"])
+        ratios.setdefault((*kind, line["dtype"]), []).append(cuda_report.ratio(line))
+    for (cell, mode, dtype), values in ratios.items():
+        column = ["bfloat16", "tf32", "float16", "float32"].index(dtype)
+        figures = f"{cuda_report.geometric_mean(values):.2f} ({min(values):.2f})"
+        assert table[cell, mode][column].replace("*", "") == figures
+
+
+def test_speed_continues_after_a_cut_off(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "gpu.json"
@@ -99,12 +122,12 @@ def test_speed_resumes_after_an_interruption(
     under_way = json.loads(path.read_text())["under_way"]
     monkeypatch.setattr(cuda_speed, "measure", real)
     assert speed(*shapes, "--budget", 1000) == 0
-    assert "3 tasks measured now, 0 left of 6" in capsys.readouterr().out
+    assert "3 tasks measured, 0 of 6 left" in capsys.readouterr().out
     lines = {line["task"]: line for line in json.loads(path.read_text())["results"]}
     assert len(lines) == 6
-    assert lines[under_way]["refused"] == {"all": "a measurement was cut off here"}
+    assert lines[under_way]["rejected"] == {"all": "the measurement was cut off"}
     text = cuda_report.report(json.loads(path.read_text()))
-    assert f"- {under_way}, all: a measurement was cut off here" in text
+    assert f"- {under_way}, all: the measurement was cut off" in text
     with pytest.raises(SystemExit, match=r"gpu\.json: was measured on another machine, "):
         speed(*shapes, "--commit", "def")
 
@@ -112,10 +135,10 @@ def test_speed_resumes_after_an_interruption(
 def test_speed_stops_at_its_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.json"
     assert speed("--budget", 1e-9, "--json", path) == 0
-    assert "0 tasks measured now" in capsys.readouterr().out
+    assert "0 tasks measured" in capsys.readouterr().out
 
 
-def test_speed_does_not_time_wrong_results(
+def test_speed_rejects_results_that_differ(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = cuda_speed.Call.results
@@ -131,28 +154,28 @@ def test_speed_does_not_time_wrong_results(
     task = tasks([cuda_grid.tiny(POINTS[0])], ["gru"], ["float32"], ["training"])[0]
     line = cuda_speed.measure(task, "cpu", 1e-4)
     assert line["seconds"].keys() == {"stepwise", "auto", "torch"}
-    assert line["refused"].keys() == {"persistent"}
-    assert line["refused"]["persistent"].startswith("differs from float64: d_bias_hh_l0 by ")
+    assert line["rejected"].keys() == {"persistent"}
+    assert line["rejected"]["persistent"].startswith("differs from float64: d_bias_hh_l0 by ")
     assert "   persistent: differs from float64" in cuda_speed.row(line)
 
 
-def test_speed_records_failed_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_records_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nAnd a long story.")
 
     monkeypatch.setattr(cuda_speed, "Problem", fail)
     task = tasks([cuda_grid.tiny(POINTS[0])])[0]
-    line = cuda_speed.measure_or_refuse(task, "cpu", 1e-4)
-    assert line["refused"] == {"all": "CUDA out of memory."}
+    line = cuda_speed.measure_or_record_failure(task, "cpu", 1e-4)
+    assert line["rejected"] == {"all": "CUDA out of memory."}
     assert line["task"] == task.label
 
 
 def test_report_shows_wrong_choices() -> None:
     task = tasks(POINTS)[0]
     line = {
-        **cuda_speed.nothing(task, ""),
+        **cuda_speed.failed_entry(task, ""),
         "flops": 1e9,
-        "refused": {},
+        "rejected": {},
         "plan": cuda_speed.plans(task, "auto", {}),
         "seconds": {"stepwise": 1e-3, "persistent": 2e-3, "auto": 2e-3, "torch": 3e-3},
     }
@@ -165,12 +188,12 @@ def test_report_shows_wrong_choices() -> None:
     ("text", "message"),
     [
         (None, "cannot be read (No such file"),
-        ("{}", "is no result of cuda_speed.py"),
-        ('{"machine": {"commit": ""}, "results": [1', "is no result of cuda_speed.py"),
-        ('{"machine": {"commit": ""}, "results": [1]}', "is no result of cuda_speed.py"),
+        ("{}", "must be a result of cuda_speed.py"),
+        ('{"machine": {"commit": ""}, "results": [1', "must be a result of cuda_speed.py"),
+        ('{"machine": {"commit": ""}, "results": [1]}', "must be a result of cuda_speed.py"),
     ],
 )
-def test_speed_rejects_other_files(tmp_path: Path, text: str | None, message: str) -> None:
+def test_invalid_results_file(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
@@ -181,10 +204,8 @@ def test_speed_rejects_other_files(tmp_path: Path, text: str | None, message: st
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("program", [cuda_speed, cuda_sanitize], ids=["speed", "sanitize"])
-def test_missing_gpu_is_an_error(program: Any) -> None:
-    with pytest.raises(
-        SystemExit, match=r"^cuda_\w+\.py needs a CUDA device, and torch finds none"
-    ):
+def test_no_gpu(program: Any) -> None:
+    with pytest.raises(SystemExit, match=r"^cuda_\w+\.py needs a CUDA device; torch found none"):
         program.main([])
 
 
@@ -210,7 +231,7 @@ sys.exit(code)
 
 @pytest.fixture
 def fake(tmp_path: Path) -> str:
-    """A fake sanitizer whose racecheck always reports a race."""
+    """A sanitizer that always reports a race."""
     path = tmp_path / "sanitizer"
     path.write_text(FAKE.format(python=sys.executable))
     path.chmod(0o755)
@@ -256,5 +277,5 @@ def test_sanitizer_output_gives_a_verdict(output: str, exit_code: int | None, ve
 def test_missing_sanitizer_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"compute-sanitizer, .*: nowhere/x is no program\.$"):
+    with pytest.raises(SystemExit, match=r"compute-sanitizer, .*: nowhere/x is not a program\.$"):
         cuda_sanitize.main(["--device", "cpu", "--sanitizer", "nowhere/x"])
