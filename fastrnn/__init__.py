@@ -11,20 +11,16 @@ from fastrnn import _C, functional
 from fastrnn import flops as _flops  # noqa: F401 - registers the operators' formulas
 from fastrnn.convert import ConversionReport, convert, patch, unpatch
 from fastrnn.explanation import Explanation, explain
-from fastrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastrnn.modules import *
+from fastrnn.modules import cells as _cells
+from fastrnn.modules import rnn as _rnn
 from fastrnn.quantization import quantization_mapping
 
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
-    "GRU",
-    "LSTM",
-    "RNN",
     "ConversionReport",
     "Explanation",
-    "GRUCell",
-    "LSTMCell",
-    "RNNCell",
     "__version__",
     "convert",
     "explain",
@@ -33,3 +29,5 @@ __all__ = [
     "quantization_mapping",
     "unpatch",
 ]
+__all__ += _cells.__all__
+__all__ += _rnn.__all__

@@ -42,11 +42,11 @@ class TorchFacts(NamedTuple):
     """The names and rules that torch, autocast and ONNX have for a cell.
 
     Attributes:
-        mode: the name that ``torch.nn.RNNBase`` gives this cell.
+        mode: the name of the cell in a module's ``mode``; torch's own where torch has the cell.
         torch_function: torch's own layer, in ``torch._VF``; None if torch has none.
         torch_step: torch's own single step; None if torch has none.
         keeps_state_dtype: whether autocast on the CPU leaves a state of a wider type as it is.
-        onnx_type: the node of ONNX.
+        onnx_type: the node of ONNX; None if ONNX has none.
         onnx_gates: ONNX's gates by their places in torch.
         onnx_attributes: attributes of the node; ``activations`` has one entry per direction.
     """
@@ -55,7 +55,7 @@ class TorchFacts(NamedTuple):
     torch_function: Callable[..., Any] | None
     torch_step: Callable[..., Any] | None
     keeps_state_dtype: bool
-    onnx_type: str
+    onnx_type: str | None
     onnx_gates: tuple[int, ...]
     onnx_attributes: dict[str, Any]
 
@@ -74,6 +74,12 @@ TORCH: dict[str, TorchFacts] = {
         "GRU", VF.gru, VF.gru_cell, True, "GRU", (1, 0, 2), {"linear_before_reset": 1}
     ),
 }
+
+
+def torch_facts(cell: str) -> TorchFacts:
+    """The facts about a cell; for a cell that is not in `TORCH`, that torch and ONNX lack it."""
+    return TORCH.get(cell) or TorchFacts(cell.upper(), None, None, False, None, (), {})
+
 
 #: Bit i of an operator's ``outputs`` asks for its result i; these are the names of the results.
 FORWARD_OUTPUTS = ("y", "h_n", "c_n", "saved")
@@ -139,7 +145,7 @@ def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
         pre_x=tuple(facts["pre_x"]),
         pre_h=tuple(facts["pre_h"]),
         states=facts["states"],
-        torch=TORCH[name],
+        torch=torch_facts(name),
     )
 
 

@@ -32,6 +32,8 @@ def unsupported(call: LayerCall) -> str:
         return "the older ONNX exporter has no nodes of others"
     if call.is_step:
         return "ONNX has no single steps"
+    if call.spec.torch.onnx_type is None:
+        return "ONNX has no node for {cell}"
     return against_types(call)
 
 
@@ -43,6 +45,8 @@ def run(call: LayerCall) -> Results:
     """
     check_projection(call)
     spec, x, batch_sizes, h0, c0, weights, _ = call
+    node_type = spec.torch.onnx_type
+    assert node_type is not None, "see unsupported"
     if batch_sizes is not None:
         raise RuntimeError(
             "torch.onnx.export: ONNX has no packed sequences, expected a padded input, got a "
@@ -80,7 +84,7 @@ def run(call: LayerCall) -> Results:
         inputs.append(c0)
         shapes.append(c0.shape)
     y, *states = torch.onnx.ops.symbolic_multi_out(
-        spec.torch.onnx_type, inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
+        node_type, inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
     )
     y = y.transpose(1, 2).reshape(x.shape[0], batch, directions * hidden)
     return y, states[0], states[1] if c0 is not None else None

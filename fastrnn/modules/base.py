@@ -56,13 +56,28 @@ class RecurrentBase(nn.RNNBase):
     ) -> None:
         self.weight_dtype = weight_dtype
         try:
-            super().__init__(mode, *args, **kwargs)
+            is_in_torch = BY_MODE[mode].torch.torch_function is not None
+            super().__init__(mode if is_in_torch else "RNN_TANH", *args, **kwargs)
+            if not is_in_torch:
+                self._become(mode)
             if not checks.is_bool(self.bidirectional):  # torch.nn finds it at the first call
                 name = type(self.bidirectional).__name__
                 raise TypeError(f"bidirectional should be of type bool, got: {name}")
         except Exception:
             checks.explain_constructor(type(self).__name__, _ARGUMENTS, args, kwargs)
             raise
+
+    def _become(self, mode: str) -> None:
+        """Turns an RNN of torch, which has one gate, into a cell that torch does not have."""
+        self.mode = mode
+        gates = BY_MODE[mode].gates
+        if gates > 1:
+            for name, parameter in self._parameters.items():
+                assert parameter is not None
+                rows, *columns = parameter.shape
+                self._parameters[name] = nn.Parameter(parameter.new_empty(gates * rows, *columns))
+            self._init_flat_weights()
+            self.reset_parameters()
 
     @property
     @torch.jit.unused

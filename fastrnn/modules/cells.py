@@ -15,6 +15,8 @@ from fastrnn.modules.scripted import script_slots
 from fastrnn.spec import CELLS, MATRICES, CellSpec, Weights, slots_of
 from fastrnn.tracing import check_scriptable, leaf_call
 
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
 _Device = torch.device | str | int | None
 
 _ALL = slots_of(has_biases=True, has_projection=False)

@@ -8,7 +8,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn._torch_internals import is_scripting, overload_method
 from fastrnn.modules.base import Hidden
-from fastrnn.modules.scripted import OneState, TwoStates
+from fastrnn.modules.scripted import OneState, Scriptable, TwoStates
+
+__all__ = ["GRU", "LSTM", "RNN"]
 
 _Device = torch.device | str | int | None
 
@@ -93,8 +95,7 @@ class RNN(OneState):
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
         args = _without_projection(args, kwargs)
-        # nn.RNNBase knows no sigmoid; its parameters are those of the other two
-        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_TANH"}
+        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
         if not isinstance(nonlinearity, str) or nonlinearity not in modes:
             given = " ".join(str(nonlinearity).split())
             raise ValueError(
@@ -103,8 +104,6 @@ class RNN(OneState):
         # before super().__init__ so that an overridden reset_parameters can read it
         self.nonlinearity = nonlinearity
         super().__init__(modes[nonlinearity], *args, **kwargs)
-        if nonlinearity == "sigmoid":
-            self.mode = "RNN_SIGMOID"
 
     @overload
     @overload_method
@@ -360,3 +359,13 @@ class GRU(OneState):
                 return self._script_padded(input, hx)
         else:
             return self._run(input, hx)
+
+
+#: for each cell its class and the arguments that select it
+LAYERS: dict[str, tuple[type[Scriptable], dict[str, Any]]] = {
+    "rnn_tanh": (RNN, {}),
+    "rnn_relu": (RNN, {"nonlinearity": "relu"}),
+    "rnn_sigmoid": (RNN, {"nonlinearity": "sigmoid"}),
+    "lstm": (LSTM, {}),
+    "gru": (GRU, {}),
+}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, _flatten, build, make_step, pack, reference_math, torch_twin
+from support import CELLS, TORCH_CELLS, _flatten, build, make_step, pack, reference_math, torch_twin
 from torch import Tensor, nn
 
 from fastrnn import _C
@@ -132,7 +132,7 @@ def test_special_values_propagate_as_in_torch(
         module = make_step(cell, INPUTS, HIDDEN, dtype=dtype)
     else:
         module = build(cell, INPUTS, HIDDEN, dtype=dtype, **LAYERS[layout])
-    torch_lacks_it = cell == "rnn_sigmoid"
+    torch_lacks_it = cell not in TORCH_CELLS
     twin = module if torch_lacks_it else torch_twin(module)
     values = tensors(module, step)
     found = []

@@ -188,7 +188,7 @@ def test_input_is_projected_ahead_if_weights_exceed_the_shared_cache() -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_shared_blocks_match_reference(isa: str, threads: int, cell: str) -> None:
     gates = CELLS[cell].gates
-    hidden = {1: 520, 3: 300, 4: 260}[gates]
+    hidden = {1: 520, 2: 390, 3: 300, 4: 260}[gates]
     plan = _C.plan(cell, 18, 15, hidden, hidden, threads=threads)
     assert plan["shared"] == (threads > 1)
     Case(CELLS[cell], 18, 15, hidden, hidden).check(torch.float32)

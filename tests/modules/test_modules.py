@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, DTYPES, build, check, make_step, pack, random, run, torch_twin
+from support import (
+    CELLS,
+    DTYPES,
+    TORCH_CELLS,
+    build,
+    check,
+    make_step,
+    pack,
+    random,
+    run,
+    torch_twin,
+)
 from tolerance import assert_same_in_double
 from torch import Tensor, nn
 
@@ -152,7 +163,7 @@ def test_strided_states_and_weights(cell: str, device: str) -> None:
     check(module, x, strided if len(strided) == 2 else strided[0])
 
 
-@pytest.mark.parametrize("cell", [name for name in CELLS if name != "rnn_sigmoid"])
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True}], ids=str)
 def test_dropout_repeats_torch(cell: str, options: dict[str, Any]) -> None:
     """The same seed drops the same outputs as torch.nn, and dropout is read at each call."""
@@ -181,9 +192,8 @@ def test_dropout_sigmoid() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cell", CELLS)
 def test_cells(cell: str, bias: bool, dtype: torch.dtype, device: str) -> None:
-    name, own = CELLS[cell]
     torch.manual_seed(3)
-    module = getattr(fastrnn, name + "Cell")(5, 7, bias=bias, **own, dtype=dtype, device=device)
+    module = make_step(cell, 5, 7, bias=bias, dtype=dtype, device=device)
     for shape in ((3, 5), (1, 5), (0, 5), (5,)):
         x = make_input(shape, dtype, device)
         check(module, x)
@@ -195,9 +205,8 @@ def test_cells(cell: str, bias: bool, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_cells_in_a_loop_are_the_layer(cell: str) -> None:
-    name, own = CELLS[cell]
     layer = build(cell, 3, 4, dtype=torch.float64)
-    step = getattr(fastrnn, name + "Cell")(3, 4, **own, dtype=torch.float64)
+    step = make_step(cell, 3, 4, dtype=torch.float64)
     step.load_state_dict(
         {key.removesuffix("_l0"): value for key, value in layer.state_dict().items()}
     )
@@ -294,7 +303,7 @@ def test_functional_forms() -> None:
             batch_first=False,
         )
         assert torch.equal(by_name[0], padded_result[0])
-        if cell != "rnn_sigmoid":
+        if cell in TORCH_CELLS:
             theirs = getattr(torch._VF, cell)(x, hx, weights, *options, False)
             for got, value in zip(padded_result, theirs, strict=True):
                 assert_same_in_double(got, value)
@@ -388,7 +397,7 @@ def test_complex_runs_through_a_composite() -> None:
         assert output.dtype == torch.complex64
         output.abs().sum().backward()
         assert module.weight_hh_l0.grad.dtype == torch.complex64
-        if cell != "rnn_sigmoid":
+        if cell in TORCH_CELLS:
             assert torch.equal(output, torch_twin(module)(x)[0])
 
 
@@ -412,7 +421,7 @@ def test_one_bias(cell: str, missing: str) -> None:
         getattr(twin, missing).zero_()
     h, expected_h = step(x[0]), twin(x[0])
     assert torch.equal(*((h, expected_h) if isinstance(h, Tensor) else (h[0], expected_h[0])))
-    if cell != "rnn_sigmoid":
+    if cell in TORCH_CELLS:
         torch.testing.assert_close(torch_twin(step)(x[0]), h)
 
 
