@@ -1,7 +1,7 @@
 """The private names of torch that fastrnn uses, in one place.
 
-Each is the same object as in torch: Dynamo and TorchScript recognise some of these functions by
-their identity. "Seen" lists the releases of torch that were checked to have the name.
+Each name is bound to torch's own object, because Dynamo and TorchScript recognise some of these
+functions by identity. "Seen" lists the releases of torch in which the name was found.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-# Marks the overloads of a method for TorchScript; whether TorchScript compiles the caller. Seen in
-# 2.13, 2.14.
+# overload_method marks the overloads of a method for TorchScript. is_scripting is true in code that
+# TorchScript compiles. Seen in 2.13, 2.14.
 from torch._jit_internal import _overload_method as overload_method
 from torch._jit_internal import is_scripting
 
-# The module, not its variable: `forward_ad._current_level` is -1 unless a dual level is open. Seen
-# in 2.13, 2.14.
+# The module, because its variable changes: `forward_ad._current_level` is -1 unless a dual level is
+# open. Seen in 2.13, 2.14.
 from torch.autograd import forward_ad
 
 __all__ = [
@@ -47,43 +47,43 @@ _C: Any = torch._C
 # Seen in 2.13, 2.14.
 VF: Any = torch._VF
 
-# Whether autocast is enabled for any device: one question where the public one asks per device.
-# Seen in 2.13, 2.14.
+# Whether autocast is enabled for any device. The public function must be called per device. Seen in
+# 2.13, 2.14.
 is_any_autocast_enabled: Callable[[], bool] = _C._is_any_autocast_enabled
 
-# Whether a transform of torch.func runs. Seen in 2.13, 2.14.
+# Whether a transform of torch.func is active. Seen in 2.13, 2.14.
 are_transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active
 
-# The transforms of torch.func that run, outermost first, and their kinds. Seen in 2.13, 2.14.
+# The active transforms of torch.func, outermost first, and their kinds. Seen in 2.13, 2.14.
 interpreter_stack: Callable[[], Any] = _C._functorch.get_interpreter_stack
 TransformType: Any = _C._functorch.TransformType
 
-# Whether is_grads_batched has put its wrapper around a tensor. Seen in 2.13, 2.14.
+# Whether a tensor is wrapped by is_grads_batched. Seen in 2.13, 2.14.
 is_batched: Callable[[torch.Tensor], bool] = _C._functorch.is_legacy_batchedtensor
 
 # Whether an operator has a kernel for a device. Seen in 2.13, 2.14.
 has_kernel: Callable[[str, str], bool] = _C._dispatch_has_kernel_for_dispatch_key
 
-# Calls an operator below the autograd, or without the autocast, that fastrnn gives it. Seen in
-# 2.13, 2.14.
+# Contexts in which an operator skips the autograd or autocast code that fastrnn registers for it.
+# Seen in 2.13, 2.14.
 AutoDispatchBelowAutograd: Any = _C._AutoDispatchBelowAutograd
 ExcludeDispatchKeyGuard: Any = _C._ExcludeDispatchKeyGuard
 DispatchKey: Any = _C.DispatchKey
 DispatchKeySet: Any = _C.DispatchKeySet
 
-# The state of torch.jit.trace: None unless it records; None suspends it. torch.jit.is_tracing takes
-# five times as long to answer, and each call asks several times. Seen in 2.13, 2.14.
+# The state of torch.jit.trace: None unless it records; setting None suspends it. A call reads it
+# several times, and torch.jit.is_tracing takes five times as long. Seen in 2.13, 2.14.
 get_tracing_state: Callable[[], Any] = _C._get_tracing_state
 set_tracing_state: Callable[[Any], None] = _C._set_tracing_state
 
-# A copy that shares memory until one of the two is written to. Seen in 2.13, 2.14.
+# Returns a copy that shares memory until either tensor is written to. Seen in 2.13, 2.14.
 lazy_clone: Callable[[torch.Tensor], torch.Tensor] = torch._lazy_clone
 
 
 def unbound_apply(function: type[torch.autograd.Function]) -> Any:
-    """``function.apply`` without binding the arguments to the signature of its ``forward``.
+    """Returns ``function.apply`` without binding arguments to the signature of ``forward``.
 
-    Binding takes twice as long as the rest of apply. The function must have no defaults. Seen in
-    2.13, 2.14.
+    Binding takes twice as long as the rest of apply. ``forward`` must have no default arguments.
+    Seen in 2.13, 2.14.
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]

@@ -1,10 +1,10 @@
 """Autocast: the types that a recurrent layer computes in, and the types of its results.
 
-The CPU's kernels add in float32 whatever the tensors hold. Casting float32 weights down on every
-call would cost time, memory and precision and gain nothing, so on the CPU tensors stay as they are
-and only the results get another type. On other devices tensors are cast as cuDNN's layers have it.
+The CPU kernels accumulate half types in float32. Casting float32 weights down on every call would
+cost time, memory and precision and gain nothing, so on the CPU tensors are not cast down and only
+the results change their type. On other devices tensors are cast as for cuDNN's layers.
 
-The types of the results are those of ``torch.nn``, with A for autocast's type:
+The types of the results are those of ``torch.nn``. A stands for autocast's type:
 
     RNN, LSTM, RNNCell        A
     GRU, GRUCell, LSTMCell    CPU: the wider of A and the state's type, so that a float32 state
@@ -29,7 +29,7 @@ def acts_on(x: Tensor) -> bool:
 
 
 def cast_call(call: LayerCall) -> LayerCall:
-    """Casts the arguments of a layer, or of one step, while autocast acts on ``x``."""
+    """Casts the arguments of a layer or of one step. Autocast must be active for ``x``."""
     x, h0, c0, weights = call.x, call.h0, call.c0, call.weights
     if x.device.type != "cpu":
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -46,9 +46,9 @@ def cast_call(call: LayerCall) -> LayerCall:
 
 
 def cast_results(call: LayerCall, results: Results) -> Results:
-    """Casts the results of a layer; ``call`` holds its arguments before they were cast.
+    """Casts the results of a layer; ``call`` holds its arguments before `cast_call`.
 
-    y and h_n have one type, so for a single step one tensor may be both.
+    y and h_n have the same type, because for a single step they may be the same tensor.
     """
     x, h0, c0 = call.x, call.h0, call.c0
     y, h_n, c_n = results
@@ -71,5 +71,5 @@ def _is_cast(t: Tensor) -> bool:
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts what autocast would cast: floating-point tensors, but never float64."""
+    """Casts floating-point tensors except float64, as autocast does."""
     return t.to(dtype) if _is_cast(t) else t

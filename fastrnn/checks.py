@@ -1,13 +1,13 @@
-"""Explains calls that have failed: one clear sentence that names the argument.
+"""Explains failed calls with one clear sentence that names the argument.
 
-The way to the kernels checks what keeps a kernel safe and no more, because a small call takes only
-12 us. Where a call fails on that way, an ``explain_*`` function below looks at its arguments one by
-one. It raises
+A small call takes only 12 us, so the code that leads to the kernels checks only what keeps the
+kernels safe. If a call fails there, an ``explain_*`` function below checks its arguments one by one
+and raises an error for the first wrong one:
 
     <module or function>: <argument> must be <expected>, got <actual>.
 
-for the first one that is wrong. It returns where it finds nothing wrong, or where the error in
-flight names the mistake already, in the words of torch.nn; the caller then raises that error again.
+It returns if it finds no wrong argument, or if the original error already names the mistake in the
+words of torch.nn. The caller then raises the original error again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.spec import BY_MODE, CellSpec
 
-#: what a layer can compute with, by the kernels or by torch
+#: dtypes that a layer can compute with, by the kernels or by torch
 _DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.complex64, torch.complex128),
 )
 
 
-class _Found(Exception):
+class _Explained(Exception):
     """Carries the error that explains a call."""
 
     def __init__(self, error: Exception) -> None:
@@ -40,60 +40,60 @@ class _Found(Exception):
         self.error = error
 
 
-class _Known(Exception):
-    """Ends a search: the error in flight names the mistake."""
+class _AlreadyClear(Exception):
+    """Ends a search: the original error already names the mistake."""
 
 
 def explain_layer(module: Any, input: Any, hx: Any) -> None:
-    """Raises what is wrong with a call of RNN, LSTM or GRU, or returns."""
+    """Raises a clear error for a failed call of RNN, LSTM or GRU, or returns."""
     _explain(_search_layer, module, input, hx)
 
 
 def explain_cell(module: Any, input: Any, hx: Any) -> None:
-    """Raises what is wrong with a call of RNNCell, LSTMCell or GRUCell, or returns."""
+    """Raises a clear error for a failed call of RNNCell, LSTMCell or GRUCell, or returns."""
     _explain(_search_cell, module, input, hx)
 
 
 def explain_function(spec: CellSpec, values: dict[str, Any]) -> None:
-    """Raises what is wrong with the arguments of a function of `fastrnn.functional`, or returns."""
+    """Raises a clear error for a failed call of a function of `fastrnn.functional`, or returns."""
     _explain(_search_function, spec, values)
 
 
 def explain_constructor(name: str, names: Sequence[str], args: Any, kwargs: Any) -> None:
-    """Raises what is wrong with the arguments of a module's constructor, or returns.
+    """Raises a clear error for a failed call of a module's constructor, or returns.
 
     Args:
-        name: the class.
-        names: of the positional arguments.
-        args, kwargs: as the constructor got them.
+        name: the name of the class.
+        names: the names of the positional arguments.
+        args, kwargs: the arguments of the constructor.
     """
     message = str(sys.exc_info()[1])
     is_clear = message.partition(" ")[0] in names or "unexpected keyword" in message
-    if not is_clear:  # torch's words do not name it
+    if not is_clear:  # torch's message does not name the argument
         _explain(_search_constructor, name, names, args, kwargs)
 
 
 def _explain(search: Callable[..., None], *arguments: Any) -> None:
     if any(isinstance(argument, Proxy) for argument in arguments):
-        return  # torch.fx traces, and says itself what it cannot
+        return  # torch.fx is tracing and explains its own errors
     try:
         search(*arguments)
-    except _Found as found:
+    except _Explained as found:
         error = found.error
-    except Exception:  # the error in flight tells more than one of the search
+    except Exception:  # the original error is clearer than an error of the search
         return
     else:
         return
-    in_flight = sys.exc_info()[1]
-    raise error from None if in_flight is None else in_flight.__cause__
+    original = sys.exc_info()[1]
+    raise error from None if original is None else original.__cause__
 
 
 def _wrong(cls: type[Exception], owner: str, argument: str, expected: str, actual: str) -> NoReturn:
-    raise _Found(cls(f"{owner}: {argument} must be {expected}, got {actual}."))
+    raise _Explained(cls(f"{owner}: {argument} must be {expected}, got {actual}."))
 
 
 def describe(value: Any) -> str:
-    """A value in a few words of one line."""
+    """Returns a short description of a value, on one line."""
     if isinstance(value, Tensor):
         if value.is_nested:
             return "a nested tensor"
@@ -111,8 +111,10 @@ def describe(value: Any) -> str:
     return f"{module}{cls.__name__}"
 
 
-def wrong_state(label: str, argument: str, torch_name: str, state: Tensor, dim: int) -> Exception:
-    """The error for a state that has other dimensions than a cell's input, which has ``dim``."""
+def wrong_dims_error(
+    label: str, argument: str, torch_name: str, state: Tensor, dim: int
+) -> Exception:
+    """Returns the error for a state whose dimensions differ from ``dim``, those of the input."""
     if state.dim() not in (1, 2):
         return ValueError(
             f"{label}: Expected {torch_name} to be 1D or 2D, got {state.dim()}D instead"
@@ -120,16 +122,16 @@ def wrong_state(label: str, argument: str, torch_name: str, state: Tensor, dim: 
     return RuntimeError(f"{label}: {argument} must be {dim}-D like the input, got {state.dim()}-D.")
 
 
-# --- searches; each raises _Found or _Known or returns
+# --- searches; each one raises _Explained or _AlreadyClear, or returns
 
 
-def _tensor(owner: str, argument: str, value: Any, expected: str = "a tensor") -> None:
+def _check_tensor(owner: str, argument: str, value: Any, expected: str = "a tensor") -> None:
     if not isinstance(value, Tensor):
         _wrong(TypeError, owner, argument, expected, describe(value))
 
 
-def _dense(owner: str, argument: str, t: Tensor) -> None:
-    """Raises unless a tensor has plain memory and a dtype to compute with."""
+def _check_dense(owner: str, argument: str, t: Tensor) -> None:
+    """Raises unless a tensor is dense: not nested, quantized, sparse or mkldnn."""
     if t.is_nested:
         _wrong(RuntimeError, owner, argument, "a dense tensor", "a nested one")
     if t.is_quantized:
@@ -139,70 +141,70 @@ def _dense(owner: str, argument: str, t: Tensor) -> None:
         _wrong(RuntimeError, owner, argument, "a dense tensor", f"one of layout {layout}")
 
 
-def _computable(owner: str, argument: str, t: Tensor) -> None:
+def _check_dtype(owner: str, argument: str, t: Tensor) -> None:
     if t.dtype not in _DTYPES:
         expected = "of float16, bfloat16, float32, float64 or a complex dtype"
         _wrong(RuntimeError, owner, argument, expected, str(t.dtype))
 
 
-def _one_state(owner: str, hx: Any) -> list[tuple[str, Tensor]]:
-    _tensor(owner, "hx", hx)
+def _check_one_state(owner: str, hx: Any) -> list[tuple[str, Tensor]]:
+    _check_tensor(owner, "hx", hx)
     return [("hx", hx)]
 
 
-def _two_states(owner: str, hx: Any, function: str) -> list[tuple[str, Tensor]]:
+def _check_two_states(owner: str, hx: Any, function: str) -> list[tuple[str, Tensor]]:
     if not isinstance(hx, (tuple, list)) or isinstance(hx, PackedSequence):
         _wrong(TypeError, owner, "hx", "a tuple of two tensors, h and c", describe(hx))
     if len(hx) != 2:
-        raise _Found(RuntimeError(f"{function} expects two hidden states"))
+        raise _Explained(RuntimeError(f"{function} expects two hidden states"))
     for index, state in enumerate(hx):
-        _tensor(owner, f"hx[{index}]", state)
+        _check_tensor(owner, f"hx[{index}]", state)
     return [("hx[0]", hx[0]), ("hx[1]", hx[1])]
 
 
-def _alike(owner: str, argument: str, t: Tensor, x: Tensor) -> None:
+def _check_same_device(owner: str, argument: str, t: Tensor, x: Tensor) -> None:
     if t.is_meta != x.is_meta:
         role = "parameter" if argument.startswith(("weight", "bias", "params")) else "hidden"
-        raise _Found(RuntimeError(at_different_devices(x, t, role)))
+        raise _Explained(RuntimeError(different_devices_message(x, t, role)))
 
 
-def at_different_devices(x: Tensor, other: Tensor, role: str) -> str:
-    """torch's words for tensors of two devices."""
+def different_devices_message(x: Tensor, other: Tensor, role: str) -> str:
+    """Returns torch's message for tensors on different devices."""
     return (
         f"Input and {role} tensors are not at the same device, found input tensor at "
         f"{x.device} and {role} tensor at {other.device}"
     )
 
 
-def _shape(owner: str, argument: str, t: Tensor, expected: Sequence[int]) -> None:
+def _check_shape(owner: str, argument: str, t: Tensor, expected: Sequence[int]) -> None:
     if list(t.shape) != list(expected):
         _wrong(RuntimeError, owner, argument, f"of shape {list(expected)}", f"{list(t.shape)}")
 
 
-def _steps(owner: str, batch_sizes: Any, rows: int) -> None:
-    """Raises unless these are the batch sizes of so many packed rows."""
+def _check_batch_sizes(owner: str, batch_sizes: Any, rows: int) -> None:
+    """Raises unless these are valid batch sizes for this number of packed rows."""
     expected = "an int64 vector on the CPU"
-    _tensor(owner, "batch_sizes", batch_sizes, expected)
-    _dense(owner, "batch_sizes", batch_sizes)
+    _check_tensor(owner, "batch_sizes", batch_sizes, expected)
+    _check_dense(owner, "batch_sizes", batch_sizes)
     is_vector = batch_sizes.dim() == 1 and batch_sizes.dtype == torch.int64
     if not is_vector or batch_sizes.device.type != "cpu":
         actual = f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
         _wrong(RuntimeError, owner, "batch_sizes", expected, actual)
     sizes = batch_sizes.tolist()
     if not sizes:
-        raise _Found(RuntimeError("Expected sequence length to be larger than 0 in RNN"))
+        raise _Explained(RuntimeError("Expected sequence length to be larger than 0 in RNN"))
     if sum(sizes) != rows or sizes != sorted(sizes, reverse=True) or sizes[-1] <= 0:
         first = f"{sizes[:8]}" if len(sizes) <= 8 else f"{sizes[:8]} and {len(sizes) - 8} more"
         expected = f"positive, descend and add up to the {rows} rows of data"
         _wrong(RuntimeError, owner, "batch_sizes", expected, first)
 
 
-def _permutation(owner: str, argument: str, indices: Any, batch: int, x: Tensor) -> None:
+def _check_permutation(owner: str, argument: str, indices: Any, batch: int, x: Tensor) -> None:
     expected = f"an int64 permutation of the {batch} sequences, or None"
     if indices is None:
         return
-    _tensor(owner, argument, indices, expected)
-    _dense(owner, argument, indices)
+    _check_tensor(owner, argument, indices, expected)
+    _check_dense(owner, argument, indices)
     if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
         _wrong(RuntimeError, owner, argument, expected, f"{indices.dim()}-D {indices.dtype}")
     if indices.device != x.device:
@@ -217,57 +219,61 @@ def _search_layer(module: Any, input: Any, hx: Any) -> None:
     packed = isinstance(input, PackedSequence)
     x: Any = input.data if packed else input
     if packed:
-        _tensor(owner, "data", x)
+        _check_tensor(owner, "data", x)
     else:
-        _tensor(owner, "input", x, "a tensor or a PackedSequence")
-    _dense(owner, "data" if packed else "input", x)
+        _check_tensor(owner, "input", x, "a tensor or a PackedSequence")
+    _check_dense(owner, "data" if packed else "input", x)
     spec = BY_MODE.get(module.mode)
     if spec is None:
         _wrong(ValueError, owner, "mode", f"one of {', '.join(BY_MODE)}", describe(module.mode))
     states: list[tuple[str, Tensor]] = []
     if hx is not None:
-        states = _two_states(owner, hx, "lstm") if spec.has_cell_state else _one_state(owner, hx)
+        states = (
+            _check_two_states(owner, hx, "lstm")
+            if spec.has_cell_state
+            else _check_one_state(owner, hx)
+        )
     for argument, state in states:
-        _dense(owner, argument, state)
-    parameters = _layer_parameters(owner, module)
-    _layer_attributes(owner, module)
+        _check_dense(owner, argument, state)
+    parameters = _named_parameters(owner, module)
+    _check_layer_attributes(owner, module)
     if packed:
-        _wrong_for_torch(module, x, None, input.batch_sizes, raised_before=False)
-        _steps(owner, input.batch_sizes, x.shape[0])
+        _check_by_torch(module, x, None, input.batch_sizes, raised_before=False)
+        _check_batch_sizes(owner, input.batch_sizes, x.shape[0])
         batch = int(input.batch_sizes[0])
         if states and all(state.dim() == 3 and state.shape[1] == batch for _, state in states):
-            _permutation(owner, "sorted_indices", input.sorted_indices, batch, x)
-        _wrong_for_torch(module, x, hx, input.batch_sizes, raised_before=False)
-        _permutation(owner, "unsorted_indices", input.unsorted_indices, batch, x)
+            _check_permutation(owner, "sorted_indices", input.sorted_indices, batch, x)
+        _check_by_torch(module, x, hx, input.batch_sizes, raised_before=False)
+        _check_permutation(owner, "unsorted_indices", input.unsorted_indices, batch, x)
     elif x.dim() not in (2, 3) or any(state.dim() != x.dim() for _, state in states):
-        raise _Known
+        raise _AlreadyClear
     else:
         if x.dim() == 2:
             x = x.unsqueeze(0 if module.batch_first else 1)
             hx = [state.unsqueeze(1) for _, state in states]
             hx = None if not states else hx if spec.has_cell_state else hx[0]
-        _wrong_for_torch(module, x, hx, None)
-    _layer_shapes(owner, module, spec, parameters)
-    _computable(owner, "data" if packed else "input", x)
+        _check_by_torch(module, x, hx, None)
+    _check_layer_shapes(owner, module, spec, parameters)
+    _check_dtype(owner, "data" if packed else "input", x)
     for name, parameter in parameters.items():
-        _alike(owner, name, parameter, x)
+        _check_same_device(owner, name, parameter, x)
 
 
-def _wrong_for_torch(
+def _check_by_torch(
     module: Any, x: Tensor, hx: Any, batch_sizes: Tensor | None, raised_before: bool = True
 ) -> None:
-    """Ends the search where torch's own checks reject the call."""
+    """Ends the search if torch's own checks reject the call."""
     try:
         if hx is None:
             module.check_input(x, batch_sizes)
         else:
             module.check_forward_args(x, hx, batch_sizes)
     except Exception as error:
-        raise _Known if raised_before else _Found(error) from None
+        raise _AlreadyClear if raised_before else _Explained(error) from None
 
 
-def _layer_parameters(owner: str, module: Any) -> dict[str, Tensor]:
-    """The parameters that are there by name."""
+def _named_parameters(owner: str, module: Any) -> dict[str, Tensor]:
+    """Returns the parameters that exist, by name."""
     parameters: dict[str, Tensor] = {}
     for name in module._flat_weights_names:
         parameter = getattr(module, name, None)
@@ -275,12 +281,12 @@ def _layer_parameters(owner: str, module: Any) -> dict[str, Tensor]:
             continue  # counts as zeros
         if not isinstance(parameter, Tensor):
             _wrong(RuntimeError, owner, name, "a tensor", describe(parameter))
-        _dense(owner, name, parameter)
+        _check_dense(owner, name, parameter)
         parameters[name] = parameter
     return parameters
 
 
-def _layer_attributes(owner: str, module: Any) -> None:
+def _check_layer_attributes(owner: str, module: Any) -> None:
     """Raises unless the attributes still describe the parameters that the constructor made."""
     names = [name for name in module._flat_weights_names if name.startswith("weight_ih")]
     directions = 2 if any(name.endswith("_reverse") for name in names) else 1
@@ -303,7 +309,9 @@ def _layer_attributes(owner: str, module: Any) -> None:
         _wrong(ValueError, owner, "dropout", "a number from 0 to 1", describe(dropout))
 
 
-def _layer_shapes(owner: str, module: Any, spec: CellSpec, parameters: dict[str, Tensor]) -> None:
+def _check_layer_shapes(
+    owner: str, module: Any, spec: CellSpec, parameters: dict[str, Tensor]
+) -> None:
     rows = spec.gates * module.hidden_size
     size = module.proj_size or module.hidden_size
     directions = 2 if module.bidirectional else 1
@@ -315,19 +323,21 @@ def _layer_shapes(owner: str, module: Any, spec: CellSpec, parameters: dict[str,
             "weight_hh": [rows, size],
             "weight_hr": [size, module.hidden_size],
         }
-        _shape(owner, name, parameter, shapes.get(kind, [rows]))
+        _check_shape(owner, name, parameter, shapes.get(kind, [rows]))
 
 
 def _search_cell(module: Any, input: Any, hx: Any) -> None:
     owner = module._label
     is_lstm = isinstance(module, nn.LSTMCell) or owner == "LSTMCell"
-    _tensor(owner, "input", input)
-    _dense(owner, "input", input)
+    _check_tensor(owner, "input", input)
+    _check_dense(owner, "input", input)
     states: list[tuple[str, Tensor]] = []
     if hx is not None:
-        states = _two_states(owner, hx, "lstm_cell") if is_lstm else _one_state(owner, hx)
+        states = (
+            _check_two_states(owner, hx, "lstm_cell") if is_lstm else _check_one_state(owner, hx)
+        )
     for argument, state in states:
-        _dense(owner, argument, state)
+        _check_dense(owner, argument, state)
     parameters: dict[str, Tensor] = {}
     for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
         parameter = getattr(module, name, None)
@@ -335,10 +345,10 @@ def _search_cell(module: Any, input: Any, hx: Any) -> None:
             continue  # counts as zeros
         if not isinstance(parameter, Tensor):
             _wrong(RuntimeError, owner, name, "a tensor", describe(parameter))
-        _dense(owner, name, parameter)
+        _check_dense(owner, name, parameter)
         parameters[name] = parameter
     if input.dim() not in (1, 2) or any(state.dim() != input.dim() for _, state in states):
-        raise _Known
+        raise _AlreadyClear
     gates = {"RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}[owner]
     w_ih, w_hh = parameters["weight_ih"], parameters["weight_hh"]
     biases = [b for name, b in parameters.items() if name.startswith("bias")]
@@ -357,11 +367,11 @@ def _search_cell(module: Any, input: Any, hx: Any) -> None:
             "weight_hh": [rows, module.hidden_size],
         }
         for name, parameter in parameters.items():
-            _shape(owner, name, parameter, shapes.get(name, [rows]))
+            _check_shape(owner, name, parameter, shapes.get(name, [rows]))
     if hx is None and not isinstance(module.hidden_size, int):
         _wrong(TypeError, owner, "hidden_size", "an int", describe(module.hidden_size))
     if len({t.dtype for t in (input, *(s for _, s in states), *parameters.values())}) == 1:
-        _computable(owner, "input", input)
+        _check_dtype(owner, "input", input)
 
 
 def _search_function(spec: CellSpec, values: dict[str, Any]) -> None:
@@ -369,21 +379,23 @@ def _search_function(spec: CellSpec, values: dict[str, Any]) -> None:
     x, hx, params = values["input"], values["hx"], values["params"]
     batch_sizes = values["batch_sizes"]
     first = "input" if batch_sizes is None else "data"
-    _tensor(owner, first, x)
-    _dense(owner, first, x)
+    _check_tensor(owner, first, x)
+    _check_dense(owner, first, x)
     if batch_sizes is not None:
-        _steps(owner, batch_sizes, x.shape[0] if x.dim() > 0 else 0)
-    states = _two_states(owner, hx, "lstm") if spec.has_cell_state else _one_state(owner, hx)
+        _check_batch_sizes(owner, batch_sizes, x.shape[0] if x.dim() > 0 else 0)
+    states = (
+        _check_two_states(owner, hx, "lstm") if spec.has_cell_state else _check_one_state(owner, hx)
+    )
     for argument, state in states:
-        _dense(owner, argument, state)
+        _check_dense(owner, argument, state)
     if not isinstance(params, (list, tuple)):
         _wrong(TypeError, owner, "params", "a list or tuple of tensors", describe(params))
     for index, parameter in enumerate(params):
-        _tensor(owner, f"params[{index}]", parameter)
-        _dense(owner, f"params[{index}]", parameter)
+        _check_tensor(owner, f"params[{index}]", parameter)
+        _check_dense(owner, f"params[{index}]", parameter)
     _search_options(owner, values)
     if len({t.dtype for t in (x, *(s for _, s in states), *params)}) == 1:
-        _computable(owner, first, x)
+        _check_dtype(owner, first, x)
 
 
 def check_options(spec: CellSpec, values: dict[str, Any]) -> None:
@@ -402,7 +414,7 @@ def check_options(spec: CellSpec, values: dict[str, Any]) -> None:
         return
     try:
         _search_options(spec.name, values)
-    except _Found as found:
+    except _Explained as found:
         error = found.error
     else:
         return
@@ -410,10 +422,7 @@ def check_options(spec: CellSpec, values: dict[str, Any]) -> None:
 
 
 def check_weight_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
-    """Returns ``weight_dtype``, the dtype in which the kernels may hold w_hh.
-
-    None, or ``torch.float16`` for faster inference of one sequence on the CPU;
-    docs/float16_weights.md tells when it acts and what it costs.
+    """Returns ``weight_dtype`` if it is None or ``torch.float16``.
 
     Raises:
         ValueError: it is something else.
@@ -424,7 +433,7 @@ def check_weight_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def is_bool(value: Any) -> bool:
-    """Whether torch's operators take this as a bool."""
+    """Whether torch's operators accept this as a bool."""
     cls = type(value)
     return isinstance(value, bool) or (cls.__module__ == "numpy" and cls.__name__[:4] == "bool")
 
@@ -449,26 +458,28 @@ def _search_options(owner: str, values: dict[str, Any]) -> None:
 def _search_constructor(
     owner: str, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """In the words that torch.nn has for some of these."""
+    """Checks the arguments of a constructor. Some messages are those of torch.nn."""
     values = dict(zip(names, args, strict=False)) | kwargs
     for name in ("bias", "batch_first", "bidirectional"):
         value = values.get(name, False)
         if not is_bool(value):
-            raise _Found(TypeError(f"{name} should be of type bool, got: {type(value).__name__}"))
+            raise _Explained(
+                TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+            )
     for name in ("input_size", "hidden_size", "num_layers", "proj_size"):
         value = values.get(name, 1)
         try:
             operator.index(value)
         except TypeError:
-            raise _Found(
+            raise _Explained(
                 TypeError(f"{name} should be of type int, got: {type(value).__name__}")
             ) from None
     for name in ("input_size", "hidden_size"):
-        if owner.endswith("Cell") and values.get(name, 1) < 0:  # torch has words for layers
+        if owner.endswith("Cell") and values.get(name, 1) < 0:  # for layers torch raises
             _wrong(ValueError, owner, name, "0 or more", describe(values[name]))
     dropout = values.get("dropout", 0.0)
     if not isinstance(dropout, numbers.Real) or not 0 <= float(dropout) <= 1:
-        raise _Found(
+        raise _Explained(
             ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an "
                 "element being zeroed"

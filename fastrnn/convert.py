@@ -1,4 +1,4 @@
-"""Brings fastrnn into programs written for ``torch.nn``: `convert` a model, `patch` the names."""
+"""Makes programs written for ``torch.nn`` use fastrnn: `convert` a model, or `patch` the names."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Replacement:
     """One recurrent module of a model and what `convert` did with it.
 
     Attributes:
-        names: where the module stands in the model, several names if it is shared; "" is the root.
-        before: its class, with its module.
-        after: the fastrnn class that it has now, or None if it was left alone.
-        reason: why it was left alone.
+        names: the module's names in the model, several if it is shared; "" is the model itself.
+        before: its original class, for example ``torch.nn.LSTM``.
+        after: its new fastrnn class, or None if it was left unchanged.
+        reason: why it was left unchanged.
     """
 
     names: tuple[str, ...]
@@ -50,19 +50,19 @@ class Replacement:
     def __str__(self) -> str:
         where = ", ".join(name or "(the model itself)" for name in self.names)
         if self.after is None:
-            return f"{where}: {self.before} left alone, {self.reason}"
+            return f"{where}: {self.before} left unchanged, {self.reason}"
         return f"{where}: {self.before} -> {self.after}"
 
 
 @dataclass
 class ConversionReport:
-    """Modules that `convert` replaced and left alone; ``str()`` gives a readable summary."""
+    """Modules that `convert` replaced and left unchanged; ``str()`` gives a readable summary."""
 
     replaced: list[Replacement] = field(default_factory=list)
     skipped: list[Replacement] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"fastrnn: {len(self.replaced)} replaced, {len(self.skipped)} left alone"]
+        lines = [f"fastrnn: {len(self.replaced)} replaced, {len(self.skipped)} left unchanged"]
         lines += [f"  {entry}" for entry in (*self.replaced, *self.skipped)]
         return "\n".join(lines)
 
@@ -72,31 +72,32 @@ def convert(model: M, *, return_report: Literal[False] = False) -> M: ...
 @overload
 def convert(model: M, *, return_report: Literal[True]) -> tuple[M, ConversionReport]: ...
 def convert(model: M, *, return_report: bool = False) -> M | tuple[M, ConversionReport]:
-    """Makes every ``torch.nn`` RNN, LSTM, GRU and cell in a model a fastrnn one, in place.
+    """Converts every ``torch.nn`` RNN, LSTM, GRU and cell in a model to fastrnn's, in place.
 
         model = fastrnn.convert(model)
         model, report = fastrnn.convert(model, return_report=True)
 
-    The modules stay the objects they are and change their class, as torch's own parametrizations
-    do it. So everything that hangs on them survives: Parameters and the optimizers that hold them,
-    tied weights, shared submodules, hooks, names, training mode, pruning, weight norm,
-    parametrizations, and references to a module from elsewhere. A model that is an ``nn.LSTM``
-    itself works as well.
+    Each module stays the same object and only changes its class, as with torch's own
+    parametrizations. Therefore everything attached to it is kept: Parameters and the optimizers
+    that hold them, tied weights, shared submodules, hooks, names, training mode, pruning, weight
+    norm, parametrizations, and references to the module from elsewhere. The model itself may be an
+    ``nn.LSTM``.
 
-    ``isinstance(module, nn.LSTM)`` is False of a converted module, so a loop that initialises
-    layers by their class skips it silently: look for ``nn.RNNBase`` (cells: ``nn.RNNCellBase``),
+    ``isinstance(module, nn.LSTM)`` is False for a converted module, so a loop that initialises
+    layers by their class skips it silently. Check for ``nn.RNNBase`` (cells: ``nn.RNNCellBase``) or
     for both classes, or run the loop inside `patch`.
 
-    Subclasses of ``nn.LSTM`` and its like are left alone, since their own ``forward`` may rely on
-    torch's; a warning names them. Define such classes under `patch` instead.
+    Subclasses of ``nn.LSTM``, ``nn.GRU`` and so on are left unchanged, because their ``forward``
+    may rely on torch's implementation. A warning names them. Define such classes under `patch`
+    instead.
 
     Args:
         model: any module.
-        return_report: whether to return the report too. It is always logged to the logger
+        return_report: whether to return the report too. The report is always logged to the logger
             "fastrnn" at level INFO.
 
     Returns:
-        ``model`` itself, or with ``return_report`` a tuple of it and a `ConversionReport`.
+        ``model`` itself, or with ``return_report`` a tuple of ``model`` and a `ConversionReport`.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
@@ -134,11 +135,11 @@ def _class_name(cls: type) -> str:
 
 
 def _replacement(module: nn.Module) -> type[nn.Module] | None:
-    """The class that ``module`` should have, None if it had better keep its own."""
+    """Returns the fastrnn class for ``module``, or None if it must keep its class."""
     cls = type(module)
     if cls in _REPLACEMENTS:
         return _REPLACEMENTS[cls]
-    # torch.nn.utils.parametrize puts a class of its own over the module's, made of properties
+    # torch.nn.utils.parametrize derives a class with a property per parametrized weight
     if parametrize.is_parametrized(module) and len(cls.__bases__) == 1:
         base = _REPLACEMENTS.get(cls.__bases__[0])
         if base is not None:
@@ -155,20 +156,21 @@ _NAMESPACES: tuple[ModuleType, ...] = (torch.nn, torch.nn.modules, torch.nn.modu
 
 
 class patch:
-    """Makes ``torch.nn.RNN``, ``LSTM``, ``GRU`` and the cells be fastrnn's, for code that builds
-    them.
+    """Replaces the recurrent classes in ``torch.nn`` by fastrnn's, for code that builds them.
 
         with fastrnn.patch():
             model = TheirModel()          # builds torch.nn.LSTM: gets fastrnn.LSTM
 
         fastrnn.patch()                   # until fastrnn.unpatch()
 
-    The names are swapped in ``torch.nn``, ``torch.nn.modules`` and ``torch.nn.modules.rnn``, for
-    all threads. Patches nest; the names come back when the last one ends, by an exception too.
-    ``isinstance(module, torch.nn.LSTM)`` is true of what was built under the patch, as long as it
-    lasts. It does not reach names that were imported before (``from torch.nn import LSTM``), nor
-    classes that already derive from torch's, nor modules that already exist: `convert` those. To
-    pickle a whole module of torch's own (not its state_dict), wait until the patch ends.
+    The names are replaced in ``torch.nn``, ``torch.nn.modules`` and ``torch.nn.modules.rnn``, for
+    all threads. Patches nest: the original names return when the last patch ends, also by an
+    exception. While the patch lasts, ``isinstance(module, torch.nn.LSTM)`` is True for modules that
+    were built under it.
+
+    The patch does not affect names that were imported earlier (``from torch.nn import LSTM``),
+    classes that already derive from torch's, or existing modules; `convert` those modules. A whole
+    module of torch's original class (not its state_dict) can be pickled only after the patch ends.
     """
 
     def __init__(self) -> None:
@@ -198,7 +200,7 @@ class patch:
 
 
 def unpatch() -> None:
-    """Ends every `patch`, called or entered; without any it does nothing."""
+    """Ends every active `patch`, whether called or entered. Does nothing if there is none."""
     with _lock:
         _active.clear()
         _swap(dict(zip(_REPLACEMENTS.values(), _REPLACEMENTS.keys(), strict=True)))
@@ -209,7 +211,7 @@ _active: list[patch] = []
 
 
 def _swap(classes: dict[type[nn.Module], type[nn.Module]]) -> None:
-    """Puts the values in the place of the keys; a name that holds something else is left alone."""
+    """Replaces the keys by the values where the name still holds the key."""
     for namespace in _NAMESPACES:
         for before, after in classes.items():
             if getattr(namespace, before.__name__, None) is before:

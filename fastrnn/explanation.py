@@ -1,4 +1,4 @@
-"""`explain`: the backend that would run a call, and the reasons against the faster ones."""
+"""`explain`: which backend would run a call, and why the preferred ones cannot."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fastrnn.engine import choose
 from fastrnn.layer_call import LayerCall
 from fastrnn.modules.base import RecurrentBase
 from fastrnn.modules.cells import CellBase
-from fastrnn.ops import records
+from fastrnn.ops import records_gradient
 from fastrnn.spec import PROJECTION
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call would run; ``print`` shows it.
+    """How a call would run. ``print`` shows it.
 
     Attributes:
-        call: the call in a few words.
+        call: a short description of the call.
         backend: the name of the backend that would run each layer, or the step.
-        skipped: the reason against each backend that comes before it.
-        plans: for the kernels, the plan of each layer, as `fastrnn._C.plan` returns it.
+        skipped: for each preferred backend, the reason why it cannot run the call.
+        plans: for the kernels, the plan of each layer, from `fastrnn._C.plan` or ``cuda_plan``.
     """
 
     call: str
@@ -46,7 +46,7 @@ class Explanation:
 
 
 class _Chosen(BaseException):
-    """Ends a call after its choice: no Exception, which the modules would explain."""
+    """Ends a call after the choice. Not an Exception, because the modules would handle it."""
 
     def __init__(self, explanation: Explanation) -> None:
         super().__init__()
@@ -56,16 +56,18 @@ class _Chosen(BaseException):
 def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = None) -> Explanation:
     """Returns how a call of a module would run, without running it.
 
-    Gradients, autocast, ``torch.func`` and the number of threads count as they are now. Weights
-    that are computed (by a parametrization) are computed once.
+        print(fastrnn.explain(module, input))
+
+    The result depends on the current state of gradients, autocast, ``torch.func`` and the number of
+    threads. A weight that a parametrization computes is computed once.
 
     Args:
-        module: an RNN, LSTM, GRU or one of their cells, of fastrnn.
+        module: an RNN, LSTM, GRU or cell of fastrnn.
         input, hx: the arguments of its ``forward``.
 
     Raises:
-        TypeError: the module is another one.
-        Exception: ``module(input, hx)`` would raise it before its computation begins.
+        TypeError: ``module`` is not a recurrent module of fastrnn.
+        Exception: any error that ``module(input, hx)`` raises before its computation begins.
     """
     if not isinstance(module, RecurrentBase | CellBase):
         raise TypeError(
@@ -75,9 +77,9 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
     skipped: dict[str, str] = {}
 
     def watch(call: LayerCall, backends: Sequence[Backend]) -> Backend:
-        chosen = choose.choose_unwatched(call, backends)
+        chosen = choose.choose_without_watcher(call, backends)
         for backend in backends[: backends.index(chosen)]:
-            skipped[backend.NAME] = choose.reason_against(backend, call)
+            skipped[backend.NAME] = choose.skip_reason(backend, call)
         if (
             chosen is not torch_step
             and backends in (choose.PRIORITY, choose.STEPS)
@@ -96,7 +98,7 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
 
 
 def _plans(call: LayerCall) -> list[Mapping[str, Any]]:
-    """The kernels' plan of each layer; none on a device without memory."""
+    """Returns the kernels' plan of each layer; none for meta tensors."""
     device = call.x.device
     if device.type not in ("cpu", "cuda"):
         return []
@@ -119,7 +121,7 @@ def _plan(call: LayerCall, index: int, width: int, directions: int) -> Mapping[s
     sizes = (steps, batch, width, hidden, call.h0.shape[-1] if slots & PROJECTION else 0)
     options: dict[str, Any] = {
         "dtype": str(x.dtype).removeprefix("torch."),
-        "training": records(call),
+        "training": records_gradient(call),
         "directions": directions,
     }
     if x.device.type == "cpu":

@@ -1,11 +1,11 @@
-"""The FLOPs that ``torch.utils.flop_counter`` counts for the operators: their matrix products.
+"""FLOPs of the operators for ``torch.utils.flop_counter``: those of their matrix products.
 
-A product [M,K] by [K,N] counts 2*M*K*N, as torch counts ``mm``. With N rows, that is steps times
-sequences, a layer has for each direction
+A product of [M,K] and [K,N] counts as 2*M*K*N, as torch counts ``mm``. For N rows (all sequences at
+all steps), each layer and direction has
 
     forward     x w_ih^T: 2*N*G*H*I    h w_hh^T: 2*N*G*H*R    with a projection: 2*N*R*H
-    backward    the gradients of h: as h w_hh^T and the projection; of x, w_ih and w_hh: as their
-                products, where they are wanted
+    backward    gradient of h: the same as h w_hh^T and the projection; gradients of x, w_ih and
+                w_hh, if needed: the same as the forward products of x and h
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Products(NamedTuple):
 
 
 def _products(rows: int, weights: Sequence[Shape], slots: int) -> list[_Products]:
-    """The products of each layer and direction."""
+    """Returns the FLOPs of each layer and direction."""
     own = present(slots)
     products = []
     for first in range(0, len(weights), len(own)):
@@ -53,7 +53,7 @@ def _products(rows: int, weights: Sequence[Shape], slots: int) -> list[_Products
 def _forward_flops(
     x: Shape, h0: Any, c0: Any, weights: Sequence[Shape], slots: int, *_: Any, **__: Any
 ) -> int:
-    """Of recurrent_layer, recurrent_forward and recurrent_stack."""
+    """Counts recurrent_layer, recurrent_forward and recurrent_stack."""
     return sum(map(sum, _products(math.prod(x[:-1]), weights, slots)))
 
 
@@ -70,7 +70,7 @@ def _backward_flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    """Of recurrent_backward: the gradients of h."""
+    """Counts recurrent_backward: the gradients of h."""
     products = _products(math.prod(y[:-1]), weights, slots)
     return sum(p.h + p.projection for p in products)
 
@@ -91,7 +91,7 @@ def _gradients_flops(
     outputs: int,
     **_: Any,
 ) -> int:
-    """Of recurrent_gradients and recurrent_bidirectional_gradients: what is asked for."""
+    """Counts recurrent_gradients and recurrent_bidirectional_gradients: the requested results."""
     total = 0
     for direction, p in enumerate(_products(math.prod(x[:-1]), weights, slots)):
         d_w_ih = _FIRST_WEIGHT + direction * _PER_DIRECTION

@@ -1,6 +1,6 @@
-"""Recurrent networks as functions, with the signatures of ``torch._VF.lstm`` and its like.
+"""Recurrent networks as functions, with the signatures of ``torch._VF.lstm`` and similar functions.
 
-Each function comes in two forms, told apart by their arguments:
+Each function can be called in two forms:
 
     lstm(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
     lstm(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)
@@ -10,30 +10,40 @@ The second takes the rows of a `torch.nn.utils.rnn.PackedSequence`.
 Args:
     input: [T,B,I], or [B,T,I] with ``batch_first``.
     data: [N,I] packed rows, sorted by length.
-    batch_sizes: int64 [T] on the CPU, the rows that are active at each step, descending.
-    hx: initial hidden state [L*D,B,R]; for ``lstm`` a tuple or list of it and the cell state
-        [L*D,B,H]. R is the size of an LSTM's projection, without one it is H.
-    params: for each layer and direction w_ih [G*H,I], w_hh [G*H,R], with biases b_ih and b_hh
-        [G*H], with a projection w_hr [R,H].
+    batch_sizes: int64 [T] on the CPU, the number of active rows at each step, descending.
+    hx: initial hidden state [L*D,B,R]; for ``lstm`` a tuple or list of the hidden state and the
+        cell state [L*D,B,H]. R is the size of an LSTM's projection; without a projection R is H.
+    params: for each layer and direction w_ih [G*H,I] and w_hh [G*H,R], then b_ih and b_hh [G*H] if
+        there are biases, then w_hr [R,H] if there is a projection. G is 1 for an RNN, 3 for a GRU
+        and 4 for an LSTM; I of an upper layer is D*R.
     has_biases: whether ``params`` holds biases.
     num_layers: L.
-    dropout: probability of zeroing an output between two layers while ``train``.
-    train: whether dropout acts.
+    dropout: probability that an output between two layers is zeroed if ``train`` is true.
+    train: whether dropout is applied.
     bidirectional: D = 2 directions, the second one backwards in time.
-    batch_first: form of ``input`` and of the output, never of the states.
-    weight_dtype: by keyword only. ``torch.float16`` lets the CPU hold w_hh in half the bytes where
-        that is faster, see docs/float16_weights.md; None does not.
+    batch_first: whether ``input`` and the output are [B,T,*] instead of [T,B,*]; the states never
+        are.
+    weight_dtype: keyword only. ``torch.float16`` lets the CPU kernels hold w_hh in float16 where
+        that is faster, see docs/float16_weights.md. Default: None
 
 Returns:
     output [T,B,D*R] (or [B,T,D*R], or [N,D*R]) and the final states, shaped like the initial ones.
 
 Raises:
-    RuntimeError: shapes, dtypes or devices that do not fit together.
-    ValueError: ``weight_dtype`` is something else.
+    TypeError: an argument is missing, unknown or of the wrong type.
+    RuntimeError: shapes, dtypes or devices do not fit together.
+    ValueError: ``num_layers``, ``dropout`` or ``weight_dtype`` has an invalid value.
 
-Differs from torch: every shape is checked first and named in the message; tensors of different
-floating types work under autocast on every device; the backward pass works in eval mode; results
-are deterministic.
+Differences from torch: every shape is checked first and named in the message; tensors of different
+floating-point types work under autocast on every device; the backward pass works in eval mode;
+results are deterministic.
+
+>>> import torch
+>>> x, h0 = torch.randn(5, 3, 10), torch.zeros(1, 3, 20)
+>>> params = [torch.randn(60, 10), torch.randn(60, 20), torch.randn(60), torch.randn(60)]
+>>> output, h_n = gru(x, h0, params, True, 1, 0.0, False, False, False)
+>>> output.shape, h_n.shape
+(torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
 """
 
 from __future__ import annotations
@@ -52,7 +62,7 @@ __all__ = ["gru", "lstm", "rnn_relu", "rnn_sigmoid", "rnn_tanh"]
 
 
 class OneStateFunction(Protocol):
-    """A function of one state in its two forms."""
+    """A function with one state, in both forms."""
 
     @overload
     def __call__(
@@ -87,7 +97,7 @@ class OneStateFunction(Protocol):
 
 
 class TwoStatesFunction(Protocol):
-    """A function of the states h and c in its two forms."""
+    """A function with the states h and c, in both forms."""
 
     @overload
     def __call__(
@@ -122,12 +132,12 @@ class TwoStatesFunction(Protocol):
 
 
 def _one_state_forms(function: Callable[..., tuple[Tensor, Tensor]]) -> OneStateFunction:
-    """The same function, with the types of both forms."""
+    """Returns the function itself, typed with both forms."""
     return function
 
 
 def _two_state_forms(function: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> TwoStatesFunction:
-    """The same function, with the types of both forms."""
+    """Returns the function itself, typed with both forms."""
     return function
 
 
@@ -158,7 +168,7 @@ def rnn_relu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 @_one_state_forms
 def rnn_sigmoid(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Elman's network with the logistic function, which torch lacks.
+    """Elman's network with the logistic sigmoid, which torch does not have.
 
         h' = sigmoid(W_ih x + b_ih + W_hh h + b_hh)
 

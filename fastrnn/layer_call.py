@@ -1,7 +1,7 @@
-"""`LayerCall`: what a layer, a stack of layers or a single step is asked to compute, as one value.
+"""`LayerCall`: all arguments of a layer, of stacked layers or of a single step, as one value.
 
-A NamedTuple costs little and Dynamo sees through it. ``x``, ``batch_sizes`` and the states are
-fields of the call itself, not of smaller tuples, because every call would pay for making those.
+A NamedTuple costs little and Dynamo can trace it. It is flat, because building nested tuples would
+slow down every call.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Results = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Options(NamedTuple):
-    """How a call is to be computed.
+    """Options of a call.
 
     Attributes:
         num_layers: L.
-        dropout: probability of zeroing an output between two layers; 0 for none.
-        half_weights: whether the CPU may round w_hh to float16 where no gradient is recorded.
+        dropout: probability that an output between two layers is zeroed; 0 for no dropout.
+        half_weights: whether the CPU may round w_hh to float16 if no gradient is recorded.
     """
 
     num_layers: int = 1
@@ -38,13 +38,13 @@ class LayerCall(NamedTuple):
 
     Attributes:
         spec: the cell.
-        x: [T,B,I], or packed rows [N,I] together with ``batch_sizes``; [B,I] of a single step.
-        batch_sizes: [T] rows that are active at each step, descending; None when all are.
-        h0: [L*D,B,R] initial hidden state, R = P with a projection and H without; [B,R] of a
+        x: [T,B,I], or packed rows [N,I] together with ``batch_sizes``; [B,I] for a single step.
+        batch_sizes: [T] number of active rows at each step, descending; None if padded.
+        h0: [L*D,B,R] initial hidden state, R = P with a projection and H without; [B,R] for a
             single step.
-        c0: [L*D,B,H] initial cell state of an LSTM, else None; [B,H] of a single step.
-        weights: of each layer and direction.
-        options: the rest.
+        c0: [L*D,B,H] initial cell state of an LSTM, else None; [B,H] for a single step.
+        weights: the weights of each layer and direction.
+        options: number of layers, dropout and float16 weights.
     """
 
     spec: CellSpec
@@ -57,5 +57,5 @@ class LayerCall(NamedTuple):
 
     @property
     def is_step(self) -> bool:
-        """Whether this is a single step of one direction, without the dimensions T and D."""
+        """Whether this is a single step of one direction: tensors without dimensions T and D."""
         return self.h0.dim() == 2

@@ -1,8 +1,9 @@
-"""The recurrences in plain torch operations, one step at a time, as a textbook writes them.
+"""The recurrences in plain torch operations, one step at a time, as in a textbook.
 
-In float64 this is the oracle that every kernel is tested against. It consists of differentiable
-operations without any in-place write, so `fastrnn.ops.composite` computes with it what the kernels
-cannot: double backward, forward-mode differentiation, ``torch.func``, complex numbers.
+In float64 this code is the oracle that every kernel is tested against. Its operations are
+differentiable and never write in place. `fastrnn.ops.composite` therefore uses it for calls that
+the kernels do not support: double backward, forward-mode differentiation, ``torch.func``, complex
+numbers.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def reference_layer(call: LayerCall) -> Results:
             if w.w_hr is not None:
                 h_next = linear(h_next, w.w_hr)
             h_steps.append(h_next)
-            # rows that are not active keep their state: finished, or (backwards) not begun yet
+            # Rows that are not active keep their state: their sequence has ended or, backwards, has
+            # not begun.
             h = torch.cat([h_next, h[active:]]) if active < batch else h_next
             if c is not None and c_next is not None:
                 c = torch.cat([c_next, c[active:]]) if active < batch else c_next
@@ -103,10 +105,10 @@ def reference_layer(call: LayerCall) -> Results:
 
 
 def reference_step(call: LayerCall) -> Results:
-    """Runs one step of one direction: x [B,I], h0 [B,R] and c0 [B,H] or None give the next ones.
+    """Runs one step of one direction, from x [B,I], h0 [B,R] and c0 [B,H] or None.
 
     Returns:
-        h' [B,R] twice, as the output and as the state; c' [B,H] or None.
+        h' [B,R] as the output, h' again as the state, and c' [B,H] or None.
     """
     _, h_n, c_n = reference_layer(
         call._replace(

@@ -1,4 +1,4 @@
-"""Calls that are captured in a graph: by ``torch.export``, ``torch.jit.trace``, ``torch.fx``."""
+"""Graph capture by ``torch.export``, ``torch.jit.trace`` and ``torch.fx``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _R = TypeVar("_R")
 
 
 def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records."""
+    """Whether ``torch.jit.trace`` is recording."""
     return get_tracing_state() is not None
 
 
@@ -26,21 +26,21 @@ def is_capturing() -> bool:
 
 
 def is_in_onnx_export() -> bool:
-    """Whether ``torch.onnx.export`` runs."""
+    """Whether ``torch.onnx.export`` is running."""
     return torch.onnx.is_in_onnx_export()
 
 
-# As torch.compiler.assume_constant_result does, which imports the compiler. Dynamo takes torch's
-# own function for False, so the exporter's second attempt, through Dynamo, would hide the errors of
-# the first.
+# Does the same as torch.compiler.assume_constant_result, which would import the compiler. Without
+# it, Dynamo treats torch's function as False, and the exporter's second attempt, through Dynamo,
+# would hide the errors of the first.
 is_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def without_tracing(function: Callable[..., _R], *arguments: object) -> _R:
-    """Calls a function outside of ``torch.jit.trace``, if that records.
+    """Calls a function with ``torch.jit.trace`` suspended.
 
-    While torch.jit.trace records, sizes are tensors that may differ in the next call, and comparing
-    or counting with one draws a warning. Inside the function they are numbers.
+    While torch.jit.trace is recording, sizes are tensors, and comparing them or converting them to
+    numbers causes a warning. Inside the function they are numbers.
     """
     state = get_tracing_state()
     if state is None:
@@ -53,19 +53,19 @@ def without_tracing(function: Callable[..., _R], *arguments: object) -> _R:
 
 
 def size(t: Tensor, dim: int) -> int:
-    """``t.shape[dim]`` as a number."""
+    """Returns ``t.shape[dim]`` as a number."""
     if get_tracing_state() is None:
         return t.shape[dim]
     return without_tracing(lambda: t.shape[dim])
 
 
 def leaf_call(module: nn.Module, input: Any, hx: Any) -> Any:
-    """The call of a module as one node, while ``torch.fx`` traces it; None if it does not.
+    """Records the call of a module as one node if ``torch.fx`` traces it, else returns None.
 
-    torch.fx takes modules for leaves whose class lies in ``torch.nn``; tracers of torchvision and
-    of FX quantization repeat that rule. A module sees that it is traced by the proxies that it is
-    called with, so it records itself, under every tracer. A subclass with a ``forward`` of its own
-    is no leaf, as with ``torch.nn``: the node would call that ``forward`` again.
+    torch.fx treats a module as a leaf if its class is defined in ``torch.nn``; the tracers of
+    torchvision and of FX quantization have the same rule. A fastrnn module detects tracing by its
+    arguments, which are proxies, and records itself under every tracer. A subclass with its own
+    ``forward`` is not a leaf, as with ``torch.nn``: the node would call that ``forward`` again.
     """
     proxy: Any = input
     if not isinstance(input, Proxy):
@@ -82,10 +82,10 @@ def leaf_call(module: nn.Module, input: Any, hx: Any) -> Any:
 
 
 def check_scriptable(module: nn.Module, names: Iterable[str]) -> None:
-    """Raises unless the weights of these names are Parameters of the module.
+    """Raises unless the weights with these names are Parameters of the module.
 
-    TorchScript stores the weights that it finds. A weight that is computed, by a parametrization,
-    pruning, weight norm or spectral norm, would stay what it was when the module was compiled.
+    TorchScript stores the current values of weights. A weight that is computed, by a
+    parametrization, pruning, weight norm or spectral norm, would no longer change after compiling.
     """
     for name in names:
         if module._parameters.get(name) is not None:

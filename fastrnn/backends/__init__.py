@@ -1,7 +1,7 @@
-"""The ways to compute a call: one module each, in the order of `fastrnn.engine.choose`.
+"""Backends: the ways to compute a call, one module each. `fastrnn.engine.choose` selects one.
 
-Every module has the contents of `Backend`. The reasons are templates that ``str.format`` fills in
-where somebody reads them: ``{cell}``, ``{dtype}``, ``{device}``, ``{size}`` and ``{hidden}``.
+Every module implements `Backend`. A reason is a template with ``{cell}``, ``{dtype}`` and
+``{device}``; `fastrnn.engine.choose.skip_reason` fills it in.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ class Backend(Protocol):
     """A way to compute a call.
 
     Attributes:
-        NAME: in `fastrnn.explain` and ``FASTRNN_VERBOSE``.
-        WHOLE_STACK: whether `run` computes a stack of layers, else one layer at a time.
+        NAME: shown by `fastrnn.explain` and ``FASTRNN_VERBOSE``.
+        WHOLE_STACK: whether `run` computes all stacked layers at once; otherwise one layer.
     """
 
     NAME: str
     WHOLE_STACK: bool
 
     def unsupported(self, call: LayerCall, /) -> str:
-        """The reason why this backend does not serve a call, "" if it does."""
+        """Returns the reason why this backend cannot compute a call, "" if it can."""
         ...
 
     def run(self, call: LayerCall, /) -> Results:
-        """Computes a call that is supported."""
+        """Computes a supported call."""
         ...

@@ -1,4 +1,4 @@
-"""Conditions that several backends have in common: "" or a reason against the kernels."""
+"""Conditions that several backends share: each returns why the kernels cannot run, or ""."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fastrnn.layer_call import LayerCall
 from fastrnn.ops import DEVICES, DTYPES
 
 
-def against_transforms() -> str:
-    """The kernels support neither tangents nor the batched tensors of ``torch.func``."""
+def unsupported_transform() -> str:
+    """Checks transforms: the kernels support neither tangents nor tensors batched by ``vmap``."""
     if are_transforms_active():
         # Dynamo does not see that a tensor inside a transform requires a gradient
         if torch.compiler.is_compiling():
             return "a transform of torch.func is compiled"
         if not _only_reverse_mode():
-            return "the kernels support no transform of torch.func but grad, vjp and jacrev"
+            return "the kernels support only the transforms grad, vjp and jacrev of torch.func"
     elif forward_ad._current_level >= 0:
         return "the kernels have no forward-mode derivative"
     return ""
 
 
-def against_types(call: LayerCall) -> str:
-    """The devices and dtypes of the kernels."""
+def unsupported_tensors(call: LayerCall) -> str:
+    """Checks the device and the dtype."""
     x = call.x
     if not x.is_cpu and x.device.type not in DEVICES:
         return "there are no kernels for {device}"

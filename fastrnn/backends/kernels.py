@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastrnn._torch_internals import are_transforms_active, forward_ad
-from fastrnn.backends.conditions import against_transforms, against_types
+from fastrnn.backends.conditions import unsupported_tensors, unsupported_transform
 from fastrnn.layer_call import LayerCall
 from fastrnn.ops import kernel_layer
 from fastrnn.tracing import is_capturing, size
@@ -18,10 +18,10 @@ def unsupported(call: LayerCall) -> str:
     if call.h0.dim() == 2 and size(call.h0, 1) == 0:  # a single step
         return "the hidden size is 0"
     if are_transforms_active() or forward_ad._current_level >= 0:
-        reason = against_transforms()
+        reason = unsupported_transform()
         if reason:
             return reason
-    return against_types(call)
+    return unsupported_tensors(call)
 
 
 run = kernel_layer

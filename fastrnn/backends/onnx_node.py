@@ -4,8 +4,8 @@ A layer of D directions becomes one standard node, whatever its T and B::
 
     x [T,B,I] -> RNN | GRU | LSTM -> Y [T,D,B,H] -> Transpose [T,B,D,H] -> Reshape y [T,B,D*H]
 
-with its gates in ONNX's order. (The older exporter, ``dynamo=False``, has rules of its own for
-torch's operators: `fastrnn.backends.torch_builtin` serves it.)
+with its gates in ONNX's order. The older exporter, ``dynamo=False``, translates torch's own
+operators instead, so `fastrnn.backends.torch_builtin` is used for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.backends.conditions import against_types
+from fastrnn.backends.conditions import unsupported_tensors
 from fastrnn.layer_call import LayerCall, Results
 from fastrnn.spec import CellSpec
 from fastrnn.tracing import is_in_onnx_export, is_tracing, size
@@ -29,19 +29,19 @@ def unsupported(call: LayerCall) -> str:
     if not is_in_onnx_export():
         return "no ONNX graph is captured"
     if is_tracing():
-        return "the older ONNX exporter has no nodes of others"
+        return "the older ONNX exporter cannot create this node"
     if call.is_step:
         return "ONNX has no single steps"
     if call.spec.torch.onnx_type is None:
         return "ONNX has no node for {cell}"
-    return against_types(call)
+    return unsupported_tensors(call)
 
 
 def run(call: LayerCall) -> Results:
-    """One layer as a node.
+    """Adds one layer to the graph as a node.
 
     Raises:
-        RuntimeError: ONNX's nodes have no packed rows and no projection.
+        RuntimeError: the input is packed or the LSTM has a projection.
     """
     check_projection(call)
     spec, x, batch_sizes, h0, c0, weights, _ = call
@@ -53,18 +53,18 @@ def run(call: LayerCall) -> Results:
             "PackedSequence"
         )
     directions, batch, hidden = h0.shape[0], x.shape[1], h0.shape[2]
-    ways = weights.directions()
+    per_direction = weights.directions()
     inputs: list[Tensor | None] = [
         x,
-        torch.stack([_in_order(w.w_ih, spec) for w in ways]),
-        torch.stack([_in_order(w.w_hh, spec) for w in ways]),
+        torch.stack([_in_order(w.w_ih, spec) for w in per_direction]),
+        torch.stack([_in_order(w.w_hh, spec) for w in per_direction]),
         None,
         None,  # lengths: all sequences are as long as x
         h0,
     ]
     biases = [
         torch.cat((_in_order(w.b_ih, spec), _in_order(w.b_hh, spec)))
-        for w in ways
+        for w in per_direction
         if w.b_ih is not None and w.b_hh is not None
     ]
     if biases:
@@ -103,10 +103,10 @@ def check_projection(call: LayerCall) -> None:
 
 
 def _in_order(weight: Tensor, spec: CellSpec) -> Tensor:
-    """The gates [G*H,...] of a weight in ONNX's order."""
+    """Returns a weight [G*H,...] with its gates in ONNX's order."""
     order = spec.torch.onnx_gates
     if len(order) == 1:
         return weight
     hidden = weight.shape[0] // spec.gates
-    # slices of a constant are folded by the exporter, chunks are not
+    # slices, because the exporter folds slices of a constant but not chunks
     return torch.cat([weight[g * hidden : (g + 1) * hidden] for g in order])

@@ -1,4 +1,4 @@
-"""fastrnn's kernels for inference of stacked layers: two layers at a time in parallel."""
+"""fastrnn's kernels for inference of stacked layers: two layers run at the same time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from fastrnn.backends import kernels
 from fastrnn.layer_call import LayerCall
-from fastrnn.ops import HALF, infer_stack, records
+from fastrnn.ops import HALF, infer_stack, records_gradient
 from fastrnn.tracing import is_capturing
 
 NAME = "stacked kernels"
@@ -30,7 +30,7 @@ def unsupported(call: LayerCall) -> str:
         return "there is dropout between the layers"
     if half_weights:
         return "the stacked kernels have no float16 weights"
-    if records(call):
+    if records_gradient(call):
         return "a gradient is recorded"
     return kernels.unsupported(call)
 

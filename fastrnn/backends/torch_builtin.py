@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastrnn.backends.conditions import against_transforms, against_types
+from fastrnn.backends.conditions import unsupported_tensors, unsupported_transform
 from fastrnn.backends.onnx_node import check_projection
 from fastrnn.layer_call import LayerCall, Results
 from fastrnn.spec import BIASES
@@ -19,12 +19,12 @@ def unsupported(call: LayerCall) -> str:
         return "this is a single step"
     if call.spec.torch.torch_function is None:
         return "torch has no {cell}"
-    if is_in_onnx_export() and is_tracing():  # this exporter has rules for torch's operators only
+    if is_in_onnx_export() and is_tracing():  # this exporter translates only torch's operators
         return ""
-    reason = against_transforms()
+    reason = unsupported_transform()
     if reason:
         return reason
-    return "" if against_types(call) else "the kernels support this call"
+    return "" if unsupported_tensors(call) else "the kernels support this call"
 
 
 def run(call: LayerCall) -> Results:

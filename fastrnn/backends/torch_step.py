@@ -1,4 +1,4 @@
-"""torch's own single steps, where they cost less than the kernels."""
+"""torch's own single steps, where they are faster than the kernels."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from torch import Tensor
 from fastrnn import autocast
 from fastrnn._torch_internals import are_transforms_active, is_any_autocast_enabled
 from fastrnn.layer_call import LayerCall, Results
-from fastrnn.ops import HALF, records
+from fastrnn.ops import HALF, records_gradient
 from fastrnn.spec import CellSpec, Weights
 from fastrnn.tracing import is_capturing
 
 NAME = "torch's step"
 WHOLE_STACK = False
 
-#: The work of a step is B times the values of w_ih and w_hh. An RNN's step is torch's own up to the
-#: first bound (and always where a gradient is recorded), a gated cell's in a half type up to the
-#: second, every step in a half type or under autocast above the third. Measured on an AMD EPYC
-#: (Zen 5).
-_SMALL_RNN_STEP = 1 << 15
-_SMALL_HALF_STEP = 1 << 11
-_LARGE_HALF_STEP = 1 << 18
+# Bounds on the work of a step: B times the number of values in w_ih and w_hh. Measured on an AMD
+# EPYC (Zen 5).
+_SMALL_RNN_STEP = 1 << 15  # torch's step up to here, for an RNN; no bound if a gradient is recorded
+_SMALL_HALF_STEP = 1 << 11  # torch's step up to here, for a GRU or LSTM in a half type
+_LARGE_HALF_STEP = 1 << 18  # torch's step above, for every cell in a half type or under autocast
 
-_FASTER = "the kernels are faster at a step of this size"
+_FASTER = "the kernels are faster for a step of this size"
 _FOR_OTHERS = "it is for half types, autocast and an RNN's single steps"
 
 
@@ -36,13 +34,13 @@ def unsupported(call: LayerCall) -> str:
     if not is_special and call.spec.gates != 1:
         return _FOR_OTHERS
     if call.is_step:
-        return against_step(call.spec, x, call.h0, call.weights)
+        return unsupported_step(call.spec, x, call.h0, call.weights)
     if x.dtype not in HALF and not (is_special and autocast.acts_on(x)):
         return _FOR_OTHERS
     if torch.compiler.is_compiling() or is_capturing():
         return "a graph is captured or compiled"
     if call.batch_sizes is not None or x.shape[0] != 1:
-        return "there is more than a single step"
+        return "there is more than one step"
     if x.device.type != "cpu":
         return "it is for the CPU"
     if call.c0 is not None and call.c0.shape != call.h0.shape:
@@ -57,8 +55,8 @@ def unsupported(call: LayerCall) -> str:
 def is_faster_in_half(spec: CellSpec, batch: int, weights: Sequence[Tensor | None]) -> bool:
     """Whether torch computes one step on the CPU faster, in a half type or under autocast.
 
-    torch multiplies half types as they are, and keeps the weights that it casts until autocast
-    ends; the kernels would widen half types at each step.
+    torch multiplies half types directly and caches cast weights until autocast ends. The kernels
+    would convert half types to float32 at each step.
     """
     if spec.torch.torch_step is None:
         return False
@@ -72,18 +70,18 @@ def is_faster_in_half(spec: CellSpec, batch: int, weights: Sequence[Tensor | Non
     return w_ih.dtype in HALF and work <= _SMALL_HALF_STEP
 
 
-def against_step(spec: CellSpec, x: Tensor, h: Tensor, weights: Weights) -> str:
-    """The reason against torch's step for one step of one direction, "" if there is none.
+def unsupported_step(spec: CellSpec, x: Tensor, h: Tensor, weights: Weights) -> str:
+    """Returns the reason not to use torch's step for one step of one direction, "" if none.
 
-    In a half type and under autocast `is_faster_in_half` has the rule; on other devices than the
-    CPU torch computes all steps under autocast. Otherwise torch's step serves an RNN on the CPU
-    that is differentiated, which torch does in C++, in less time than it takes to enter Python
-    twice for a kernel's gradient, or a small one.
+    - Half type or autocast on the CPU: `is_faster_in_half` decides.
+    - Autocast on other devices: torch's step computes every step.
+    - Otherwise torch's step is used only for an RNN on the CPU, if the step is small or a gradient
+      is recorded: torch differentiates it in C++, while a kernel's gradient enters Python twice.
     """
     if spec.gates != 1 and x.dtype not in HALF and not is_any_autocast_enabled():
         return _FOR_OTHERS
     if spec.torch.torch_step is None:
-        return "torch has no such step"
+        return "torch has no {cell} step"
     flat = weights.flat
     if are_transforms_active() or is_capturing():
         return "a transform of torch.func is active or a graph is captured"
@@ -97,7 +95,7 @@ def against_step(spec: CellSpec, x: Tensor, h: Tensor, weights: Weights) -> str:
         return _FOR_OTHERS
     if x.shape[0] * (flat[0].numel() + flat[1].numel()) <= _SMALL_RNN_STEP:
         return ""
-    return "" if records(LayerCall(spec, x, None, h, None, weights)) else _FASTER
+    return "" if records_gradient(LayerCall(spec, x, None, h, None, weights)) else _FASTER
 
 
 def run(call: LayerCall) -> Results:

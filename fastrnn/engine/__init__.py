@@ -1,1 +1,1 @@
-"""From a call to its results: checks, the choice of a backend, stacks of layers."""
+"""Runs a call: checks it, chooses a backend, and runs stacked layers."""

@@ -1,4 +1,4 @@
-"""The arguments of the functions in `fastrnn.functional`: their two forms and their shapes."""
+"""Arguments of the functions in `fastrnn.functional`: parses both forms and checks the shapes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
 
 
 def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Gives the arguments of either form their names; "input" stands for "data" as well."""
+    """Returns the arguments of either form by name. ``data`` is returned as "input"."""
     packed = False
     if len(args) > 2 and isinstance(args[1], Tensor):
         packed = (
-            # no state has a dtype like that of batch_sizes
+            # batch_sizes are integers, a state never is
             (args[1].dim() == 1 and not (args[1].is_floating_point() or args[1].is_complex()))
             or (not spec.has_cell_state and isinstance(args[2], Tensor))
             or (spec.has_cell_state and isinstance(args[0], Tensor) and args[0].dim() == 2)
@@ -49,7 +49,7 @@ def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         values[name] = value
     missing = [name for name in names if name not in values]
     if missing:
-        raise TypeError(f"{spec.name}() misses the arguments {', '.join(missing)}")
+        raise TypeError(f"{spec.name}() is missing the arguments {', '.join(missing)}")
     if "data" in values:
         values["input"] = values.pop("data")
     return {"batch_sizes": None, "batch_first": False, "weight_dtype": None, **values}
@@ -58,7 +58,7 @@ def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def run_one_state(
     spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Runs a function of one state with the arguments of either form."""
+    """Runs a function with one state, called in either form."""
     values = _arguments(spec, args, kwargs)
     try:
         output, h_n, _ = _checked_run(spec, None, values)
@@ -71,7 +71,7 @@ def run_one_state(
 def run_two_states(
     spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a function of the states h and c with the arguments of either form."""
+    """Runs a function with the states h and c, called in either form."""
     values = _arguments(spec, args, kwargs)
     hx = values["hx"]
     try:
@@ -88,7 +88,7 @@ def run_two_states(
 
 
 def _checked_run(spec: CellSpec, cx: Tensor | None, values: dict[str, Any]) -> Results:
-    """Checks every shape, which `run` leaves to its callers, and runs."""
+    """Checks every shape (`run` does not) and runs the layers."""
     checks.check_options(spec, values)
     x: Tensor = values["input"]
     hx: Tensor = values["hx"]

@@ -1,4 +1,4 @@
-"""Checks of a call that every backend relies on, in torch's words."""
+"""Checks that every backend relies on. The messages are torch's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastrnn.tracing import size
 
 
 def check_layers(call: LayerCall) -> None:
-    """`check_alike`, and raises for a padded input of T = 0."""
+    """Runs `check_alike`, and raises for a padded input with T = 0."""
     check_alike(call)
     if call.batch_sizes is None and size(call.x, 0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -21,7 +21,7 @@ def check_alike(call: LayerCall) -> None:
     """Raises unless all tensors have the dtype and the device of the input."""
     x, h0, c0 = call.x, call.h0, call.c0
     dtype, device = x.dtype, x.device
-    is_cpu = x.is_cpu  # a flag is read faster than devices are compared
+    is_cpu = x.is_cpu  # reading this flag is faster than comparing devices
     for w in call.weights.flat:
         if w.dtype != dtype or not (w.is_cpu if is_cpu else w.device == device):
             _raise_mismatch(x, w, "parameter")

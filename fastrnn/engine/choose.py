@@ -1,7 +1,7 @@
-"""The one place that chooses a backend: the first in a list that has no reason against a call.
+"""Chooses the backend of a call: the first one in a list that supports the call.
 
-Two shortcuts go past the list, because asking costs more than a small layer: the quick paths of the
-modules, which take the kernels where `may_run_quickly`. A watcher closes them.
+The modules of layers and of cells also have a fast path, because trying the list takes longer than
+a small layer. It runs the kernels directly if `may_use_fast_path`. A watcher disables it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastrnn.backends import (
 )
 from fastrnn.layer_call import LayerCall
 
-#: best first
+#: all backends, the preferred one first
 PRIORITY: tuple[Backend, ...] = (
     torch_step,
     stacked_kernels,
@@ -42,17 +42,17 @@ PRIORITY: tuple[Backend, ...] = (
     torch_builtin,
     composite,
 )
-#: the same for single steps, without the backends that have none
+#: the backends that support single steps, in the same order
 STEPS: tuple[Backend, ...] = (torch_step, kernels, captured, composite)
-#: the backends whose tensors must have one dtype: autocast casts them first
+#: the backends that need tensors of one dtype, so that autocast must cast first
 AFTER_AUTOCAST, STEPS_AFTER_AUTOCAST = PRIORITY[1:], STEPS[1:]
 
-#: (call, backends) -> the backend to use
+#: (call, backends) -> the backend to use; replaces the choice
 Watcher = Callable[[LayerCall, Sequence[Backend]], Backend]
 
 
 def is_plain() -> bool:
-    """Whether tensors go in and come out without gradients, transforms, autocast and graphs."""
+    """Whether gradients, autocast, transforms, tangents and graph capture are all off."""
     return not (
         torch.is_grad_enabled()
         or is_any_autocast_enabled()
@@ -64,32 +64,32 @@ def is_plain() -> bool:
 
 
 _watcher: Watcher | None = None
-#: whether a module may take a quick path
-may_run_quickly: Callable[[], bool] = is_plain
+#: whether a module may take its fast path
+may_use_fast_path: Callable[[], bool] = is_plain
 
 
 def choose(call: LayerCall, backends: Sequence[Backend] = PRIORITY) -> Backend:
-    """Returns the first backend that serves a call.
+    """Returns the first backend that supports a call.
 
     Raises:
-        RuntimeError: none does; the message is the reason of the last.
+        RuntimeError: no backend does; the message is the reason of the last one.
     """
     if _watcher is not None:
         return _watcher(call, backends)
     for backend in backends:
         if not backend.unsupported(call):
             return backend
-    raise RuntimeError(reason_against(backends[-1], call))
+    raise RuntimeError(skip_reason(backends[-1], call))
 
 
-def choose_unwatched(call: LayerCall, backends: Sequence[Backend]) -> Backend:
-    """`choose` for a watcher."""
+def choose_without_watcher(call: LayerCall, backends: Sequence[Backend]) -> Backend:
+    """Chooses as if there were no watcher; called by watchers."""
     with watched(None):
         return choose(call, backends)
 
 
-def reason_against(backend: Backend, call: LayerCall) -> str:
-    """The reason why a backend does not serve a call, for people; "" if it does."""
+def skip_reason(backend: Backend, call: LayerCall) -> str:
+    """Returns the readable reason why a backend cannot compute a call, "" if it can."""
     return backend.unsupported(call).format(
         cell=call.spec.name, dtype=str(call.x.dtype).removeprefix("torch."), device=call.x.device
     )
@@ -97,23 +97,23 @@ def reason_against(backend: Backend, call: LayerCall) -> str:
 
 @contextmanager
 def watched(watcher: Watcher | None) -> Iterator[None]:
-    """Inside, the watcher chooses, and no call takes a quick path."""
-    global _watcher, may_run_quickly
-    before = _watcher, may_run_quickly
-    _watcher, may_run_quickly = watcher, _never
+    """Within this context the watcher chooses, and no call takes a fast path."""
+    global _watcher, may_use_fast_path
+    before = _watcher, may_use_fast_path
+    _watcher, may_use_fast_path = watcher, _never
     try:
         yield
     finally:
-        _watcher, may_run_quickly = before
+        _watcher, may_use_fast_path = before
 
 
 def override(backend: Backend) -> Any:
-    """Returns a context manager: inside, every call uses this backend, whatever the reasons."""
+    """Returns a context manager in which every call uses this backend, even if unsupported."""
     return watched(lambda call, backends: backend)
 
 
 def is_watched() -> bool:
-    """Whether every call must ask `choose`."""
+    """Whether there is a watcher, so that every call must use `choose`."""
     return _watcher is not None
 
 
@@ -122,7 +122,7 @@ def _never() -> bool:
 
 
 def describe(call: LayerCall) -> str:
-    """A call in a few words: cell, shape, dtype and device."""
+    """Returns a short description of a call: cell, shape, dtype and device."""
     x = call.x
     kind = "step" if call.is_step else f"{call.options.num_layers} layer(s)"
     dtype = str(x.dtype).removeprefix("torch.")
@@ -132,10 +132,10 @@ def describe(call: LayerCall) -> str:
 
 def _report(call: LayerCall, backends: Sequence[Backend]) -> Backend:
     """Chooses and prints the choice."""
-    chosen = choose_unwatched(call, backends)
+    chosen = choose_without_watcher(call, backends)
     if not torch.compiler.is_compiling():
         skipped = [
-            f"{backend.NAME}: {reason_against(backend, call)}"
+            f"{backend.NAME}: {skip_reason(backend, call)}"
             for backend in backends[: backends.index(chosen)]
         ]
         lines = f"fastrnn: {describe(call)}: {chosen.NAME}\n"
@@ -153,4 +153,4 @@ def _is_verbose() -> bool:
 
 
 if _is_verbose():
-    _watcher, may_run_quickly = _report, _never
+    _watcher, may_use_fast_path = _report, _never

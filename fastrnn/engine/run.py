@@ -1,4 +1,4 @@
-"""Runs a call, a stack of layers or one step, by the backend of `fastrnn.engine.choose`."""
+"""Runs stacked layers or one step with the backend that `fastrnn.engine.choose` selects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastrnn.backends import Backend, torch_step
 from fastrnn.engine import choose
 from fastrnn.engine.checks import check_alike, check_layers, check_step
 from fastrnn.layer_call import DEFAULTS, LayerCall, Results
-from fastrnn.ops import HALF, check_is_refusal, forward_op
+from fastrnn.ops import HALF, forward_op, raise_unless_rejected
 from fastrnn.spec import CellSpec, Weights
 from fastrnn.tracing import is_capturing, size, without_tracing
 
@@ -24,8 +24,8 @@ def run(call: LayerCall, batch_first: bool = False) -> Results:
     """Runs stacked layers with the best backend. The caller has checked the shapes.
 
     Args:
-        call: the stack.
-        batch_first: x and y are [B,T,*].
+        call: the stacked layers.
+        batch_first: whether x and y are [B,T,*].
 
     Raises:
         RuntimeError: dtypes or devices do not fit together.
@@ -39,22 +39,22 @@ def run(call: LayerCall, batch_first: bool = False) -> Results:
             check_layers(call)
         return backend.run(call) if call.options is DEFAULTS else run_stack(call, backend)
     if backend is torch_step:
-        # with autocast as it is: torch keeps the weights that it casts until autocast ends
+        # autocast stays enabled, because torch then caches the cast weights
         return autocast.cast_results(call, run_stack(call, backend))
-    own = autocast.cast_call(call)
-    with _without_autocast_in_graphs(own.x):
-        check_layers(own)
-        results = run_stack(own, choose.choose(own, choose.AFTER_AUTOCAST))
+    cast = autocast.cast_call(call)
+    with _without_autocast_in_graphs(cast.x):
+        check_layers(cast)
+        results = run_stack(cast, choose.choose(cast, choose.AFTER_AUTOCAST))
     return autocast.cast_results(call, results)
 
 
 def run_stack(call: LayerCall, backend: Backend) -> Results:
-    """Runs layers in order: each one reads the output of the layer below, after dropout."""
+    """Runs the layers in order. Each one reads the output of the layer below, after dropout."""
     num_layers = call.options.num_layers
     if num_layers == 1 or backend.WHOLE_STACK:
         return backend.run(call)
     spec, x, batch_sizes, h0, c0, (flat, slots), options = call
-    own = DEFAULTS._replace(half_weights=options.half_weights)
+    layer_options = DEFAULTS._replace(half_weights=options.half_weights)
     count = len(flat) // num_layers
     directions = size(h0, 0) // num_layers
     h_n, c_n = [], []
@@ -64,7 +64,9 @@ def run_stack(call: LayerCall, backend: Backend) -> Results:
         states = slice(index * directions, (index + 1) * directions)
         c = None if c0 is None else c0[states]
         weights = Weights(flat[index * count : (index + 1) * count], slots)
-        x, h, c = backend.run(LayerCall(spec, x, batch_sizes, h0[states], c, weights, own))
+        x, h, c = backend.run(
+            LayerCall(spec, x, batch_sizes, h0[states], c, weights, layer_options)
+        )
         h_n.append(h)
         if c is not None:
             c_n.append(c)
@@ -74,24 +76,24 @@ def run_stack(call: LayerCall, backend: Backend) -> Results:
 def run_step(
     spec: CellSpec, x: Tensor, h: Tensor, c: Tensor | None, weights: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    """Runs one step of one direction: x [B,I], h and c [B,H] give the next h and c.
+    """Runs one step of one direction: from x [B,I], h and c [B,H] to the next h and c.
 
     Raises:
-        RuntimeError: sizes, dtypes or devices do not fit together, in torch's words.
+        RuntimeError: sizes, dtypes or devices do not fit together. The messages are torch's.
     """
     if spec.gates == 1:
-        if not choose.is_watched() and not torch_step.against_step(spec, x, h, weights):
+        if not choose.is_watched() and not torch_step.unsupported_step(spec, x, h, weights):
             step: Any = spec.torch.torch_step
             try:
                 return step(x, h, *weights.flat), None
             except RuntimeError:
                 _explain_step(LayerCall(spec, x, None, h, c, weights))
                 raise
-        return _run_step_slowly(LayerCall(spec, x, None, h, c, weights))
-    refusal = None
+        return _run_step_general_path(LayerCall(spec, x, None, h, c, weights))
+    rejection = None
     try:
-        if choose.may_run_quickly() and type(x) is Tensor and x.dtype not in HALF:
-            # as in the modules of layers; but the operator checks no sizes on the device "meta"
+        if choose.may_use_fast_path() and type(x) is Tensor and x.dtype not in HALF:
+            # the operator checks no sizes of meta tensors
             flat, slots = weights
             if not (x.is_meta or flat[0].is_meta):
                 _, h_n, c_n, _ = forward_op(
@@ -99,18 +101,18 @@ def run_step(
                 )
                 return h_n, None if c is None else c_n
     except Exception as error:
-        check_is_refusal(error)
-        refusal = error
+        raise_unless_rejected(error)
+        rejection = error
     try:
-        return _run_step_slowly(LayerCall(spec, x, None, h, c, weights))
+        return _run_step_general_path(LayerCall(spec, x, None, h, c, weights))
     except Exception as error:
-        if refusal is not None:
-            error.__cause__ = refusal
+        if rejection is not None:
+            error.__cause__ = rejection
         raise
 
 
-def _run_step_slowly(call: LayerCall) -> tuple[Tensor, Tensor | None]:
-    """`run_step` for every call."""
+def _run_step_general_path(call: LayerCall) -> tuple[Tensor, Tensor | None]:
+    """Runs any step. `run_step` tries its fast paths first."""
     backend = choose.choose(call, choose.STEPS)
     if backend is torch_step:
         try:
@@ -124,23 +126,23 @@ def _run_step_slowly(call: LayerCall) -> tuple[Tensor, Tensor | None]:
         check_alike(call)
         _, h_n, c_n = backend.run(call)
         return h_n, c_n
-    own = autocast.cast_call(call)
-    with _without_autocast_in_graphs(own.x):
-        check_alike(own)
-        results = choose.choose(own, choose.STEPS_AFTER_AUTOCAST).run(own)
+    cast = autocast.cast_call(call)
+    with _without_autocast_in_graphs(cast.x):
+        check_alike(cast)
+        results = choose.choose(cast, choose.STEPS_AFTER_AUTOCAST).run(cast)
     _, h_n, c_n = autocast.cast_results(call, results)
     return h_n, c_n
 
 
 def _explain_step(call: LayerCall) -> None:
-    """Raises what is wrong with a step that torch's own step has rejected, or returns."""
+    """Raises a clear error for a step that torch's own step has rejected, or returns."""
     without_tracing(check_step, call)
     if not autocast.acts_on(call.x):
         check_alike(call)
 
 
 def _without_autocast_in_graphs(x: Tensor) -> AbstractContextManager[object]:
-    """Disables autocast where an operator with rules of its own for it enters a graph."""
+    """Disables autocast while a graph is captured: the captured operator applies its own casts."""
     if torch.compiler.is_compiling() or is_capturing():
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()

@@ -17,14 +17,14 @@ from fastrnn.engine import choose
 from fastrnn.engine.run import run
 from fastrnn.layer_call import DEFAULTS, LayerCall, Options
 from fastrnn.modules.quantization_warning import warn_if_left_float
-from fastrnn.ops import HALF, check_is_refusal, forward_op
+from fastrnn.ops import HALF, forward_op, raise_unless_rejected
 from fastrnn.spec import BIASES, BY_MODE, MATRICES, PROJECTION, Weights, slots_of_names
 from fastrnn.tracing import check_scriptable, is_tracing, leaf_call, without_tracing
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
 Hidden = Any
 
-# of nn.RNNBase after ``mode``
+# the arguments of nn.RNNBase after ``mode``
 _ARGUMENTS = (
     "input_size",
     "hidden_size",
@@ -42,13 +42,14 @@ _ARGUMENTS = (
 class RecurrentBase(nn.RNNBase):
     """A stack of recurrent layers over whole sequences.
 
-    Derives from ``nn.RNNBase``, which brings parameters, their names and order, initialisation,
-    checks, pickling and replication; not from ``nn.LSTM`` and its like, because Dynamo refuses to
-    trace those. Instances have torch's attributes and no others, so that a module can change its
-    class and old pickles load; whatever fastrnn adds must have its default on the class.
+    Derives from ``nn.RNNBase``, which provides parameters, their names and order, initialisation,
+    checks, pickling and replication. Does not derive from ``nn.LSTM`` or ``nn.GRU``, because Dynamo
+    does not trace their subclasses. Instances have only torch's attributes, so that a module can
+    change its class and old pickles load. An attribute that fastrnn adds must therefore have a
+    default on the class.
     """
 
-    _wrong_input: ClassVar[str]
+    _wrong_input_message: ClassVar[str]
     _weight_dtype: torch.dtype | None = None
 
     def __init__(
@@ -60,7 +61,7 @@ class RecurrentBase(nn.RNNBase):
             super().__init__(mode if is_in_torch else "RNN_TANH", *args, **kwargs)
             if not is_in_torch:
                 self._become(mode)
-            if not checks.is_bool(self.bidirectional):  # torch.nn finds it at the first call
+            if not checks.is_bool(self.bidirectional):  # torch.nn would raise at the first call
                 name = type(self.bidirectional).__name__
                 raise TypeError(f"bidirectional should be of type bool, got: {name}")
         except Exception:
@@ -82,9 +83,10 @@ class RecurrentBase(nn.RNNBase):
     @property
     @torch.jit.unused
     def weight_dtype(self) -> torch.dtype | None:
-        """The dtype in which the CPU may hold w_hh: None or ``torch.float16``; can be set later.
+        """The dtype in which the CPU may hold w_hh: ``torch.float16``, or None for its own dtype.
 
-        docs/float16_weights.md tells when it acts and what it costs.
+        It can be changed at any time. docs/float16_weights.md describes when it takes effect and
+        what it costs.
         """
         return self._weight_dtype
 
@@ -96,13 +98,14 @@ class RecurrentBase(nn.RNNBase):
             self._weight_dtype = weight_dtype
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """The module for ``torch.jit.script``: itself, or a view of a subclass without ``forward``.
+        """Returns the module that ``torch.jit.script`` compiles.
 
-        The compiler finds the two types that ``forward`` takes by the name of the class and the
-        lines of its source only. The view shares all its attributes with the module, whose place
-        in the Python model it takes, and is pickled and copied as what it stands for.
+        This is the module itself, or a view if its class inherits fastrnn's ``forward``: the
+        compiler finds the overloads of ``forward`` only by the name of the class and the lines of
+        its source. The view is an instance of a class with fastrnn's name. It shares all attributes
+        with the module, replaces it in the Python model, and is pickled and copied as the module.
         """
-        self._update_flat_weights()  # these are compiled
+        self._update_flat_weights()  # the compiler reads them
         check_scriptable(self, self._flat_weights_names)
         cls = type(self)
         own = next(c for c in cls.__mro__ if "forward" in c.__dict__)
@@ -113,8 +116,8 @@ class RecurrentBase(nn.RNNBase):
             return object.__new__, (cls,), view.__getstate__()  # type: ignore[no-untyped-call]
 
         names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
-        own_ways = {"__reduce_ex__": reduce, "_get_name": lambda view: cls.__name__}
-        view_class = type(own.__name__, (cls,), {**names, **own_ways})
+        overrides = {"__reduce_ex__": reduce, "_get_name": lambda view: cls.__name__}
+        view_class = type(own.__name__, (cls,), {**names, **overrides})
         view: RecurrentBase = object.__new__(view_class)
         object.__setattr__(view, "__dict__", self.__dict__)
         return view
@@ -125,7 +128,7 @@ class RecurrentBase(nn.RNNBase):
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """The constructor's arguments as torch shows them, and ``weight_dtype`` if it is set."""
+        """Returns the constructor's arguments as torch shows them, and ``weight_dtype`` if set."""
         text = super().extra_repr()
         if self._weight_dtype is not None:
             text += f", weight_dtype={self._weight_dtype}"
@@ -134,13 +137,13 @@ class RecurrentBase(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the parameters where they are."""
 
-    def _weights_now(self) -> list[Tensor | None]:
-        """The weights as `_flat_weights` should hold them, each looked up once.
+    def _current_weights(self) -> list[Tensor | None]:
+        """Returns the weights that `_flat_weights` should hold. Reads each one only once.
 
-        A parametrization computes its weight at every look, and some draw random numbers or make
-        a step of their own (spectral norm) each time.
+        A parametrization computes its weight on every access. Some also draw random numbers or
+        update their own state (spectral norm).
         """
-        # without a detour through nn.Module.__getattr__ for what is there
+        # Reading the dictionary directly is faster than nn.Module.__getattr__.
         parameters = self._parameters
         weights: list[Any] = [parameters.get(name) for name in self._flat_weights_names]
         for index, weight in enumerate(weights):
@@ -148,29 +151,29 @@ class RecurrentBase(nn.RNNBase):
                 weights[index] = getattr(self, self._flat_weights_names[index], None)
         return weights
 
-    def _differ_from_last(self, weights: list[Tensor | None]) -> bool:
+    def _differ_from_stored(self, weights: list[Tensor | None]) -> bool:
         for ref, weight in zip(self._flat_weight_refs, weights, strict=True):
             if weight is not None and ref is not None and ref() is not weight:
                 return True
         return False
 
     def _weights_have_changed(self) -> bool:
-        return self._differ_from_last(self._weights_now())
+        return self._differ_from_stored(self._current_weights())
 
     def _update_flat_weights(self) -> None:
-        weights = self._weights_now()
-        if self._differ_from_last(weights):
+        weights = self._current_weights()
+        if self._differ_from_stored(weights):
             self._flat_weights = weights
-            self._refer_to_flat_weights()
+            self._store_weak_references()
 
     def _weights(self) -> Weights:
-        """The weights to compute with.
+        """Returns the weights to compute with.
 
-        Compiled code looks them up each time: `_flat_weights` is for eager code, and keeping it
-        there would guard on weak references and store traced tensors in the module.
+        Compiled code reads the parameters on every call. Using `_flat_weights` there would guard on
+        weak references and store traced tensors in the module.
         """
         if torch.compiler.is_compiling():
-            weights = self._weights_now()
+            weights = self._current_weights()
         else:
             self._update_flat_weights()
             weights = self._flat_weights
@@ -180,7 +183,7 @@ class RecurrentBase(nn.RNNBase):
         return Weights(weights, slots)  # type: ignore[arg-type]
 
     def _without_none(self, weights: list[Tensor | None], slots: int) -> Weights:
-        """The weights with zeros for biases that are None, or without biases if all are None."""
+        """Replaces biases that are None by zeros, or drops all biases if all are None."""
         names = self._flat_weights_names
         is_bias = [name.startswith("bias") for name in names]
         for name, bias, weight in zip(names, is_bias, weights, strict=True):
@@ -188,7 +191,7 @@ class RecurrentBase(nn.RNNBase):
                 raise RuntimeError(f"{type(self).__name__}: {name} must be a tensor, got None.")
         if all(weight is None for bias, weight in zip(is_bias, weights, strict=True) if bias):
             return Weights([weight for weight in weights if weight is not None], slots & ~BIASES)
-        # a bias has a value for each row of its direction's w_hh
+        # a bias has one value per row of w_hh of its layer and direction
         rows = {n: w.shape[0] for n, w in zip(names, weights, strict=True) if w is not None}
         first: Any = weights[0]
         flat = [
@@ -199,24 +202,25 @@ class RecurrentBase(nn.RNNBase):
         ]
         return Weights(flat, slots)
 
-    def _refer_to_flat_weights(self) -> None:
+    def _store_weak_references(self) -> None:
         weights: list[Any] = self._flat_weights
         self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # torch.__future__.set_swap_module_params_on_conversion cannot swap what has weak references
+        # With torch.__future__.set_swap_module_params_on_conversion, torch cannot swap tensors that
+        # have weak references.
         self._flat_weight_refs = []
         try:
             super()._load_from_state_dict(*args, **kwargs)
         finally:
-            self._refer_to_flat_weights()
+            self._store_weak_references()
 
     def _zero_states(self, input: Tensor, batch: int) -> Hidden:
         states = self.num_layers * (2 if self.bidirectional else 1)
         return input.new_zeros(states, batch, self.hidden_size)
 
     def _add_batch(self, hx: Hidden, is_batched: bool) -> Hidden:
-        """Checks that the states have as many dimensions as the input asks for; makes them 3-D."""
+        """Checks that the states have the input's kind of dimensions; returns them as 3-D."""
         if is_batched:
             if hx.dim() != 3:
                 raise RuntimeError(
@@ -249,24 +253,24 @@ class RecurrentBase(nn.RNNBase):
         return output, h_n if c0 is None else (h_n, c_n)
 
     def _states(self, hx: Hidden) -> tuple[Tensor, Tensor | None]:
-        """h and c, or h and None."""
+        """Returns h and c, or h and None if the cell has no cell state."""
         return hx, None
 
-    def _run_quickly(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden] | None:
-        """Fast path: one layer by the kernels, without autograd. None where it does not apply.
+    def _run_fast_path(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden] | None:
+        """Fast path: runs one layer by the kernels, without autograd. None if it does not apply.
 
-        The general path to the kernel costs more than a small layer itself. The operator checks the
-        arguments, with messages of its own; `_run` then takes the general path, which serves them
+        The general path takes longer than the kernel of a small layer. Here only the operator
+        checks the arguments. If it rejects them, `_run` tries the general path, which supports them
         or raises an error in torch's words.
         """
         weights, names = self._flat_weights, self._flat_weights_names
         if not (
-            choose.may_run_quickly()  # first: compiled code should not depend on the rest
+            choose.may_use_fast_path()  # first, so that compiled code does not guard on the rest
             and type(input) is Tensor
             and self.num_layers == 1
             and self._weight_dtype is None
             and input.dim() == 3
-            and not input.is_meta  # of which the operator checks no sizes
+            and not input.is_meta  # the operator checks no sizes of meta tensors
             and all(map(is_, map(self._parameters.get, names), weights))
         ):
             return None
@@ -287,7 +291,7 @@ class RecurrentBase(nn.RNNBase):
             h0, c0 = self._zero_states(input, batch)
         else:
             h0, c0 = self._zero_states(input, batch), None
-        # the operator rejects attributes that no longer fit the weights
+        # If these attributes no longer fit the weights, the operator raises.
         slots = MATRICES | BIASES if self.bias else MATRICES
         if self.proj_size:
             slots |= PROJECTION
@@ -306,35 +310,35 @@ class RecurrentBase(nn.RNNBase):
     def _run(
         self, input: Tensor | PackedSequence, hx: Hidden
     ) -> tuple[Tensor | PackedSequence, Hidden]:
-        refusal = None
+        rejection = None
         try:
             try:
-                quick = self._run_quickly(input, hx)  # type: ignore[arg-type]
+                quick = self._run_fast_path(input, hx)  # type: ignore[arg-type]
                 if quick is not None:
                     return quick
             except Exception as error:
-                check_is_refusal(error)
-                refusal = error
+                raise_unless_rejected(error)
+                rejection = error
             node = leaf_call(self, input, hx)
             if node is not None:
                 return node  # type: ignore[no-any-return]
-            return self._run_slowly(input, hx)
+            return self._run_general_path(input, hx)
         except Exception as error:
-            if refusal is not None:
-                error.__cause__ = refusal
+            if rejection is not None:
+                error.__cause__ = rejection
             checks.explain_layer(self, input, hx)
             raise
 
-    def _run_slowly(
+    def _run_general_path(
         self, input: Tensor | PackedSequence, hx: Hidden
     ) -> tuple[Tensor | PackedSequence, Hidden]:
-        """As `_run`, for every call; raises more or less clear errors."""
+        """Runs any call. `_run` replaces unclear errors."""
         weights = self._weights()
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, weights)
         dim = input.dim()
         if dim not in (2, 3):
-            raise ValueError(self._wrong_input.format(dim))
+            raise ValueError(self._wrong_input_message.format(dim))
         is_batched = dim == 3
         batch_dim = 0 if self.batch_first else 1
         if not is_batched:
@@ -358,19 +362,19 @@ class RecurrentBase(nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         for indices in (sorted_indices, unsorted_indices):
             if indices is not None and indices.is_meta and not data.is_meta:
-                # torch would return memory that nobody has written
+                # torch would return uninitialised memory
                 raise RuntimeError(f"sorted_indices must be on {data.device}, got meta.")
         is_compiling = torch.compiler.is_compiling()
         if hx is None:
             if is_compiling and sorted_indices is not None:
-                batch: Any = sorted_indices.shape[0]  # known as a shape, no value that is read
+                batch: Any = sorted_indices.shape[0]  # a shape, so no tensor value is read
             else:
                 batch = batch_sizes[0]
-                if not is_tracing():  # for which this is a size in the graph
+                if not is_tracing():  # in a trace it stays a tensor: the graph computes it
                     batch = int(batch)
             hx = self._zero_states(data, batch)
         else:
-            # the caller's rows stand in the order of the sequences before they were sorted
+            # the caller's states are in the order that the sequences had before sorting
             hx = self.permute_hidden(hx, sorted_indices)
         if is_compiling:
             self._check_packed_by_shapes(data, hx, batch_sizes)
@@ -381,10 +385,10 @@ class RecurrentBase(nn.RNNBase):
         return result, self.permute_hidden(hidden, unsorted_indices)
 
     def _check_packed_by_shapes(self, data: Tensor, hx: Hidden, batch_sizes: Tensor) -> None:
-        """`check_forward_args` without the values in batch_sizes, which no compiler can know.
+        """Runs `check_forward_args` without the values of batch_sizes, unknown to a compiler.
 
-        The states are held against a padded input of their own batch size; that it is batch_sizes'
-        as well the operator checks on each call.
+        Compares the states with a padded input of the states' own batch size. The operator checks
+        on each call that batch_sizes has the same batch size.
         """
         self.check_input(data, batch_sizes)
         h = hx if isinstance(hx, Tensor) else hx[0]

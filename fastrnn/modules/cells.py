@@ -1,4 +1,4 @@
-"""RNNCell, LSTMCell and GRUCell: one step of one layer, drop-in for the modules of ``torch.nn``."""
+"""RNNCell, LSTMCell and GRUCell: single steps, drop-in replacements for ``torch.nn``'s cells."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALL = slots_of(has_biases=True, has_projection=False)
 
 
 class CellBase(nn.RNNCellBase):
-    """A single step. Derives from ``nn.RNNCellBase``, which brings parameters and their names."""
+    """Base class of the cells. ``nn.RNNCellBase`` provides the parameters and their names."""
 
     _label: ClassVar[str]
 
@@ -42,18 +42,18 @@ class CellBase(nn.RNNCellBase):
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """The module for ``torch.jit.script``: itself."""
+        """Returns the module that ``torch.jit.script`` compiles: itself, after a check."""
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
         check_scriptable(self, names)
         return self
 
     def _weights(self) -> Weights:
-        """The weights to compute with; zeros for a single bias that is None."""
+        """Returns the weights to compute with."""
         parameters = self._parameters
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = []
         for name in names:
-            # straight from the dictionary; parametrizations and pruning keep theirs elsewhere
+            # The dictionary is faster; weights of parametrizations and pruning are not in it.
             weight = parameters[name] if name in parameters else getattr(self, name)
             if weight is not None:
                 weights.append(weight)
@@ -62,7 +62,7 @@ class CellBase(nn.RNNCellBase):
         return self._without_none()
 
     def _without_none(self) -> Weights:
-        """The weights with zeros for one bias that is None, or without biases if both are."""
+        """Replaces a bias that is None by zeros, or drops both if both are None."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         w_ih, w_hh, b_ih, b_hh = [getattr(self, name) for name in names]
         for name, weight in (("weight_ih", w_ih), ("weight_hh", w_hh)):
@@ -85,15 +85,15 @@ class CellBase(nn.RNNCellBase):
         return input.new_zeros(input.shape[0], self.hidden_size)
 
     def _check_meta(self, input: Tensor, *matrices: Tensor) -> None:
-        """Raises where torch's step would multiply a weight that has no memory."""
+        """Raises if only a weight is on the device "meta", which torch's step does not check."""
         for weight in matrices:
             if weight.is_meta and not input.is_meta:
-                raise RuntimeError(checks.at_different_devices(input, weight, "parameter"))
+                raise RuntimeError(checks.different_devices_message(input, weight, "parameter"))
 
     def _script_step(
         self, cell: str, input: Tensor, h: Tensor, c: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Step for ``torch.jit.script``: x [B,I], h and c [B,H]; an empty c' stands for None."""
+        """Runs a step for ``torch.jit.script``: x [B,I], h and c [B,H]; empty c' without c."""
         weights = [self.weight_ih, self.weight_hh]
         if self.bias:
             weights.extend([self.bias_ih, self.bias_hh])
@@ -119,7 +119,7 @@ class CellBase(nn.RNNCellBase):
         try:
             is_batched = self._check_dims(input)
             if hx is not None and hx.dim() != input.dim():
-                raise checks.wrong_state(self._label, "hx", "hidden", hx, input.dim())
+                raise checks.wrong_dims_error(self._label, "hx", "hidden", hx, input.dim())
             if not is_batched:
                 input = input.unsqueeze(0)
             if hx is None:
@@ -157,10 +157,11 @@ class RNNCell(CellBase):
         h': [B,H] or [H], the next state.
 
     Raises:
-        ValueError, RuntimeError: where ``torch.nn.RNNCell`` raises them, in its words.
+        ValueError, RuntimeError: as in ``torch.nn.RNNCell``, with its messages.
 
-    Differs from ``torch.nn.RNNCell`` in ``'sigmoid'``. On the CPU in float32 and float64 torch's
-    own step computes tanh and ReLU where a gradient is wanted or the step is small: it costs less.
+    Unlike ``torch.nn.RNNCell`` it supports ``'sigmoid'``. On the CPU, steps with tanh or ReLU in
+    float32 or float64 run torch's own step if a gradient is needed or the step is small, because
+    that is faster.
 
     Source: J. L. Elman, Finding Structure in Time, Cognitive Science 14 (1990).
     """
@@ -185,7 +186,7 @@ class RNNCell(CellBase):
         """The state after ``input``; see the class for the shapes."""
         if is_scripting():
             return self._script_one_state(f"rnn_{self.nonlinearity}", input, hx)
-        else:  # noqa: RET505 - what follows an `if` would be compiled
+        else:  # noqa: RET505 - without the else TorchScript would compile this
             spec = CELLS.get(f"rnn_{self.nonlinearity}")
             if spec is None:
                 given = " ".join(str(self.nonlinearity).split())
@@ -220,7 +221,7 @@ class LSTMCell(CellBase):
         (h', c'): each [B,H] or [H], the next states.
 
     Raises:
-        ValueError, RuntimeError: where ``torch.nn.LSTMCell`` raises them, in its words.
+        ValueError, RuntimeError: as in ``torch.nn.LSTMCell``, with its messages.
 
     Source: S. Hochreiter, J. Schmidhuber, Long Short-Term Memory (1997); F. A. Gers,
     J. Schmidhuber, F. Cummins, Learning to Forget (2000).
@@ -244,7 +245,7 @@ class LSTMCell(CellBase):
         """The states after ``input``; see the class for the shapes."""
         if is_scripting():
             return self._script_two_states(input, hx)
-        else:  # noqa: RET505 - what follows an `if` would be compiled
+        else:  # noqa: RET505 - without the else TorchScript would compile this
             return self._two_states(input, hx)
 
     def _script_two_states(
@@ -276,7 +277,7 @@ class LSTMCell(CellBase):
                 for index, state in enumerate(hx):
                     if state.dim() != input.dim():
                         name = f"hx[{index}]"
-                        raise checks.wrong_state("LSTMCell", name, name, state, input.dim())
+                        raise checks.wrong_dims_error("LSTMCell", name, name, state, input.dim())
                 if len(hx) != 2:
                     raise RuntimeError("lstm_cell expects two hidden states")
             x = input if is_batched else input.unsqueeze(0)
@@ -319,7 +320,7 @@ class GRUCell(CellBase):
         h': [B,H] or [H], the next state.
 
     Raises:
-        ValueError, RuntimeError: where ``torch.nn.GRUCell`` raises them, in its words.
+        ValueError, RuntimeError: as in ``torch.nn.GRUCell``, with its messages.
 
     Source: K. Cho et al., Learning Phrase Representations using RNN Encoder-Decoder (2014).
     """
@@ -340,5 +341,5 @@ class GRUCell(CellBase):
         """The state after ``input``; see the class for the shapes."""
         if is_scripting():
             return self._script_one_state("gru", input, hx)
-        else:  # noqa: RET505 - what follows an `if` would be compiled
+        else:  # noqa: RET505 - without the else TorchScript would compile this
             return self._one_state(CELLS["gru"], input, hx)

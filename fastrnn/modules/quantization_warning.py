@@ -1,8 +1,8 @@
-"""Warns where ``torch.ao.quantization`` would leave a module in floating point without a word.
+"""Warns if ``torch.ao.quantization`` silently leaves a module in floating point.
 
-``quantize_dynamic`` and ``prepare`` look for exact classes in a dictionary and pass over the rest.
-The one thing that a module sees of them is that its attribute ``qconfig`` is set; what was asked
-for stands in the arguments of the call.
+``quantize_dynamic`` and ``prepare`` look up exact classes in a dictionary and skip all others. A
+module only notices that its attribute ``qconfig`` is set. The requested classes are found in the
+arguments of torch's function, on the call stack.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def warn_if_left_float(module: nn.Module, qconfig: object) -> None:
 
     Args:
         module: a fastrnn module whose attribute ``qconfig`` is being set.
-        qconfig: what it is set to; None where nobody named its class or its place in the model.
+        qconfig: its new value; None if the caller named neither the module's class nor its name.
     """
     frame: FrameType | None = sys._getframe(1)
     level = 2
@@ -42,14 +42,14 @@ def warn_if_left_float(module: nn.Module, qconfig: object) -> None:
             _warn(frame.f_code.co_name, name, reason, frame, level)
         return
     arguments = frame.f_locals
-    asked_for = qconfig is not None or any(
+    is_requested = qconfig is not None or any(
         isinstance(key, type)
         and key.__module__.startswith("torch.nn.")
         and key.__name__ == own.__name__
         for key in arguments["qconfig_spec"]
     )
     is_known = qconfig is not None and cls in arguments["mapping"]
-    if not asked_for or (is_known and module is not arguments["model"]):
+    if not is_requested or (is_known and module is not arguments["model"]):
         return
     if is_known:
         reason = "it replaces modules inside the model only, not the model itself"
@@ -66,8 +66,8 @@ def warn_if_left_float(module: nn.Module, qconfig: object) -> None:
 
 
 def _warn(function: str, name: str, reason: str, frame: FrameType | None, level: int) -> None:
-    """Warns at the line that called torch; ``frame`` is torch's, ``level`` frames up."""
-    while frame is not None and _is_between(frame):
+    """Warns at the line that called torch. ``frame``, ``level`` frames up, is torch's function."""
+    while frame is not None and _is_torch_frame(frame):
         frame = frame.f_back
         level += 1
     message = f"{function} leaves a {name} in floating point: {reason}"
@@ -83,7 +83,7 @@ def _is_quantize_dynamic(frame: FrameType) -> bool:
 
 
 def _is_prepare(frame: FrameType) -> bool:
-    """Whether this is the static quantization's ``prepare`` or ``prepare_qat``."""
+    """Whether this frame is ``prepare`` or ``prepare_qat`` of static quantization."""
     return (
         frame.f_code.co_name in ("prepare", "prepare_qat")
         and frame.f_globals.get("__name__") == "torch.ao.quantization.quantize"
@@ -91,7 +91,7 @@ def _is_prepare(frame: FrameType) -> bool:
 
 
 def _is_handled(cls: type, prepare: FrameType) -> bool:
-    """Whether the caller replaces this class, or ``prepare`` runs in a ``prepare_qat``."""
+    """Whether the caller replaces this class, or ``prepare`` was called by ``prepare_qat``."""
     config = prepare.f_locals.get("prepare_custom_config_dict") or {}
     if cls in config.get("float_to_observed_custom_module_class", {}):
         return True
@@ -101,7 +101,7 @@ def _is_handled(cls: type, prepare: FrameType) -> bool:
     return outer is not None
 
 
-def _is_between(frame: FrameType) -> bool:
-    """Whether this is torch's own frame, or that of the decorator which says it is deprecated."""
+def _is_torch_frame(frame: FrameType) -> bool:
+    """Whether this frame is torch's, or the decorator's that marks its functions deprecated."""
     name = str(frame.f_globals.get("__name__"))
     return name in ("typing_extensions", "warnings") or name.startswith("torch.ao.")

@@ -1,4 +1,4 @@
-"""RNN, LSTM and GRU over whole sequences, drop-in for the modules of ``torch.nn``."""
+"""RNN, LSTM and GRU over whole sequences, drop-in replacements for ``torch.nn``'s modules."""
 
 from typing import Any, overload
 
@@ -18,9 +18,10 @@ _NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
 
 def _without_projection(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments after ``mode`` for ``nn.RNNBase``, whose 8th positional is ``proj_size``.
+    """Returns the positional arguments for ``nn.RNNBase``, whose 8th after mode is ``proj_size``.
 
-    torch documents ``device`` in that place and reads ``proj_size`` there: both are understood.
+    For RNN and GRU, torch documents ``device`` at that position and reads ``proj_size``. Both are
+    accepted: an int is a ``proj_size``, anything else a ``device``.
     """
     if "proj_size" in kwargs:
         raise ValueError(_NO_PROJECTION)
@@ -44,8 +45,8 @@ class RNN(OneState):
         nonlinearity: f, one of ``'tanh'``, ``'relu'``, ``'sigmoid'``. Default: ``'tanh'``
         bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
         batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
-        dropout: probability of zeroing an output between two layers in training. Default: 0
-        bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
+        dropout: probability that an output between two layers is zeroed in training. Default: 0
+        bidirectional: whether a second direction runs backwards in time: D = 2 instead of 1.
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
@@ -59,16 +60,16 @@ class RNN(OneState):
         h_n: [L*D,B,H] or [L*D,H], the state after the last step of each sequence.
 
     Raises:
-        ValueError, TypeError, RuntimeError: where ``torch.nn.RNN`` raises them, in its words.
+        ValueError, TypeError, RuntimeError: as in ``torch.nn.RNN``, with its messages.
 
     Parameters, their names, order and initialisation are those of ``torch.nn.RNN``: checkpoints
-    load both ways. Differs from it in ``'sigmoid'``, and in that gradients work in eval mode on
+    load both ways. Unlike ``torch.nn.RNN`` it supports ``'sigmoid'``, and gradients in eval mode on
     CUDA.
 
     Source: J. L. Elman, Finding Structure in Time, Cognitive Science 14 (1990).
     """
 
-    _wrong_input = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
+    _wrong_input_message = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
     @overload
     def __init__(
@@ -116,7 +117,7 @@ class RNN(OneState):
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
         if is_scripting():
-            # a branch of its own for each type, or the compiler would compile both
+            # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
@@ -144,8 +145,8 @@ class LSTM(TwoStates):
         num_layers: L, number of stacked layers. Default: 1
         bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
         batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
-        dropout: probability of zeroing an output between two layers in training. Default: 0
-        bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
+        dropout: probability that an output between two layers is zeroed in training. Default: 0
+        bidirectional: whether a second direction runs backwards in time: D = 2 instead of 1.
         proj_size: P, features of the projected hidden state; 0 for no projection. Default: 0
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
@@ -161,18 +162,18 @@ class LSTM(TwoStates):
         (h_n, c_n): the states after the last step of each sequence, shaped like ``hx``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: where ``torch.nn.LSTM`` raises them, in its words.
+        ValueError, TypeError, RuntimeError: as in ``torch.nn.LSTM``, with its messages.
 
     Parameters, their names, order and initialisation are those of ``torch.nn.LSTM``: checkpoints
-    load both ways. Differs from it in that the states that go with a `PackedSequence` are checked
-    as all others, and that gradients work in eval mode on CUDA.
+    load both ways. Unlike ``torch.nn.LSTM`` it also checks the states of a `PackedSequence`, and
+    supports gradients in eval mode on CUDA.
 
     Source: S. Hochreiter, J. Schmidhuber, Long Short-Term Memory (1997); F. A. Gers,
     J. Schmidhuber, F. Cummins, Learning to Forget (2000); projection: H. Sak, A. Senior,
     F. Beaufays, Long Short-Term Memory Based Recurrent Neural Network Architectures (2014).
     """
 
-    _wrong_input = "LSTM: Expected input to be 2D or 3D, got {}D instead"
+    _wrong_input_message = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
     @overload
     def __init__(
@@ -198,14 +199,14 @@ class LSTM(TwoStates):
     def get_expected_cell_size(
         self, input: Tensor, batch_sizes: Tensor | None
     ) -> tuple[int, int, int]:
-        """[L*D,B,H], the size of c_0 for this input."""
+        """Returns [L*D,B,H], the size of c_0 for this input."""
         states, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
         return states, batch, self.hidden_size
 
     def check_forward_args(  # type: ignore[override]
         self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
     ) -> None:
-        """Raises unless input and both states have the sizes that the module was made for."""
+        """Raises unless input and both states have the sizes that the module expects."""
         self.check_input(input, batch_sizes)
         self.check_hidden_size(
             hidden[0],
@@ -221,7 +222,7 @@ class LSTM(TwoStates):
     def permute_hidden(  # type: ignore[override]
         self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Both states with their batch in the order of ``permutation``, or as they are for None."""
+        """Returns both states with their sequences permuted; unchanged if the order is None."""
         if permutation is None:
             return hx
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
@@ -269,7 +270,7 @@ class LSTM(TwoStates):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Runs the network over ``input`` from the states ``hx``; see the class for the shapes."""
         if is_scripting():
-            # a branch of its own for each type, or the compiler would compile both
+            # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
@@ -295,8 +296,8 @@ class GRU(OneState):
         num_layers: L, number of stacked layers. Default: 1
         bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
         batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
-        dropout: probability of zeroing an output between two layers in training. Default: 0
-        bidirectional: a second direction walks backwards in time; D = 2 instead of 1.
+        dropout: probability that an output between two layers is zeroed in training. Default: 0
+        bidirectional: whether a second direction runs backwards in time: D = 2 instead of 1.
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
@@ -310,16 +311,16 @@ class GRU(OneState):
         h_n: [L*D,B,H] or [L*D,H], the state after the last step of each sequence.
 
     Raises:
-        ValueError, TypeError, RuntimeError: where ``torch.nn.GRU`` raises them, in its words.
+        ValueError, TypeError, RuntimeError: as in ``torch.nn.GRU``, with its messages.
 
     Parameters, their names, order and initialisation are those of ``torch.nn.GRU``: checkpoints
-    load both ways. Differs from it in that a positional ``proj_size`` is refused at once, and that
-    gradients work in eval mode on CUDA.
+    load both ways. Unlike ``torch.nn.GRU`` it rejects a positional ``proj_size`` in the
+    constructor, and supports gradients in eval mode on CUDA.
 
     Source: K. Cho et al., Learning Phrase Representations using RNN Encoder-Decoder (2014).
     """
 
-    _wrong_input = "GRU: Expected input to be 2D or 3D, got {}D instead"
+    _wrong_input_message = "GRU: Expected input to be 2D or 3D, got {}D instead"
 
     @overload
     def __init__(
@@ -352,7 +353,7 @@ class GRU(OneState):
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
         if is_scripting():
-            # a branch of its own for each type, or the compiler would compile both
+            # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
                 return self._script_packed(input, hx)
             else:  # noqa: RET505

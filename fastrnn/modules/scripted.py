@@ -1,9 +1,9 @@
 """Code of the recurrent modules for ``torch.jit.script``, in the subset of Python that it compiles.
 
-`forward` of a module is two things: called from Python it is `RecurrentBase._run`; compiled it is
-``_script_padded`` or ``_script_packed`` below, in which every value has one type. Both compute with
-the same kernels; compiled it is the operator ``fastrnn::recurrent_layer``, which decides whether a
-gradient is recorded. ``weight_dtype`` does not act there.
+Called from Python, `forward` of a module runs `RecurrentBase._run`. Compiled, it runs
+``_script_padded`` or ``_script_packed`` below, in which every value has one static type. Compiled
+code calls the operator ``fastrnn::recurrent_layer``, which uses the same kernels and decides at run
+time whether a gradient is recorded. ``weight_dtype`` has no effect in compiled code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastrnn.modules.base import RecurrentBase
 
 
 def script_slots(has_biases: bool, has_projection: bool) -> int:
-    """`fastrnn.spec.slots_of`, whose constants the compiler cannot read."""
+    """Returns the same as `fastrnn.spec.slots_of`, whose constants the compiler cannot read."""
     return 3 + (12 if has_biases else 0) + (16 if has_projection else 0)
 
 
@@ -31,7 +31,7 @@ def run_layers(
     num_layers: int,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack of layers: as `fastrnn.engine.run.run_stack`, with an empty c_n for "None"."""
+    """Runs stacked layers like `fastrnn.engine.run.run_stack`; c_n is empty if there is none."""
     count = len(weights) // num_layers
     directions = h0.size(0) // num_layers
     h_n: list[Tensor] = []
@@ -75,7 +75,7 @@ class Scriptable(RecurrentBase):
         return y.transpose(0, 1) if swapped else y, h_n, c_n
 
     def _script_batch(self, input: Tensor) -> Tensor:
-        """The input with a batch dimension."""
+        """Returns the input with a batch dimension."""
         if input.dim() != 2 and input.dim() != 3:
             raise ValueError(
                 f"{self.mode}: Expected input to be 2D or 3D, got {input.dim()}D instead"
@@ -90,7 +90,7 @@ class Scriptable(RecurrentBase):
 
 
 class OneState(Scriptable):
-    """RNN and GRU."""
+    """Base class of RNN and GRU."""
 
     def _script_padded(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self._script_batch(input)
@@ -125,7 +125,7 @@ class OneState(Scriptable):
 
 
 class TwoStates(Scriptable):
-    """LSTM."""
+    """Base class of LSTM."""
 
     def _script_padded(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None

@@ -8,10 +8,10 @@ from fastrnn.ops.operators import (
     DTYPES,
     HALF,
     captured_layer,
-    check_is_refusal,
     forward_op,
     infer_stack,
-    records,
+    raise_unless_rejected,
+    records_gradient,
 )
 
 __all__ = [
@@ -19,10 +19,10 @@ __all__ = [
     "DTYPES",
     "HALF",
     "captured_layer",
-    "check_is_refusal",
     "composite_layer",
     "forward_op",
     "infer_stack",
     "kernel_layer",
-    "records",
+    "raise_unless_rejected",
+    "records_gradient",
 ]

@@ -1,4 +1,4 @@
-"""The operators under autograd, autocast and tensors that have no plain memory."""
+"""Autograd and autocast of the operators, and their error for tensors that are not dense."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from fastrnn.ops.operators import (
     infer_layer,
     interruptible_forward,
     layer_op,
-    records,
+    records_gradient,
 )
 from fastrnn.spec import CELLS, CellSpec, Weights
 
-#: the results of ``recurrent_layer``
+#: the results of ``recurrent_layer``: y, h_n, c_n
 _Tensors = tuple[Tensor, Tensor, Tensor]
 
 
@@ -58,7 +58,7 @@ class LayerFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, slots, batch_sizes, x, h0, c0, *weights = inputs
         y, _, c_n, saved = output
-        _keep(ctx, x, h0, c0, batch_sizes, spec, slots, weights, y, saved)
+        _save_for_backward(ctx, x, h0, c0, batch_sizes, spec, slots, weights, y, saved)
         ctx.mark_non_differentiable(*([c_n, saved] if c0 is None else [saved]))
 
     @staticmethod
@@ -70,11 +70,12 @@ class LayerFunction(torch.autograd.Function):
 
 
 class EagerLayerFunction(torch.autograd.Function):
-    """`LayerFunction` outside of transforms and compilers: y may be changed in place.
+    """`LayerFunction` for eager code without transforms. y may be changed in place.
 
-    It has fewer outputs, too. The backward pass reads y. The caller gets a lazy clone of it, which
-    shares its memory until one of the two is written to: an in-place ReLU, dropout or mask copies
-    first. One step of one direction returns its state alone, which backward does not read.
+    The backward pass reads y, so the caller gets a lazy clone of it. The clone shares memory with y
+    until one of them is written to: an in-place ReLU, dropout or mask copies first. One step of one
+    direction returns only its state, which the backward pass does not read. The values that
+    `LayerFunction` returns for its backward pass are not outputs here.
     """
 
     @staticmethod
@@ -91,7 +92,7 @@ class EagerLayerFunction(torch.autograd.Function):
         y, h_n, c_n, saved = interruptible_forward(
             x, h0, c0, weights, slots, batch_sizes, spec.name, spec.training_outputs
         )
-        _keep(ctx, x, h0, c0, batch_sizes, spec, slots, weights, y, saved)
+        _save_for_backward(ctx, x, h0, c0, batch_sizes, spec, slots, weights, y, saved)
         y = None if h0.dim() == 2 else lazy_clone(y)
         return (y, h_n) if c0 is None else (y, h_n, c_n)
 
@@ -102,7 +103,7 @@ class EagerLayerFunction(torch.autograd.Function):
         return _backward_of(ctx, d_y, d_h_n, d_c_n)
 
 
-def _keep(
+def _save_for_backward(
     ctx: Any,
     x: Tensor,
     h0: Tensor,
@@ -114,7 +115,10 @@ def _keep(
     y: Tensor,
     saved: Tensor,
 ) -> None:
-    """Keeps what `_backward_of` reads; tensors only, as tools that draw graphs expect."""
+    """Saves the values that `_backward_of` reads.
+
+    Only tensors are passed to ``save_for_backward``, as tools that draw autograd graphs expect.
+    """
     if batch_sizes is None:
         if c0 is None:
             ctx.save_for_backward(x, h0, y, saved, *weights)
@@ -129,8 +133,12 @@ def _keep(
     ctx.has_c0, ctx.is_packed = c0 is not None, batch_sizes is not None
 
 
-def _kept(ctx: Any) -> Sequence[Tensor]:
-    """The tensors of `_keep`, unless one of them has been changed in place since."""
+def _saved_tensors(ctx: Any) -> Sequence[Tensor]:
+    """Returns the saved tensors.
+
+    Raises:
+        RuntimeError: one of them has been changed in place.
+    """
     try:
         saved: Sequence[Tensor] = ctx.saved_tensors
     except RuntimeError as error:
@@ -144,23 +152,22 @@ def _kept(ctx: Any) -> Sequence[Tensor]:
     return saved
 
 
-#: the inputs before x: the cell, the slots and batch_sizes
-_BEFORE_X = 3
+_BEFORE_X = 3  # the inputs before x: spec, slots and batch_sizes
 
 
 def _backward_of(
     ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None
 ) -> Gradients:
-    """The gradients of all inputs of `LayerFunction` and `EagerLayerFunction`."""
+    """Returns the gradients of all inputs of `LayerFunction` or `EagerLayerFunction`."""
     if d_y is None and d_h_n is None and d_c_n is None:
         return (None,) * len(ctx.needs_input_grad)
-    x, h0, y, saved, *rest = _kept(ctx)
+    x, h0, y, saved, *rest = _saved_tensors(ctx)
     c0 = rest.pop(0) if ctx.has_c0 else None
     batch_sizes = rest.pop(0) if ctx.is_packed else None
     call = LayerCall(ctx.spec, x, batch_sizes, h0, c0, Weights(rest, ctx.slots))
     needs = ctx.needs_input_grad[_BEFORE_X:]
     d_outputs = (d_y, d_h_n, d_c_n)
-    if is_any_autocast_enabled() and autocast.acts_on(x):  # it has chosen the types in forward
+    if is_any_autocast_enabled() and autocast.acts_on(x):  # forward has already cast the tensors
         with torch.autocast(x.device.type, enabled=False):
             found = gradients(call, needs, d_outputs, y, saved)
     else:
@@ -173,10 +180,10 @@ _apply_eagerly: Any = unbound_apply(EagerLayerFunction)
 
 
 def kernel_layer(call: LayerCall) -> Results:
-    """Runs one layer, or one step, by the kernels; differentiable where autograd records."""
-    is_recorded = records(call)
+    """Runs one layer or one step by the kernels. Differentiable if a gradient is recorded."""
+    is_recorded = records_gradient(call)
     if torch.compiler.is_compiling() and (is_recorded or not call.options.half_weights):
-        # a Function that Dynamo traces loses what its backward pass records for create_graph=True
+        # If Dynamo traced the Function, create_graph=True would lose the graph of its backward.
         return captured_layer(call)
     if not is_recorded:
         return infer_layer(call)
@@ -192,7 +199,7 @@ def kernel_layer(call: LayerCall) -> Results:
 
 
 def _eager_layer(call: LayerCall) -> Results:
-    """`kernel_layer` by `EagerLayerFunction`."""
+    """Runs one layer or one step by `EagerLayerFunction`."""
     spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
     if c0 is None:
         y, h_n = _apply_eagerly(spec, slots, batch_sizes, x, h0, None, *weights)
@@ -211,9 +218,9 @@ def _layer_autograd(
     batch_sizes: Tensor | None,
     cell: str,
 ) -> _Tensors:
-    """Runs ``recurrent_layer`` of a graph under autograd."""
-    spec = CELLS.get(cell)  # the kernel rejects an unknown one
-    if spec is not None and records(
+    """Runs ``recurrent_layer`` under autograd: the code of the dispatch key "Autograd"."""
+    spec = CELLS.get(cell)  # the kernel raises for an unknown cell
+    if spec is not None and records_gradient(
         LayerCall(spec, x, batch_sizes, h0, c0, Weights(weights, slots))
     ):
         apply: Any = LayerFunction.apply
@@ -233,21 +240,23 @@ def _layer_autocast(
     batch_sizes: Tensor | None,
     cell: str,
 ) -> _Tensors:
-    """Runs ``recurrent_layer`` of a graph under autocast, with the types of `fastrnn.autocast`."""
-    spec = CELLS.get(cell)  # the kernel rejects an unknown one
-    is_cast = autocast.acts_on(x)  # not where x is on another device than the weights
+    """Runs ``recurrent_layer`` under autocast, with the types of `fastrnn.autocast`."""
+    spec = CELLS.get(cell)  # the kernel raises for an unknown cell
+    is_cast = autocast.acts_on(x)  # False if autocast is enabled only on the weights' device
     with ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
         if spec is None or not is_cast:
             return layer_op(x, h0, c0, weights, slots, batch_sizes, cell)  # type: ignore[no-any-return]
         call = LayerCall(spec, x, batch_sizes, h0, c0, Weights(weights, slots))
-        own = autocast.cast_call(call)
-        y, h_n, c_n = layer_op(own.x, own.h0, own.c0, own.weights.flat, slots, batch_sizes, cell)
+        cast = autocast.cast_call(call)
+        y, h_n, c_n = layer_op(
+            cast.x, cast.h0, cast.c0, cast.weights.flat, slots, batch_sizes, cell
+        )
         y, h_n, c_cast = autocast.cast_results(call, decode_layer(call, y, h_n, c_n))
         return y, h_n, c_n if c_cast is None else c_cast
 
 
 def _reject_layout(*args: Any, **kwargs: Any) -> Any:
-    """Replaces a kernel for tensors that are no plain arrays; dispatch looks at all arguments."""
+    """Raises for tensors that are not dense, in any argument: the code of their dispatch keys."""
     raise RuntimeError(
         "fastrnn: tensors must be dense, got a sparse, mkldnn, nested or quantized one. "
         "Convert with input.to_dense()."

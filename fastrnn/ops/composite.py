@@ -1,4 +1,4 @@
-"""A layer as torch operations, for calls that the kernels do not support."""
+"""The composite: a layer as torch operations, for calls that the kernels do not support."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastrnn.reference import reference_layer, reference_step
 
 
 def composite_layer(call: LayerCall) -> Results:
-    """Runs one layer, or one step, by differentiable operations.
+    """Runs one layer or one step by differentiable operations.
 
-    As in the kernels, half types are rounded at the end only, and autocast, which has chosen the
-    types of the arguments, changes nothing in between.
+    As in the kernels, half types are computed in float32 and rounded only at the end. Autocast is
+    disabled, because the arguments have been cast already.
     """
     x = call.x
     if autocast.acts_on(x):

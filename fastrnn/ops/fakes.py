@@ -1,4 +1,4 @@
-"""The operators on tensors without memory: their checks, and the shapes of their results."""
+"""The operators on fake and meta tensors: their checks, and the shapes of their results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PER_DIRECTION = len(GRADIENT_OUTPUTS) - _FIRST_WEIGHT
 
 
 def _expect(condition: Any, message: str) -> None:
-    """Checks something of a fake tensor; sizes without a value are checked when the graph runs."""
+    """Raises unless a condition holds. A symbolic size is checked when the graph runs."""
     torch._check(condition, lambda: f"fastrnn: {message}.")
 
 
@@ -43,7 +43,7 @@ def _expect_sizes(name: str, t: Tensor, sizes: Sequence[int]) -> None:
 
 
 class _FakeArguments:
-    """The sizes of a layer that is traced, checked as csrc/torch/arguments.cpp checks them."""
+    """The sizes of a traced layer, with the same checks as in csrc/torch/arguments.cpp."""
 
     def __init__(
         self,

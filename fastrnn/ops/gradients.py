@@ -1,13 +1,16 @@
-"""The gradients of a layer, from the operator that computed it.
+"""The gradients of a layer.
 
-The time loop of backward gives d_pre, the gradient at the pre-activations. All that is parallel
-over time are a few large matrix products, on the CPU in the same operator, elsewhere torch's own:
+The time loop of the backward pass computes d_pre, the gradient at the pre-activations. A few large
+matrix products over all steps follow. On the CPU the same operator computes them, on CUDA torch:
 
-    d_x    = d_pre[x side] @ w_ih            d_pre[h side] / d_pre[x side]: the columns of the
-    d_w_ih = d_pre[x side]^T @ x             gradient of the pre-activations that belong to the
-    d_w_hh = d_pre[h side]^T @ h_prev        hidden / the input side of the cell (`CellSpec`)
+    d_x    = d_pre[x side] @ w_ih
+    d_w_ih = d_pre[x side]^T @ x
+    d_w_hh = d_pre[h side]^T @ h_prev
     d_b    = column sums of d_pre
     d_w_hr = d_h^T @ (o * tanh(c'))          only with an LSTM's projection
+
+d_pre[x side] and d_pre[h side] are the columns that belong to the input side and the hidden side of
+the cell (`CellSpec`); h_prev is the hidden state before each row.
 """
 
 from __future__ import annotations
@@ -23,23 +26,23 @@ from fastrnn._torch_internals import are_transforms_active, forward_ad, is_batch
 from fastrnn.layer_call import LayerCall
 from fastrnn.ops.composite import composite_layer
 from fastrnn.ops.operators import backward_op, decode, gradient_ops
-from fastrnn.ops.sequence import is_traced, previous_packed
-from fastrnn.spec import GRADIENT_OUTPUTS, PROJECTION, WEIGHT_SLOTS, Run, Weights, present
+from fastrnn.ops.sequence import is_traced, previous_states
+from fastrnn.spec import GRADIENT_OUTPUTS, PROJECTION, WEIGHT_SLOTS, ColumnRange, Weights, present
 
-#: of x, h0, c0 and each weight; None where it is not needed
+#: the gradients of x, h0, c0 and each weight; None if not needed
 Gradients = tuple["Tensor | None", ...]
 
-#: of y, h_n and c_n; None for zero
+#: the gradients of y, h_n and c_n; None for zero
 Outputs = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 _D_X, _D_H0, _D_C0, _D_H_ALL, _FIRST_WEIGHT = range(5)
 _PER_DIRECTION = len(GRADIENT_OUTPUTS) - _FIRST_WEIGHT
 _W_HR = WEIGHT_SLOTS.index("w_hr")
-_BEFORE_WEIGHTS = 3  # x, h0 and c0 in the needs
+_BEFORE_WEIGHTS = 3  # x, h0 and c0 come before the weights
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether ``torch.func`` or ``is_grads_batched`` has put its wrappers around tensors."""
+    """Whether a transform of ``torch.func`` is active or ``is_grads_batched`` wraps a tensor."""
     if are_transforms_active():
         return True
     if not torch.compiler.is_compiling():
@@ -52,7 +55,7 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
 def gradients(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, y: Tensor, saved: Tensor
 ) -> Gradients:
-    """Computes the gradients of a layer in the fastest way that supports them.
+    """Computes the gradients of a layer by the fastest method that supports the call.
 
     Args:
         call: the layer.
@@ -62,7 +65,7 @@ def gradients(
     """
     transformed = _is_transformed(*d_outputs)
     if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        # vmap over the backward pass, create_graph=True, gradients with tangents
+        # vmap over the backward pass, create_graph=True, or gradients with tangents
         return differentiable_gradients(call, needs, d_outputs, transformed)
     compute = cpu_gradients if call.x.is_cpu else gradients_by_torch
     return compute(call, needs, d_outputs, y, saved)
@@ -71,14 +74,14 @@ def gradients(
 def cpu_gradients(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, y: Tensor, saved: Tensor
 ) -> Gradients:
-    """The gradients by one operator of the CPU."""
+    """Computes the gradients by one operator of the CPU."""
     spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
     directions = h0.shape[0] if h0.dim() == 3 else 1
-    outputs, numbers = _results_for(slots, directions, needs)
+    outputs, indices = _select_results(slots, directions, needs)
     results = gradient_ops[directions](
         *d_outputs, x, h0, c0, weights, slots, batch_sizes, y, saved, spec.name, outputs
     )
-    found = decode(results, numbers)
+    found = decode(results, indices)
     if slots & PROJECTION:
         count = len(weights) // directions
         for direction in range(directions):
@@ -91,20 +94,25 @@ def cpu_gradients(
 
 
 @functools.cache
-def _results_for(
+def _select_results(
     slots: int, directions: int, needs: tuple[bool, ...]
 ) -> tuple[int, tuple[int | None, ...]]:
-    """The results of the operator to ask for, and the one for each of x, h0, c0 and the weights."""
-    numbers = [_D_X, _D_H0, _D_C0]
+    """Selects results of the gradient operator.
+
+    Returns:
+        The operator's argument ``outputs``, and the index of the result for each of x, h0, c0 and
+        the weights (None if not needed).
+    """
+    indices = [_D_X, _D_H0, _D_C0]
     for direction in range(directions):
         first = _FIRST_WEIGHT + direction * _PER_DIRECTION
-        numbers += [_D_H_ALL if slot == _W_HR else first + slot for slot in present(slots)]
-    wanted = [n if need else None for n, need in zip(numbers, needs, strict=True)]
+        indices += [_D_H_ALL if slot == _W_HR else first + slot for slot in present(slots)]
+    needed = [index if need else None for index, need in zip(indices, needs, strict=True)]
     outputs = 0
-    for number in wanted:
-        if number is not None:
-            outputs |= 1 << number
-    return outputs, tuple(wanted)
+    for index in needed:
+        if index is not None:
+            outputs |= 1 << index
+    return outputs, tuple(needed)
 
 
 class DirectionNeeds(NamedTuple):
@@ -120,7 +128,7 @@ class DirectionNeeds(NamedTuple):
 def gradients_by_torch(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, y: Tensor, saved: Tensor
 ) -> Gradients:
-    """The gradients by CUDA's time loop and torch's matrix products."""
+    """Computes the gradients by the CUDA time loop and torch's matrix products."""
     spec, x, batch_sizes, h0, c0, weights, _ = call
     need_x, need_h0, need_c0, *need_weights = needs
     flat, slots = weights
@@ -140,7 +148,7 @@ def gradients_by_torch(
     for direction, w in enumerate(weights.directions()):
         need = DirectionNeeds(*(next(need_weight) if t is not None else False for t in w))
         pre = d_pre[direction]
-        side_x = _side(pre, spec.runs_x, hidden)
+        side_x = _side(pre, spec.ranges_x, hidden)
         d_w_ih = d_w_hh = d_b_ih = d_b_hh = d_w_hr = None
         if need_x:
             w_ih = _cast(w.w_ih, pre)
@@ -158,7 +166,7 @@ def gradients_by_torch(
             if is_bidirectional:
                 y_own = y_rows[:, direction * size : (direction + 1) * size]
             d_w_hh = _recurrent_gradient(
-                _side(pre, spec.runs_h, hidden),
+                _side(pre, spec.ranges_h, hidden),
                 y_own,
                 _cast(h0[direction], pre),
                 batch_sizes,
@@ -166,13 +174,13 @@ def gradients_by_torch(
             )
             d_w_hh = _cast(d_w_hh, w.w_hh)
         if need.b_ih or need.b_hh:
-            sums = pre.sum(0)  # one pass serves both sides
+            sums = pre.sum(0)  # one pass over d_pre for both biases
             if need.b_ih:
-                d_b_ih = _cast(_bias_gradient(sums, spec.runs_x, hidden), w.w_ih)
+                d_b_ih = _cast(_bias_gradient(sums, spec.ranges_x, hidden), w.w_ih)
             if need.b_hh:
-                d_b_hh = _cast(_bias_gradient(sums, spec.runs_h, hidden), w.w_hh)
-                if need.b_ih and spec.runs_x == spec.runs_h:
-                    # two parameters must not end up with one memory as their gradient
+                d_b_hh = _cast(_bias_gradient(sums, spec.ranges_h, hidden), w.w_hh)
+                if need.b_ih and spec.ranges_x == spec.ranges_h:
+                    # the gradients of two parameters must not share memory
                     d_b_hh = d_b_hh.clone()
         if need.w_hr and w.w_hr is not None:
             d_w_hr = _cast(_projection_gradient(d_h_all[direction], saved[direction]), w.w_hr)
@@ -190,33 +198,34 @@ def _cast(t: Tensor, like: Tensor) -> Tensor:
     return t if t.dtype == like.dtype else t.to(like.dtype)
 
 
-# the columns of d_pre that belong to one side of the cell, in as few pieces as they come:
-# [N,k*H] each, and the rows of the weight that it belongs to (None for all of them)
+# The columns of d_pre that belong to one side of the cell, in as few parts as possible. Each part
+# is [N,k*H], with the rows of the weight that it belongs to (None for all rows).
 Side = list[tuple[Tensor, "slice | None"]]
 
 
-def _side(pre: Tensor, runs: Sequence[Run], hidden: int) -> Side:
-    if len(runs) == 1:
-        run = runs[0]
-        is_all = run.width * hidden == pre.shape[1]
-        return [(pre if is_all else pre[:, run.columns(hidden)], None)]
-    return [(pre[:, run.columns(hidden)], run.gate_rows(hidden)) for run in runs]
+def _side(pre: Tensor, ranges: Sequence[ColumnRange], hidden: int) -> Side:
+    if len(ranges) == 1:
+        (only,) = ranges
+        is_all = only.width * hidden == pre.shape[1]
+        return [(pre if is_all else pre[:, only.columns(hidden)], None)]
+    return [(pre[:, part.columns(hidden)], part.gate_rows(hidden)) for part in ranges]
 
 
-def _bias_gradient(sums: Tensor, runs: Sequence[Run], hidden: int) -> Tensor:
-    """One side's part [G*H] of the column sums [Q*H]."""
-    if len(runs) == 1:
-        return sums if runs[0].width * hidden == sums.shape[0] else sums[runs[0].columns(hidden)]
-    return torch.cat([sums[run.columns(hidden)] for run in runs])
+def _bias_gradient(sums: Tensor, ranges: Sequence[ColumnRange], hidden: int) -> Tensor:
+    """Returns one side's part [G*H] of the column sums [Q*H] of d_pre."""
+    if len(ranges) == 1:
+        (only,) = ranges
+        return sums if only.width * hidden == sums.shape[0] else sums[only.columns(hidden)]
+    return torch.cat([sums[part.columns(hidden)] for part in ranges])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a @ b, by an operator whose products ``torch.utils.flop_counter`` counts."""
+    """Computes total += a @ b by an operator that ``torch.utils.flop_counter`` counts."""
     return torch.addmm(total, a, b, out=total)
 
 
 def _weight_gradient(side: Side, inputs: Tensor) -> Tensor:
-    """d_w [G*H,K] = side^T [G*H,N] @ inputs [N,K]."""
+    """Returns d_w [G*H,K] = side^T [G*H,N] @ inputs [N,K]."""
     if len(side) == 1:
         return torch.mm(side[0][0].t(), inputs)
     d_w = inputs.new_empty(sum(part.shape[1] for part, _ in side), inputs.shape[1])
@@ -228,7 +237,7 @@ def _weight_gradient(side: Side, inputs: Tensor) -> Tensor:
 def _recurrent_gradient(
     side: Side, y: Tensor, h0: Tensor, batch_sizes: Tensor | None, backwards: bool
 ) -> Tensor:
-    """d_w_hh [G*H,R]: like `_weight_gradient`, where each row's input is the state before it.
+    """Returns d_w_hh [G*H,R]: `_weight_gradient` whose inputs are the states before each row.
 
     Args:
         side: the hidden side of the gradient of the pre-activations.
@@ -240,12 +249,13 @@ def _recurrent_gradient(
     batch = h0.shape[0]
     later = y.shape[0] - batch
     if batch_sizes is not None:
-        return _weight_gradient(side, previous_packed(y, h0, batch_sizes, backwards))
+        return _weight_gradient(side, previous_states(y, h0, batch_sizes, backwards))
     if later == 0:
         return _weight_gradient(side, h0)
     gate_rows = sum(part.shape[1] for part, _ in side)
     if later <= gate_rows or is_traced(y):
-        # moving y costs less than a second pass over d_w; compiled code should not depend on T*B
+        # Copying y costs less than a second pass over d_w. Compiled code always copies, so that it
+        # does not depend on T*B.
         h_prev = torch.cat([y[batch:], h0] if backwards else [h0, y[:later]])
         return _weight_gradient(side, h_prev)
     if backwards:
@@ -259,7 +269,7 @@ def _recurrent_gradient(
 
 
 def _projection_gradient(d_h: Tensor, saved: Tensor) -> Tensor:
-    """d_w_hr [P,H] = d_h [N,P]^T @ (o * tanh(c')) [N,H]; ``saved`` holds i,f,g,o,c'."""
+    """Returns d_w_hr [P,H] = d_h [N,P]^T @ (o * tanh(c')) [N,H]; ``saved`` holds i,f,g,o,c'."""
     _, _, _, o, c = saved.chunk(5, dim=1)
     return torch.mm(d_h.t(), _cast(o * torch.tanh(c), d_h))
 
@@ -267,7 +277,7 @@ def _projection_gradient(d_h: Tensor, saved: Tensor) -> Tensor:
 def differentiable_gradients(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, transformed: bool
 ) -> Gradients:
-    """The gradients as ordinary operations that can be differentiated again."""
+    """Computes the gradients by ordinary operations, which can be differentiated again."""
     inputs: tuple[Any, ...] = (call.x, call.h0, call.c0, *call.weights.flat)
 
     def forward(*wanted: Tensor) -> tuple[Tensor, ...]:
@@ -290,8 +300,8 @@ def differentiable_gradients(
         gradients = iter(torch.func.vjp(forward, *wanted)[1](given))
     else:
         with torch.enable_grad():
-            # aliases: inputs that depend on one another must not be followed beyond this layer;
-            # those of a transform that is over (as in vjp) have lost their place in any graph
+            # Aliases, so that autograd stops at this layer's inputs even if one input depends on
+            # another. Inputs of a transform that has ended (as in vjp) belong to no graph.
             aliases = [t.view_as(t) for t in wanted]
             aliases = [t if t.requires_grad else t.requires_grad_() for t in aliases]
             gradients = iter(

@@ -1,7 +1,7 @@
 """The operators of ``torch.ops.fastrnn`` as Python calls them.
 
-An operator returns a fixed number of tensors. `decode` and `decode_layer` are the only places
-that know which of them are placeholders.
+An operator returns a fixed number of tensors. Some are placeholders for results that were not
+requested or do not exist; only `decode` and `decode_layer` know which.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _library.load()
 
 
 def raise_interruption(error: BaseException) -> None:
-    """Raises the exception of a signal's handler (Ctrl-C: KeyboardInterrupt) if it ended a call."""
+    """Raises the signal handler's exception (Ctrl-C: KeyboardInterrupt) if it ended the call."""
     _C.raise_interruption(str(error))
 
 
-def check_is_refusal(error: Exception) -> None:
+def raise_unless_rejected(error: Exception) -> None:
     """Raises the error again unless `forward_op` or the dispatcher rejected the arguments.
 
-    Another path may support such arguments or explain them in torch's words. A failure (not enough
-    memory, a bug) must not be retried: that would hide it.
+    The general path may support rejected arguments or explain them in torch's words. Any other
+    failure (not enough memory, a bug) must not be retried, because that would hide it.
     """
     raise_interruption(error)
     message = str(error)
-    is_refusal = message.startswith(("fastrnn: ", "fastrnn::recurrent_forward() "))
+    is_rejection = message.startswith(("fastrnn: ", "fastrnn::recurrent_forward() "))
     is_failure = message.startswith("fastrnn: the call failed: ")
     # the dispatcher raises NotImplementedError for a device without kernels
-    if is_failure or not (is_refusal or isinstance(error, NotImplementedError)):
+    if is_failure or not (is_rejection or isinstance(error, NotImplementedError)):
         raise error
 
 
 def _interruptible(operator: Any) -> Any:
-    """The operator; the exception of a signal's handler replaces its own."""
+    """Wraps an operator: if a signal handler ended the call, the handler's exception is raised."""
 
     @functools.wraps(operator)
     def call(*args: Any) -> Any:
@@ -54,14 +54,14 @@ def _interruptible(operator: Any) -> Any:
     return call
 
 
-#: the operators themselves, for the quick path and for graphs
+#: the operators without a wrapper, for the fast path and for graphs
 forward_op = torch.ops.fastrnn.recurrent_forward.default
 layer_op = torch.ops.fastrnn.recurrent_layer.default
 backward_op = torch.ops.fastrnn.recurrent_backward.default
 
 interruptible_forward = _interruptible(forward_op)
 _interruptible_stack = _interruptible(torch.ops.fastrnn.recurrent_stack.default)
-#: by the number of directions
+#: the operators that compute gradients, by number of directions
 gradient_ops = {
     1: _interruptible(torch.ops.fastrnn.recurrent_gradients.default),
     2: _interruptible(torch.ops.fastrnn.recurrent_bidirectional_gradients.default),
@@ -89,22 +89,22 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the kernels accumulate in."""
+    """Returns the dtype that the kernels accumulate in."""
     return torch.float32 if dtype in HALF else dtype
 
 
-def decode(results: Sequence[Tensor], numbers: Sequence[int | None]) -> list[Tensor | None]:
-    """The results with these numbers; None for None, whose result is a placeholder."""
-    return [None if number is None else results[number] for number in numbers]
+def decode(results: Sequence[Tensor], indices: Sequence[int | None]) -> list[Tensor | None]:
+    """Returns the results at these indices; None for an index of None."""
+    return [None if index is None else results[index] for index in indices]
 
 
 def decode_layer(call: LayerCall, y: Tensor, h_n: Tensor, c_n: Tensor) -> Results:
-    """The results of a layer, None for a cell state that the cell does not have."""
+    """Returns the results of a layer; c_n is None if the cell has no cell state."""
     return y, h_n, None if call.c0 is None else c_n
 
 
-def records(call: LayerCall) -> bool:
-    """Whether autograd will record the results."""
+def records_gradient(call: LayerCall) -> bool:
+    """Whether autograd will record the call."""
     c0 = call.c0
     return torch.is_grad_enabled() and (
         call.x.requires_grad
@@ -115,9 +115,9 @@ def records(call: LayerCall) -> bool:
 
 
 def infer_layer(call: LayerCall) -> Results:
-    """One layer by the kernels without a gradient."""
+    """Runs one layer by the kernels, without a gradient."""
     spec, x, batch_sizes, h0, c0, (weights, slots), options = call
-    # while a graph is captured, half_weights alone comes here
+    # while a graph is captured, only calls with half_weights reach this line
     run = forward_op if torch.compiler.is_compiling() else interruptible_forward
     outputs = spec.inference_outputs
     if options.half_weights and x.device.type == "cpu":
@@ -128,14 +128,14 @@ def infer_layer(call: LayerCall) -> Results:
 
 
 def captured_layer(call: LayerCall) -> Results:
-    """One layer as one operator in a graph, which decides when it runs whether to save."""
+    """Runs one layer as an operator of a graph; at run time it saves values if needed."""
     spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
     y, h_n, c_n = layer_op(x, h0, c0, weights, slots, batch_sizes, spec.name)
     return decode_layer(call, y, h_n, c_n)
 
 
 def infer_stack(call: LayerCall) -> Results:
-    """Stacked layers of one direction in one call, two at a time in parallel where that pays."""
+    """Runs stacked layers of one direction in one call, two at the same time if that is faster."""
     spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
     c0s = [] if c0 is None else list(c0.split(1))
     y, h_n, c_n = _interruptible_stack(

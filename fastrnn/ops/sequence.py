@@ -9,31 +9,31 @@ from torch import Tensor
 
 
 def is_traced(t: Tensor) -> bool:
-    """Whether a tensor stands for those of later calls, as those that compilers trace with do."""
+    """Whether a tensor has no fixed values, because a compiler traces with it."""
     return torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter)
 
 
-def previous_packed(y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool) -> Tensor:
-    """[N,R] the state before each packed row: its sequence's row one step earlier, or h0's."""
-    if is_traced(batch_sizes):  # its values may change
-        return previous_by_index(y, h0, batch_sizes, backwards)
-    return torch.cat(list(_previous_in_pieces(y, h0, batch_sizes, backwards)))
+def previous_states(y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool) -> Tensor:
+    """Returns the state before each packed row [N,R]: y of its sequence one step earlier, or h0."""
+    if is_traced(batch_sizes):  # its values are unknown
+        return previous_states_by_index(y, h0, batch_sizes, backwards)
+    return torch.cat(list(_previous_states_by_slices(y, h0, batch_sizes, backwards)))
 
 
-def _previous_in_pieces(
+def _previous_states_by_slices(
     y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool
 ) -> Iterator[Tensor]:
-    """`previous_packed` in slices of y and h0: no index has to reach the device.
+    """Yields `previous_states` in slices of y and h0, so that no index is copied to the device.
 
-    Steps of one size have their rows, and those of the step before each, side by side.
+    Consecutive steps of the same size form one period: the states before its rows are contiguous.
     """
     sizes, counts = torch.unique_consecutive(batch_sizes, return_counts=True)
-    runs = list(zip(sizes.tolist(), counts.tolist(), strict=True))
-    begin, before = 0, h0  # the rows of the run's first step; what stands before them
-    for index, (size, count) in enumerate(runs):
+    periods = list(zip(sizes.tolist(), counts.tolist(), strict=True))
+    begin, before = 0, h0  # first row of the period; states before its first step
+    for index, (size, count) in enumerate(periods):
         end = begin + size * count
         if backwards:
-            after = runs[index + 1][0] if index + 1 < len(runs) else 0
+            after = periods[index + 1][0] if index + 1 < len(periods) else 0
             yield y[begin + size : end + after]
             yield h0[after:size]
         else:
@@ -43,11 +43,11 @@ def _previous_in_pieces(
         begin = end
 
 
-def previous_by_index(y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool) -> Tensor:
-    """`previous_packed` with operations whose number does not depend on batch_sizes.
+def previous_states_by_index(y: Tensor, h0: Tensor, batch_sizes: Tensor, backwards: bool) -> Tensor:
+    """Computes `previous_states` by operations whose number does not depend on batch_sizes.
 
-    With offset[t] the first row of step t, row offset[t] + b stands right after row
-    offset[t-1] + b = (offset[t] + b) - batch_sizes[t-1] of its sequence b.
+    Let offset[t] be the first row of step t. Then row offset[t] + b of sequence b follows its row
+    offset[t-1] + b = (offset[t] + b) - batch_sizes[t-1].
     """
     rows, batch = y.shape[0], h0.shape[0]
     later = torch.arange(batch, rows)

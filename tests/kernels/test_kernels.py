@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrnn import _C
 from fastrnn.ops.gradients import cpu_gradients
-from fastrnn.ops.sequence import previous_by_index, previous_packed
+from fastrnn.ops.sequence import previous_states, previous_states_by_index
 from fastrnn.spec import CELLS, CellSpec
 
 ISAS = _C.available_isas()
@@ -239,8 +239,8 @@ def test_previous_states_of_packed_rows_match_a_loop(sizes: list[int], backwards
         states = torch.cat([step, states[size:]])
     truth = torch.cat(expected[::-1] if backwards else expected)
     batch_sizes = torch.tensor(sizes)
-    assert torch.equal(previous_packed(y, h0, batch_sizes, backwards), truth)
-    assert torch.equal(previous_by_index(y, h0, batch_sizes, backwards), truth)
+    assert torch.equal(previous_states(y, h0, batch_sizes, backwards), truth)
+    assert torch.equal(previous_states_by_index(y, h0, batch_sizes, backwards), truth)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -133,14 +133,14 @@ def test_report_reads_well(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(3, 4), Custom(4, 4), nn.GRU(4, 4))
     with (
         caplog.at_level(logging.INFO, logger="fastrnn"),
-        pytest.warns(UserWarning, match="fastrnn.convert: 1: .*Custom left alone"),
+        pytest.warns(UserWarning, match="fastrnn.convert: 1: .*Custom left unchanged"),
     ):
         _, report = fastrnn.convert(model, return_report=True)
     lines = str(report).splitlines()
-    assert lines[0] == "fastrnn: 1 replaced, 1 left alone"
+    assert lines[0] == "fastrnn: 1 replaced, 1 left unchanged"
     assert lines[1] == "  2: torch.nn.GRU -> fastrnn.GRU"
     assert lines[2].startswith("  1: ")
-    assert lines[2].endswith("left alone, as a subclass it may rely on how torch computes")
+    assert lines[2].endswith("left unchanged, as a subclass it may rely on how torch computes")
     assert str(report) in caplog.text
     assert type(model[1]) is Custom
 
@@ -215,7 +215,7 @@ def test_computed_weights(cls: type[nn.Module], kind: str) -> None:
 def test_parametrized_subclass_is_left_alone() -> None:
     module = Custom(3, 4)
     parametrizations.weight_norm(module, "weight_hh_l0")
-    with pytest.warns(UserWarning, match="left alone"):
+    with pytest.warns(UserWarning, match="left unchanged"):
         _, report = fastrnn.convert(module, return_report=True)
     assert len(report.skipped) == 1
     assert isinstance(module, Custom)

@@ -133,7 +133,7 @@ def test_the_choice_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None
             return run(call)
 
         monkeypatch.setattr(backend, "run", counted)
-    monkeypatch.setattr(choose, "may_run_quickly", lambda: False)
+    monkeypatch.setattr(choose, "may_use_fast_path", lambda: False)
     for module in (build("gru", 3, 4), build("lstm", 3, 4, 2), build("rnn_relu", 3, 4, 2).half()):
         x = torch.randn(X).to(next(module.parameters()).dtype)
         for recorded in (False, True):
@@ -211,4 +211,4 @@ def test_an_override_is_obeyed_everywhere() -> None:
         build("lstm", 3, 4, 2)(torch.randn(X))
         make_step("rnn_tanh", 3, 4)(torch.randn(2, 3))
     assert seen == ["gru", "lstm", "lstm", "rnn_tanh"]
-    assert choose.may_run_quickly is choose.is_plain
+    assert choose.may_use_fast_path is choose.is_plain

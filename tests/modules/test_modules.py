@@ -379,7 +379,7 @@ def test_functional_checks_batch_sizes(sizes: Tensor, message: str) -> None:
 
 
 def test_functional_checks_its_arguments() -> None:
-    with pytest.raises(TypeError, match="misses the arguments num_layers"):
+    with pytest.raises(TypeError, match="is missing the arguments num_layers"):
         _lstm(num_layers=None)
     with pytest.raises(TypeError, match="unexpected argument 'speed'"):
         _lstm(speed=1)

@@ -44,8 +44,8 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 )
 def test_a_failure_is_not_retried(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     layer, step = build("gru", 3, 4), make_step("gru", 3, 4)
-    monkeypatch.setattr(layer, "_run_slowly", lambda *_: pytest.fail("retried"))
-    monkeypatch.setattr(run, "_run_step_slowly", lambda *_: pytest.fail("retried"))
+    monkeypatch.setattr(layer, "_run_general_path", lambda *_: pytest.fail("retried"))
+    monkeypatch.setattr(run, "_run_step_general_path", lambda *_: pytest.fail("retried"))
     fail_with(monkeypatch, error)
     assert raised(lambda: layer(torch.randn(X))) is error
     assert raised(lambda: step(torch.randn(2, 3))) is error
@@ -111,7 +111,7 @@ def test_parameters_of_another_kind_take_the_general_path() -> None:
 
 
 def test_memory_that_torch_lacks_is_a_failure() -> None:
-    """The message of the operator itself begins as `check_is_refusal` expects."""
+    """The message of the operator itself begins as `raise_unless_rejected` expects."""
     x = torch.zeros(1).expand(1, 1 << 40, 1)
     error = raised(lambda: build("gru", 1, 4)(x, torch.zeros(1).expand(1, 1 << 40, 4)))
     assert str(error).startswith("fastrnn: the call failed: ")

@@ -118,7 +118,7 @@ def warned(monkeypatch: pytest.MonkeyPatch, built: str | None, here: str | None)
     monkeypatch.setattr(torch.version, "cuda", here)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _library._warn_of_another_cuda()
+        _library._warn_of_other_cuda_major()
     return [str(warning.message) for warning in caught]
 
 

@@ -48,8 +48,10 @@ def onnx_model(cell: str, shape: Shape, weights: Mapping[str, Tensor]) -> ModelP
 
     def stacked(name: str, layer: int) -> Tensor:
         """Returns a parameter of both directions, [D,G*H,...], in ONNX's order of gates."""
-        ways = [weights[f"{name}_l{layer}{suffix}"] for suffix in ("", "_reverse")[:directions]]
-        gates = torch.stack(ways).reshape(directions, GATES[cell], hidden, -1)
+        per_direction = [
+            weights[f"{name}_l{layer}{suffix}"] for suffix in ("", "_reverse")[:directions]
+        ]
+        gates = torch.stack(per_direction).reshape(directions, GATES[cell], hidden, -1)
         return gates[:, GATE_ORDER[cell]].reshape(directions, GATES[cell] * hidden, -1)
 
     output_shape = constant("shape", torch.tensor([shape.steps, shape.batch, directions * hidden]))
