@@ -69,6 +69,8 @@ def leaf_call(module: nn.Module, input: Any, hx: Any) -> Any:
     """
     proxy: Any = input
     if not isinstance(input, Proxy):
+        if hx is None or type(hx) is Tensor:
+            return None
         states = hx if isinstance(hx, tuple | list) else (hx,)
         proxy = next((state for state in states if isinstance(state, Proxy)), None)
         if proxy is None:

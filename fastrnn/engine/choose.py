@@ -52,10 +52,9 @@ Watcher = Callable[[LayerCall, Sequence[Backend]], Backend]
 
 
 def is_plain() -> bool:
-    """Whether gradients, autocast, transforms, tangents and graph capture are all off."""
+    """Whether autocast, transforms, tangents and graph capture are all off."""
     return not (
-        torch.is_grad_enabled()
-        or is_any_autocast_enabled()
+        is_any_autocast_enabled()
         or are_transforms_active()
         or forward_ad._current_level >= 0
         or torch.compiler.is_compiling()

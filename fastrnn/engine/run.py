@@ -15,7 +15,7 @@ from fastrnn.backends import Backend, torch_step
 from fastrnn.engine import choose
 from fastrnn.engine.checks import check_alike, check_layers, check_step
 from fastrnn.layer_call import DEFAULTS, LayerCall, Results
-from fastrnn.ops import HALF, forward_op, raise_unless_rejected
+from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
 from fastrnn.spec import CellSpec, Weights
 from fastrnn.tracing import is_capturing, size, without_tracing
 
@@ -96,6 +96,9 @@ def run_step(
             # the operator checks no sizes of meta tensors
             flat, slots = weights
             if not (x.is_meta or flat[0].is_meta):
+                if torch.is_grad_enabled():
+                    _, h_n, c_n = kernel_layer(LayerCall(spec, x, None, h, c, weights))
+                    return h_n, c_n
                 _, h_n, c_n, _ = forward_op(
                     x, h, c, flat, slots, None, spec.name, spec.inference_outputs
                 )

@@ -17,7 +17,7 @@ from fastrnn.engine import choose
 from fastrnn.engine.run import run
 from fastrnn.layer_call import DEFAULTS, LayerCall, Options
 from fastrnn.modules.quantization_warning import warn_if_left_float
-from fastrnn.ops import HALF, forward_op, raise_unless_rejected
+from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
 from fastrnn.spec import BIASES, BY_MODE, MATRICES, PROJECTION, Weights, slots_of_names
 from fastrnn.tracing import check_scriptable, is_tracing, leaf_call, without_tracing
 
@@ -51,6 +51,12 @@ class RecurrentBase(nn.RNNBase):
 
     _wrong_input_message: ClassVar[str]
     _weight_dtype: torch.dtype | None = None
+    _overrides_checks: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "check_forward_args" in cls.__dict__ and not cls.__module__.startswith("fastrnn."):
+            cls._overrides_checks = True
 
     def __init__(
         self, mode: str, *args: Any, weight_dtype: torch.dtype | None = None, **kwargs: Any
@@ -257,7 +263,7 @@ class RecurrentBase(nn.RNNBase):
         return hx, None
 
     def _run_fast_path(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden] | None:
-        """Fast path: runs one layer by the kernels, without autograd. None if it does not apply.
+        """Fast path: runs one layer by the kernels. None if it does not apply.
 
         The general path takes longer than the kernel of a small layer. Here only the operator
         checks the arguments. If it rejects them, `_run` tries the general path, which supports them
@@ -269,6 +275,7 @@ class RecurrentBase(nn.RNNBase):
             and type(input) is Tensor
             and self.num_layers == 1
             and self._weight_dtype is None
+            and not self._overrides_checks
             and input.dim() == 3
             and not input.is_meta  # the operator checks no sizes of meta tensors
             and all(map(is_, map(self._parameters.get, names), weights))
@@ -295,16 +302,15 @@ class RecurrentBase(nn.RNNBase):
         slots = MATRICES | BIASES if self.bias else MATRICES
         if self.proj_size:
             slots |= PROJECTION
-        y, h_n, c_n, _ = forward_op(
-            input,
-            h0,
-            c0,
-            weights,
-            slots,
-            None,
-            spec.name,
-            spec.inference_outputs,
-        )
+        if torch.is_grad_enabled():
+            if NoneType in map(type, weights):
+                return None
+            named = Weights(weights, slots)  # type: ignore[arg-type]
+            y, h_n, c_n = kernel_layer(LayerCall(spec, input, None, h0, c0, named))
+        else:
+            y, h_n, c_n, _ = forward_op(
+                input, h0, c0, weights, slots, None, spec.name, spec.inference_outputs
+            )
         return y.transpose(0, 1) if batch_first else y, h_n if c0 is None else (h_n, c_n)
 
     def _run(

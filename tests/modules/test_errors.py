@@ -664,8 +664,9 @@ def test_errors_of_others_are_left_alone() -> None:
         def check_forward_args(self, *args: Any) -> None:
             raise KeyError("mine")
 
-    with pytest.raises(KeyError, match="mine"):
-        Broken(3, 4)(torch.zeros(5, 2, 3))
+    for with_gradient in (True, False):
+        with torch.set_grad_enabled(with_gradient), pytest.raises(KeyError, match="mine"):
+            Broken(3, 4)(torch.zeros(5, 2, 3))
 
 
 def test_compiled() -> None:

@@ -1,4 +1,4 @@
-"""The quick path of a module: what the operator rejects is explained, a failure is not retried."""
+"""The fast path of a module: what the operator rejects is explained, a failure is not retried."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastrnn.spec import CELLS
 X = (5, 2, 3)
 
 
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    with torch.no_grad():
+@pytest.fixture(autouse=True, params=[False, True], ids=["inference", "training"])
+def with_gradient(request: pytest.FixtureRequest) -> Any:
+    with torch.set_grad_enabled(request.param):
         yield
 
 
@@ -27,8 +27,9 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(base, "forward_op", fail)
-    monkeypatch.setattr(run, "forward_op", fail)
+    for module in (base, run):
+        monkeypatch.setattr(module, "forward_op", fail)
+        monkeypatch.setattr(module, "kernel_layer", fail)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_a_failure_is_not_retried(monkeypatch: pytest.MonkeyPatch, error: Except
     ],
     ids=str,
 )
-def test_a_refusal_takes_the_general_path(
+def test_a_rejected_call_takes_the_general_path(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     layer, step, x = build("gru", 3, 4), make_step("gru", 3, 4), torch.randn(X)
@@ -70,7 +71,7 @@ def test_a_refusal_takes_the_general_path(
     assert torch.equal(step(x[0]), expected[1])
 
 
-def test_the_refusal_is_the_cause_of_the_error() -> None:
+def test_the_rejection_is_the_cause_of_the_error() -> None:
     module = build("lstm", 3, 4)
     for wrong in (torch.randn(5, 2, 7), torch.zeros(5, 2, 3, dtype=torch.int64)):
         error = raised(lambda wrong=wrong: module(wrong))
@@ -78,7 +79,7 @@ def test_the_refusal_is_the_cause_of_the_error() -> None:
         assert str(error.__cause__).startswith("fastrnn: x must ")
 
 
-def test_the_refusal_of_a_step_is_the_cause_of_the_error() -> None:
+def test_the_rejection_of_a_step_is_the_cause_of_the_error() -> None:
     error = raised(lambda: make_step("lstm", 3, 4)(torch.randn(2, 7)))
     assert str(error).startswith("input has inconsistent input_size")
     assert str(error.__cause__).startswith("fastrnn: x must ")
