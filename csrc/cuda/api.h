@@ -10,7 +10,6 @@
 
 #include <cstddef>
 
-#include "cuda/math/half.h"
 #include "cuda/plan.h"
 
 namespace fastrnn::cuda {
@@ -21,13 +20,8 @@ struct Context {
   bool tf32;     // whether float32 products may round their factors to TF32
 };
 
-// Pointers of problems are device pointers; S: Float16, BFloat16, float or double. One problem a
-// direction, of the same shape but for `reverse`.
-template <class S>
-using Forward = LayerForward<S, Accumulate<S>>;
-template <class S>
-using Backward = LayerBackward<S, Accumulate<S>, S>;
-
+// One problem per direction, of the same shape except for `reverse`; S: Float16, BFloat16, float or
+// double.
 template <class S>
 Plan plan(const Forward<S>* problems, int directions, const Context& context);
 template <class S>

@@ -1,16 +1,17 @@
-// The machine of the schedules' texts: one stream of one GPU. And how the schedules are reached
-// from kernels.cu, each compiled in a source file of its own.
+// The machine that schedules run on: one stream of one GPU.
 #pragma once
 
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/machine/grid.h"
-#include "cuda/schedules/persistent/persistent.h"
-#include "cuda/schedules/stepwise/stepwise.h"
+#include "cuda/machine/product.h"
+#include "cuda/math/fragment.h"
 
 namespace fastrnn::cuda {
 
@@ -124,9 +125,9 @@ constexpr cudaDataType_t kDataType<BFloat16> = CUDA_R_16BF;
 
 class Gpu {
  public:
-  explicit Gpu(const Context& context)
-      : stream_(static_cast<cudaStream_t>(context.stream)),
-        blas_(static_cast<cublasHandle_t>(context.blas)) {}
+  // cudaStream_t and cublasHandle_t, as in cuda/api.h
+  Gpu(void* stream, void* blas)
+      : stream_(static_cast<cudaStream_t>(stream)), blas_(static_cast<cublasHandle_t>(blas)) {}
 
   // cuBLAS counts columns first: it is asked for c^T [n, m] = w' a^T.
   template <class S, class C>
@@ -203,20 +204,5 @@ class Gpu {
   cudaStream_t stream_;
   cublasHandle_t blas_;
 };
-
-// Compiled in stepwise.cu, for every S ...
-template <class S>
-void run_stepwise(const Forward<S>& problem, const Plan& plan, void* workspace, Gpu& gpu);
-template <class S>
-void run_stepwise(const Backward<S>& problem, const Plan& plan, void* workspace, Gpu& gpu);
-// ... and in persistent_<type>.cu, for every S but double. Problems: one a direction.
-template <class S>
-void run_persistent(const Forward<S>* problems, int directions, const Plan& plan, void* workspace,
-                    Gpu& gpu);
-template <class S>
-void run_persistent(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
-                    Gpu& gpu);
-template <class S>
-Plan plan_persistent(const Request& request, Gpu& gpu);  // stepwise, where it would not be resident
 
 }  // namespace fastrnn::cuda

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "cuda/math/half.h"
-#include "cuda/plan.h"
+#include "cuda/schedules/persistent/plan.h"
 
 // Of kernel text that calls upon its thread: the GPU's, or one that a test brings.
 #if defined(__CUDACC__)

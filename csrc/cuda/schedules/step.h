@@ -13,8 +13,8 @@
 #include <utility>
 
 #include "cells/contract.h"
-#include "cuda/math/half.h"
-#include "problem/sequence.h"
+#include "cuda/machine/product.h"
+#include "cuda/schedules/schedule.h"
 
 namespace fastrnn::cuda {
 
@@ -275,5 +275,24 @@ struct Copy {
         narrow<S>(from != nullptr ? widen(from[b * from_stride + j]) : Accumulate<S>(0));
   }
 };
+
+// gates_x = x w_ih^T for some rows of x.
+template <class S>
+Product<S, Accumulate<S>> input_product(const Forward<S>& problem, std::int64_t first,
+                                        std::int64_t rows, Accumulate<S>* gates_x) {
+  const LayerShape& shape = problem.shape;
+  const std::int64_t width = cell_info(shape.cell).gates * shape.hidden_size;
+  return {rows,
+          width,
+          shape.input_size,
+          problem.x + first * problem.x_stride,
+          problem.x_stride,
+          problem.weights.w_ih,
+          problem.weights.w_ih_stride,
+          true,
+          gates_x,
+          width,
+          false};
+}
 
 }  // namespace fastrnn::cuda

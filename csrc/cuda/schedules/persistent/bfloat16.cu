@@ -1,8 +1,10 @@
-// The persistent kernels for bfloat16.
-#include "cuda/schedules/persistent/instantiate.cuh"
+// The persistent kernels for bfloat16: one source file per type, so that they compile in parallel.
+#include "cuda/machine/gpu.cuh"
+#include "cuda/schedules/persistent/persistent.h"
+#include "cuda/schedules/runner.h"
 
 namespace fastrnn::cuda {
 
-FASTRNN_INSTANTIATE_PERSISTENT(BFloat16)
+FASTRNN_INSTANTIATE_SCHEDULE(Persistent, BFloat16, Gpu)
 
 }  // namespace fastrnn::cuda

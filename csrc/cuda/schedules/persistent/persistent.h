@@ -21,9 +21,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/machine/workspace.h"
+#include "cuda/schedules/persistent/plan.h"
 #include "cuda/schedules/persistent/walk.h"
 #include "cuda/schedules/persistent/walk_projected.h"
-#include "cuda/schedules/stepwise/stepwise.h"
 
 namespace fastrnn::cuda {
 
@@ -44,7 +45,6 @@ inline std::int64_t most_segments(const LayerShape& shape) {
 
 // Where everything lies in the workspace, for both directions. The exchanges and their marks of
 // arrival come first, to be cleared at once.
-template <class S>
 struct PersistentLayout {
   std::int64_t first_bytes, first_marks;    // of a direction's exchange,
   std::int64_t second_bytes, second_marks;  // and of the second one with a projection
@@ -149,23 +149,12 @@ struct Residency {
   }
 };
 
-// The table's plan; stepwise, where its persistent blocks would not be resident together.
-template <class S, class Machine>
-Plan resident_plan(const Request& request, Machine& machine) {
-  const Plan plan = make_plan(request);
-  if (plan.schedule->schedule != Schedule::kPersistent) return plan;
-  const int resident = with_walk<S>(request.shape.cell, plan.tiling,
-                                    Residency<S, Machine>{request, plan.tiling, machine});
-  return plan.tiling.blocks <= request.chip.multiprocessors * resident ? plan
-                                                                       : stepwise_plan(request);
-}
-
 // What both passes prepare alike.
 template <class S, class Problem, class Machine>
-class Persistent {
+class PersistentPass {
  protected:
-  Persistent(const Problem* problems, int directions, const Plan& plan, void* workspace,
-             Machine& machine, Pass pass)
+  PersistentPass(const Problem* problems, int directions, const Plan& plan, void* workspace,
+                 Machine& machine, Pass pass)
       : problems_(problems),
         shape_(problems[0].shape),
         directions_(directions),
@@ -217,13 +206,13 @@ class Persistent {
   int directions_;
   const Plan& plan_;
   Machine& machine_;
-  PersistentLayout<S> at_;
+  PersistentLayout at_;
   char* base_;
 };
 
 template <class S, class Machine>
-class PersistentForward : Persistent<S, Forward<S>, Machine> {
-  using Base = Persistent<S, Forward<S>, Machine>;
+class PersistentForward : PersistentPass<S, Forward<S>, Machine> {
+  using Base = PersistentPass<S, Forward<S>, Machine>;
 
  public:
   PersistentForward(const Forward<S>* problems, int directions, const Plan& plan, void* workspace,
@@ -296,8 +285,8 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
 };
 
 template <class S, class Machine>
-class PersistentBackward : Persistent<S, Backward<S>, Machine> {
-  using Base = Persistent<S, Backward<S>, Machine>;
+class PersistentBackward : PersistentPass<S, Backward<S>, Machine> {
+  using Base = PersistentPass<S, Backward<S>, Machine>;
 
  public:
   PersistentBackward(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
@@ -339,16 +328,30 @@ class PersistentBackward : Persistent<S, Backward<S>, Machine> {
   }
 };
 
+template <class S>
+std::size_t Persistent::workspace_bytes(const LayerShape& shape, int directions, const Plan& plan,
+                                        Pass pass) {
+  return PersistentLayout(shape, directions, plan, pass).bytes;
+}
+
+// Blocks wait for each other, so all of them must be resident at once.
 template <class S, class Machine>
-void persistent_forward(const Forward<S>* problems, int directions, const Plan& plan,
-                        void* workspace, Machine& machine) {
+bool Persistent::can_launch(const Request& request, const Plan& plan, Machine& machine) {
+  const int resident = with_walk<S>(request.shape.cell, plan.tiling,
+                                    Residency<S, Machine>{request, plan.tiling, machine});
+  return plan.tiling.blocks <= request.chip.multiprocessors * resident;
+}
+
+template <class S, class Machine>
+void Persistent::forward(const Forward<S>* problems, int directions, const Plan& plan,
+                         void* workspace, Machine& machine) {
   with_walk<S>(problems[0].shape.cell, plan.tiling,
                PersistentForward<S, Machine>(problems, directions, plan, workspace, machine));
 }
 
 template <class S, class Machine>
-void persistent_backward(const Backward<S>* problems, int directions, const Plan& plan,
-                         void* workspace, Machine& machine) {
+void Persistent::backward(const Backward<S>* problems, int directions, const Plan& plan,
+                          void* workspace, Machine& machine) {
   with_walk<S>(problems[0].shape.cell, plan.tiling,
                PersistentBackward<S, Machine>(problems, directions, plan, workspace, machine));
 }

@@ -20,7 +20,6 @@
 // block's columns are those of its units; k runs over all gates.
 #pragma once
 
-#include "cuda/api.h"
 #include "cuda/math/fragment.h"
 #include "cuda/schedules/step.h"
 

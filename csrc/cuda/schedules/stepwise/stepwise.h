@@ -24,45 +24,12 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "cuda/api.h"
+#include "cuda/machine/product.h"
 #include "cuda/machine/workspace.h"
 #include "cuda/schedules/step.h"
+#include "cuda/schedules/stepwise/plan.h"
 
 namespace fastrnn::cuda {
-
-// c [m, n] = a [m, k] w^T for w [n, k] (transposed) or a w for w [k, n]; `add` keeps what c holds.
-// Everything is row-major with the given distances between rows. k = 0 makes zeros.
-template <class S, class C>
-struct Product {
-  std::int64_t m, n, k;
-  const S* a;
-  std::int64_t a_stride;
-  const S* w;
-  std::int64_t w_stride;
-  bool transposed;
-  C* c;
-  std::int64_t c_stride;
-  bool add;
-};
-
-// gates_x = x w_ih^T for some rows of x.
-template <class S>
-Product<S, Accumulate<S>> input_product(const Forward<S>& problem, std::int64_t first,
-                                        std::int64_t rows, Accumulate<S>* gates_x) {
-  const LayerShape& shape = problem.shape;
-  const std::int64_t width = cell_info(shape.cell).gates * shape.hidden_size;
-  return {rows,
-          width,
-          shape.input_size,
-          problem.x + first * problem.x_stride,
-          problem.x_stride,
-          problem.weights.w_ih,
-          problem.weights.w_ih_stride,
-          true,
-          gates_x,
-          width,
-          false};
-}
 
 template <class S>
 struct StepwiseForwardLayout {
@@ -270,27 +237,45 @@ class StepwiseBackward {
   A *d_h_, *d_c_, *d_m_;
 };
 
+template <class S>
+std::size_t Stepwise::workspace_bytes(const LayerShape& shape, int, const Plan& plan, Pass pass) {
+  return pass == Pass::kForward ? StepwiseForwardLayout<S>(shape, plan).bytes
+                                : StepwiseBackwardLayout<S>(shape, plan).bytes;
+}
+
 template <class S, class Machine>
-void stepwise_forward(const Forward<S>& problem, const Plan& plan, void* workspace,
-                      Machine& machine) {
-  switch (problem.shape.cell) {
-#define FASTRNN_CELL(kind, name, type) \
-  case CellKind::kind:                 \
-    return StepwiseForward<type, S, Machine>(problem, plan, workspace, machine).run();
-    FASTRNN_CELLS(FASTRNN_CELL)
+bool Stepwise::can_launch(const Request&, const Plan&, Machine&) {
+  return true;
+}
+
+// Directions run one after the other, in the same workspace.
+template <class S, class Machine>
+void Stepwise::forward(const Forward<S>* problems, int directions, const Plan& plan,
+                       void* workspace, Machine& machine) {
+  for (int d = 0; d < directions; ++d) {
+    switch (problems[d].shape.cell) {
+#define FASTRNN_CELL(kind, name, type)                                              \
+  case CellKind::kind:                                                              \
+    StepwiseForward<type, S, Machine>(problems[d], plan, workspace, machine).run(); \
+    break;
+      FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
+    }
   }
 }
 
 template <class S, class Machine>
-void stepwise_backward(const Backward<S>& problem, const Plan& plan, void* workspace,
-                       Machine& machine) {
-  switch (problem.shape.cell) {
-#define FASTRNN_CELL(kind, name, type) \
-  case CellKind::kind:                 \
-    return StepwiseBackward<type, S, Machine>(problem, plan, workspace, machine).run();
-    FASTRNN_CELLS(FASTRNN_CELL)
+void Stepwise::backward(const Backward<S>* problems, int directions, const Plan& plan,
+                        void* workspace, Machine& machine) {
+  for (int d = 0; d < directions; ++d) {
+    switch (problems[d].shape.cell) {
+#define FASTRNN_CELL(kind, name, type)                                               \
+  case CellKind::kind:                                                               \
+    StepwiseBackward<type, S, Machine>(problems[d], plan, workspace, machine).run(); \
+    break;
+      FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
+    }
   }
 }
 
