@@ -22,9 +22,9 @@
 #include <vector>
 
 #include "cuda/machine/workspace.h"
+#include "cuda/schedules/persistent/backward.h"
+#include "cuda/schedules/persistent/forward.h"
 #include "cuda/schedules/persistent/plan.h"
-#include "cuda/schedules/persistent/walk.h"
-#include "cuda/schedules/persistent/walk_projected.h"
 
 namespace fastrnn::cuda {
 
@@ -169,23 +169,32 @@ class PersistentPass {
   }
 
   WalkShape walk_shape() const {
-    return {shape_.sequence.steps, shape_.hidden_size, plan_.tiling.unit_blocks,
-            plan_.tiling.row_groups};
+    return {shape_.sequence.steps, shape_.hidden_size, shape_.output_size(),
+            plan_.tiling.unit_blocks, plan_.tiling.row_groups};
   }
 
-  void begin_side(WalkSide& side, int direction) const {
-    side.reverse = problems_[direction].shape.sequence.reverse;
-    side.segments = part<Segment>(at_.segments);
-    side.exchange = {part<char>(at_.first) + direction * at_.first_bytes,
-                     part<std::uint64_t>(at_.first_arrived) + direction * at_.first_marks,
-                     std::int64_t(kRowTile) * plan_.tiling.row_tiles, int(plan_.tiling.groups),
-                     int(at_.first_marks / plan_.tiling.row_tiles)};
+  Exchange exchange(std::size_t memory, std::int64_t bytes, std::size_t arrived, std::int64_t marks,
+                    std::int64_t groups, int direction) const {
+    return {part<char>(memory) + direction * bytes,
+            part<std::uint64_t>(arrived) + direction * marks,
+            std::int64_t(kRowTile) * plan_.tiling.row_tiles, int(groups),
+            int(marks / plan_.tiling.row_tiles)};
   }
-  Exchange second_exchange(int direction) const {
-    return {part<char>(at_.second) + direction * at_.second_bytes,
-            part<std::uint64_t>(at_.second_arrived) + direction * at_.second_marks,
-            std::int64_t(kRowTile) * plan_.tiling.row_tiles, int(plan_.tiling.second_groups),
-            int(at_.second_marks / plan_.tiling.row_tiles)};
+  void fill_side(WalkSide<S>& side, int d) const {
+    const Problem& p = problems_[d];
+    side.reverse = p.shape.sequence.reverse;
+    side.segments = part<Segment>(at_.segments);
+    side.exchange = exchange(at_.first, at_.first_bytes, at_.first_arrived, at_.first_marks,
+                             plan_.tiling.groups, d);
+    side.w_hh = p.weights.w_hh;
+    side.w_hh_stride = p.weights.w_hh_stride;
+    side.h0 = p.h0;
+    side.c0 = p.c0;
+    side.y_stride = p.y_stride;
+    side.w_hr = p.weights.w_hr;
+    side.w_hr_stride = p.weights.w_hr_stride;
+    side.projection_exchange = exchange(at_.second, at_.second_bytes, at_.second_arrived,
+                                        at_.second_marks, plan_.tiling.second_groups, d);
   }
   std::int64_t state_offset(int direction) const {
     return direction * shape_.sequence.batch * shape_.hidden_size;
@@ -228,24 +237,15 @@ class PersistentForward : PersistentPass<S, Forward<S>, Machine> {
     for (int d = 0; d < this->directions_; ++d) {
       const Forward<S>& p = this->problems_[d];
       ForwardSide<S>& side = body.side[d];
-      this->begin_side(side, d);
-      side.w_hh = p.weights.w_hh;
-      side.w_hh_stride = p.weights.w_hh_stride;
+      this->fill_side(side, d);
       side.b_ih = p.weights.b_ih;
       side.b_hh = p.weights.b_hh;
-      side.h0 = p.h0;
-      side.c0 = p.c0;
       side.y = p.y;
-      side.y_stride = p.y_stride;
       side.h_n = p.h_n;
       side.c_n = p.c_n;
       side.saved = p.saved;
       side.c = this->template part<float>(this->at_.c) + this->state_offset(d);
       side.gates_x = gates_x(d);
-      if constexpr (kProjected) {
-        body.projection[d] = {p.weights.w_hr, p.weights.w_hr_stride, this->second_exchange(d)};
-        body.outputs = outputs;
-      }
       S* initial = reinterpret_cast<S*>(side.exchange.initial());
       this->machine_.for_each(
           batch, outputs,
@@ -301,28 +301,19 @@ class PersistentBackward : PersistentPass<S, Backward<S>, Machine> {
     for (int d = 0; d < this->directions_; ++d) {
       const Backward<S>& p = this->problems_[d];
       BackwardSide<S>& side = body.side[d];
-      this->begin_side(side, d);
-      side.w_hh = p.weights.w_hh;
-      side.w_hh_stride = p.weights.w_hh_stride;
-      side.h0 = p.h0;
-      side.c0 = p.c0;
+      this->fill_side(side, d);
       side.y = p.y;
-      side.y_stride = p.y_stride;
       side.saved = p.saved;
       side.d_y = p.d_y;
       side.d_y_stride = p.d_y_stride;
       side.d_h_n = p.d_h_n;
       side.d_c_n = p.d_c_n;
       side.d_pre = p.d_pre;
+      side.d_h_all = p.d_h_all;
       side.d_h0 = p.d_h0;
       side.d_c0 = p.d_c0;
       side.d_h = this->template part<float>(this->at_.d_h) + this->state_offset(d);
       side.d_c = this->template part<float>(this->at_.c) + this->state_offset(d);
-      if constexpr (kProjected) {
-        body.projection[d] = {p.weights.w_hr, p.weights.w_hr_stride, this->second_exchange(d)};
-        body.d_h_all[d] = p.d_h_all;
-        body.outputs = this->shape_.proj_size;
-      }
     }
     this->walk(body);
   }
