@@ -1,4 +1,4 @@
-// A layer's call on a GPU: asks what the GPU is, has plan.h choose a schedule, and runs it.
+// Calls of a layer on a GPU: describes the GPU, chooses a schedule (plan.h) and runs it.
 #include <cstdlib>
 #include <type_traits>
 
@@ -15,12 +15,12 @@ Chip current_chip() {
   const auto ask = [&](int& value, cudaDeviceAttr attribute) {
     check(cudaDeviceGetAttribute(&value, attribute, device), "describe the device");
   };
-  check(cudaGetDevice(&device), "name the current device");
+  check(cudaGetDevice(&device), "find the current device");
   ask(chip.major, cudaDevAttrComputeCapabilityMajor);
   ask(chip.multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(chip.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(cooperative, cudaDevAttrCooperativeLaunch);
-  if (cooperative == 0) chip.multiprocessors = 0;  // none for a persistent launch
+  if (cooperative == 0) chip.multiprocessors = 0;  // rules out persistent plans
   return chip;
 }
 
@@ -37,12 +37,12 @@ Arithmetic arithmetic(const Context& context) {
   }
 }
 
-// The math mode of a call's products. The handle is torch's, which finds its own mode afterwards.
+// Sets the math mode of the products of a call. The handle is torch's, so its mode is restored.
 class MathMode {
  public:
   MathMode(const Context& context, cublasMath_t mode)
       : blas_(static_cast<cublasHandle_t>(context.blas)) {
-    check(cublasGetMathMode(blas_, &before_), "tell its math mode");
+    check(cublasGetMathMode(blas_, &before_), "read its math mode");
     if (mode != before_) check(cublasSetMathMode(blas_, mode), "set its math mode");
   }
   ~MathMode() { cublasSetMathMode(blas_, before_); }
@@ -54,7 +54,7 @@ class MathMode {
   cublasMath_t before_ = CUBLAS_DEFAULT_MATH;
 };
 
-// Half types are added in float32, also where cuBLAS splits k.
+// Half types are added in float32, even if cuBLAS splits k.
 template <class S>
 cublasMath_t math_mode(const Context& context) {
   if constexpr (sizeof(S) == 2) return CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;

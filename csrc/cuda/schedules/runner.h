@@ -53,7 +53,8 @@ Plan make_plan_on(const Request& request, Machine& machine) {
 
 }  // namespace fastrnn::cuda
 
-// Compiles what a Runner of a schedule points to.
+// Compiles the functions that a Runner of a schedule points to. Schedules with many kernels have
+// one .cu file per type, so that they compile in parallel.
 #define FASTRNN_INSTANTIATE_SCHEDULE(type, S, Machine)                                           \
   template std::size_t type::workspace_bytes<S>(const LayerShape&, int, const Plan&, Pass);      \
   template bool type::can_launch<S, Machine>(const Request&, const Plan&, Machine&);             \

@@ -84,10 +84,10 @@ struct Tiling {
   int row_groups = 0;       // groups of blocks that share the row tiles
   int column_tiles = 0;     // tiles of a block's columns: gates * units forward, units backward
   std::int64_t groups = 0;  // of kGroupBytes in a row of the recurrent product
-  std::int64_t second_groups = 0;  // and in one of the product with w_hr, or its transpose
-  std::int64_t shared_bytes = 0;   // of a block
-  int tiles_a_block = 0;           // at most
-  int blocks = 0;                  // 0: it does not fit
+  std::int64_t projection_groups = 0;  // and in one of the product with w_hr, or its transpose
+  std::int64_t shared_bytes = 0;       // of a block
+  int tiles_per_block = 0;             // at most
+  int blocks = 0;                      // 0: it does not fit
 };
 
 struct ScheduleInfo;

@@ -100,7 +100,7 @@ class Host {
   // As on a GPU, a kernel gets its shared memory only after a query of its resident blocks, and
   // runs at most that many blocks.
   template <class Body>
-  int blocks_a_multiprocessor(std::int64_t shared_bytes, const cuda::Chip& chip) {
+  int blocks_per_multiprocessor(std::int64_t shared_bytes, const cuda::Chip& chip) {
     asked_ = &typeid(Body);
     most_blocks_ = shared_bytes <= chip.shared_bytes ? chip.multiprocessors * resident_ : 0;
     return int(resident_);

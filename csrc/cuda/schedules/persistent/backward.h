@@ -18,7 +18,7 @@
 namespace fastrnn::cuda {
 
 template <class S>
-struct BackwardSide : WalkSide<S> {
+struct BackwardArguments : DirectionArguments<S> {
   const S* y;  // [N, R], y_stride apart
   const float* saved;
   const S* d_y;
@@ -38,21 +38,21 @@ template <class S, class Math, int kUnits, class Thread>
 class BackwardProjection {
  public:
   FASTRNN_DEVICE BackwardProjection(Thread& thread, const WalkShape& shape,
-                                    const BackwardSide<S>& on, const BlockPlace& place,
+                                    const BackwardArguments<S>& args, const BlockPlace& place,
                                     char* shared)
       : thread_(thread),
-        on_(on),
+        args_(args),
         place_(place),
         outputs_(shape.outputs),
-        product_(thread, on.projection_exchange, shared,
-                 GateColumns<S, 1>{on.w_hr, on.w_hr_stride, shape.outputs, shape.hidden,
+        product_(thread, args.projection_exchange, shared,
+                 GateColumns<S, 1>{args.w_hr, args.w_hr_stride, shape.outputs, shape.hidden,
                                    place.first_unit(kUnits)}) {}
 
   // The part of d_h that no other block writes.
   FASTRNN_DEVICE float load(const StepRowsOf<int>& at, int b, std::int64_t output) const {
     float d_h = 0;
-    if (at.ends(b) && on_.d_h_n != nullptr) d_h = widen(on_.d_h_n[b * outputs_ + output]);
-    if (on_.d_y != nullptr) d_h += widen(on_.d_y[(at.first + b) * on_.d_y_stride + output]);
+    if (at.ends(b) && args_.d_h_n != nullptr) d_h = widen(args_.d_h_n[b * outputs_ + output]);
+    if (args_.d_y != nullptr) d_h += widen(args_.d_y[(at.first + b) * args_.d_y_stride + output]);
     return d_h;
   }
 
@@ -60,10 +60,10 @@ class BackwardProjection {
   FASTRNN_DEVICE void publish(float d_h, bool is_output, const StepRowsOf<int>& at, int tile, int b,
                               std::int64_t output, std::int64_t k) const {
     if (is_output && b < at.rows)
-      on_.projection_exchange.template row<S>(k, b)[output] = Math::operand(d_h);
-    on_.projection_exchange.arrive(thread_, tile, place_.unit_block, k + 1);
+      args_.projection_exchange.template row<S>(k, b)[output] = Math::operand(d_h);
+    args_.projection_exchange.arrive(thread_, tile, place_.unit_block, k + 1);
     if (is_output) {
-      S* to = b < at.rows ? on_.d_h_all + (at.first + b) * outputs_ : on_.d_h0 + b * outputs_;
+      S* to = b < at.rows ? args_.d_h_all + (at.first + b) * outputs_ : args_.d_h0 + b * outputs_;
       to[output] = narrow<S>(d_h);
     }
   }
@@ -71,15 +71,15 @@ class BackwardProjection {
   FASTRNN_DEVICE void multiply(const StepRowsOf<int>& at, int tile, std::int64_t k) {
     const int first = tile * kRowTile;
     product_.wait(tile, k + 1);
-    const char* d_h = on_.projection_exchange.slot(k);
-    product_.multiply(TileRows{d_h, d_h, first, at.rows, on_.projection_exchange.row_bytes()},
+    const char* d_h = args_.projection_exchange.slot(k);
+    product_.multiply(TileRows{d_h, d_h, first, at.rows, args_.projection_exchange.row_bytes()},
                       at.rows - first);
   }
   FASTRNN_DEVICE float at(int row, int column) const { return product_.at(row, column); }
 
  private:
   Thread& thread_;
-  const BackwardSide<S>& on_;
+  const BackwardArguments<S>& args_;
   const BlockPlace& place_;
   std::int64_t outputs_;
   BlockProduct<Math, S, kUnits, kUnits / kColumnTile, 1, Thread> product_;
@@ -89,56 +89,56 @@ class BackwardProjection {
 template <class Cell, class S, class Math, int kUnits, bool kProjected>
 struct BackwardLoop {
   WalkShape shape;
-  BackwardSide<S> side[2];
+  BackwardArguments<S> arguments[2];
 
   template <class Thread>
   FASTRNN_DEVICE void operator()(Thread& thread) const {
     constexpr int kTiles = kUnits / kColumnTile;
     const BlockPlace place(shape, thread.block());
-    const BackwardSide<S>& on = side[place.side];
+    const BackwardArguments<S>& args = arguments[place.direction];
     const TileElement<kUnits, Thread> mine(thread, place.unit_block);
     const std::int64_t hidden = shape.hidden, unit = mine.unit;
     const std::int64_t outputs = kProjected ? shape.outputs : hidden;
     const bool has_outputs = !kProjected || place.first_unit(kUnits) < outputs;
     BlockProduct<Math, S, kUnits, kTiles, Cell::kGates, Thread> recurrent(
-        thread, on.exchange, thread.shared(),
-        GateColumns<S, Cell::kGates>{on.w_hh, on.w_hh_stride, hidden, outputs,
+        thread, args.exchange, thread.shared(),
+        GateColumns<S, Cell::kGates>{args.w_hh, args.w_hh_stride, hidden, outputs,
                                      place.first_unit(kUnits)});
     using Projection =
         std::conditional_t<kProjected, BackwardProjection<S, Math, kUnits, Thread>, NoProjection>;
-    Projection projection(thread, shape, on, place, recurrent.end());
+    Projection projection(thread, shape, args, place, recurrent.end());
     thread.sync();
 
     BackwardStep<Cell, S> body{};  // with a projection d_y and d_h_n are part of d_h
     body.hidden = hidden;
-    body.d_c = on.d_c;
-    body.d_c_n = on.d_c_n;
-    body.c0 = on.c0;
+    body.d_c = args.d_c;
+    body.d_c_n = args.d_c_n;
+    body.c0 = args.c0;
     if constexpr (!kProjected) {
-      body.d_h = on.d_h;
-      body.d_h_n = on.d_h_n;
-      body.d_y_stride = on.d_y_stride;
-      body.h_stride = on.y_stride;
-      body.h0 = on.h0;
+      body.d_h = args.d_h;
+      body.d_h_n = args.d_h_n;
+      body.d_y_stride = args.d_y_stride;
+      body.h_stride = args.y_stride;
+      body.h0 = args.h0;
     }
 
-    SegmentedSequence sequence(on.segments, on.reverse);
+    SegmentedSequence sequence(args.segments, args.reverse);
     int rows_after = 0;  // of the step that was walked last
     for (std::int64_t k = 0; k <= shape.steps; ++k) {
       StepRowsOf<int> at{};  // no rows in the last round
       if (k < shape.steps) {
-        at = sequence.at(on.reverse ? k : shape.steps - 1 - k);
+        at = sequence.at(args.reverse ? k : shape.steps - 1 - k);
         body.at = at;
         if constexpr (!kProjected) {
-          body.h = on.y + at.first * on.y_stride;
-          body.h_before = on.y + at.first_before * on.y_stride;
-          if (on.d_y != nullptr) body.d_y = on.d_y + at.first * on.d_y_stride;
+          body.h = args.y + at.first * args.y_stride;
+          body.h_before = args.y + at.first_before * args.y_stride;
+          if (args.d_y != nullptr) body.d_y = args.d_y + at.first * args.d_y_stride;
         }
-        if (on.saved != nullptr) {
-          body.saved = on.saved + at.first * Cell::kSaved * hidden;
-          body.saved_before = on.saved + at.first_before * Cell::kSaved * hidden;
+        if (args.saved != nullptr) {
+          body.saved = args.saved + at.first * Cell::kSaved * hidden;
+          body.saved_before = args.saved + at.first_before * Cell::kSaved * hidden;
         }
-        body.d_pre = on.d_pre + at.first * Cell::kPre * hidden;
+        body.d_pre = args.d_pre + at.first * Cell::kPre * hidden;
       }
 
       const int rows = at.rows > rows_after ? at.rows : rows_after;
@@ -155,13 +155,13 @@ struct BackwardLoop {
           if constexpr (kProjected) {
             if (is_output && b < at.rows) d_h = projection.load(at, b, unit);
           } else if constexpr (Cell::kDirectPath) {
-            if (is_output && b < rows_after) d_h = on.d_h[b * hidden + unit];
+            if (is_output && b < rows_after) d_h = args.d_h[b * hidden + unit];
           }
           if (rows_after > first) {
             recurrent.wait(tile, k);
-            const char* d_gates = on.exchange.slot(k - 1);
+            const char* d_gates = args.exchange.slot(k - 1);
             recurrent.multiply(
-                TileRows{d_gates, d_gates, first, rows_after, on.exchange.row_bytes()},
+                TileRows{d_gates, d_gates, first, rows_after, args.exchange.row_bytes()},
                 rows_after - first);
             if (is_output && b < rows_after) d_h += recurrent.at(mine.row, mine.column);
           }
@@ -175,18 +175,18 @@ struct BackwardLoop {
         if (is_step) {
           if constexpr (kProjected) d_h = projection.at(mine.row, mine.column);
           gradients = body.compute(inputs, d_h);
-          S* to = on.exchange.template row<S>(k, b) + unit * Cell::kGates;
+          S* to = args.exchange.template row<S>(k, b) + unit * Cell::kGates;
           FASTRNN_UNROLL
           for (int gate = 0; gate < Cell::kGates; ++gate)
             to[gate] = Math::operand(gradients.d_pre[gate]);
         }
-        on.exchange.arrive(thread, tile, place.unit_block, k + 1);
+        args.exchange.arrive(thread, tile, place.unit_block, k + 1);
         if (is_step) {
           body.store(gradients, b, unit);  // no other block waits for this
         } else if (is_mine) {
-          if constexpr (!kProjected) on.d_h0[b * hidden + unit] = narrow<S>(d_h);
+          if constexpr (!kProjected) args.d_h0[b * hidden + unit] = narrow<S>(d_h);
           if constexpr (Cell::kStates == 2)
-            on.d_c0[b * hidden + unit] = narrow<S>(on.d_c[b * hidden + unit]);
+            args.d_c0[b * hidden + unit] = narrow<S>(args.d_c[b * hidden + unit]);
         }
       }
       rows_after = at.rows;

@@ -7,14 +7,13 @@
 
 namespace fastrnn::cuda {
 
-// A product that a block takes part in: a tile's rows of an exchange times the block's columns of
-// the weights, which stay packed in its shared memory. kPerUnit: values of k that a unit brings;
-// kUnits: units of a block that brings them.
+// Multiplies a tile's rows of an exchange by the block's columns of the weights. kPerUnit: values
+// of k per unit; kUnits: units of each block that writes into the exchange.
 template <class Math, class S, int kUnits, int kTiles, int kPerUnit, class Thread>
 class BlockProduct {
  public:
-  // Packs the weights into shared memory. The sums of warps that have no share stay zero for good.
-  // The block has to meet before they are used.
+  // Packs the weights into shared memory and clears the partial sums: those of warps without a
+  // share of k stay zero. The threads must synchronise before the first product.
   template <class Source>
   FASTRNN_DEVICE BlockProduct(Thread& thread, const Exchange& exchange, char* shared,
                               const Source& source)
@@ -27,30 +26,32 @@ class BlockProduct {
     const int last = (share_.end * kGroupValues<S> - 1) / kPerUnit;
     first_producer_ = first / kUnits;
     last_producer_ = last / kUnits;
-    if (last_producer_ >= exchange.marks) last_producer_ = exchange.marks - 1;
+    if (last_producer_ >= exchange.writers) last_producer_ = exchange.writers - 1;
     pack_weights<Math, S, kTiles>(thread, exchange.groups, packed_, source);
     for (int i = int(thread.index()); i < kWalkWarps * kPartial; i += kWalkThreads) partial_[i] = 0;
   }
-  // The first byte of shared memory that it leaves.
+  // The first byte of shared memory after it.
   FASTRNN_DEVICE char* end() const {
     return reinterpret_cast<char*>(partial_ + kWalkWarps * kPartial);
   }
 
-  // Waits for the tile's rows of `steps` steps, as far as this warp reads them.
+  // Waits until the blocks whose values this warp reads have written `steps` steps of the tile.
   FASTRNN_DEVICE void wait(int tile, std::int64_t steps) {
     if (share_.begin == share_.end) return;
-    const std::uint64_t* arrived = exchange_.arrived + std::int64_t(tile) * exchange_.marks;
+    const std::uint64_t* arrived = exchange_.arrived + std::int64_t(tile) * exchange_.writers;
     for (int i = first_producer_ + int(thread_.index()) % kWarp; i <= last_producer_; i += kWarp)
       thread_.wait(arrived + i, std::uint64_t(steps));
     thread_.sync_warp();
   }
 
+  // Multiplies the first `active` rows of a tile. Synchronises the block.
   FASTRNN_DEVICE void multiply(const TileRows& rows, int active) {
     if (share_.begin < share_.end)
       Math::template multiply<kTiles>(thread_, rows, active < kRowTile ? active : kRowTile, packed_,
                                       share_, partial_ + warp_ * kPartial);
     thread_.sync();
   }
+  // An element of the product: the sum over the warps' shares of k.
   FASTRNN_DEVICE float at(int row, int column) const {
     const float* first = partial_ + partial_at(kTiles, row, column);
     float sum = 0;
@@ -71,7 +72,8 @@ class BlockProduct {
   int first_producer_, last_producer_;
 };
 
-// Gates' rows of a block's units: column gate * kUnits + u; k: a column of w_hh.
+// The weights of a product with w^T, for the gates of a block's units. Column gate * kUnits + u is
+// a row of w, k one of its columns.
 template <class S, int kUnits>
 struct GateRows {
   const S* w;
@@ -83,7 +85,7 @@ struct GateRows {
     return widen(w[(column / kUnits * hidden + unit) * stride + k]);
   }
 };
-// Columns of w_hh; k = unit * kGates + gate: a row of it.
+// The weights of a product with w. k = unit * kGates + gate is a row of w.
 template <class S, int kGates>
 struct GateColumns {
   const S* w;

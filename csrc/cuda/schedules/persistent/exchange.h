@@ -7,14 +7,15 @@
 
 namespace fastrnn::cuda {
 
-// Where blocks leave for one another what is multiplied next: two slots that steps use in turn, in
-// some walks a third that is there from the beginning; and the marks of who has arrived.
+// The operand of the next product, written by some blocks and read by others: two slots that steps
+// use in turn, forward a third with the initial states; and one mark per row tile and writing
+// block, the number of steps that the block has written.
 struct Exchange {
   char* memory;            // [slots, rows, row_bytes]
-  std::uint64_t* arrived;  // [row tiles, marks]
+  std::uint64_t* arrived;  // [row tiles, writers]
   std::int64_t rows;       // the batch in whole tiles
   int groups;              // of k
-  int marks;               // blocks that write into it
+  int writers;             // blocks that write into it
 
   FASTRNN_HD std::int64_t row_bytes() const { return std::int64_t(groups) * kGroupBytes; }
   FASTRNN_HD char* slot(std::int64_t step) const {
@@ -26,13 +27,13 @@ struct Exchange {
     return reinterpret_cast<S*>(slot(step) + b * row_bytes());
   }
 
-  // Tells the others that block `mark` has done with the tile what they need of `steps` steps.
+  // Publishes that this block, writer number `writer`, has written `steps` steps of the tile.
   template <class Thread>
-  FASTRNN_DEVICE void arrive(Thread& thread, std::int64_t tile, int mark,
+  FASTRNN_DEVICE void arrive(Thread& thread, std::int64_t tile, int writer,
                              std::int64_t steps) const {
     thread.sync();
     if (thread.index() == 0)
-      thread.publish(arrived + std::int64_t(tile) * marks + mark, std::uint64_t(steps));
+      thread.publish(arrived + std::int64_t(tile) * writers + writer, std::uint64_t(steps));
   }
 };
 

@@ -1,5 +1,4 @@
-// The persistent kernels for float32 and TF32: one source file per type, so that they compile in
-// parallel.
+// The persistent kernels for float32 and TF32.
 #include "cuda/machine/gpu.cuh"
 #include "cuda/schedules/persistent/persistent.h"
 #include "cuda/schedules/runner.h"

@@ -16,7 +16,7 @@
 namespace fastrnn::cuda {
 
 template <class S>
-struct ForwardSide : WalkSide<S> {
+struct ForwardArguments : DirectionArguments<S> {
   const S* b_ih;  // [G*H] or null
   const S* b_hh;  // [G*H] or null
   S* y;           // [N, R], y_stride apart
@@ -32,15 +32,16 @@ struct ForwardSide : WalkSide<S> {
 template <class S, class Math, int kUnits, class Thread>
 class ForwardProjection {
  public:
-  FASTRNN_DEVICE ForwardProjection(Thread& thread, const WalkShape& shape, const ForwardSide<S>& on,
-                                   const BlockPlace& place, char* shared)
+  FASTRNN_DEVICE ForwardProjection(Thread& thread, const WalkShape& shape,
+                                   const ForwardArguments<S>& args, const BlockPlace& place,
+                                   char* shared)
       : thread_(thread),
-        on_(on),
+        args_(args),
         place_(place),
         outputs_(shape.outputs),
         has_outputs_(place.first_unit(kUnits) < shape.outputs),
-        product_(thread, on.projection_exchange, shared,  // w_hr: as of one gate
-                 GateRows<S, kUnits>{on.w_hr, on.w_hr_stride, shape.outputs, shape.hidden,
+        product_(thread, args.projection_exchange, shared,  // w_hr: as of one gate
+                 GateRows<S, kUnits>{args.w_hr, args.w_hr_stride, shape.outputs, shape.hidden,
                                      place.first_unit(kUnits)}) {}
 
   FASTRNN_DEVICE void run(const TileElement<kUnits, Thread>& mine, const StepRowsOf<int>& at,
@@ -48,25 +49,25 @@ class ForwardProjection {
     if (!has_outputs_) return;
     const int first = tile * kRowTile, b = first + mine.row;
     product_.wait(tile, k + 1);
-    const char* h = on_.projection_exchange.slot(k);
-    product_.multiply(TileRows{h, h, first, at.rows, on_.projection_exchange.row_bytes()},
+    const char* h = args_.projection_exchange.slot(k);
+    product_.multiply(TileRows{h, h, first, at.rows, args_.projection_exchange.row_bytes()},
                       at.rows - first);
     const bool is_output = mine.exists && b < at.rows && mine.unit < outputs_;
     float y = 0;
     if (is_output) {
       y = product_.at(mine.row, mine.column);
-      on_.exchange.template row<S>(k, b)[mine.unit] = Math::operand(y);
+      args_.exchange.template row<S>(k, b)[mine.unit] = Math::operand(y);
     }
-    on_.exchange.arrive(thread_, tile, place_.unit_block, k + 1);
+    args_.exchange.arrive(thread_, tile, place_.unit_block, k + 1);
     if (is_output) {
-      on_.y[(at.first + b) * on_.y_stride + mine.unit] = narrow<S>(y);
-      if (at.ends(b)) on_.h_n[b * outputs_ + mine.unit] = narrow<S>(y);
+      args_.y[(at.first + b) * args_.y_stride + mine.unit] = narrow<S>(y);
+      if (at.ends(b)) args_.h_n[b * outputs_ + mine.unit] = narrow<S>(y);
     }
   }
 
  private:
   Thread& thread_;
-  const ForwardSide<S>& on_;
+  const ForwardArguments<S>& args_;
   const BlockPlace& place_;
   std::int64_t outputs_;
   bool has_outputs_;
@@ -78,51 +79,51 @@ template <class Cell, class S, class Math, int kUnits, bool kProjected>
 struct ForwardLoop {
   WalkShape shape;
   std::int64_t begin, end;
-  ForwardSide<S> side[2];
+  ForwardArguments<S> arguments[2];
 
   template <class Thread>
   FASTRNN_DEVICE void operator()(Thread& thread) const {
     constexpr int kTiles = Cell::kGates * kUnits / kColumnTile;
     const BlockPlace place(shape, thread.block());
-    const ForwardSide<S>& on = side[place.side];
+    const ForwardArguments<S>& args = arguments[place.direction];
     const TileElement<kUnits, Thread> mine(thread, place.unit_block);
     const std::int64_t hidden = shape.hidden, unit = mine.unit;
     BlockProduct<Math, S, kUnits, kTiles, 1, Thread> gates(
-        thread, on.exchange, thread.shared(),
-        GateRows<S, kUnits>{on.w_hh, on.w_hh_stride, hidden, kProjected ? shape.outputs : hidden,
-                            place.first_unit(kUnits)});
+        thread, args.exchange, thread.shared(),
+        GateRows<S, kUnits>{args.w_hh, args.w_hh_stride, hidden,
+                            kProjected ? shape.outputs : hidden, place.first_unit(kUnits)});
     using Projection =
         std::conditional_t<kProjected, ForwardProjection<S, Math, kUnits, Thread>, NoProjection>;
-    Projection projection(thread, shape, on, place, gates.end());
+    Projection projection(thread, shape, args, place, gates.end());
     thread.sync();
     // for the product that reads h' next
-    const Exchange& exchange = kProjected ? on.projection_exchange : on.exchange;
+    const Exchange& exchange = kProjected ? args.projection_exchange : args.exchange;
 
     ForwardStep<Cell, S> body{};  // with a projection its h is in the exchange only
     body.hidden = hidden;
-    body.b_ih = on.b_ih;
-    body.b_hh = on.b_hh;
-    body.c0 = on.c0;
-    body.c = on.c;
-    body.c_n = on.c_n;
+    body.b_ih = args.b_ih;
+    body.b_hh = args.b_hh;
+    body.c0 = args.c0;
+    body.c = args.c;
+    body.c_n = args.c_n;
     if constexpr (!kProjected) {
-      body.h_before_stride = body.h_stride = on.y_stride;
-      body.h0 = on.h0;
-      body.h_n = on.h_n;
+      body.h_before_stride = body.h_stride = args.y_stride;
+      body.h0 = args.h0;
+      body.h_n = args.h_n;
     }
     typename ForwardStep<Cell, S>::Biases biases{};
     if (unit < hidden) biases = body.biases(unit);
 
-    SegmentedSequence sequence(on.segments, on.reverse);
+    SegmentedSequence sequence(args.segments, args.reverse);
     for (std::int64_t k = begin; k < end; ++k) {
-      const StepRowsOf<int> at = sequence.at(on.reverse ? shape.steps - 1 - k : k);
+      const StepRowsOf<int> at = sequence.at(args.reverse ? shape.steps - 1 - k : k);
       body.at = at;
-      body.gates_x = on.gates_x + (at.first - on.first_row) * Cell::kGates * hidden;
+      body.gates_x = args.gates_x + (at.first - args.first_row) * Cell::kGates * hidden;
       if constexpr (!kProjected) {
-        body.h_before = on.y + at.first_before * on.y_stride;
-        body.h = on.y + at.first * on.y_stride;
+        body.h_before = args.y + at.first_before * args.y_stride;
+        body.h = args.y + at.first * args.y_stride;
       }
-      if (on.saved != nullptr) body.saved = on.saved + at.first * Cell::kSaved * hidden;
+      if (args.saved != nullptr) body.saved = args.saved + at.first * Cell::kSaved * hidden;
 
       for (int tile = place.row_group; tile * kRowTile < at.rows; tile += shape.row_groups) {
         const int first = tile * kRowTile, b = first + mine.row;
@@ -131,8 +132,8 @@ struct ForwardLoop {
         if (is_mine) inputs = body.load(b, unit);
 
         if (at.first_starting > first) gates.wait(tile, k);
-        gates.multiply(TileRows{on.exchange.slot(k - 1), on.exchange.initial(), first,
-                                at.first_starting, on.exchange.row_bytes()},
+        gates.multiply(TileRows{args.exchange.slot(k - 1), args.exchange.initial(), first,
+                                at.first_starting, args.exchange.row_bytes()},
                        at.rows - first);
 
         typename ForwardStep<Cell, S>::Outputs outputs;

@@ -19,12 +19,12 @@ inline constexpr int kWalkThreads = 256, kWarp = 32;
 inline constexpr int kWalkWarps = kWalkThreads / kWarp;
 inline constexpr int kRowTile = 16;     // rows of a tensor core's product
 inline constexpr int kColumnTile = 8;   // and columns
-inline constexpr int kGroupBytes = 64;  // of a row that a step of the product takes: 4 x 16 bytes
-inline constexpr int kFewRows = 4;      // up to which the tensor cores would mostly idle
+inline constexpr int kGroupBytes = 64;  // of an operand's row: 4 lanes of a warp load 16 bytes each
+inline constexpr int kDotProductRows = 4;  // largest batch for which tensor cores would mostly idle
 inline constexpr int kUnitChoices[] = {8, 16};  // units of a block
 
-// Where a warp's partial sums lie: [row, column], a row's columns exchanged so that what a warp
-// writes or reads at a time (4 rows x 8 columns, 2 rows x 16 columns) lies in 32 banks.
+// The index of a warp's partial sum in shared memory: [row, column], with the columns of a row
+// permuted so that a warp's accesses (4 rows x 8 columns, 2 rows x 16 columns) hit 32 banks.
 FASTRNN_HD constexpr int partial_at(int column_tiles, int row, int column) {
   const int exchanged = column_tiles % 4 == 0   ? (row & 1) * 16 + (row & 2) * 4
                         : column_tiles % 2 == 0 ? (row & 2) * 4
@@ -44,7 +44,7 @@ inline Tiling make_tiling(const Request& request) {
   const auto groups_of = [&](std::int64_t values) {
     return (values * element_bytes(request.arithmetic) + kGroupBytes - 1) / kGroupBytes;
   };
-  // a product's weights in shared memory, and the partial sums of its warps
+  // the weights of a product in shared memory and the partial sums of the warps
   const auto bytes_of = [](std::int64_t groups, int column_tiles) {
     return column_tiles * kColumnTile * (groups * kGroupBytes + kWalkWarps * kRowTile * 4);
   };
@@ -54,7 +54,7 @@ inline Tiling make_tiling(const Request& request) {
     const std::int64_t unit_blocks = (shape.hidden_size + units - 1) / units;
     if (unit_blocks * request.directions > chip.multiprocessors) continue;
     tiling.tensor_cores =
-        request.arithmetic != Arithmetic::kFloat32 && shape.sequence.batch > kFewRows;
+        request.arithmetic != Arithmetic::kFloat32 && shape.sequence.batch > kDotProductRows;
     tiling.units = units;
     tiling.unit_blocks = int(unit_blocks);
     tiling.output_blocks = int((shape.output_size() + units - 1) / units);
@@ -62,27 +62,28 @@ inline Tiling make_tiling(const Request& request) {
     tiling.groups = groups_of(forward ? shape.output_size() : gates * shape.hidden_size);
     tiling.shared_bytes = bytes_of(tiling.groups, tiling.column_tiles);
     if (shape.proj_size > 0) {
-      tiling.second_groups = groups_of(forward ? shape.hidden_size : shape.proj_size);
-      tiling.shared_bytes += bytes_of(tiling.second_groups, units / kColumnTile);
+      tiling.projection_groups = groups_of(forward ? shape.hidden_size : shape.proj_size);
+      tiling.shared_bytes += bytes_of(tiling.projection_groups, units / kColumnTile);
     }
     if (tiling.shared_bytes > chip.shared_bytes) continue;
     tiling.row_tiles = int((shape.sequence.batch - 1) / kRowTile + 1);
     const int most_groups = chip.multiprocessors / (tiling.unit_blocks * request.directions);
-    tiling.tiles_a_block = (tiling.row_tiles - 1) / most_groups + 1;
-    tiling.row_groups = (tiling.row_tiles - 1) / tiling.tiles_a_block + 1;
+    tiling.tiles_per_block = (tiling.row_tiles - 1) / most_groups + 1;
+    tiling.row_groups = (tiling.row_tiles - 1) / tiling.tiles_per_block + 1;
     tiling.blocks = tiling.unit_blocks * tiling.row_groups * request.directions;
-    // A block walks its tiles one after the other: the fewer the better. Where that is the same,
-    // fewer units a block are more blocks at work.
-    if (best.blocks == 0 || tiling.tiles_a_block < best.tiles_a_block) best = tiling;
+    // A block walks its tiles one after the other, so fewer tiles are better. For the same number
+    // of tiles, fewer units per block put more blocks to work.
+    if (best.blocks == 0 || tiling.tiles_per_block < best.tiles_per_block) best = tiling;
   }
   return best;
 }
 
-// A launch and its preparation pay from some steps on; and with many row tiles a block, a large
-// product of cuBLAS is faster than one tile after the other. (On an H200 a step of 1024 LSTM units
-// took 2 us a tile on tensor cores, 13 us in dot products, and 17 to 40 us in cuBLAS.)
-inline constexpr std::int64_t kFewSteps = 4;
-inline constexpr int kManyTiles = 4, kManyTilesOfDots = 2;
+// The fewest steps that repay the launch and its preparation.
+inline constexpr std::int64_t kFewestSteps = 4;
+// The most row tiles per block; with more, one large cuBLAS product is faster than one tile after
+// the other. Measured on an H200 for a step of 1024 LSTM units: 2 us per tile on tensor cores, 13
+// us per tile in dot products, 17 to 40 us in cuBLAS.
+inline constexpr int kMostTiles = 4, kMostDotProductTiles = 2;
 
 // Memory for gates_x, which should not grow with T. The launch of a chunk reads ahead, so large
 // chunks are better than chunks that fit into the L2 cache.
@@ -95,8 +96,9 @@ struct Persistent {
   }
   static bool fits(const Request&, const Plan& plan) { return plan.tiling.blocks > 0; }
   static bool pays(const Request& request, const Plan& plan) {
-    return request.shape.sequence.steps >= kFewSteps &&
-           plan.tiling.tiles_a_block <= (plan.tiling.tensor_cores ? kManyTiles : kManyTilesOfDots);
+    return request.shape.sequence.steps >= kFewestSteps &&
+           plan.tiling.tiles_per_block <=
+               (plan.tiling.tensor_cores ? kMostTiles : kMostDotProductTiles);
   }
 
   // Defined in persistent.h.

@@ -35,9 +35,9 @@ struct WalkShape {
   int unit_blocks, row_groups;
 };
 
-// Those of one direction that both passes have.
+// The arguments of one direction that both passes have.
 template <class S>
-struct WalkSide {
+struct DirectionArguments {
   bool reverse;
   const Segment* segments;
   Exchange exchange;
@@ -54,12 +54,12 @@ struct WalkSide {
 
 // The part of a layer that a block computes.
 struct BlockPlace {
-  int unit_block, row_group, side;
+  int unit_block, row_group, direction;
 
   FASTRNN_HD BlockPlace(const WalkShape& shape, unsigned block)
       : unit_block(int(block) % shape.unit_blocks),
         row_group(int(block) / shape.unit_blocks % shape.row_groups),
-        side(int(block) / (shape.unit_blocks * shape.row_groups)) {}
+        direction(int(block) / (shape.unit_blocks * shape.row_groups)) {}
 
   FASTRNN_HD std::int64_t first_unit(int units) const { return std::int64_t(unit_block) * units; }
 };
