@@ -1,7 +1,10 @@
-// A layer's call on a GPU: asks what the GPU is, has plan.h choose a schedule, and runs it.
+// Calls of a layer on a GPU: describes the GPU, chooses a schedule (plan.h) and runs it.
 #include <cstdlib>
+#include <type_traits>
 
+#include "cuda/api.h"
 #include "cuda/machine/gpu.cuh"
+#include "cuda/schedules/runner.h"
 
 namespace fastrnn::cuda {
 namespace {
@@ -12,12 +15,12 @@ Chip current_chip() {
   const auto ask = [&](int& value, cudaDeviceAttr attribute) {
     check(cudaDeviceGetAttribute(&value, attribute, device), "describe the device");
   };
-  check(cudaGetDevice(&device), "name the current device");
+  check(cudaGetDevice(&device), "find the current device");
   ask(chip.major, cudaDevAttrComputeCapabilityMajor);
   ask(chip.multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(chip.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(cooperative, cudaDevAttrCooperativeLaunch);
-  if (cooperative == 0) chip.multiprocessors = 0;  // none for a persistent launch
+  if (cooperative == 0) chip.multiprocessors = 0;  // rules out persistent plans
   return chip;
 }
 
@@ -34,12 +37,12 @@ Arithmetic arithmetic(const Context& context) {
   }
 }
 
-// The math mode of a call's products. The handle is torch's, which finds its own mode afterwards.
+// Sets the math mode of the products of a call. The handle is torch's, so its mode is restored.
 class MathMode {
  public:
   MathMode(const Context& context, cublasMath_t mode)
       : blas_(static_cast<cublasHandle_t>(context.blas)) {
-    check(cublasGetMathMode(blas_, &before_), "tell its math mode");
+    check(cublasGetMathMode(blas_, &before_), "read its math mode");
     if (mode != before_) check(cublasSetMathMode(blas_, mode), "set its math mode");
   }
   ~MathMode() { cublasSetMathMode(blas_, before_); }
@@ -51,7 +54,7 @@ class MathMode {
   cublasMath_t before_ = CUBLAS_DEFAULT_MATH;
 };
 
-// Half types are added in float32, also where cuBLAS splits k.
+// Half types are added in float32, even if cuBLAS splits k.
 template <class S>
 cublasMath_t math_mode(const Context& context) {
   if constexpr (sizeof(S) == 2) return CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
@@ -60,71 +63,50 @@ cublasMath_t math_mode(const Context& context) {
   return CUBLAS_DEFAULT_MATH;
 }
 
-template <class S, class Problem>
-Plan choose(const Problem* problems, int directions, Pass pass, const Context& context) {
-  const Request request{
-      problems[0].shape,      directions,     pass,
-      arithmetic<S>(context), current_chip(), choice_named(std::getenv("FASTRNN_SCHEDULE"))};
-  if constexpr (std::is_same_v<S, double>) {
-    return make_plan(request);
-  } else {
-    Gpu gpu(context);
-    return plan_persistent<S>(request, gpu);
-  }
-}
-
-template <class S, class Problem>
-void run_any(const Problem* problems, int directions, const Plan& plan, void* workspace,
-             const Context& context) {
-  const MathMode mode(context, math_mode<S>(context));
-  Gpu gpu(context);
-  if constexpr (!std::is_same_v<S, double>) {
-    if (plan.schedule->schedule == Schedule::kPersistent)
-      return run_persistent<S>(problems, directions, plan, workspace, gpu);
-  }
-  for (int d = 0; d < directions; ++d) run_stepwise<S>(problems[d], plan, workspace, gpu);
-}
-
 template <class S>
-std::size_t persistent_bytes(const LayerShape& shape, int directions, const Plan& plan, Pass pass) {
-  return PersistentLayout<S>(shape, directions, plan, pass).bytes;
+Plan choose(const LayerShape& shape, int directions, Pass pass, const Context& context) {
+  const Request request{shape,          directions,
+                        pass,           arithmetic<S>(context),
+                        current_chip(), choice_named(std::getenv("FASTRNN_SCHEDULE"))};
+  Gpu gpu(context.stream, context.blas);
+  return make_plan_on<S>(request, gpu);
 }
 
 }  // namespace
 
 template <class S>
 Plan plan(const Forward<S>* problems, int directions, const Context& context) {
-  return choose<S>(problems, directions, Pass::kForward, context);
+  return choose<S>(problems[0].shape, directions, Pass::kForward, context);
 }
 template <class S>
 Plan plan(const Backward<S>* problems, int directions, const Context& context) {
-  return choose<S>(problems, directions, Pass::kBackward, context);
+  return choose<S>(problems[0].shape, directions, Pass::kBackward, context);
 }
 
 template <class S>
 std::size_t workspace_bytes(const Forward<S>* problems, int directions, const Plan& plan) {
-  const LayerShape& shape = problems[0].shape;
-  if (plan.schedule->schedule == Schedule::kPersistent)
-    return persistent_bytes<S>(shape, directions, plan, Pass::kForward);
-  return StepwiseForwardLayout<S>(shape, plan).bytes;
+  return runner_of<S, Gpu>(plan).workspace_bytes(problems[0].shape, directions, plan,
+                                                 Pass::kForward);
 }
 template <class S>
 std::size_t workspace_bytes(const Backward<S>* problems, int directions, const Plan& plan) {
-  const LayerShape& shape = problems[0].shape;
-  if (plan.schedule->schedule == Schedule::kPersistent)
-    return persistent_bytes<S>(shape, directions, plan, Pass::kBackward);
-  return StepwiseBackwardLayout<S>(shape, plan).bytes;
+  return runner_of<S, Gpu>(plan).workspace_bytes(problems[0].shape, directions, plan,
+                                                 Pass::kBackward);
 }
 
 template <class S>
 void run(const Forward<S>* problems, int directions, const Plan& plan, void* workspace,
          const Context& context) {
-  run_any<S>(problems, directions, plan, workspace, context);
+  const MathMode mode(context, math_mode<S>(context));
+  Gpu gpu(context.stream, context.blas);
+  runner_of<S, Gpu>(plan).forward(problems, directions, plan, workspace, gpu);
 }
 template <class S>
 void run(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
          const Context& context) {
-  run_any<S>(problems, directions, plan, workspace, context);
+  const MathMode mode(context, math_mode<S>(context));
+  Gpu gpu(context.stream, context.blas);
+  runner_of<S, Gpu>(plan).backward(problems, directions, plan, workspace, gpu);
 }
 
 #define FASTRNN_INSTANTIATE_FOR(Problem)                                  \

@@ -1,33 +1,27 @@
-// The GPU's kernels as the layers above see them: a plan, its memory, a run, for all directions of
-// a layer at once. No torch in here; the caller brings the stream, the cuBLAS handle (set to that
-// stream) and the memory.
+// The interface of the CUDA kernels: plan a call, size its workspace, run it, for all directions of
+// a layer at once. Independent of torch: the caller provides the stream, the cuBLAS handle (set to
+// that stream) and the memory.
 //
-// Everything is put on the stream of the current device and nothing waits for it, so a call can be
-// captured in a CUDA graph. float32 products use TF32 where the caller allows it; half
-// types are added in float32. The environment's FASTRNN_SCHEDULE asks for a schedule. Failures are
-// thrown as std::runtime_error.
+// All work is queued on the stream of the current device and nothing waits for it, so a call can be
+// captured in a CUDA graph. float32 products use TF32 if the caller allows it; half types are added
+// in float32. The environment variable FASTRNN_SCHEDULE requests a schedule. Failures throw
+// std::runtime_error.
 #pragma once
 
 #include <cstddef>
 
-#include "cuda/math/half.h"
 #include "cuda/plan.h"
 
 namespace fastrnn::cuda {
 
 struct Context {
   void* stream;  // cudaStream_t
-  void* blas;    // cublasHandle_t, whose math mode a call sets and restores
-  bool tf32;     // whether float32 products may round their factors to TF32
+  void* blas;    // cublasHandle_t; a call sets its math mode and restores it
+  bool tf32;     // float32 products may round their factors to TF32
 };
 
-// Pointers of problems are device pointers; S: Float16, BFloat16, float or double. One problem a
-// direction, of the same shape but for `reverse`.
-template <class S>
-using Forward = LayerForward<S, Accumulate<S>>;
-template <class S>
-using Backward = LayerBackward<S, Accumulate<S>, S>;
-
+// One problem per direction, of the same shape except for `reverse`. S: Float16, BFloat16, float,
+// double.
 template <class S>
 Plan plan(const Forward<S>* problems, int directions, const Context& context);
 template <class S>

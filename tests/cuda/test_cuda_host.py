@@ -41,10 +41,10 @@ from fastrnn.spec import CELLS as SPECS
 from fastrnn.spec import PROJECTION, Weights
 
 ROOT = Path(__file__).resolve().parents[2]
-# in the order of the enumerations in csrc/cuda/plan.h; 2 is float32 in TF32
+# in the order of the enumeration in csrc/cuda/schedules/schedule.h; 2 is float32 in TF32
 ARITHMETIC = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 3, torch.float64: 4}
 TF32 = 2
-AUTOMATIC, PERSISTENT, STEPWISE = range(3)
+AUTOMATIC, PERSISTENT, STEPWISE = range(3)  # then in the order of the table in csrc/cuda/plan.h
 # synchronisations that the threads of the harness can skip
 FORGET = ["sync of weights", "sync of products", "sync of arrival", "wait", "sync of a warp"]
 KINDS = list(SPECS)  # in the order of the registry of cells

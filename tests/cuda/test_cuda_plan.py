@@ -149,6 +149,17 @@ def test_environment_variable_sets_the_schedule(monkeypatch: pytest.MonkeyPatch)
         plan("lstm", 16, 128)
 
 
+def test_every_schedule_in_the_error_message_can_be_requested() -> None:
+    with pytest.raises(ValueError, match="FASTRNN_SCHEDULE must be") as error:
+        plan("lstm", 16, 128, schedule="fast")
+    listed = str(error.value).partition("must be ")[2].partition(", got")[0]
+    automatic, *names = listed.replace(" or ", ", ").split(", ")
+    assert automatic == "auto"
+    assert names
+    for name in names:
+        assert plan("lstm", 16, 128, schedule=name)["schedule"] == name
+
+
 def test_plan_rejects_impossible_arguments() -> None:
     with pytest.raises(ValueError, match=r"cell must be one of rnn_tanh, .*, got 'elman'"):
         plan("elman", 1, 1)

@@ -1,22 +1,23 @@
-// The machine of the schedules' texts: one stream of one GPU. And how the schedules are reached
-// from kernels.cu, each compiled in a source file of its own.
+// The machine that schedules run on: one stream of one GPU.
 #pragma once
 
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/machine/grid.h"
-#include "cuda/schedules/persistent/persistent.h"
-#include "cuda/schedules/stepwise/stepwise.h"
+#include "cuda/machine/product.h"
+#include "cuda/math/fragment.h"
 
 namespace fastrnn::cuda {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // said here, and not once more by whoever asks CUDA next
+  cudaGetLastError();  // clears the error, so that later calls do not report it again
   throw std::runtime_error(std::string("fastrnn: CUDA failed to ") + what + ": " +
                            cudaGetErrorString(status) + ".");
 }
@@ -33,10 +34,10 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (at.is_inside) body(at.row, at.column);
 }
 
-// Values that come with the launch itself: kept by a graph, and nobody waits for a copy.
+// Values passed as launch arguments: a graph stores them, and no copy has to be waited for.
 template <class T>
 struct Payload {
-  static constexpr int kCount = 3584 / sizeof(T);  // a launch may carry 4 KB
+  static constexpr int kCount = 3584 / sizeof(T);  // arguments of a launch are limited to 4 KB
   T values[kCount];
 };
 template <class T>
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int i = int(threadIdx.x); i < count; i += kBlockThreads) to[i] = payload.values[i];
 }
 
-// What a kernel of the persistent schedule sees of its thread.
+// A thread of a persistent kernel.
 class GpuThread {
  public:
   __device__ unsigned index() const { return threadIdx.x; }
@@ -60,7 +61,7 @@ class GpuThread {
     return __shfl_xor_sync(0xffffffffu, value, mask);
   }
 
-  // From the L2 cache, where other blocks' writes are.
+  // Loads from the L2 cache: the L1 cache may not have what other blocks wrote.
   __device__ Quad load(const void* p) {
     Quad quad;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -81,7 +82,7 @@ class GpuThread {
     asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
   }
 
-  // d += a b of the warp, [16, k] times [k, 8], k = 8 for TF32 and 16 for half types
+  // d += a b by the whole warp, [16, k] times [k, 8]; k = 8 for TF32, 16 for half types
   template <class S>
   __device__ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
 #define FASTRNN_MMA(kind)                                                         \
@@ -97,7 +98,7 @@ class GpuThread {
       FASTRNN_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 #undef FASTRNN_MMA
   }
-#else  // plan.h keeps older GPUs away
+#else  // plans are never persistent on older GPUs
   __device__ void wait(const std::uint64_t*, std::uint64_t) { __trap(); }
   __device__ void publish(std::uint64_t*, std::uint64_t) { __trap(); }
   template <class S>
@@ -124,11 +125,11 @@ constexpr cudaDataType_t kDataType<BFloat16> = CUDA_R_16BF;
 
 class Gpu {
  public:
-  explicit Gpu(const Context& context)
-      : stream_(static_cast<cudaStream_t>(context.stream)),
-        blas_(static_cast<cublasHandle_t>(context.blas)) {}
+  // cudaStream_t and cublasHandle_t, as in cuda/api.h
+  Gpu(void* stream, void* blas)
+      : stream_(static_cast<cudaStream_t>(stream)), blas_(static_cast<cublasHandle_t>(blas)) {}
 
-  // cuBLAS counts columns first: it is asked for c^T [n, m] = w' a^T.
+  // cuBLAS is column-major, so it computes c^T [n, m] = w' a^T.
   template <class S, class C>
   void multiply(const Product<S, C>& p) {
     using A = Accumulate<S>;
@@ -174,22 +175,22 @@ class Gpu {
     }
   }
 
-  // Of the current device. From then on the kernel may have all the shared memory there is,
-  // whatever other threads ask for.
+  // For the current device. Also raises the kernel's limit of shared memory to all there is, so
+  // that concurrent calls with other sizes cannot lower it.
   template <class Body>
-  int blocks_a_multiprocessor(std::int64_t shared_bytes, const Chip& chip) {
+  int blocks_per_multiprocessor(std::int64_t shared_bytes, const Chip& chip) {
     int blocks = 0;
     if (cudaFuncSetAttribute(walk_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              chip.shared_bytes) != cudaSuccess ||
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, walk_kernel<Body>, kWalkThreads,
                                                       std::size_t(shared_bytes)) != cudaSuccess) {
-      cudaGetLastError();  // it is no error of anybody's
+      cudaGetLastError();  // not an error: the kernel does not fit
       return 0;
     }
     return blocks;
   }
 
-  // Cooperatively: either all blocks run at once or CUDA refuses the launch.
+  // A cooperative launch: either all blocks are resident at once or the launch fails.
   template <class Body>
   void walk(const Body& body, int blocks, std::int64_t shared_bytes) {
     void* arguments[] = {const_cast<Body*>(&body)};
@@ -203,20 +204,5 @@ class Gpu {
   cudaStream_t stream_;
   cublasHandle_t blas_;
 };
-
-// Compiled in stepwise.cu, for every S ...
-template <class S>
-void run_stepwise(const Forward<S>& problem, const Plan& plan, void* workspace, Gpu& gpu);
-template <class S>
-void run_stepwise(const Backward<S>& problem, const Plan& plan, void* workspace, Gpu& gpu);
-// ... and in persistent_<type>.cu, for every S but double. Problems: one a direction.
-template <class S>
-void run_persistent(const Forward<S>* problems, int directions, const Plan& plan, void* workspace,
-                    Gpu& gpu);
-template <class S>
-void run_persistent(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
-                    Gpu& gpu);
-template <class S>
-Plan plan_persistent(const Request& request, Gpu& gpu);  // stepwise, where it would not be resident
 
 }  // namespace fastrnn::cuda

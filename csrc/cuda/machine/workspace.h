@@ -1,4 +1,4 @@
-// How a call's workspace is divided.
+// Divides the workspace of a call.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,8 @@
 
 namespace fastrnn::cuda {
 
-// Parts of a workspace, one after the other.
-class Parts {
+// Places arrays one after the other: `add` returns the offset of the next one.
+class WorkspaceBuilder {
  public:
   template <class T>
   std::size_t add(std::int64_t values) {

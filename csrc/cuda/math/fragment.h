@@ -1,22 +1,22 @@
 // The recurrent product of a block of the persistent schedule: 16 rows of states times the block's
-// columns of weights, both cut along k into groups of 64 bytes, which the warps share out.
+// columns of weights. Both are divided along k into groups of 64 bytes, shared among the warps.
 //
-//   a row of the operand   | group 0: q=0 | q=1 | q=2 | q=3 | group 1: ...    16 bytes a lane, q =
-//                                                                             lane % 4
-//   weights in shared memory: [group][column tile][lane] the 16 bytes that a lane multiplies, of
-//   column lane / 4 of the tile: read without bank conflicts, in one instruction
+//   a row of the operand   | group 0: q=0 | q=1 | q=2 | q=3 | group 1: ...    16 bytes per lane,
+//                                                                             q = lane % 4
+//   weights in shared memory: [group][column tile][lane], the 16 bytes that a lane multiplies, from
+//   column lane / 4 of the tile: one load without bank conflicts
 //
-// A tensor core wants other values of k in a lane than these; but a sum over k is a sum in any
-// order, as long as both operands agree on it. The four words of a lane serve two products.
+// Tensor cores expect other values of k in a lane. The order of a sum over k does not matter as
+// long as both operands have the same one. The four words of a lane serve two products.
 //
 // Two ways to multiply: TensorCores<S>, for float in TF32, and CudaCores<S>, dot products in
 // float32, exact for float and for few rows. S is also the type of the operands in memory.
 #pragma once
 
 #include "cuda/math/half.h"
-#include "cuda/plan.h"
+#include "cuda/schedules/persistent/plan.h"
 
-// Of kernel text that calls upon its thread: the GPU's, or one that a test brings.
+// Marks code that runs in a thread of a kernel: on the GPU, or one that a test emulates.
 #if defined(__CUDACC__)
 #define FASTRNN_DEVICE __device__ __forceinline__
 #define FASTRNN_UNROLL _Pragma("unroll")
@@ -34,8 +34,7 @@ struct alignas(16) Quad {
   std::uint32_t word[4];
 };
 
-// The nearest TF32 number, ties away from zero: what the tensor cores read of a float otherwise is
-// cut off, not rounded.
+// The nearest TF32 number, ties away from zero. Tensor cores truncate a float that is not rounded.
 FASTRNN_HD float round_to_tf32(float value) {
   const std::uint32_t bits = bits_of(value);
   if ((bits & 0x7f800000u) == 0x7f800000u) return value;  // infinite or NaN
@@ -67,8 +66,8 @@ struct Words {
 template <class S>
 inline constexpr int kGroupValues = kGroupBytes / int(sizeof(S));
 
-// Where the rows of a tile's operand lie: those below `running_rows` of the batch in the memory
-// that the walk exchanges, the rest in the initial states.
+// The rows of a tile's operand: rows of the batch below `running_rows` are in a slot of the
+// exchange, the others in the initial states.
 struct TileRows {
   const char* running;
   const char* initial;
@@ -81,7 +80,7 @@ struct TileRows {
   }
 };
 
-// The groups of k of a warp; none, where there are fewer groups than warps.
+// The groups of k of a warp. With fewer groups than warps, the last warps have none.
 struct WarpShare {
   int begin, end;
 };
@@ -91,7 +90,8 @@ FASTRNN_HD WarpShare share_of(int warp, int groups) {
   return {groups * warp / warps, groups * (warp + 1) / warps};
 }
 
-// What both ways do with the weights. `source(column, k)` gives them, zero beyond the last.
+// Packs the weights for both ways to multiply. `source(column, k)` returns a weight, or zero
+// padding.
 template <class Math, class S, int kTiles, class Thread, class Source>
 FASTRNN_DEVICE void pack_weights(const Thread& thread, int groups, Quad* packed,
                                  const Source& source) {
@@ -116,7 +116,7 @@ FASTRNN_DEVICE void pack_weights(const Thread& thread, int groups, Quad* packed,
 
 template <class S>
 struct TensorCores {
-  // A value as it is multiplied.
+  // A value rounded to the form in which it is multiplied.
   static FASTRNN_HD S operand(float value) {
     if constexpr (sizeof(S) == 4)
       return round_to_tf32(value);
@@ -128,8 +128,8 @@ struct TensorCores {
   template <int kTiles, class Thread>
   static FASTRNN_DEVICE void multiply(Thread& thread, const TileRows& rows, int /*active*/,
                                       const Quad* packed, WarpShare share, float* partial) {
-    // A product waits for the one before it that adds into the same sums: with few tiles there are
-    // several sets of them. And as many groups' operands are fetched ahead as registers allow.
+    // A product waits for the previous one that adds into the same sums, so few tiles have several
+    // sets of sums. kAhead groups of operands are loaded in advance, as many as registers allow.
     constexpr int kChains = kTiles >= 4 ? 1 : kTiles >= 2 ? 2 : 4;
     constexpr int kAhead = kTiles <= 2 ? 6 : 4;
     const int lane = int(thread.index()) % kWarp, g = lane / 4, q = lane % 4;
@@ -176,12 +176,12 @@ struct TensorCores {
 template <class S>
 struct CudaCores {
   static constexpr int kRows = 4;   // at a time
-  static constexpr int kAhead = 2;  // groups whose operands are fetched before the first is used
+  static constexpr int kAhead = 2;  // groups of operands loaded before the first is used
 
   static FASTRNN_HD S operand(float value) { return narrow<S>(value); }
 
-  // The same for the first `active` rows of the tile. A lane adds up its 16 bytes of every group;
-  // in the end the four lanes of a column put their sums together.
+  // The same for the first `active` rows of the tile. A lane sums its 16 bytes of every group; at
+  // the end the four lanes of a column add their sums.
   template <int kTiles, class Thread>
   static FASTRNN_DEVICE void multiply(Thread& thread, const TileRows& rows, int active,
                                       const Quad* packed, WarpShare share, float* partial) {

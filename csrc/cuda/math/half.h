@@ -1,6 +1,5 @@
-// float16 and bfloat16 as the kernels see them: 16 bits in memory, float in registers. On the
-// device the conversions are the hardware's, on the host the same rounding (to nearest, ties to
-// even) written out; nothing but conversions is ever done with them.
+// float16 and bfloat16: 16 bits in memory, float in registers. Conversions are the only operations.
+// The device uses its own; the host rounds in the same way (to nearest, ties to even).
 #pragma once
 
 #include <cstdint>
@@ -22,7 +21,7 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-// What values of a type are computed and added in.
+// The type in which values of S are computed and added.
 template <class S>
 struct AccumulateOf {
   using Type = S;

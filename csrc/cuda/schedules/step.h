@@ -1,20 +1,21 @@
-// The pointwise parts of a step: what a thread does for one row and one column. The cells' own
-// text (csrc/cells) between loads and stores; also compiled for the host, where the tests run it.
+// The pointwise parts of a step: the work of one thread for one row and one column. Loads, the code
+// of the cell (csrc/cells), stores. Also compiled for the host, where the tests run it.
 //
 //                columns j: hidden units
 //   rows b:    ...[b,j]...      reads pre-activations, states and saved values of unit j,
 //   sequences                   writes the unit's outputs; nothing is shared between threads
 //
-// Every struct is a copyable bundle of pointers. The stepwise schedule calls it with (row, column),
-// after the recurrent product; the persistent one calls its parts: `load`, which waits for nothing,
-// before the product, then `compute`, and `store` when the other blocks have what they wait for.
+// Every struct is a copyable set of pointers. The stepwise schedule calls it with (row, column)
+// after the recurrent product. The persistent schedule calls its parts: `load`, which needs no
+// other block, before the product; then `compute`; and `store` after it has published the new
+// state.
 #pragma once
 
 #include <utility>
 
 #include "cells/contract.h"
-#include "cuda/math/half.h"
-#include "problem/sequence.h"
+#include "cuda/machine/product.h"
+#include "cuda/schedules/schedule.h"
 
 namespace fastrnn::cuda {
 
@@ -31,7 +32,7 @@ FASTRNN_HD void add_side(A* pre, const V* values, std::int64_t stride,
   ((pre[At<Map, Gate>::kValue] += widen(values[Gate * stride])), ...);
 }
 
-// h, c, h' and c' of one step forward. Rows that start at this step start from h0 and c0.
+// One step forward: h', c' from h, c, or from h0, c0 in rows that start at this step.
 template <class Cell, class S>
 struct ForwardStep {
   using A = Accumulate<S>;
@@ -48,14 +49,14 @@ struct ForwardStep {
   const S* h0;  // [B, H]
   const S* c0;  // [B, H]
   A* c;         // [B, H] the running cell state
-  S* h;         // [n, H], h_stride apart, or null: y, or what w_hr is to multiply
+  S* h;         // [n, H], h_stride apart, or null: y, or the unprojected h'
   std::int64_t h_stride;
   A* saved;  // [n, S*H] or null
   S* h_n;    // [B, H] or null
   S* c_n;    // [B, H]
 
-  // What a unit's step reads, its share of the recurrent product apart: as it lies in memory, so
-  // that nobody has to wait for it before it is used.
+  // What one unit reads, except the recurrent product. Values keep the type that they have in
+  // memory: a conversion would wait for the load.
   struct Inputs {
     A gates_x[Cell::kGates];
     S h;  // or h0 (only cells that read h)
@@ -63,7 +64,7 @@ struct ForwardStep {
     S c0;
     bool starts;  // from c0, not c
   };
-  // The same at every step.
+  // The sum of both biases of a unit, the same at every step.
   struct Biases {
     A pre[Cell::kPre];
   };
@@ -98,7 +99,7 @@ struct ForwardStep {
     return inputs;
   }
 
-  // The unit's share of the recurrent product is product[0], product[stride], ..., one a gate.
+  // product[0], product[stride], ...: the unit's recurrent products, one per gate.
   FASTRNN_HD Outputs compute(const Inputs& inputs, const Biases& biases, const A* product,
                              std::int64_t stride) const {
     A pre[Cell::kPre], state[Cell::kStates] = {};
@@ -139,20 +140,20 @@ struct ForwardStep {
   static constexpr auto kGates = std::make_integer_sequence<int, Cell::kGates>{};
 };
 
-// One step backward. Rows that end at this step take their gradients from d_h_n and d_c_n, the
-// others take those that the step after left.
+// One step backward. Rows that end at this step read their gradients from d_h_n and d_c_n, other
+// rows those that the step after wrote.
 template <class Cell, class S>
 struct BackwardStep {
   using A = Accumulate<S>;
   static constexpr int kSavedValues = Cell::kSaved > 0 ? Cell::kSaved : 1;
   std::int64_t hidden;  // H
   StepRows at;
-  const A* d_m;    // [n, H] the gradient at o*tanh(c') with a projection, else null
-  A* d_h;          // [B, H] the running gradient at h' (left: its direct part at h)
-  const S* d_h_n;  // [B, H] or null
-  const S* d_y;    // [n, H], d_y_stride apart, or null
+  const A* d_unprojected;  // [n, H] the gradient at the unprojected h', null: no projection
+  A* d_h;                  // [B, H] the running gradient at h'; store writes its direct part at h
+  const S* d_h_n;          // [B, H] or null
+  const S* d_y;            // [n, H], d_y_stride apart, or null
   std::int64_t d_y_stride;
-  A* d_c;             // [B, H] the running gradient at c' (left: at c)
+  A* d_c;             // [B, H] the running gradient at c'; store writes that at c
   const S* d_c_n;     // [B, H] or null
   const A* saved;     // [n, S*H]
   const S* h;         // [n, H], h_stride apart: y of this step (only cells that read h'),
@@ -163,7 +164,7 @@ struct BackwardStep {
   const S* c0;            // [B, H]
   S* d_pre;               // [n, Q*H]
 
-  // What a unit's step reads, the gradient that the step after left apart; as it lies in memory.
+  // What one unit reads, except the gradient from the step after; types as in memory.
   struct Inputs {
     A saved[kSavedValues];
     S h_before, h;  // (only cells that read them)
@@ -204,10 +205,10 @@ struct BackwardStep {
     return inputs;
   }
 
-  // d_left: what the step after left of the gradient at h', 0 where there is none.
-  FASTRNN_HD Outputs compute(const Inputs& inputs, A d_left) const {
+  // d_after: the gradient at h' from the step after, 0 if there is none.
+  FASTRNN_HD Outputs compute(const Inputs& inputs, A d_after) const {
     A state[Cell::kStates] = {}, next_state[Cell::kStates] = {}, d_next_state[Cell::kStates] = {};
-    d_next_state[0] = d_left + widen(inputs.d_h_n) + widen(inputs.d_y);
+    d_next_state[0] = d_after + widen(inputs.d_h_n) + widen(inputs.d_y);
     if constexpr (Cell::kBackwardReadsH) state[0] = widen(inputs.h_before);
     if constexpr (Cell::kBackwardReadsNextH) next_state[0] = widen(inputs.h);
     if constexpr (Cell::kStates == 2) {
@@ -228,16 +229,16 @@ struct BackwardStep {
   }
 
   FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
-    A d_left = A(0);
-    if (d_m != nullptr)
-      d_left = d_m[b * hidden + unit];
+    A d_after = A(0);
+    if (d_unprojected != nullptr)
+      d_after = d_unprojected[b * hidden + unit];
     else if (!at.ends(b))
-      d_left = d_h[b * hidden + unit];
-    store(compute(load(b, unit), d_left), b, unit);
+      d_after = d_h[b * hidden + unit];
+    store(compute(load(b, unit), d_after), b, unit);
   }
 };
 
-// With a projection: d_h_all = d_h + d_y, the whole gradient at h' = m w_hr^T.
+// With a projection: d_h_all = d_h + d_y, the whole gradient at the projected h'.
 template <class S>
 struct OutputGradient {
   using A = Accumulate<S>;
@@ -262,7 +263,7 @@ struct OutputGradient {
   }
 };
 
-// to = S(from), or zero where there is nothing to copy from.
+// to = S(from), or zero if `from` is null.
 template <class From, class S>
 struct Copy {
   const From* from;  // [n, *], from_stride apart, or null
@@ -275,5 +276,24 @@ struct Copy {
         narrow<S>(from != nullptr ? widen(from[b * from_stride + j]) : Accumulate<S>(0));
   }
 };
+
+// gates_x = x w_ih^T for some rows of x.
+template <class S>
+Product<S, Accumulate<S>> input_product(const Forward<S>& problem, std::int64_t first,
+                                        std::int64_t rows, Accumulate<S>* gates_x) {
+  const LayerShape& shape = problem.shape;
+  const std::int64_t width = cell_info(shape.cell).gates * shape.hidden_size;
+  return {rows,
+          width,
+          shape.input_size,
+          problem.x + first * problem.x_stride,
+          problem.x_stride,
+          problem.weights.w_ih,
+          problem.weights.w_ih_stride,
+          true,
+          gates_x,
+          width,
+          false};
+}
 
 }  // namespace fastrnn::cuda

@@ -12,6 +12,7 @@
 
 #include "cuda/machine/grid.h"
 #include "cuda/schedules/persistent/persistent.h"
+#include "cuda/schedules/runner.h"
 #include "cuda/schedules/stepwise/stepwise.h"
 #include "threads.h"
 
@@ -99,7 +100,7 @@ class Host {
   // As on a GPU, a kernel gets its shared memory only after a query of its resident blocks, and
   // runs at most that many blocks.
   template <class Body>
-  int blocks_a_multiprocessor(std::int64_t shared_bytes, const cuda::Chip& chip) {
+  int blocks_per_multiprocessor(std::int64_t shared_bytes, const cuda::Chip& chip) {
     asked_ = &typeid(Body);
     most_blocks_ = shared_bytes <= chip.shared_bytes ? chip.multiprocessors * resident_ : 0;
     return int(resident_);
@@ -130,10 +131,11 @@ class Host {
 struct Call {
   std::int64_t arithmetic;  // in the order of cuda::Arithmetic
   std::int64_t cell, reverse, steps, batch, input_size, hidden_size, proj_size;
-  std::int64_t choice, multiprocessors, shared_bytes;  // the schedule, and the GPU
-  std::int64_t resident;                               // blocks that a multiprocessor can hold
-  std::int64_t chunk_rows;                             // replaces that of the plan, if not 0
-  std::int64_t descending, seed, forget;               // order of threads, skipped synchronisation
+  std::int64_t choice;                         // 0: automatic, n: the n-th schedule of the table
+  std::int64_t multiprocessors, shared_bytes;  // the GPU
+  std::int64_t resident;                       // blocks that a multiprocessor can hold
+  std::int64_t chunk_rows;                     // replaces that of the plan, if not 0
+  std::int64_t descending, seed, forget;       // order of threads, skipped synchronisation
   const std::int64_t *step_offset, *step_rows;
   const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
   std::int64_t w_ih_stride, w_hh_stride, w_hr_stride;
@@ -180,13 +182,11 @@ template <class S>
 cuda::Plan plan_of(const Call& call, const LayerShape& shape, int directions, cuda::Pass pass,
                    Host& host) {
   const cuda::Chip chip = {9, int(call.multiprocessors), int(call.shared_bytes)};
-  const cuda::Request request{
-      shape, directions, pass, cuda::Arithmetic(call.arithmetic), chip, cuda::Choice(call.choice)};
-  cuda::Plan plan;
-  if constexpr (sizeof(S) <= 4)
-    plan = cuda::resident_plan<S>(request, host);
-  else
-    plan = cuda::make_plan(request);
+  const cuda::Choice choice =
+      call.choice == 0 ? std::nullopt : cuda::Choice(cuda::Schedule(call.choice - 1));
+  const cuda::Request request{shape, directions, pass, cuda::Arithmetic(call.arithmetic),
+                              chip,  choice};
+  cuda::Plan plan = cuda::make_plan_on<S>(request, host);
   if (call.chunk_rows > 0) plan.chunk_rows = call.chunk_rows;
   return plan;
 }
@@ -211,18 +211,10 @@ bool forward(const Call* calls, int directions) {
   const LayerShape& shape = problems[0].shape;
   Host host = host_of(calls[0]);
   const cuda::Plan plan = plan_of<S>(calls[0], shape, directions, cuda::Pass::kForward, host);
-  if constexpr (sizeof(S) <= 4) {
-    if (plan.schedule->schedule == cuda::Schedule::kPersistent) {
-      const cuda::PersistentLayout<S> layout(shape, directions, plan, cuda::Pass::kForward);
-      auto workspace = poisoned(layout.bytes);
-      cuda::persistent_forward<S>(problems, directions, plan, workspace.data(), host);
-      return true;
-    }
-  }
-  auto workspace = poisoned(cuda::StepwiseForwardLayout<S>(shape, plan).bytes);
-  for (int d = 0; d < directions; ++d)
-    cuda::stepwise_forward<S>(problems[d], plan, workspace.data(), host);
-  return false;
+  const auto& runner = cuda::runner_of<S, Host>(plan);
+  auto workspace = poisoned(runner.workspace_bytes(shape, directions, plan, cuda::Pass::kForward));
+  runner.forward(problems, directions, plan, workspace.data(), host);
+  return plan.schedule->name == std::string("persistent");
 }
 
 template <class S>
@@ -242,18 +234,10 @@ bool backward(const Call* calls, int directions) {
   const LayerShape& shape = problems[0].shape;
   Host host = host_of(calls[0]);
   const cuda::Plan plan = plan_of<S>(calls[0], shape, directions, cuda::Pass::kBackward, host);
-  if constexpr (sizeof(S) <= 4) {
-    if (plan.schedule->schedule == cuda::Schedule::kPersistent) {
-      const cuda::PersistentLayout<S> layout(shape, directions, plan, cuda::Pass::kBackward);
-      auto workspace = poisoned(layout.bytes);
-      cuda::persistent_backward<S>(problems, directions, plan, workspace.data(), host);
-      return true;
-    }
-  }
-  auto workspace = poisoned(cuda::StepwiseBackwardLayout<S>(shape, plan).bytes);
-  for (int d = 0; d < directions; ++d)
-    cuda::stepwise_backward<S>(problems[d], plan, workspace.data(), host);
-  return false;
+  const auto& runner = cuda::runner_of<S, Host>(plan);
+  auto workspace = poisoned(runner.workspace_bytes(shape, directions, plan, cuda::Pass::kBackward));
+  runner.backward(problems, directions, plan, workspace.data(), host);
+  return plan.schedule->name == std::string("persistent");
 }
 
 std::string failure;  // message of the last failed run
@@ -297,10 +281,8 @@ EXPORT void plan_forward(const Call* call, std::int64_t* chunk_rows,
   Host host = host_of(*call);
   const cuda::Plan plan = plan_of<float>(*call, problem.shape, 1, cuda::Pass::kForward, host);
   *chunk_rows = plan.chunk_rows;
-  *workspace_bytes = std::int64_t(
-      plan.schedule->schedule == cuda::Schedule::kPersistent
-          ? cuda::PersistentLayout<float>(problem.shape, 1, plan, cuda::Pass::kForward).bytes
-          : cuda::StepwiseForwardLayout<float>(problem.shape, plan).bytes);
+  *workspace_bytes = std::int64_t(cuda::runner_of<float, Host>(plan).workspace_bytes(
+      problem.shape, 1, plan, cuda::Pass::kForward));
 }
 
 // Returns the index of a partial sum of the persistent schedule in shared memory.

@@ -1,8 +1,10 @@
 // The persistent kernels for bfloat16.
-#include "cuda/schedules/persistent/instantiate.cuh"
+#include "cuda/machine/gpu.cuh"
+#include "cuda/schedules/persistent/persistent.h"
+#include "cuda/schedules/runner.h"
 
 namespace fastrnn::cuda {
 
-FASTRNN_INSTANTIATE_PERSISTENT(BFloat16)
+FASTRNN_INSTANTIATE_SCHEDULE(Persistent, BFloat16, Gpu)
 
 }  // namespace fastrnn::cuda

@@ -1,19 +1,19 @@
-// The persistent schedule: what is prepared for its walks (walk.h), and their launch.
+// The persistent schedule on the host: prepares the workspace of the kernels and launches them.
 //
-//   forward    the exchange is cleared, h0 put into its third slot, the table of steps written;
-//              gates_x = x w_ih^T for a chunk of many steps, one launch for its steps; next chunk
-//   backward   the exchange is cleared, the table written; one launch
+//   forward    clears the exchanges, copies h0 into the third slot, uploads the table of steps; for
+//              each chunk of steps: gates_x = x w_ih^T and one launch
+//   backward   clears the exchanges, uploads the table; one launch
 //
-// The text is a template over the machine, as the stepwise schedule's; beside `multiply` and
-// `for_each` it brings
+// The code is a template over the machine, which offers `multiply` and `for_each` (stepwise.h) and
 //
 //   machine.clear(memory, bytes)
-//   machine.upload(to, from, count)      small host data, without waiting and safe in a graph
-//   machine.blocks_a_multiprocessor<Body>(bytes, chip)
-//                                        that are resident at once with so many bytes of shared
-//                                        memory each; 0 where Body cannot run
-//   machine.walk(body, blocks, bytes)    body(thread), kWalkThreads a block, all blocks resident;
-//                                        Body has been asked about before
+//   machine.upload(to, from, count)      copies small host data; does not wait, safe in a graph
+//   machine.blocks_per_multiprocessor<Body>(bytes, chip)
+//                                        blocks resident at once with so many bytes of shared
+//                                        memory each; 0 if Body cannot run
+//   machine.walk(body, blocks, bytes)    runs body(thread) on kWalkThreads threads per block, with
+//                                        all blocks resident; only for a Body that
+//                                        blocks_per_multiprocessor has prepared
 #pragma once
 
 #include <algorithm>
@@ -21,13 +21,14 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/schedules/persistent/walk.h"
-#include "cuda/schedules/persistent/walk_projected.h"
-#include "cuda/schedules/stepwise/stepwise.h"
+#include "cuda/machine/workspace.h"
+#include "cuda/schedules/persistent/backward.h"
+#include "cuda/schedules/persistent/forward.h"
+#include "cuda/schedules/persistent/plan.h"
 
 namespace fastrnn::cuda {
 
-// The steps of a layer, for SegmentedSequence.
+// The table of steps that SegmentedSequence reads.
 inline std::vector<Segment> segments_of(const LayerShape& shape) {
   std::vector<Segment> segments;
   for (std::int64_t t = 0; t < shape.sequence.steps; ++t) {
@@ -37,51 +38,63 @@ inline std::vector<Segment> segments_of(const LayerShape& shape) {
   segments.push_back({shape.sequence.steps, shape.sequence.total_rows(), 0});
   return segments;
 }
-// No more than these: a segment has fewer rows than the one before it, and at least one step.
+// Upper bound of their number: each has at least one step and fewer rows than the one before it.
 inline std::int64_t most_segments(const LayerShape& shape) {
   return std::min(shape.sequence.batch, shape.sequence.steps) + 1;
 }
 
-// Where everything lies in the workspace, for both directions. The exchanges and their marks of
-// arrival come first, to be cleared at once.
-template <class S>
+// An exchange (exchange.h) in the workspace, one per direction.
+struct ExchangeLayout {
+  std::size_t memory, arrived;  // offsets of the first direction's
+  std::int64_t bytes, marks;    // per direction
+  std::int64_t rows;
+  int groups, writers;
+};
+
+// The workspace of a call, for both directions. The exchanges and their marks come first, so that
+// one operation clears them.
 struct PersistentLayout {
-  std::int64_t first_bytes, first_marks;    // of a direction's exchange,
-  std::int64_t second_bytes, second_marks;  // and of the second one with a projection
-  std::int64_t chunk;                       // rows
-  std::size_t first, first_arrived, second, second_arrived, cleared;
+  ExchangeLayout exchange, projection_exchange;  // the second one is empty without a projection
+  std::size_t cleared;                           // bytes from the start
+  std::int64_t chunk;                            // rows
   std::size_t segments, c, d_h, gates_x, bytes;
 
-  PersistentLayout(const LayerShape& shape, int directions, const Plan& plan, Pass pass) {
+  PersistentLayout(const LayerShape& shape, int directions, const Plan& plan, Pass pass)
+      : projection_exchange{} {
     const Tiling& tiling = plan.tiling;
     const CellInfo& cell = cell_info(shape.cell);
     const bool is_forward = pass == Pass::kForward;
     const std::int64_t state = directions * shape.sequence.batch * shape.hidden_size;
-    const std::int64_t rows = std::int64_t(kRowTile) * tiling.row_tiles;
-    first_bytes = (is_forward ? 3 : 2) * rows * tiling.groups * kGroupBytes;
-    second_bytes = 2 * rows * tiling.second_groups * kGroupBytes;
-    first_marks =
-        std::int64_t(tiling.row_tiles) * (is_forward ? tiling.output_blocks : tiling.unit_blocks);
-    second_marks =
-        std::int64_t(tiling.row_tiles) * (is_forward ? tiling.unit_blocks : tiling.output_blocks);
-    if (tiling.second_groups == 0) second_marks = 0;
     chunk = std::min(std::max(plan.chunk_rows, shape.sequence.batch), shape.sequence.total_rows());
-    Parts parts;
-    first = parts.add<char>(directions * first_bytes);
-    first_arrived = parts.add<std::uint64_t>(directions * first_marks);
-    second = parts.add<char>(directions * second_bytes);
-    second_arrived = parts.add<std::uint64_t>(directions * second_marks);
-    cleared = parts.bytes();
-    segments = parts.add<Segment>(most_segments(shape));
-    c = parts.add<float>(cell.states == 2 ? state : 0);
-    d_h = parts.add<float>(is_forward ? 0 : state);
+    WorkspaceBuilder builder;
+    const auto add_exchange = [&](int slots, std::int64_t groups, int writers) {
+      ExchangeLayout added{};
+      added.groups = int(groups);
+      added.writers = writers;
+      added.rows = std::int64_t(kRowTile) * tiling.row_tiles;
+      added.bytes = slots * added.rows * groups * kGroupBytes;
+      added.marks = std::int64_t(tiling.row_tiles) * writers;
+      added.memory = builder.add<char>(directions * added.bytes);
+      added.arrived = builder.add<std::uint64_t>(directions * added.marks);
+      return added;
+    };
+    const int output_blocks = tiling.output_blocks, unit_blocks = tiling.unit_blocks;
+    exchange = is_forward ? add_exchange(3, tiling.groups, output_blocks)
+                          : add_exchange(2, tiling.groups, unit_blocks);
+    if (tiling.projection_groups > 0)
+      projection_exchange =
+          add_exchange(2, tiling.projection_groups, is_forward ? unit_blocks : output_blocks);
+    cleared = builder.bytes();
+    segments = builder.add<Segment>(most_segments(shape));
+    c = builder.add<float>(cell.states == 2 ? state : 0);
+    d_h = builder.add<float>(is_forward ? 0 : state);
     gates_x =
-        parts.add<float>(is_forward ? directions * chunk * cell.gates * shape.hidden_size : 0);
-    bytes = parts.bytes();
+        builder.add<float>(is_forward ? directions * chunk * cell.gates * shape.hidden_size : 0);
+    bytes = builder.bytes();
   }
 };
 
-// h0 as it is multiplied.
+// h0 in the form that products read.
 template <class Math, class S>
 struct CopyOperand {
   const S* from;  // [B, R]
@@ -93,7 +106,7 @@ struct CopyOperand {
   }
 };
 
-// The kernels' types.
+// The types of the kernels.
 template <class Cell, class S, class Math, int kUnits, bool kProjected>
 using ForwardWalkOf = std::conditional_t<kProjected, ProjectedForwardWalk<Cell, S, Math, kUnits>,
                                          ForwardWalk<Cell, S, Math, kUnits>>;
@@ -101,7 +114,7 @@ template <class Cell, class S, class Math, int kUnits, bool kProjected>
 using BackwardWalkOf = std::conditional_t<kProjected, ProjectedBackwardWalk<Cell, S, Math, kUnits>,
                                           BackwardWalk<Cell, S, Math, kUnits>>;
 
-// Calls action.run<Cell, Math, kUnits, kProjected>() with what the tiling names.
+// Calls action.run<Cell, Math, kUnits, kProjected>() as the tiling says.
 template <class Cell, class S, class Action>
 auto with_tiling(const Tiling& tiling, Action& action) {
   const auto with_math = [&](auto math, auto is_projected) {
@@ -115,7 +128,7 @@ auto with_tiling(const Tiling& tiling, Action& action) {
                                : with_math(CudaCores<S>{}, is_projected);
   };
   if constexpr (Cell::kStates == 2) {
-    if (tiling.second_groups > 0) return with_projection(std::true_type{});
+    if (tiling.projection_groups > 0) return with_projection(std::true_type{});
   }
   return with_projection(std::false_type{});
 }
@@ -131,7 +144,7 @@ auto with_walk(CellKind cell, const Tiling& tiling, Action&& action) {
   throw std::logic_error("fastrnn: no such cell.");
 }
 
-// How many blocks of a walk a multiprocessor holds.
+// The number of blocks of a kernel that a multiprocessor holds.
 template <class S, class Machine>
 struct Residency {
   const Request& request;
@@ -142,36 +155,25 @@ struct Residency {
   int run() const {
     using Forward = ForwardWalkOf<Cell, S, Math, kUnits, kProjected>;
     using Backward = BackwardWalkOf<Cell, S, Math, kUnits, kProjected>;
-    return request.pass == Pass::kForward ? machine.template blocks_a_multiprocessor<Forward>(
+    return request.pass == Pass::kForward ? machine.template blocks_per_multiprocessor<Forward>(
                                                 tiling.shared_bytes, request.chip)
-                                          : machine.template blocks_a_multiprocessor<Backward>(
+                                          : machine.template blocks_per_multiprocessor<Backward>(
                                                 tiling.shared_bytes, request.chip);
   }
 };
 
-// The table's plan; stepwise, where its persistent blocks would not be resident together.
-template <class S, class Machine>
-Plan resident_plan(const Request& request, Machine& machine) {
-  const Plan plan = make_plan(request);
-  if (plan.schedule->schedule != Schedule::kPersistent) return plan;
-  const int resident = with_walk<S>(request.shape.cell, plan.tiling,
-                                    Residency<S, Machine>{request, plan.tiling, machine});
-  return plan.tiling.blocks <= request.chip.multiprocessors * resident ? plan
-                                                                       : stepwise_plan(request);
-}
-
-// What both passes prepare alike.
+// The preparations that both passes share.
 template <class S, class Problem, class Machine>
-class Persistent {
+class PersistentPass {
  protected:
-  Persistent(const Problem* problems, int directions, const Plan& plan, void* workspace,
-             Machine& machine, Pass pass)
+  PersistentPass(const Problem* problems, int directions, const Plan& plan, void* workspace,
+                 Machine& machine, Pass pass)
       : problems_(problems),
         shape_(problems[0].shape),
         directions_(directions),
         plan_(plan),
         machine_(machine),
-        at_(shape_, directions, plan, pass),
+        layout_(shape_, directions, plan, pass),
         base_(static_cast<char*>(workspace)) {}
 
   template <class T>
@@ -180,50 +182,56 @@ class Persistent {
   }
 
   WalkShape walk_shape() const {
-    return {shape_.sequence.steps, shape_.hidden_size, plan_.tiling.unit_blocks,
-            plan_.tiling.row_groups};
+    return {shape_.sequence.steps, shape_.hidden_size, shape_.output_size(),
+            plan_.tiling.unit_blocks, plan_.tiling.row_groups};
   }
 
-  void begin_side(WalkSide& side, int direction) const {
-    side.reverse = problems_[direction].shape.sequence.reverse;
-    side.segments = part<Segment>(at_.segments);
-    side.exchange = {part<char>(at_.first) + direction * at_.first_bytes,
-                     part<std::uint64_t>(at_.first_arrived) + direction * at_.first_marks,
-                     std::int64_t(kRowTile) * plan_.tiling.row_tiles, int(plan_.tiling.groups),
-                     int(at_.first_marks / plan_.tiling.row_tiles)};
+  Exchange exchange(const ExchangeLayout& layout, int direction) const {
+    return {part<char>(layout.memory) + direction * layout.bytes,
+            part<std::uint64_t>(layout.arrived) + direction * layout.marks, layout.rows,
+            layout.groups, layout.writers};
   }
-  Exchange second_exchange(int direction) const {
-    return {part<char>(at_.second) + direction * at_.second_bytes,
-            part<std::uint64_t>(at_.second_arrived) + direction * at_.second_marks,
-            std::int64_t(kRowTile) * plan_.tiling.row_tiles, int(plan_.tiling.second_groups),
-            int(at_.second_marks / plan_.tiling.row_tiles)};
+  // Sets the arguments that both passes have.
+  void fill(DirectionArguments<S>& args, int direction) const {
+    const Problem& problem = problems_[direction];
+    args.reverse = problem.shape.sequence.reverse;
+    args.segments = part<Segment>(layout_.segments);
+    args.exchange = exchange(layout_.exchange, direction);
+    args.w_hh = problem.weights.w_hh;
+    args.w_hh_stride = problem.weights.w_hh_stride;
+    args.h0 = problem.h0;
+    args.c0 = problem.c0;
+    args.y_stride = problem.y_stride;
+    args.w_hr = problem.weights.w_hr;
+    args.w_hr_stride = problem.weights.w_hr_stride;
+    args.projection_exchange = exchange(layout_.projection_exchange, direction);
   }
   std::int64_t state_offset(int direction) const {
     return direction * shape_.sequence.batch * shape_.hidden_size;
   }
 
   void prepare() {
-    machine_.clear(base_, at_.cleared);
+    machine_.clear(base_, layout_.cleared);
     const std::vector<Segment> segments = segments_of(shape_);
-    machine_.upload(part<Segment>(at_.segments), segments.data(), segments.size());
+    machine_.upload(part<Segment>(layout_.segments), segments.data(), segments.size());
   }
   template <class Walk>
   void walk(const Walk& body) {
     machine_.walk(body, plan_.tiling.blocks, plan_.tiling.shared_bytes);
   }
 
-  const Problem* problems_;  // one a direction
+  const Problem* problems_;  // one per direction
   const LayerShape& shape_;
   int directions_;
   const Plan& plan_;
   Machine& machine_;
-  PersistentLayout<S> at_;
+  PersistentLayout layout_;
   char* base_;
 };
 
 template <class S, class Machine>
-class PersistentForward : Persistent<S, Forward<S>, Machine> {
-  using Base = Persistent<S, Forward<S>, Machine>;
+class PersistentForward : PersistentPass<S, Forward<S>, Machine> {
+  using Base = PersistentPass<S, Forward<S>, Machine>;
 
  public:
   PersistentForward(const Forward<S>* problems, int directions, const Plan& plan, void* workspace,
@@ -237,67 +245,58 @@ class PersistentForward : Persistent<S, Forward<S>, Machine> {
     body.shape = this->walk_shape();
     this->prepare();
     for (int d = 0; d < this->directions_; ++d) {
-      const Forward<S>& p = this->problems_[d];
-      ForwardSide<S>& side = body.side[d];
-      this->begin_side(side, d);
-      side.w_hh = p.weights.w_hh;
-      side.w_hh_stride = p.weights.w_hh_stride;
-      side.b_ih = p.weights.b_ih;
-      side.b_hh = p.weights.b_hh;
-      side.h0 = p.h0;
-      side.c0 = p.c0;
-      side.y = p.y;
-      side.y_stride = p.y_stride;
-      side.h_n = p.h_n;
-      side.c_n = p.c_n;
-      side.saved = p.saved;
-      side.c = this->template part<float>(this->at_.c) + this->state_offset(d);
-      side.gates_x = gates_x(d);
-      if constexpr (kProjected) {
-        body.projection[d] = {p.weights.w_hr, p.weights.w_hr_stride, this->second_exchange(d)};
-        body.outputs = outputs;
-      }
-      S* initial = reinterpret_cast<S*>(side.exchange.initial());
+      const Forward<S>& problem = this->problems_[d];
+      ForwardArguments<S>& args = body.arguments[d];
+      this->fill(args, d);
+      args.b_ih = problem.weights.b_ih;
+      args.b_hh = problem.weights.b_hh;
+      args.y = problem.y;
+      args.h_n = problem.h_n;
+      args.c_n = problem.c_n;
+      args.saved = problem.saved;
+      args.c = this->template part<float>(this->layout_.c) + this->state_offset(d);
+      args.gates_x = gates_x(d);
+      S* initial = reinterpret_cast<S*>(args.exchange.initial());
       this->machine_.for_each(
           batch, outputs,
-          CopyOperand<Math, S>{p.h0, initial, outputs,
-                               side.exchange.row_bytes() / std::int64_t(sizeof(S))});
+          CopyOperand<Math, S>{problem.h0, initial, outputs,
+                               args.exchange.row_bytes() / std::int64_t(sizeof(S))});
     }
     for (std::int64_t k = 0; k < this->shape_.sequence.steps; k = body.end) {
       body.begin = k;
       body.end = chunk_end(k);
       for (int d = 0; d < this->directions_; ++d)
-        body.side[d].first_row = multiply_input(d, body.begin, body.end);
+        body.arguments[d].first_row = multiply_input(d, body.begin, body.end);
       this->walk(body);
     }
   }
 
  private:
   float* gates_x(int d) const {
-    return this->template part<float>(this->at_.gates_x) +
-           d * this->at_.chunk * cell_info(this->shape_.cell).gates * this->shape_.hidden_size;
+    return this->template part<float>(this->layout_.gates_x) +
+           d * this->layout_.chunk * cell_info(this->shape_.cell).gates * this->shape_.hidden_size;
   }
 
-  // The first step after a chunk whose rows fit the workspace in every direction.
+  // The end of the longest chunk whose rows fit into the workspace in every direction.
   std::int64_t chunk_end(std::int64_t begin) const {
     std::int64_t end = this->shape_.sequence.steps;
     for (int d = 0; d < this->directions_; ++d)
-      end = std::min(end, this->problems_[d].shape.sequence.chunk_end(begin, this->at_.chunk));
+      end = std::min(end, this->problems_[d].shape.sequence.chunk_end(begin, this->layout_.chunk));
     return end;
   }
 
-  // Returns the first of the chunk's rows, which lie together.
+  // Returns the first row of the chunk, whose rows are contiguous.
   std::int64_t multiply_input(int d, std::int64_t begin, std::int64_t end) {
-    const Forward<S>& p = this->problems_[d];
-    const RowRange chunk = p.shape.sequence.rows_between(begin, end);
-    this->machine_.multiply(input_product(p, chunk.first, chunk.count, gates_x(d)));
+    const Forward<S>& problem = this->problems_[d];
+    const RowRange chunk = problem.shape.sequence.rows_between(begin, end);
+    this->machine_.multiply(input_product(problem, chunk.first, chunk.count, gates_x(d)));
     return chunk.first;
   }
 };
 
 template <class S, class Machine>
-class PersistentBackward : Persistent<S, Backward<S>, Machine> {
-  using Base = Persistent<S, Backward<S>, Machine>;
+class PersistentBackward : PersistentPass<S, Backward<S>, Machine> {
+  using Base = PersistentPass<S, Backward<S>, Machine>;
 
  public:
   PersistentBackward(const Backward<S>* problems, int directions, const Plan& plan, void* workspace,
@@ -310,45 +309,50 @@ class PersistentBackward : Persistent<S, Backward<S>, Machine> {
     body.shape = this->walk_shape();
     this->prepare();
     for (int d = 0; d < this->directions_; ++d) {
-      const Backward<S>& p = this->problems_[d];
-      BackwardSide<S>& side = body.side[d];
-      this->begin_side(side, d);
-      side.w_hh = p.weights.w_hh;
-      side.w_hh_stride = p.weights.w_hh_stride;
-      side.h0 = p.h0;
-      side.c0 = p.c0;
-      side.y = p.y;
-      side.y_stride = p.y_stride;
-      side.saved = p.saved;
-      side.d_y = p.d_y;
-      side.d_y_stride = p.d_y_stride;
-      side.d_h_n = p.d_h_n;
-      side.d_c_n = p.d_c_n;
-      side.d_pre = p.d_pre;
-      side.d_h0 = p.d_h0;
-      side.d_c0 = p.d_c0;
-      side.d_h = this->template part<float>(this->at_.d_h) + this->state_offset(d);
-      side.d_c = this->template part<float>(this->at_.c) + this->state_offset(d);
-      if constexpr (kProjected) {
-        body.projection[d] = {p.weights.w_hr, p.weights.w_hr_stride, this->second_exchange(d)};
-        body.d_h_all[d] = p.d_h_all;
-        body.outputs = this->shape_.proj_size;
-      }
+      const Backward<S>& problem = this->problems_[d];
+      BackwardArguments<S>& args = body.arguments[d];
+      this->fill(args, d);
+      args.y = problem.y;
+      args.saved = problem.saved;
+      args.d_y = problem.d_y;
+      args.d_y_stride = problem.d_y_stride;
+      args.d_h_n = problem.d_h_n;
+      args.d_c_n = problem.d_c_n;
+      args.d_pre = problem.d_pre;
+      args.d_h_all = problem.d_h_all;
+      args.d_h0 = problem.d_h0;
+      args.d_c0 = problem.d_c0;
+      args.d_h = this->template part<float>(this->layout_.d_h) + this->state_offset(d);
+      args.d_c = this->template part<float>(this->layout_.c) + this->state_offset(d);
     }
     this->walk(body);
   }
 };
 
+template <class S>
+std::size_t Persistent::workspace_bytes(const LayerShape& shape, int directions, const Plan& plan,
+                                        Pass pass) {
+  return PersistentLayout(shape, directions, plan, pass).bytes;
+}
+
+// Blocks wait for each other, so all of them must be resident at once.
 template <class S, class Machine>
-void persistent_forward(const Forward<S>* problems, int directions, const Plan& plan,
-                        void* workspace, Machine& machine) {
+bool Persistent::can_launch(const Request& request, const Plan& plan, Machine& machine) {
+  const int resident = with_walk<S>(request.shape.cell, plan.tiling,
+                                    Residency<S, Machine>{request, plan.tiling, machine});
+  return plan.tiling.blocks <= request.chip.multiprocessors * resident;
+}
+
+template <class S, class Machine>
+void Persistent::forward(const Forward<S>* problems, int directions, const Plan& plan,
+                         void* workspace, Machine& machine) {
   with_walk<S>(problems[0].shape.cell, plan.tiling,
                PersistentForward<S, Machine>(problems, directions, plan, workspace, machine));
 }
 
 template <class S, class Machine>
-void persistent_backward(const Backward<S>* problems, int directions, const Plan& plan,
-                         void* workspace, Machine& machine) {
+void Persistent::backward(const Backward<S>* problems, int directions, const Plan& plan,
+                          void* workspace, Machine& machine) {
   with_walk<S>(problems[0].shape.cell, plan.tiling,
                PersistentBackward<S, Machine>(problems, directions, plan, workspace, machine));
 }
