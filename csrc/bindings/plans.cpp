@@ -79,7 +79,7 @@ py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t bat
   py::dict result;
   result["schedule"] = chosen.schedule->name;
   result["chunk_rows"] = chosen.chunk_rows;
-  if (chosen.schedule->schedule == Schedule::kPersistent) {
+  if (chosen.tiling.blocks > 0) {
     const Tiling& tiling = chosen.tiling;
     result["tensor_cores"] = tiling.tensor_cores;
     result["units"] = tiling.units;
