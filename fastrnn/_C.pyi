@@ -32,7 +32,7 @@ class Plan(TypedDict, total=False):
     packed: bool
     together: int
     shared: bool
-    half_weights: bool
+    recurrent_format: Literal["native", "float16"]
     input: Literal["fused", "ahead"]
     chunk_rows: int
     stacked: bool

@@ -106,8 +106,9 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
   const fastrnn::cpu::Plan chosen =
       // half types: in float32
-      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
-                              half_weights && dtype == "float32");
+      fastrnn::cpu::make_plan(
+          shape, pass, std::max(bytes, 4), int(threads), int(directions),
+          half_weights && dtype == "float32" ? WeightFormat::kFloat16 : WeightFormat::kNative);
   result["schedule"] = "persistent";
   result["isa"] = chosen.isa;
   result["vector_lanes"] = chosen.vector_lanes;
@@ -118,7 +119,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["unit_vectors"] = chosen.unit_vectors;
   result["back_vectors"] = chosen.back_vectors;
   result["packed"] = chosen.packed;
-  result["half_weights"] = chosen.half_weights;
+  result["recurrent_format"] = weight_format_info(chosen.recurrent_format).name;
   result["input"] = chosen.input_fused ? "fused" : "ahead";
   result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;

@@ -15,25 +15,28 @@ namespace fastrnn::cpu {
 
 // How a layer will be walked through time (plan.cpp has the rules).
 struct Plan {
-  const char* isa;   // name of the instruction set in use
-  int vector_lanes;  // values of the dtype in one vector
-  int threads;       // ranks that walk together: row_groups * unit_groups
-  int together;      // directions that walk at the same time, each with so many threads
-  int row_groups;    // the batch is cut in so many parts, which never wait for each other,
-  int unit_groups;   // and within one the hidden units are cut in so many, with a barrier a step
-  int unit_vectors;  // vectors of hidden units in a forward block
-  int back_vectors;  // the same for the products of backward and of projections
-  bool packed;       // weights are copied into panels first, or multiplied with as they lie
-  bool input_fused;  // x_t w_ih^T inside the step (true), or for many steps ahead (false)
-  bool shared;       // a rank that has finished its blocks of a step takes over others'
-  std::int64_t chunk_rows;  // rows of x that are projected ahead at a time, if not fused
-  bool half_weights;        // w_hh in panels of float16
+  const char* isa;    // name of the instruction set in use
+  int element_bytes;  // of a value of the dtype
+  int vector_lanes;   // values of the dtype in one vector
+  int threads;        // ranks that walk together: row_groups * unit_groups
+  int together;       // directions that walk at the same time, each with so many threads
+  int row_groups;     // the batch is cut in so many parts, which never wait for each other,
+  int unit_groups;    // and within one the hidden units are cut in so many, with a barrier a step
+  int unit_vectors;   // vectors of hidden units in a forward block
+  int back_vectors;   // the same for the products of backward and of projections
+  bool packed;        // weights are copied into panels first, or multiplied with as they lie
+  bool input_fused;   // x_t w_ih^T inside the step (true), or for many steps ahead (false)
+  bool shared;        // a rank that has finished its blocks of a step takes over others'
+  std::int64_t chunk_rows;        // rows of x that are projected ahead at a time, if not fused
+  WeightFormat recurrent_format;  // of the panels of w_hh in forward
 };
 
 enum class Pass { kForward, kBackward, kGradients };
 
+// allowed_format: of w_hh, used where it is faster than the dtype itself.
 FASTRNN_EXPORT Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads,
-                              int directions = 1, bool half_weights = false);
+                              int directions = 1,
+                              WeightFormat allowed_format = WeightFormat::kNative);
 // Of two layers of a stack that walk at the same time; false: they do so one after the other.
 FASTRNN_EXPORT bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper,
                                        int element_bytes, int threads, Plan* plans);

@@ -89,26 +89,16 @@ class Job {
   Team teams_[kMostDirections];
 };
 
-template <class T>
-bool half_weights(const LayerForward<T, T>& problem) {
-  return problem.half_weights;
-}
-template <class Problem>
-bool half_weights(const Problem&) {
-  return false;
-}
-
 template <class T, class Layout, class Problem>
-void run(const Problem* problems, int count, Pass pass, int threads, ParallelFor parallel_for,
-         WalkRank<T, Layout, Problem> walk) {
+void run(const Problem* problems, int count, Pass pass, WeightFormat allowed_format, int threads,
+         ParallelFor parallel_for, WalkRank<T, Layout, Problem> walk) {
   const LayerShape& shape = problems[0].shape;
   if (is_forked() && call_work(shape, pass) < kMinForkedWork) threads = 1;
-  const bool half = half_weights(problems[0]);
-  Plan plan = make_plan(shape, pass, sizeof(T), threads, count, half);
+  Plan plan = make_plan(shape, pass, sizeof(T), threads, count, allowed_format);
   const int wanted = plan.threads * plan.together;
   const Claim claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
   if (claim.threads() < wanted)
-    plan = make_plan(shape, pass, sizeof(T), claim.threads(), count, half);
+    plan = make_plan(shape, pass, sizeof(T), claim.threads(), count, allowed_format);
   const Plan plans[kMostDirections] = {plan, plan};
   for (int done = 0; done < count; done += plan.together)
     Job<T, Layout, Problem>(problems + done, plan.together, plans, walk).run(parallel_for);
@@ -133,11 +123,11 @@ bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor paralle
 }  // namespace
 
 Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads, int directions,
-               bool half_weights) {
+               WeightFormat allowed_format) {
   const int bound = max_threads();
   if (bound > 0) threads = std::min(threads, bound);
   return make_plan_for(shape, pass, isa(), element_bytes, std::max(threads, 1), directions,
-                       half_weights);
+                       allowed_format);
 }
 
 bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int element_bytes,
@@ -153,8 +143,8 @@ bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int el
 template <class T>
 void forward(const LayerForward<T, T>* directions, int count, int threads,
              ParallelFor parallel_for) {
-  run<T, ForwardLayout>(directions, count, Pass::kForward, threads, parallel_for,
-                        isa().walk<T>(directions[0].shape.cell).forward);
+  run<T, ForwardLayout>(directions, count, Pass::kForward, directions[0].recurrent_format, threads,
+                        parallel_for, isa().walk<T>(directions[0].shape.cell).forward);
 }
 
 template <class T>
@@ -171,15 +161,15 @@ void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
 template <class T>
 void backward(const LayerBackward<T, T>* directions, int count, int threads,
               ParallelFor parallel_for) {
-  run<T, BackwardLayout>(directions, count, Pass::kBackward, threads, parallel_for,
-                         isa().walk<T>(directions[0].shape.cell).backward);
+  run<T, BackwardLayout>(directions, count, Pass::kBackward, WeightFormat::kNative, threads,
+                         parallel_for, isa().walk<T>(directions[0].shape.cell).backward);
 }
 
 template <class T>
 void gradients(const LayerGradients<T>* directions, int count, int threads,
                ParallelFor parallel_for) {
-  run<T, GradientLayout>(directions, count, Pass::kGradients, threads, parallel_for,
-                         isa().walk<T>(directions[0].shape.cell).gradients);
+  run<T, GradientLayout>(directions, count, Pass::kGradients, WeightFormat::kNative, threads,
+                         parallel_for, isa().walk<T>(directions[0].shape.cell).gradients);
 }
 
 template void forward<float>(const LayerForward<float, float>*, int, int, ParallelFor);

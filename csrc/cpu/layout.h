@@ -56,7 +56,7 @@ struct ForwardLayout {
   std::int64_t unit_block, unit_blocks;  // U hidden units, ceil(H / U)
   std::int64_t proj_block, proj_blocks;  // the same for the P units of a projection
   std::int64_t panels_x;                 // [unit_blocks, I, G*U]
-  std::int64_t panels_h;                 // [unit_blocks, R, G*U], float16 where the plan says so
+  std::int64_t panels_h;                 // [unit_blocks, R, G*U] in the plan's recurrent_format
   std::int64_t panels_p;                 // [proj_blocks, H, proj_block]
   std::int64_t bias;                     // [unit_blocks, Q*U]
   std::int64_t h;                        // [2, B, R]  h of the last step and of this one
@@ -75,7 +75,9 @@ struct ForwardLayout {
     const std::int64_t panels = plan.packed ? 1 : 0;
     panels_x = carver.take(panels * unit_blocks * shape.input_size * cell.gates * unit_block);
     const std::int64_t values_h = unit_blocks * shape.output_size() * cell.gates * unit_block;
-    panels_h = carver.take(panels * (plan.half_weights ? divide_up(values_h, 2) : values_h));
+    panels_h = carver.take(
+        panels * divide_up(values_h * weight_bytes(plan.recurrent_format, plan.element_bytes),
+                           plan.element_bytes));
     panels_p = carver.take(panels * proj_blocks * shape.hidden_size * proj_block);
     bias = carver.take(unit_blocks * cell.pre * unit_block);
     h = carver.take(2 * shape.sequence.batch * shape.output_size());

@@ -83,13 +83,16 @@ bool pick_packed(const LayerShape& shape, Pass pass) {
          std::min(shape.output_size(), kMostUnits);
 }
 
-// w_hh as float16, for those who allow it: where a step does little but fetch it. Rows that share a
-// fetched weight would widen it again each.
-bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes) {
+// float16 pays for one sequence, where a step waits for w_hh: each row of a larger batch would
+// widen the same weights again.
+WeightFormat pick_recurrent_format(const LayerShape& shape, Pass pass, const Isa& isa,
+                                   int element_bytes, WeightFormat allowed) {
   const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
-  return pass == Pass::kForward && shape.sequence.batch == 1 &&
-         shape.sequence.steps >= kMinHalfSteps && element_bytes == 4 && values >= kMinHalfWeights &&
-         isa.half_weights;
+  const bool pays = shape.sequence.batch == 1 && shape.sequence.steps >= kMinHalfSteps &&
+                    values >= kMinHalfWeights;
+  return pass == Pass::kForward && pays && isa.has_recurrent_format(allowed, element_bytes)
+             ? allowed
+             : WeightFormat::kNative;
 }
 
 // x_t w_ih^T goes into the step's own tile where rows enough share the weights and they stay
@@ -127,9 +130,10 @@ bool pick_shared(const LayerShape& shape, const Plan& plan) {
 }
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                   int max_threads, int directions, bool half_weights) {
+                   int max_threads, int directions, WeightFormat allowed_format) {
   Plan plan{};
   plan.isa = isa.name;
+  plan.element_bytes = element_bytes;
   plan.vector_lanes = isa.vector_bytes / element_bytes;
   plan.together = pick_together(shape, pass, isa, element_bytes, max_threads, directions);
   plan.threads = pick_threads(shape, pass, max_threads / plan.together);
@@ -140,8 +144,8 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
       pick_unit_vectors(shape.hidden_size, plan.vector_lanes, gates, plan.unit_groups);
   plan.back_vectors =
       pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
-  plan.half_weights = half_weights && pick_half_weights(shape, pass, isa, element_bytes);
-  plan.packed = plan.half_weights || pick_packed(shape, pass);
+  plan.recurrent_format = pick_recurrent_format(shape, pass, isa, element_bytes, allowed_format);
+  plan.packed = plan.recurrent_format != WeightFormat::kNative || pick_packed(shape, pass);
   plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups);
   plan.shared = pass == Pass::kForward && pick_shared(shape, plan);
   // A hundred rows or so reuse each loaded weight well, and their gates stay in the cache.

@@ -48,7 +48,8 @@ int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int elem
                     int threads);
 int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups);
 bool pick_packed(const LayerShape& shape, Pass pass);
-bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes);
+WeightFormat pick_recurrent_format(const LayerShape& shape, Pass pass, const Isa& isa,
+                                   int element_bytes, WeightFormat allowed);
 int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                   int max_threads, int directions);
 bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_plan,
@@ -58,7 +59,7 @@ bool pick_shared(const LayerShape& shape, const Plan& plan);
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                   int max_threads, int directions, bool half_weights);
+                   int max_threads, int directions, WeightFormat allowed_format);
 // The same for one thread: what a team does that was granted no others.
 Plan alone(Plan plan);
 

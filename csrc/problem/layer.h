@@ -8,6 +8,7 @@
 
 #include "cells/registry.h"
 #include "problem/sequence.h"
+#include "problem/weight_format.h"
 
 namespace fastrnn {
 
@@ -44,7 +45,7 @@ struct LayerForward {
   S* h_n;    // [B, R]
   S* c_n;    // [B, H] or null
   A* saved;  // [N, S*H] what backward needs (columns in the order of the cell's saved), or null
-  bool half_weights;  // w_hh may be rounded to float16, where that is faster
+  WeightFormat recurrent_format;  // the caller allows this format for w_hh, where it is faster
 };
 
 template <class S, class A, class D = A>

@@ -57,7 +57,8 @@ void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& out
   LayerForward<T, T> problems[cpu::kMostDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
     problems[d] = forward_problem<T, T>(layer, d, rows, outputs);
-    problems[d].half_weights = half_weights && layer.dtype == ScalarType::Float;
+    if (half_weights && layer.dtype == ScalarType::Float)
+      problems[d].recurrent_format = WeightFormat::kFloat16;
   }
   cpu::forward(problems, int(layer.directions), threads(), parallel_for);
 }

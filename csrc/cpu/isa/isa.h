@@ -29,7 +29,8 @@ struct Walk {
 
 template <class T>
 struct Walks {
-  Walk<T> of[kCellCount];  // by CellKind
+  Walk<T> of[kCellCount];           // by CellKind
+  WeightFormats recurrent_formats;  // of w_hh in forward (cpu/kernels/product/formats.h)
 };
 
 // Multiply-adds on registers alone (cpu/kernels/peak.h).
@@ -44,8 +45,12 @@ struct Isa {
   Walks<float> walks_float;
   Walks<double> walks_double;
   PeakLoop peak;
-  bool half_weights;  // loads widen float16 (cpu/kernels/product/float16.h)
 
+  // Whether forward can hold w_hh in this format.
+  bool has_recurrent_format(WeightFormat format, int element_bytes) const {
+    return (element_bytes == 4 ? walks_float.recurrent_formats : walks_double.recurrent_formats)
+        .has(format);
+  }
   template <class T>
   const Walk<T>& walk(CellKind cell) const {
     if constexpr (sizeof(T) == 4) {

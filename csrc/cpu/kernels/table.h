@@ -2,16 +2,29 @@
 #pragma once
 
 #include "cpu/kernels/peak.h"
+#include "cpu/kernels/product/formats.h"
 #include "cpu/kernels/schedule/backward.h"
 #include "cpu/kernels/schedule/forward.h"
 #include "cpu/kernels/schedule/gradients.h"
 
 FASTRNN_KERNELS_BEGIN
 
+// The one place where the plan's format chooses the code.
+template <class Cell, class T, class... Formats>
+FASTRNN_INLINE void forward_in(FormatList<Formats...>, const LayerForward<T, T>& problem,
+                               const Plan& plan, const ForwardLayout& layout, T* workspace,
+                               Team& team, int rank) {
+  ((plan.recurrent_format == Formats::kFormat
+        ? ForwardWalk<Cell, T, Formats>(problem, plan, layout, workspace, team, rank).run()
+        : void()),
+   ...);
+}
+
 template <class Cell, class T>
 void forward_rank(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
                   T* workspace, Team& team, int rank) {
-  ForwardWalk<Cell, T>(problem, plan, layout, workspace, team, rank).run();
+  forward_in<Cell>(typename RecurrentFormats<T>::List(), problem, plan, layout, workspace, team,
+                   rank);
 }
 
 template <class Cell, class T>
@@ -31,9 +44,10 @@ constexpr Walks<T> walks() {
   return {{
 #define FASTRNN_CELL(kind, name, type) \
   {forward_rank<type, T>, backward_rank<type, T>, gradient_rank<type, T>},
-      FASTRNN_CELLS(FASTRNN_CELL)
+              FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
-  }};
+          },
+          RecurrentFormats<T>::List::kSet};
 }
 
 #define FASTRNN_TEXT_OF(name) #name
@@ -41,7 +55,7 @@ constexpr Walks<T> walks() {
 extern const Isa kIsa;
 const Isa kIsa = {
     FASTRNN_TEXT(FASTRNN_ISA),         FASTRNN_VECTOR_BYTES, walks<float>(), walks<double>(),
-    {multiply_add_chains, kPeakFlops}, kHalfWeights,
+    {multiply_add_chains, kPeakFlops},
 };
 
 FASTRNN_KERNELS_END

@@ -9,7 +9,7 @@
 // over all steps, made by the layers above.
 #pragma once
 
-#include "cpu/kernels/product/panels.h"
+#include "cpu/kernels/product/weight_matrix.h"
 
 FASTRNN_KERNELS_BEGIN
 
@@ -160,7 +160,7 @@ class BackwardWalk {
   void through_projection(const StepRows& at, std::int64_t end) {
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     for (std::int64_t block = unit_blocks_.begin; block < unit_blocks_.end; ++block) {
-      for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
+      for_each_tile(rows_.begin, end, w_hr_.tile_height(), [&](std::int64_t row, int count) {
         for (std::int64_t i = 0; i < count * at_.unit_block; ++i) scratch[i] = T(0);
         w_hr_.multiply(block, count, p_.d_h_all + (at.first + row) * out_, out_, scratch,
                        at_.unit_block, columns_);
@@ -253,7 +253,7 @@ class BackwardWalk {
   const Share rows_, out_blocks_, unit_blocks_;
   const std::int64_t out_, carry_stride_;
   const Columns columns_;
-  const Weights<T> w_hh_, w_hr_;
+  const WeightMatrix<T> w_hh_, w_hr_;
 };
 
 FASTRNN_KERNELS_END

@@ -8,12 +8,12 @@
 //        +-----+-----+-----+-----+       after packing.
 #pragma once
 
-#include "cpu/kernels/product/float16.h"
-#include "cpu/kernels/product/panels.h"
+#include "cpu/kernels/product/weight_matrix.h"
 
 FASTRNN_KERNELS_BEGIN
 
-template <class Cell, class T>
+// RecurrentFormat: the format of w_hh.
+template <class Cell, class T, class RecurrentFormat>
 class ForwardWalk {
  public:
   ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
@@ -42,10 +42,11 @@ class ForwardWalk {
               workspace + layout.panels_x, plan.unit_vectors, plan.packed),
         w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, true, Cell::kGates,
                shape_.hidden_size, out_},
-              workspace + layout.panels_h, plan.unit_vectors, plan.packed, plan.half_weights),
+              workspace + layout.panels_h, plan.unit_vectors, plan.packed),
         w_hr_(
             {problem.weights.w_hr, problem.weights.w_hr_stride, true, 1, out_, shape_.hidden_size},
-            workspace + layout.panels_p, plan.back_vectors, plan.packed) {}
+            workspace + layout.panels_p, plan.back_vectors, plan.packed),
+        tile_height_(std::min(w_ih_.tile_height(), w_hh_.tile_height())) {}
 
   void run() {
     pack();
@@ -164,7 +165,7 @@ class ForwardWalk {
     await_input(end);
     chunk_first_row_ = chunk.first;
     for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      for_each_tile(chunk.first, chunk.first + chunk.count, w_hh_.tile_height(),
+      for_each_tile(chunk.first, chunk.first + chunk.count, w_ih_.tile_height(),
                     [&](std::int64_t row, int count) {
                       T* c = gates_x(block, row);
                       for (int m = 0; m < count; ++m)
@@ -213,7 +214,7 @@ class ForwardWalk {
     };
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     for_each_block(parity, wait, [&](std::int64_t block) {
-      for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
+      for_each_tile(rows_.begin, end, tile_height_, [&](std::int64_t row, int count) {
         T* c = scratch;
         std::int64_t c_stride = width_;
         if (plan_.input_fused) {
@@ -318,9 +319,10 @@ class ForwardWalk {
   const std::int64_t out_;    // R
   const std::int64_t width_;  // Q*U: a row of a tile
   const Columns columns_x_, columns_h_, columns_p_;
-  const Weights<T> w_ih_;
-  const RecurrentWeights<T> w_hh_;
-  const Weights<T> w_hr_;
+  const WeightMatrix<T> w_ih_;
+  const WeightMatrix<T, RecurrentFormat> w_hh_;
+  const WeightMatrix<T> w_hr_;
+  const int tile_height_;  // rows that the products with w_ih and w_hh both take
   std::int64_t chunk_first_row_ = 0;
 };
 

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/kernels/product/panels.h"
+#include "cpu/kernels/product/tile.h"
 
 FASTRNN_KERNELS_BEGIN
 
