@@ -107,4 +107,16 @@ class _testing:
     @staticmethod
     def alone_after(calls: Sequence[tuple[float, float]]) -> list[float]: ...
     @staticmethod
+    def panels_outlive_calls(
+        cell: str,
+        steps: int,
+        batch: int,
+        input_size: int,
+        hidden_size: int,
+        proj_size: int = 0,
+        dtype: str = "float32",
+        threads: int = 1,
+        half_weights: bool = False,
+    ) -> bool: ...
+    @staticmethod
     def fresh_buffers() -> int: ...

@@ -1,6 +1,7 @@
 // One call: a plan, a workspace, a team, and the walk of the cell on the instruction set in use.
 #include <stdexcept>
 
+#include "cpu/panels.h"
 #include "cpu/plan.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/thread_budget.h"
@@ -10,22 +11,89 @@ namespace {
 
 BusyMachine busy_machine;
 
-template <class T, class Layout, class Problem>
-using WalkRank = void (*)(const Problem&, const Plan&, const Layout&, T*, Team&, int);
+// How a pass runs: the size of its workspace, and what a rank does with it.
+template <class T>
+struct ForwardPass {
+  using Value = T;
+  using Problem = LayerForward<T, T>;
+  static constexpr Pass kPass = Pass::kForward;
+
+  const Walks<T>& walks;
+  T* ready_panels = nullptr;  // packed before for the plan; null: each call packs its own
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    const PanelLayout panels(shape, plan);
+    return (ready_panels == nullptr ? panels.size : 0) + ForwardLayout(shape, plan, panels).size;
+  }
+
+  void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
+                int rank) const {
+    const PanelLayout panel_layout(problem.shape, plan);
+    const ForwardLayout layout(problem.shape, plan, panel_layout);
+    T* panels = ready_panels;
+    T* scratch = workspace;
+    if (panels == nullptr) {
+      panels = workspace;
+      scratch = workspace + panel_layout.size;
+      walks.pack(problem.shape, problem.weights, plan, panel_layout, panels, rank);
+    }
+    walks.of[int(problem.shape.cell)].forward(problem, plan, panel_layout, panels, layout, scratch,
+                                              team, rank);
+  }
+};
+
+template <class T>
+struct BackwardPass {
+  using Value = T;
+  using Problem = LayerBackward<T, T>;
+  static constexpr Pass kPass = Pass::kBackward;
+
+  const Walks<T>& walks;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    return BackwardLayout(shape, plan).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
+                int rank) const {
+    walks.of[int(problem.shape.cell)].backward(problem, plan, BackwardLayout(problem.shape, plan),
+                                               workspace, team, rank);
+  }
+};
+
+template <class T>
+struct GradientPass {
+  using Value = T;
+  using Problem = LayerGradients<T>;
+  static constexpr Pass kPass = Pass::kGradients;
+
+  const Walks<T>& walks;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    return GradientLayout(shape, plan).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
+                int rank) const {
+    walks.of[int(problem.shape.cell)].gradients(problem, plan, GradientLayout(problem.shape, plan),
+                                                workspace, team, rank);
+  }
+};
 
 // Two directions of a layer, or two layers of a stack, that walk at the same time, or one alone.
 // Each has a plan (of as many threads as the other's), a team and a workspace of its own: rank r of
 // the call is rank r % threads of problem r / threads.
-template <class T, class Layout, class Problem>
+template <class PassOf>
 class Job {
+  using T = typename PassOf::Value;
+  using Problem = typename PassOf::Problem;
+
  public:
-  Job(const Problem* problems, int count, const Plan* plans, WalkRank<T, Layout, Problem> walk)
-      : problems_(problems),
+  Job(const PassOf& pass, const Problem* problems, int count, const Plan* plans)
+      : pass_(pass),
+        problems_(problems),
         count_(count),
         plans_(plans),
-        walk_(walk),
-        second_(Layout(problems[0].shape, plans[0]).size),
-        size_(second_ + (count > 1 ? Layout(problems[1].shape, plans[1]).size : 0)),
+        second_(pass.workspace_size(problems[0].shape, plans[0])),
+        size_(second_ + (count > 1 ? pass.workspace_size(problems[1].shape, plans[1]) : 0)),
         workspace_(size_ * sizeof(T) + Barrier::kBytes + count * plans[0].threads * Team::kBytes),
         teams_{Team(plans[0].threads, team_memory(0), interruption_, true),
                Team(count > 1 ? plans[1].threads : 0, team_memory(1), interruption_, false)} {}
@@ -65,10 +133,8 @@ class Job {
   }
 
   void walk(int which, const Plan& plan, int rank) {
-    const Problem& problem = problems_[which];
-    const Layout layout(problem.shape, plan);
     T* workspace = static_cast<T*>(workspace_.data()) + which * second_;
-    walk_(problem, plan, layout, workspace, teams_[which], rank);
+    pass_.run_rank(problems_[which], plan, workspace, teams_[which], rank);
   }
 
   // Behind the layouts' values.
@@ -78,10 +144,10 @@ class Job {
     return reinterpret_cast<void*>(first + which * plans_[0].threads * Team::kBytes);
   }
 
+  const PassOf pass_;
   const Problem* const problems_;
   const int count_;
   const Plan* const plans_;
-  const WalkRank<T, Layout, Problem> walk_;
   const std::int64_t second_;  // where the second one's workspace begins, in elements
   const std::int64_t size_;    // of both
   Workspace workspace_;
@@ -89,19 +155,20 @@ class Job {
   Team teams_[kMostDirections];
 };
 
-template <class T, class Layout, class Problem>
-void run(const Problem* problems, int count, Pass pass, WeightFormat allowed_format, int threads,
-         ParallelFor parallel_for, WalkRank<T, Layout, Problem> walk) {
+template <class PassOf>
+void run(const PassOf& pass, const typename PassOf::Problem* problems, int count,
+         WeightFormat allowed_format, int threads, ParallelFor parallel_for) {
+  constexpr int kBytes = sizeof(typename PassOf::Value);
   const LayerShape& shape = problems[0].shape;
-  if (is_forked() && call_work(shape, pass) < kMinForkedWork) threads = 1;
-  Plan plan = make_plan(shape, pass, sizeof(T), threads, count, allowed_format);
+  if (is_forked() && call_work(shape, PassOf::kPass) < kMinForkedWork) threads = 1;
+  Plan plan = make_plan(shape, PassOf::kPass, kBytes, threads, count, allowed_format);
   const int wanted = plan.threads * plan.together;
   const Claim claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
   if (claim.threads() < wanted)
-    plan = make_plan(shape, pass, sizeof(T), claim.threads(), count, allowed_format);
+    plan = make_plan(shape, PassOf::kPass, kBytes, claim.threads(), count, allowed_format);
   const Plan plans[kMostDirections] = {plan, plan};
   for (int done = 0; done < count; done += plan.together)
-    Job<T, Layout, Problem>(problems + done, plan.together, plans, walk).run(parallel_for);
+    Job<PassOf>(pass, problems + done, plan.together, plans).run(parallel_for);
 }
 
 // Two layers of a stack at the same time, if that pays and there are threads for both.
@@ -113,8 +180,7 @@ bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor paralle
   const int wanted = 2 * plans[0].threads;
   const Claim claim(wanted, std::min(threads, usable_cpus()));
   if (claim.threads() < wanted) return false;
-  Job<T, ForwardLayout, LayerForward<T, T>> job(layers, 2, plans,
-                                                isa().walk<T>(layers[0].shape.cell).forward);
+  Job<ForwardPass<T>> job({isa().walks<T>()}, layers, 2, plans);
   job.stack();
   job.run(parallel_for);
   return true;
@@ -143,8 +209,8 @@ bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int el
 template <class T>
 void forward(const LayerForward<T, T>* directions, int count, int threads,
              ParallelFor parallel_for) {
-  run<T, ForwardLayout>(directions, count, Pass::kForward, directions[0].recurrent_format, threads,
-                        parallel_for, isa().walk<T>(directions[0].shape.cell).forward);
+  run(ForwardPass<T>{isa().walks<T>()}, directions, count, directions[0].recurrent_format, threads,
+      parallel_for);
 }
 
 template <class T>
@@ -161,15 +227,31 @@ void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
 template <class T>
 void backward(const LayerBackward<T, T>* directions, int count, int threads,
               ParallelFor parallel_for) {
-  run<T, BackwardLayout>(directions, count, Pass::kBackward, WeightFormat::kNative, threads,
-                         parallel_for, isa().walk<T>(directions[0].shape.cell).backward);
+  run(BackwardPass<T>{isa().walks<T>()}, directions, count, WeightFormat::kNative, threads,
+      parallel_for);
 }
 
 template <class T>
 void gradients(const LayerGradients<T>* directions, int count, int threads,
                ParallelFor parallel_for) {
-  run<T, GradientLayout>(directions, count, Pass::kGradients, WeightFormat::kNative, threads,
-                         parallel_for, isa().walk<T>(directions[0].shape.cell).gradients);
+  run(GradientPass<T>{isa().walks<T>()}, directions, count, WeightFormat::kNative, threads,
+      parallel_for);
+}
+
+std::int64_t panel_size(const LayerShape& shape, const Plan& plan) {
+  return PanelLayout(shape, plan).size;
+}
+
+template <class T>
+void pack_panels(const LayerShape& shape, const LayerWeights<T>& weights, const Plan& plan,
+                 T* panels) {
+  isa().walks<T>().pack(shape, weights, alone(plan), PanelLayout(shape, plan), panels, 0);
+}
+
+template <class T>
+void forward_packed(const LayerForward<T, T>& problem, const Plan& plan, T* panels,
+                    ParallelFor parallel_for) {
+  Job<ForwardPass<T>>({isa().walks<T>(), panels}, &problem, 1, &plan).run(parallel_for);
 }
 
 template void forward<float>(const LayerForward<float, float>*, int, int, ParallelFor);
@@ -180,5 +262,10 @@ template void forward_stack<double>(const LayerForward<double, double>*, int, in
 template void backward<double>(const LayerBackward<double, double>*, int, int, ParallelFor);
 template void gradients<float>(const LayerGradients<float>*, int, int, ParallelFor);
 template void gradients<double>(const LayerGradients<double>*, int, int, ParallelFor);
+template void pack_panels(const LayerShape&, const LayerWeights<float>&, const Plan&, float*);
+template void pack_panels(const LayerShape&, const LayerWeights<double>&, const Plan&, double*);
+template void forward_packed(const LayerForward<float, float>&, const Plan&, float*, ParallelFor);
+template void forward_packed(const LayerForward<double, double>&, const Plan&, double*,
+                             ParallelFor);
 
 }  // namespace fastrnn::cpu

@@ -52,38 +52,51 @@ class Carver {
   std::int64_t size_ = 0;
 };
 
-struct ForwardLayout {
+// The panels of one layer and direction: its weights and bias in the order in which forward reads
+// them. They depend on the shape of the layer, the weights and the plan, not on the sequence, so
+// they can outlive a call.
+struct PanelLayout {
   std::int64_t unit_block, unit_blocks;  // U hidden units, ceil(H / U)
   std::int64_t proj_block, proj_blocks;  // the same for the P units of a projection
-  std::int64_t panels_x;                 // [unit_blocks, I, G*U]
-  std::int64_t panels_h;                 // [unit_blocks, R, G*U] in the plan's recurrent_format
-  std::int64_t panels_p;                 // [proj_blocks, H, proj_block]
+  std::int64_t w_ih;                     // [unit_blocks, I, G*U]
+  std::int64_t w_hh;                     // [unit_blocks, R, G*U] in the plan's recurrent_format
+  std::int64_t w_hr;                     // [proj_blocks, H, proj_block]
   std::int64_t bias;                     // [unit_blocks, Q*U]
-  std::int64_t h;                        // [2, B, R]  h of the last step and of this one
-  std::int64_t m;                        // [B, H]     h before projection
-  std::int64_t gates_x;  // [chunk_rows, unit_blocks, Q*U]  pre-activations projected ahead
   std::int64_t size;
 
-  ForwardLayout(const LayerShape& shape, const Plan& plan) {
+  PanelLayout(const LayerShape& shape, const Plan& plan) {
     const CellInfo& cell = cell_info(shape.cell);
-    const bool projected = shape.proj_size > 0;
     unit_block = std::int64_t(plan.unit_vectors) * plan.vector_lanes;
     unit_blocks = divide_up(shape.hidden_size, unit_block);
     proj_block = std::int64_t(plan.back_vectors) * plan.vector_lanes;
     proj_blocks = divide_up(shape.proj_size, proj_block);
     Carver carver;
-    const std::int64_t panels = plan.packed ? 1 : 0;
-    panels_x = carver.take(panels * unit_blocks * shape.input_size * cell.gates * unit_block);
-    const std::int64_t values_h = unit_blocks * shape.output_size() * cell.gates * unit_block;
-    panels_h = carver.take(
-        panels * divide_up(values_h * weight_bytes(plan.recurrent_format, plan.element_bytes),
-                           plan.element_bytes));
-    panels_p = carver.take(panels * proj_blocks * shape.hidden_size * proj_block);
+    const std::int64_t packed = plan.packed ? 1 : 0;  // unpacked weights have no panels
+    const std::int64_t width = unit_blocks * cell.gates * unit_block;
+    const int recurrent_bytes = weight_bytes(plan.recurrent_format, plan.element_bytes);
+    w_ih = carver.take(packed * shape.input_size * width);
+    w_hh = carver.take(
+        packed * divide_up(shape.output_size() * width * recurrent_bytes, plan.element_bytes));
+    w_hr = carver.take(packed * proj_blocks * shape.hidden_size * proj_block);
     bias = carver.take(unit_blocks * cell.pre * unit_block);
-    h = carver.take(2 * shape.sequence.batch * shape.output_size());
-    m = carver.take(projected ? shape.sequence.batch * shape.hidden_size : 0);
-    gates_x =
-        carver.take(plan.input_fused ? 0 : plan.chunk_rows * unit_blocks * cell.pre * unit_block);
+    size = carver.size();
+  }
+};
+
+// What forward writes and reads during one call, apart from the panels.
+struct ForwardLayout {
+  std::int64_t h;              // [2, B, R]  h of the last step and of this one
+  std::int64_t unprojected_h;  // [B, H]     h before projection
+  std::int64_t gates_x;        // [chunk_rows, unit_blocks, Q*U]  pre-activations projected ahead
+  std::int64_t size;
+
+  ForwardLayout(const LayerShape& shape, const Plan& plan, const PanelLayout& panels) {
+    const std::int64_t batch = shape.sequence.batch;
+    const std::int64_t row = panels.unit_blocks * cell_info(shape.cell).pre * panels.unit_block;
+    Carver carver;
+    h = carver.take(2 * batch * shape.output_size());
+    unprojected_h = carver.take(shape.proj_size > 0 ? batch * shape.hidden_size : 0);
+    gates_x = carver.take(plan.input_fused ? 0 : plan.chunk_rows * row);
     size = carver.size();
   }
 };

@@ -19,8 +19,9 @@ constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));
 
 template <class T>
 struct Walk {
-  void (*forward)(const LayerForward<T, T>&, const Plan&, const ForwardLayout&, T* workspace, Team&,
-                  int rank);
+  // Reads panels that the team has packed, or that were packed before.
+  void (*forward)(const LayerForward<T, T>&, const Plan&, const PanelLayout&, T* panels,
+                  const ForwardLayout&, T* scratch, Team&, int rank);
   void (*backward)(const LayerBackward<T, T>&, const Plan&, const BackwardLayout&, T* workspace,
                    Team&, int rank);
   void (*gradients)(const LayerGradients<T>&, const Plan&, const GradientLayout&, T* workspace,
@@ -29,8 +30,11 @@ struct Walk {
 
 template <class T>
 struct Walks {
-  Walk<T> of[kCellCount];           // by CellKind
+  // Packs a rank's part of forward's weights and bias into panels.
+  void (*pack)(const LayerShape&, const LayerWeights<T>&, const Plan&, const PanelLayout&,
+               T* panels, int rank);
   WeightFormats recurrent_formats;  // of w_hh in forward (cpu/kernels/product/formats.h)
+  Walk<T> of[kCellCount];           // by CellKind
 };
 
 // Multiply-adds on registers alone (cpu/kernels/peak.h).
@@ -52,11 +56,11 @@ struct Isa {
         .has(format);
   }
   template <class T>
-  const Walk<T>& walk(CellKind cell) const {
+  const Walks<T>& walks() const {
     if constexpr (sizeof(T) == 4) {
-      return walks_float.of[int(cell)];
+      return walks_float;
     } else {
-      return walks_double.of[int(cell)];
+      return walks_double;
     }
   }
 };

@@ -9,22 +9,31 @@
 
 FASTRNN_KERNELS_BEGIN
 
-// The one place where the plan's format chooses the code.
-template <class Cell, class T, class... Formats>
-FASTRNN_INLINE void forward_in(FormatList<Formats...>, const LayerForward<T, T>& problem,
-                               const Plan& plan, const ForwardLayout& layout, T* workspace,
-                               Team& team, int rank) {
-  ((plan.recurrent_format == Formats::kFormat
-        ? ForwardWalk<Cell, T, Formats>(problem, plan, layout, workspace, team, rank).run()
-        : void()),
-   ...);
+// Calls function(ForwardPanels) in the plan's format: the one place where a format chooses the
+// code.
+template <class T, class Function>
+FASTRNN_INLINE void with_panels(const LayerShape& shape, const LayerWeights<T>& weights,
+                                const Plan& plan, const PanelLayout& layout, T* panels,
+                                Function&& function) {
+  RecurrentFormats<T>::List::select(plan.recurrent_format, [&](auto tag) {
+    function(ForwardPanels<T, typename decltype(tag)::Type>(shape, weights, plan, layout, panels));
+  });
+}
+
+template <class T>
+void pack_rank(const LayerShape& shape, const LayerWeights<T>& weights, const Plan& plan,
+               const PanelLayout& layout, T* panels, int rank) {
+  with_panels(shape, weights, plan, layout, panels, [&](const auto& packed) { packed.pack(rank); });
 }
 
 template <class Cell, class T>
-void forward_rank(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
-                  T* workspace, Team& team, int rank) {
-  forward_in<Cell>(typename RecurrentFormats<T>::List(), problem, plan, layout, workspace, team,
-                   rank);
+void forward_rank(const LayerForward<T, T>& problem, const Plan& plan,
+                  const PanelLayout& panel_layout, T* panels, const ForwardLayout& layout,
+                  T* scratch, Team& team, int rank) {
+  with_panels(problem.shape, problem.weights, plan, panel_layout, panels, [&](const auto& packed) {
+    using Panels = std::decay_t<decltype(packed)>;
+    ForwardWalk<Cell, T, Panels>(problem, plan, packed, layout, scratch, team, rank).run();
+  });
 }
 
 template <class Cell, class T>
@@ -41,13 +50,14 @@ void gradient_rank(const LayerGradients<T>& problem, const Plan& plan, const Gra
 
 template <class T>
 constexpr Walks<T> walks() {
-  return {{
+  return {pack_rank<T>,
+          RecurrentFormats<T>::List::kSet,
+          {
 #define FASTRNN_CELL(kind, name, type) \
   {forward_rank<type, T>, backward_rank<type, T>, gradient_rank<type, T>},
               FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
-          },
-          RecurrentFormats<T>::List::kSet};
+          }};
 }
 
 #define FASTRNN_TEXT_OF(name) #name

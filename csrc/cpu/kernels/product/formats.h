@@ -7,9 +7,20 @@
 
 FASTRNN_KERNELS_BEGIN
 
+template <class Format>
+struct FormatTag {
+  using Type = Format;
+};
+
 template <class... Formats>
 struct FormatList {
   static constexpr WeightFormats kSet{Formats::kFormat...};
+
+  // Calls function(FormatTag) for the format of the list that has this name.
+  template <class Function>
+  static FASTRNN_INLINE void select(WeightFormat name, Function&& function) {
+    ((Formats::kFormat == name ? function(FormatTag<Formats>()) : void()), ...);
+  }
 };
 
 template <class T>

@@ -8,21 +8,23 @@
 //        +-----+-----+-----+-----+       after packing.
 #pragma once
 
-#include "cpu/kernels/product/weight_matrix.h"
+#include "cpu/kernels/schedule/forward_panels.h"
 
 FASTRNN_KERNELS_BEGIN
 
-// RecurrentFormat: the format of w_hh.
-template <class Cell, class T, class RecurrentFormat>
+// Panels: ForwardPanels in the plan's format.
+template <class Cell, class T, class Panels>
 class ForwardWalk {
  public:
-  ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
-              T* workspace, Team& team, int rank)
+  ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const Panels& panels,
+              const ForwardLayout& layout, T* scratch, Team& team, int rank)
       : p_(problem),
         shape_(problem.shape),
         plan_(plan),
+        panels_(panels),
+        panels_at_(panels.layout),
         at_(layout),
-        work_(workspace),
+        scratch_(scratch),
         team_(team),
         barrier_(team.barrier),
         shares_(team.shares),
@@ -30,30 +32,20 @@ class ForwardWalk {
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
         rows_(shape_.sequence.batch, rank / plan.unit_groups, plan.row_groups),
-        blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
-        proj_blocks_(layout.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
+        blocks_(panels_at_.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
+        proj_blocks_(panels_at_.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
         out_(shape_.output_size()),
-        width_(Cell::kPre * layout.unit_block),
+        width_(Cell::kPre * panels_at_.unit_block),
         columns_x_(Cell::kPreX, Cell::kGates, plan.unit_vectors, kLanes),
         columns_h_(Cell::kPreH, Cell::kGates, plan.unit_vectors, kLanes),
         columns_p_(kZero, 1, plan.back_vectors, kLanes),
-        w_ih_({problem.weights.w_ih, problem.weights.w_ih_stride, true, Cell::kGates,
-               shape_.hidden_size, shape_.input_size},
-              workspace + layout.panels_x, plan.unit_vectors, plan.packed),
-        w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, true, Cell::kGates,
-               shape_.hidden_size, out_},
-              workspace + layout.panels_h, plan.unit_vectors, plan.packed),
-        w_hr_(
-            {problem.weights.w_hr, problem.weights.w_hr_stride, true, 1, out_, shape_.hidden_size},
-            workspace + layout.panels_p, plan.back_vectors, plan.packed),
-        tile_height_(std::min(w_ih_.tile_height(), w_hh_.tile_height())) {}
+        tile_height_(std::min(panels_.w_ih.tile_height(), panels_.w_hh.tile_height())) {}
 
   void run() {
-    pack();
     StepRows at{};
     if (shape_.sequence.steps > 0) start_rows(at = shape_.sequence.at(shape_.sequence.step(0)), 0);
     barrier_.arrive(rank_);
-    barrier_.wait(rank_, 0, plan_.threads);  // panels are packed in shares by all row groups
+    barrier_.wait(rank_, 0, plan_.threads);  // all row groups have packed their part of the panels
     std::int64_t chunk_end = 0;              // steps before this one have their gates_x
     for (std::int64_t k = 0; k < shape_.sequence.steps; ++k) {
       if (team_.gives_up(rank_, step_work())) return arrive_for(shape_.sequence.steps - k);
@@ -92,36 +84,10 @@ class ForwardWalk {
       barrier_.add_sleep(rank_, below_->barrier.await(rank, std::uint32_t(1 + steps)));
   }
 
-  // Row groups share the panels of their blocks, and the work of packing them.
-  void pack() {
-    const int row_group = rank_ / plan_.unit_groups;
-    const Share blocks = blocks_.cut(row_group, plan_.row_groups);
-    w_ih_.pack(blocks);
-    w_hh_.pack(blocks);
-    for (std::int64_t block = blocks.begin; block < blocks.end; ++block) pack_bias(block);
-    if (shape_.proj_size > 0) w_hr_.pack(proj_blocks_.cut(row_group, plan_.row_groups));
-  }
-
-  // b_ih and b_hh of a block, added where their gates meet.
-  void pack_bias(std::int64_t block) {
-    T* bias = work_ + at_.bias + block * width_;
-    for (std::int64_t i = 0; i < width_; ++i) bias[i] = T(0);
-    if (p_.weights.b_ih == nullptr) return;
-    const std::int64_t first = block * at_.unit_block;
-    const std::int64_t present = std::min(at_.unit_block, shape_.hidden_size - first);
-    for (int gate = 0; gate < Cell::kGates; ++gate) {
-      for (std::int64_t u = 0; u < present; ++u) {
-        const std::int64_t row = gate * shape_.hidden_size + first + u;
-        bias[Cell::kPreX[gate] * at_.unit_block + u] += p_.weights.b_ih[row];
-        bias[Cell::kPreH[gate] * at_.unit_block + u] += p_.weights.b_hh[row];
-      }
-    }
-  }
-
   // The hidden units and the units of h that this rank computes.
-  Share own_hidden() const { return blocks_.units(at_.unit_block, shape_.hidden_size); }
+  Share own_hidden() const { return blocks_.units(panels_at_.unit_block, shape_.hidden_size); }
   Share own_out() const {
-    return shape_.proj_size > 0 ? proj_blocks_.units(at_.proj_block, out_) : own_hidden();
+    return shape_.proj_size > 0 ? proj_blocks_.units(panels_at_.proj_block, out_) : own_hidden();
   }
 
   // Rows that start at a step find their initial states where the step before would have left them:
@@ -149,12 +115,12 @@ class ForwardWalk {
               to + b * size + units.begin);
   }
 
-  T* h(int parity) const { return work_ + at_.h + parity * shape_.sequence.batch * out_; }
-  const T* bias(std::int64_t block) const { return work_ + at_.bias + block * width_; }
+  T* h(int parity) const { return scratch_ + at_.h + parity * shape_.sequence.batch * out_; }
 
   // C += x[row...] w_ih^T for one block.
   void add_input(std::int64_t block, std::int64_t row, int count, T* c, std::int64_t c_stride) {
-    w_ih_.multiply(block, count, p_.x + row * p_.x_stride, p_.x_stride, c, c_stride, columns_x_);
+    panels_.w_ih.multiply(block, count, p_.x + row * p_.x_stride, p_.x_stride, c, c_stride,
+                          columns_x_);
   }
 
   // gates_x of this rank's blocks for the steps from k on that fit the chunk (at least one);
@@ -165,20 +131,20 @@ class ForwardWalk {
     await_input(end);
     chunk_first_row_ = chunk.first;
     for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      for_each_tile(chunk.first, chunk.first + chunk.count, w_ih_.tile_height(),
+      for_each_tile(chunk.first, chunk.first + chunk.count, panels_.w_ih.tile_height(),
                     [&](std::int64_t row, int count) {
                       T* c = gates_x(block, row);
                       for (int m = 0; m < count; ++m)
-                        copy_row(bias(block), c + m * gates_x_stride());
+                        copy_row(panels_.bias(block), c + m * gates_x_stride());
                       add_input(block, row, count, c, gates_x_stride());
                     });
     }
     return end;
   }
 
-  std::int64_t gates_x_stride() const { return at_.unit_blocks * width_; }
+  std::int64_t gates_x_stride() const { return panels_at_.unit_blocks * width_; }
   T* gates_x(std::int64_t block, std::int64_t row) const {
-    return work_ + at_.gates_x + (row - chunk_first_row_) * gates_x_stride() + block * width_;
+    return scratch_ + at_.gates_x + (row - chunk_first_row_) * gates_x_stride() + block * width_;
   }
   void copy_row(const T* from, T* to) const {
     for (std::int64_t i = 0; i < width_; i += kLanes) P::load(from + i).store(to + i);
@@ -198,7 +164,7 @@ class ForwardWalk {
     shares_.refill(rank_, 1 - parity);
     for (int next = 1; next < plan_.unit_groups; ++next) {
       const int group = (rank_ + next) % plan_.unit_groups;
-      const Share theirs(at_.unit_blocks, group, plan_.unit_groups);
+      const Share theirs(panels_at_.unit_blocks, group, plan_.unit_groups);
       while (shares_.take(group_first_ + group, parity, theirs.size(), false, i))
         body(theirs.zigzag(i, parity != 0));
     }
@@ -218,14 +184,14 @@ class ForwardWalk {
         T* c = scratch;
         std::int64_t c_stride = width_;
         if (plan_.input_fused) {
-          for (int m = 0; m < count; ++m) copy_row(bias(block), c + m * width_);
+          for (int m = 0; m < count; ++m) copy_row(panels_.bias(block), c + m * width_);
           add_input(block, at.first + row, count, c, width_);
         } else {
           c = gates_x(block, at.first + row);
           c_stride = gates_x_stride();
         }
         wait();  // the input's share needs nobody: the others' h is awaited after it
-        w_hh_.multiply(block, count, h_before + row * out_, out_, c, c_stride, columns_h_);
+        panels_.w_hh.multiply(block, count, h_before + row * out_, out_, c, c_stride, columns_h_);
         pointwise(at, block, row, count, parity, c, c_stride);
       });
     });
@@ -237,7 +203,7 @@ class ForwardWalk {
   void pointwise(const StepRows& at, std::int64_t block, std::int64_t first, int count, int parity,
                  const T* pre_tile, std::int64_t tile_stride) {
     // Local copies: what is stored below could be any of the members, for all the compiler knows.
-    const std::int64_t hidden = shape_.hidden_size, unit_block = at_.unit_block;
+    const std::int64_t hidden = shape_.hidden_size, unit_block = panels_at_.unit_block;
     const std::int64_t y_stride = p_.y_stride, ending = at.first_ending;
     const std::int64_t row = at.first + first;
     const bool projected = shape_.proj_size > 0, save = p_.saved != nullptr;
@@ -247,7 +213,8 @@ class ForwardWalk {
       if (lanes <= 0) break;
       const T* gates = pre_tile + u * kLanes;
       const T* h_before = h(parity) + first * hidden + unit;  // read by cells without projections
-      T* h_after = (projected ? work_ + at_.m : h(1 - parity)) + first * hidden + unit;
+      T* h_after =
+          (projected ? scratch_ + at_.unprojected_h : h(1 - parity)) + first * hidden + unit;
       T* c = Cell::kStates == 2 ? p_.c_n + first * hidden + unit : nullptr;
       T* saved_row = save ? p_.saved + row * Cell::kSaved * hidden + unit : nullptr;
       T* y = p_.y + row * y_stride + unit;
@@ -287,16 +254,16 @@ class ForwardWalk {
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     const std::int64_t hidden = shape_.hidden_size;
     for (std::int64_t block = proj_blocks_.begin; block < proj_blocks_.end; ++block) {
-      for_each_tile(rows_.begin, end, w_hr_.tile_height(), [&](std::int64_t row, int count) {
-        for (std::int64_t i = 0; i < count * at_.proj_block; ++i) scratch[i] = T(0);
-        w_hr_.multiply(block, count, work_ + at_.m + row * hidden, hidden, scratch, at_.proj_block,
-                       columns_p_);
+      for_each_tile(rows_.begin, end, panels_.w_hr.tile_height(), [&](std::int64_t row, int count) {
+        for (std::int64_t i = 0; i < count * panels_at_.proj_block; ++i) scratch[i] = T(0);
+        panels_.w_hr.multiply(block, count, scratch_ + at_.unprojected_h + row * hidden, hidden,
+                              scratch, panels_at_.proj_block, columns_p_);
         for (int m = 0; m < count; ++m) {
           for (int u = 0; u < plan_.back_vectors; ++u) {
-            const std::int64_t unit = block * at_.proj_block + u * kLanes;
+            const std::int64_t unit = block * panels_at_.proj_block + u * kLanes;
             const std::int64_t lanes = std::min<std::int64_t>(kLanes, out_ - unit);
             if (lanes <= 0) break;
-            const P h_new = P::load(scratch + m * at_.proj_block + u * kLanes);
+            const P h_new = P::load(scratch + m * panels_at_.proj_block + u * kLanes);
             h_new.store(h(1 - parity) + (row + m) * out_ + unit, lanes);
             store_output(at, row + m, unit, lanes, h_new);
           }
@@ -308,8 +275,10 @@ class ForwardWalk {
   const LayerForward<T, T>& p_;
   const LayerShape& shape_;
   const Plan& plan_;
+  const Panels panels_;
+  const PanelLayout& panels_at_;
   const ForwardLayout& at_;
-  T* const work_;
+  T* const scratch_;
   Team& team_;
   Barrier& barrier_;
   Shares& shares_;
@@ -319,9 +288,6 @@ class ForwardWalk {
   const std::int64_t out_;    // R
   const std::int64_t width_;  // Q*U: a row of a tile
   const Columns columns_x_, columns_h_, columns_p_;
-  const WeightMatrix<T> w_ih_;
-  const WeightMatrix<T, RecurrentFormat> w_hh_;
-  const WeightMatrix<T> w_hr_;
   const int tile_height_;  // rows that the products with w_ih and w_hh both take
   std::int64_t chunk_first_row_ = 0;
 };
