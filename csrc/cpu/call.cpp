@@ -155,6 +155,11 @@ class Job {
   Team teams_[kMostDirections];
 };
 
+// Reserves `wanted` threads, or those that other calls have left of the `threads` of the pool.
+Claim reserve_threads(int wanted, int threads) {
+  return Claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
+}
+
 template <class PassOf>
 void run(const PassOf& pass, const typename PassOf::Problem* problems, int count,
          WeightFormat allowed_format, int threads, ParallelFor parallel_for) {
@@ -163,7 +168,7 @@ void run(const PassOf& pass, const typename PassOf::Problem* problems, int count
   if (is_forked() && call_work(shape, PassOf::kPass) < kMinForkedWork) threads = 1;
   Plan plan = make_plan(shape, PassOf::kPass, kBytes, threads, count, allowed_format);
   const int wanted = plan.threads * plan.together;
-  const Claim claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
+  const Claim claim = reserve_threads(wanted, threads);
   if (claim.threads() < wanted)
     plan = make_plan(shape, PassOf::kPass, kBytes, claim.threads(), count, allowed_format);
   const Plan plans[kMostDirections] = {plan, plan};
@@ -178,7 +183,7 @@ bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor paralle
   if (!make_stacked_plans(layers[0].shape, layers[1].shape, sizeof(T), threads, plans))
     return false;
   const int wanted = 2 * plans[0].threads;
-  const Claim claim(wanted, std::min(threads, usable_cpus()));
+  const Claim claim = reserve_threads(wanted, threads);
   if (claim.threads() < wanted) return false;
   Job<ForwardPass<T>> job({isa().walks<T>()}, layers, 2, plans);
   job.stack();

@@ -37,13 +37,14 @@ struct Share {
   }
 };
 
-// Parts of the workspace start at cache lines.
-class Carver {
+// Places the parts of a workspace one after the other, each at the start of a cache line.
+class WorkspaceBuilder {
  public:
-  std::int64_t take(std::int64_t elements) {
-    const std::int64_t at = size_;
+  // Returns the offset of a new part.
+  std::int64_t add(std::int64_t elements) {
+    const std::int64_t offset = size_;
     size_ += divide_up(elements, kLine) * kLine;
-    return at;
+    return offset;
   }
   std::int64_t size() const { return size_; }
 
@@ -70,16 +71,16 @@ struct PanelLayout {
     unit_blocks = divide_up(shape.hidden_size, unit_block);
     proj_block = std::int64_t(plan.back_vectors) * plan.vector_lanes;
     proj_blocks = divide_up(shape.proj_size, proj_block);
-    Carver carver;
+    WorkspaceBuilder builder;
     const std::int64_t packed = plan.packed ? 1 : 0;  // unpacked weights have no panels
     const std::int64_t width = unit_blocks * cell.gates * unit_block;
     const int recurrent_bytes = weight_bytes(plan.recurrent_format, plan.element_bytes);
-    w_ih = carver.take(packed * shape.input_size * width);
-    w_hh = carver.take(
+    w_ih = builder.add(packed * shape.input_size * width);
+    w_hh = builder.add(
         packed * divide_up(shape.output_size() * width * recurrent_bytes, plan.element_bytes));
-    w_hr = carver.take(packed * proj_blocks * shape.hidden_size * proj_block);
-    bias = carver.take(unit_blocks * cell.pre * unit_block);
-    size = carver.size();
+    w_hr = builder.add(packed * proj_blocks * shape.hidden_size * proj_block);
+    bias = builder.add(unit_blocks * cell.pre * unit_block);
+    size = builder.size();
   }
 };
 
@@ -93,11 +94,11 @@ struct ForwardLayout {
   ForwardLayout(const LayerShape& shape, const Plan& plan, const PanelLayout& panels) {
     const std::int64_t batch = shape.sequence.batch;
     const std::int64_t row = panels.unit_blocks * cell_info(shape.cell).pre * panels.unit_block;
-    Carver carver;
-    h = carver.take(2 * batch * shape.output_size());
-    unprojected_h = carver.take(shape.proj_size > 0 ? batch * shape.hidden_size : 0);
-    gates_x = carver.take(plan.input_fused ? 0 : plan.chunk_rows * row);
-    size = carver.size();
+    WorkspaceBuilder builder;
+    h = builder.add(2 * batch * shape.output_size());
+    unprojected_h = builder.add(shape.proj_size > 0 ? batch * shape.hidden_size : 0);
+    gates_x = builder.add(plan.input_fused ? 0 : plan.chunk_rows * row);
+    size = builder.size();
   }
 };
 
@@ -114,11 +115,11 @@ struct BackwardLayout {
     out_block = unit_block = std::int64_t(plan.back_vectors) * plan.vector_lanes;
     out_blocks = divide_up(shape.output_size(), out_block);
     unit_blocks = shape.proj_size > 0 ? divide_up(shape.hidden_size, unit_block) : 0;
-    Carver carver;
-    panels_h = carver.take(out_blocks * cell.gates * shape.hidden_size * out_block);
-    panels_p = carver.take(unit_blocks * shape.proj_size * unit_block);
-    carry = carver.take(shape.sequence.batch * out_blocks * out_block);
-    size = carver.size();
+    WorkspaceBuilder builder;
+    panels_h = builder.add(out_blocks * cell.gates * shape.hidden_size * out_block);
+    panels_p = builder.add(unit_blocks * shape.proj_size * unit_block);
+    carry = builder.add(shape.sequence.batch * out_blocks * out_block);
+    size = builder.size();
   }
 };
 
