@@ -23,13 +23,13 @@ namespace py = pybind11;
 namespace fastrnn::bindings {
 namespace {
 
-std::vector<double> alone_after(const std::vector<std::pair<double, double>>& calls) {
-  using Clock = fastrnn::cpu::BusyMachine::Clock;
+std::vector<double> simulate_backoff(const std::vector<std::pair<double, double>>& calls) {
+  using Clock = fastrnn::cpu::ContentionBackoff::Clock;
   const auto ms = [](double count) {
     return std::chrono::duration_cast<Clock::duration>(
         std::chrono::duration<double, std::milli>(count));
   };
-  fastrnn::cpu::BusyMachine machine;
+  fastrnn::cpu::ContentionBackoff contention;
   Clock::time_point begin(ms(1));
   std::vector<double> result;
   double total = 0;
@@ -38,11 +38,11 @@ std::vector<double> alone_after(const std::vector<std::pair<double, double>>& ca
     check_range("the time that a rank slept", slept, 0, 1e9);
     check_range("the time that all calls took", total += lasted, 0, 1e9);
     const Clock::time_point end = begin + ms(lasted);
-    machine.look(begin, end, ms(slept));
-    double alone = 0;
-    while (machine.noted(end + ms(alone))) alone += 1;
-    result.push_back(alone);
-    begin = end + ms(alone);
+    contention.record(begin, end, ms(slept));
+    double backoff = 0;
+    while (contention.is_backing_off(end + ms(backoff))) backoff += 1;
+    result.push_back(backoff);
+    begin = end + ms(backoff);
   }
   return result;
 }
@@ -136,9 +136,9 @@ void define_testing(py::module_& m) {
   m.def("quota_cpus", &cpu::quota_cpus, py::arg("membership") = "/proc/self/cgroup",
         py::arg("root") = "/sys/fs/cgroup",
         "Number of CPUs in the control group's quota, rounded up; 0: no limit.");
-  m.def("most_threads", &cpu::most_threads,
+  m.def("peak_threads", &cpu::peak_threads,
         "Largest number of CPU threads that calls had at once since the last time it was asked.");
-  m.def("alone_after", &alone_after, py::arg("calls"),
+  m.def("simulate_backoff", &simulate_backoff, py::arg("calls"),
         "Back-off time in ms after each of the given calls of a team, each a pair of its duration "
         "in ms and the time in ms that a rank slept.");
   m.def("panels_outlive_calls", &panels_outlive_calls_of, py::arg("cell"), py::arg("steps"),

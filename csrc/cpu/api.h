@@ -58,8 +58,8 @@ FASTRNN_EXPORT void check_settings();
 FASTRNN_EXPORT int max_threads();
 FASTRNN_EXPORT void set_max_threads(int threads);
 
-// Float32 GFLOP/s that `threads` threads reach together on multiply-adds alone, over `seconds`.
-// Throws std::runtime_error if the system does not grant so many threads.
+// Float32 GFLOP/s that `threads` threads reach together on multiply-adds alone, over
+// `seconds`. Throws std::runtime_error if the system does not grant so many threads.
 FASTRNN_EXPORT double fma_peak(int threads, double seconds);
 
 // Runs body over [0, n) in pieces, several at once where it can: piece 0 on the calling thread.
@@ -68,7 +68,7 @@ FASTRNN_EXPORT double fma_peak(int threads, double seconds);
 using ParallelFor = void (*)(std::int64_t n, void (*body)(std::int64_t, std::int64_t, void*),
                              void* context);
 
-constexpr int kMostDirections = 2;
+constexpr int kMaxDirections = 2;
 
 // A long call asks this function, about ten times per second and on the calling thread, whether to
 // give up; if so, the call throws std::runtime_error(kInterrupted). Null: it never asks.

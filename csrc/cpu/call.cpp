@@ -9,7 +9,7 @@
 namespace fastrnn::cpu {
 namespace {
 
-BusyMachine busy_machine;
+ContentionBackoff contention;
 
 // How a pass runs: the size of its workspace, and what a rank does with it.
 template <class T>
@@ -78,9 +78,9 @@ struct GradientPass {
   }
 };
 
-// Two directions of a layer, or two layers of a stack, that walk at the same time, or one alone.
-// Each has a plan (of as many threads as the other's), a team and a workspace of its own: rank r of
-// the call is rank r % threads of problem r / threads.
+// Two directions of a layer, or two layers of a stack, that walk at the same time, or one
+// alone. Each has a plan (of as many threads as the other's), a team and a workspace of
+// its own: rank r of the call is rank r % threads of problem r / threads.
 template <class PassOf>
 class Job {
   using T = typename PassOf::Value;
@@ -92,8 +92,8 @@ class Job {
         problems_(problems),
         count_(count),
         plans_(plans),
-        second_(pass.workspace_size(problems[0].shape, plans[0])),
-        size_(second_ + (count > 1 ? pass.workspace_size(problems[1].shape, plans[1]) : 0)),
+        second_offset_(pass.workspace_size(problems[0].shape, plans[0])),
+        size_(second_offset_ + (count > 1 ? pass.workspace_size(problems[1].shape, plans[1]) : 0)),
         workspace_(size_ * sizeof(T) + Barrier::kBytes + count * plans[0].threads * Team::kBytes),
         teams_{Team(plans[0].threads, team_memory(0), interruption_, true),
                Team(count > 1 ? plans[1].threads : 0, team_memory(1), interruption_, false)} {}
@@ -106,15 +106,15 @@ class Job {
     // ... for one another; and would compute the same, bit for bit, if one walked alone
     const bool may_wait =
         plan.row_groups == 1 && (plan.unit_groups > 1 || teams_[1].below != nullptr);
-    const auto begin = BusyMachine::Clock::now();
-    const bool alone = may_wait && busy_machine.noted(begin);
-    run_team(alone ? 1 : count_ * plan.threads, parallel_for, run_rank, this);
+    const auto begin = ContentionBackoff::Clock::now();
+    const bool backs_off = may_wait && contention.is_backing_off(begin);
+    run_team(backs_off ? 1 : count_ * plan.threads, parallel_for, run_rank, this);
     if (interruption_.requested()) throw std::runtime_error(kInterrupted);
-    if (!may_wait || alone) return;
+    if (!may_wait || backs_off) return;
     std::chrono::nanoseconds slept(0);
     for (int which = 0; which < count_; ++which)
       slept = std::max(slept, teams_[which].barrier.longest_sleep(plan.threads));
-    busy_machine.look(begin, BusyMachine::Clock::now(), slept);
+    contention.record(begin, ContentionBackoff::Clock::now(), slept);
   }
 
  private:
@@ -127,13 +127,13 @@ class Job {
       for (int which = 0; which < job.count_; ++which) {
         job.teams_[which].below = nullptr;  // done by then
         job.teams_[which].asks = true;
-        job.walk(which, alone(job.plans_[which]), 0);
+        job.walk(which, single_threaded(job.plans_[which]), 0);
       }
     }
   }
 
   void walk(int which, const Plan& plan, int rank) {
-    T* workspace = static_cast<T*>(workspace_.data()) + which * second_;
+    T* workspace = static_cast<T*>(workspace_.data()) + which * second_offset_;
     pass_.run_rank(problems_[which], plan, workspace, teams_[which], rank);
   }
 
@@ -148,16 +148,16 @@ class Job {
   const Problem* const problems_;
   const int count_;
   const Plan* const plans_;
-  const std::int64_t second_;  // where the second one's workspace begins, in elements
-  const std::int64_t size_;    // of both
+  const std::int64_t second_offset_;  // where the second one's workspace begins, in elements
+  const std::int64_t size_;           // of both
   Workspace workspace_;
   Interruption interruption_;
-  Team teams_[kMostDirections];
+  Team teams_[kMaxDirections];
 };
 
 // Reserves `wanted` threads, or those that other calls have left of the `threads` of the pool.
-Claim reserve_threads(int wanted, int threads) {
-  return Claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
+ThreadReservation reserve_threads(int wanted, int threads) {
+  return ThreadReservation(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
 }
 
 template <class PassOf>
@@ -168,10 +168,10 @@ void run(const PassOf& pass, const typename PassOf::Problem* problems, int count
   if (is_forked() && call_work(shape, PassOf::kPass) < kMinForkedWork) threads = 1;
   Plan plan = make_plan(shape, PassOf::kPass, kBytes, threads, count, allowed_format);
   const int wanted = plan.threads * plan.together;
-  const Claim claim = reserve_threads(wanted, threads);
-  if (claim.threads() < wanted)
-    plan = make_plan(shape, PassOf::kPass, kBytes, claim.threads(), count, allowed_format);
-  const Plan plans[kMostDirections] = {plan, plan};
+  const ThreadReservation reservation = reserve_threads(wanted, threads);
+  if (reservation.threads() < wanted)
+    plan = make_plan(shape, PassOf::kPass, kBytes, reservation.threads(), count, allowed_format);
+  const Plan plans[kMaxDirections] = {plan, plan};
   for (int done = 0; done < count; done += plan.together)
     Job<PassOf>(pass, problems + done, plan.together, plans).run(parallel_for);
 }
@@ -183,8 +183,8 @@ bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor paralle
   if (!make_stacked_plans(layers[0].shape, layers[1].shape, sizeof(T), threads, plans))
     return false;
   const int wanted = 2 * plans[0].threads;
-  const Claim claim = reserve_threads(wanted, threads);
-  if (claim.threads() < wanted) return false;
+  const ThreadReservation reservation = reserve_threads(wanted, threads);
+  if (reservation.threads() < wanted) return false;
   Job<ForwardPass<T>> job({isa().walks<T>()}, layers, 2, plans);
   job.stack();
   job.run(parallel_for);
@@ -250,7 +250,7 @@ std::int64_t panel_size(const LayerShape& shape, const Plan& plan) {
 template <class T>
 void pack_panels(const LayerShape& shape, const LayerWeights<T>& weights, const Plan& plan,
                  T* panels) {
-  isa().walks<T>().pack(shape, weights, alone(plan), PanelLayout(shape, plan), panels, 0);
+  isa().walks<T>().pack(shape, weights, single_threaded(plan), PanelLayout(shape, plan), panels, 0);
 }
 
 template <class T>

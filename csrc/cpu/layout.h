@@ -10,10 +10,10 @@ namespace fastrnn::cpu {
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// [begin, end) of the part-th of `parts` nearly equal shares of [0, count).
-struct Share {
+// [begin, end) of the part-th of `parts` nearly equal parts of [0, count).
+struct IndexRange {
   std::int64_t begin, end;
-  Share(std::int64_t count, int part, int parts)
+  IndexRange(std::int64_t count, int part, int parts)
       : begin(count * part / parts), end(count * (part + 1) / parts) {}
   // The i-th of it; backwards, counted from the end. Who walks back and forth over the same weights
   // meets first what the cache has kept from the last time.
@@ -22,15 +22,15 @@ struct Share {
   }
   std::int64_t size() const { return end - begin; }
   // A part of this share.
-  Share cut(int part, int parts) const {
-    Share result(end - begin, part, parts);
+  IndexRange cut(int part, int parts) const {
+    IndexRange result(end - begin, part, parts);
     result.begin += begin;
     result.end += begin;
     return result;
   }
   // Of blocks of so many units each: their units, as far as there are any.
-  Share units(std::int64_t block, std::int64_t all) const {
-    Share result = *this;
+  IndexRange units(std::int64_t block, std::int64_t all) const {
+    IndexRange result = *this;
     result.begin = begin * block < all ? begin * block : all;
     result.end = end * block < all ? end * block : all;
     return result;

@@ -43,7 +43,7 @@ int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int elem
   if (rows >= 1 && vectors < threads) return threads;  // too few units to cut
   const bool cached = step_weights(shape, pass) * element_bytes <= kPrivateCacheBytes;
   const bool cheap = pass == Pass::kBackward || cached;
-  return rows >= (cheap ? kFewRows : kManyRows) ? threads : 1;
+  return rows >= (cheap ? kMinRowsPerThreadCached : kMinRowsPerThread) ? threads : 1;
 }
 
 // Vectors of units in a block: the widest block (fewest loads a multiply-add) that leaves the
@@ -60,9 +60,9 @@ int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups) {
   return best;
 }
 
-// Two directions at the same time, each on half of the threads, where one alone would cut its
-// units: so fewer ranks wait for each other, or none. Not if the weights then no longer stay in a
-// core's own cache, which costs more than the barriers.
+// Two directions at the same time, each on half of the threads, where one alone would cut
+// its units: so fewer ranks wait for each other, or none. Not if the weights then no longer stay in
+// a core's own cache, which costs more than the barriers.
 int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                   int max_threads, int directions) {
   if (directions < 2 || pass == Pass::kGradients) return 1;
@@ -75,12 +75,13 @@ int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int elemen
 
 // A panel is read faster than rows of weights, but must be made first.
 bool pick_packed(const LayerShape& shape, Pass pass) {
-  if (pass == Pass::kBackward) return shape.sequence.steps >= kPackedBackSteps;
-  const std::int64_t units_per_row = shape.sequence.steps == 1 ? kUnitsPerRowOfOneStep
-                                     : shape.sequence.batch >= kManySequences ? kUnitsPerRowOfMany
-                                                                              : kUnitsPerRow;
-  return shape.sequence.steps * shape.sequence.batch * units_per_row >=
-         std::min(shape.output_size(), kMostUnits);
+  using Rule = PackingRule;
+  const std::int64_t steps = shape.sequence.steps, batch = shape.sequence.batch;
+  if (pass == Pass::kBackward) return steps >= Rule::kBackwardSteps;
+  const std::int64_t units_per_row = steps == 1                      ? Rule::kUnitsPerRowOneStep
+                                     : batch >= Rule::kManySequences ? Rule::kUnitsPerRowBatched
+                                                                     : Rule::kUnitsPerRow;
+  return steps * batch * units_per_row >= std::min(shape.output_size(), Rule::kMaxUnits);
 }
 
 // float16 pays for one sequence, where a step waits for w_hh: each row of a larger batch would
@@ -154,7 +155,7 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
   return plan;
 }
 
-Plan alone(Plan plan) {
+Plan single_threaded(Plan plan) {
   plan.threads = plan.row_groups = plan.unit_groups = 1;
   plan.shared = false;
   return plan;

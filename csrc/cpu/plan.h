@@ -18,17 +18,21 @@ constexpr std::int64_t kMinForkedWork = 100 * kMinCallWork;
 // not.
 constexpr std::int64_t kPrivateCacheBytes = 512 * 1024;
 // Rows a thread that pay for walking all weights: cached ones, or ones from further away.
-constexpr std::int64_t kFewRows = 4, kManyRows = 16;
+constexpr std::int64_t kMinRowsPerThreadCached = 4, kMinRowsPerThread = 16;
 // Beyond this, streaming w_ih anew each step is dearer than keeping pre-activations.
 constexpr std::int64_t kSharedCacheBytes = 24 * 1024 * 1024;
-// Packing the weights costs less than it gains from so many steps of backward on, whose weights lie
-// nearly as a panel anyway. Forward's are transposed for it, and as they lie, what a row costs
-// beyond the products falls with the length of a dot: packing pays from a number of rows on that
-// grows with the state (up to a size), by one for so many units: of a call of few sequences, of
-// more, of a single step.
-constexpr std::int64_t kPackedBackSteps = 6;
-constexpr std::int64_t kUnitsPerRow = 5, kUnitsPerRowOfMany = 2, kUnitsPerRowOfOneStep = 1;
-constexpr std::int64_t kManySequences = 8, kMostUnits = 512;
+// When packing the weights pays. Backward multiplies with rows that are nearly panels already, so a
+// few steps pay for packing. Forward packs transposed weights. It pays from min(R, kMaxUnits) / k
+// rows (steps * batch) on: a dot over few units costs more per product than a long one, and k
+// depends on the kind of call.
+struct PackingRule {
+  static constexpr std::int64_t kBackwardSteps = 6;       // least number of steps in backward
+  static constexpr std::int64_t kUnitsPerRow = 5;         // k
+  static constexpr std::int64_t kUnitsPerRowBatched = 2;  // k from kManySequences on
+  static constexpr std::int64_t kUnitsPerRowOneStep = 1;  // k of a single step
+  static constexpr std::int64_t kManySequences = 8;
+  static constexpr std::int64_t kMaxUnits = 512;
+};
 // A step waits for w_hh rather than for its own instructions from this many values on; rounding and
 // packing them takes some steps to pay.
 constexpr std::int64_t kMinHalfWeights = 16 * 1024, kMinHalfSteps = 24;
@@ -61,6 +65,6 @@ bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                    int max_threads, int directions, WeightFormat allowed_format);
 // The same for one thread: what a team does that was granted no others.
-Plan alone(Plan plan);
+Plan single_threaded(Plan plan);
 
 }  // namespace fastrnn::cpu

@@ -40,9 +40,10 @@ struct StepRowsOf {
 
   // The state from which row b of this step is computed: what the step before wrote, states
   // [N, *], or the initial state [B, *].
-  template <class S>
-  FASTRNN_HD const S* state_before(std::int64_t b, const S* states, std::int64_t states_stride,
-                                   const S* initial, std::int64_t initial_stride) const {
+  template <class State>
+  FASTRNN_HD const State* state_before(std::int64_t b, const State* states,
+                                       std::int64_t states_stride, const State* initial,
+                                       std::int64_t initial_stride) const {
     return starts(Count(b)) ? initial + b * initial_stride
                             : states + (first_before + b) * states_stride;
   }

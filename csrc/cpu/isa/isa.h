@@ -40,7 +40,7 @@ struct Walks {
 // Multiply-adds on registers alone (cpu/kernels/peak.h).
 struct PeakLoop {
   float (*run)(std::int64_t rounds, float factor, float term);
-  double flops_a_round;
+  double flops_per_round;
 };
 
 struct Isa {

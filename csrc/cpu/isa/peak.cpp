@@ -23,7 +23,7 @@ double work_until(const PeakLoop& loop, Clock::time_point end) {
   double operations = 0.0;
   do {
     sink = loop.run(kRounds, factor, term);
-    operations += loop.flops_a_round * double(kRounds);
+    operations += loop.flops_per_round * double(kRounds);
   } while (Clock::now() < end);
   (void)sink;
   return operations;

@@ -60,11 +60,11 @@ constexpr Walks<T> walks() {
           }};
 }
 
-#define FASTRNN_TEXT_OF(name) #name
-#define FASTRNN_TEXT(name) FASTRNN_TEXT_OF(name)
+#define FASTRNN_QUOTED_NAME(name) #name
+#define FASTRNN_QUOTED(name) FASTRNN_QUOTED_NAME(name)
 extern const Isa kIsa;
 const Isa kIsa = {
-    FASTRNN_TEXT(FASTRNN_ISA),         FASTRNN_VECTOR_BYTES, walks<float>(), walks<double>(),
+    FASTRNN_QUOTED(FASTRNN_ISA),       FASTRNN_VECTOR_BYTES, walks<float>(), walks<double>(),
     {multiply_add_chains, kPeakFlops},
 };
 

@@ -18,9 +18,9 @@
 namespace fastrnn::cpu {
 namespace {
 
-// Limits of the kept bytes; see most_kept.
-constexpr std::size_t kMostKept = std::size_t(256) << 20;
-constexpr std::size_t kLeastKept = std::size_t(16) << 20;
+// Limits of the kept bytes; see max_bytes.
+constexpr std::size_t kMaxCached = std::size_t(256) << 20;
+constexpr std::size_t kMinCached = std::size_t(16) << 20;
 // A kept buffer that this many acquisitions have passed over is freed. A training step acquires
 // four buffers per layer, so the first of 16 layers still finds its buffers in the next step.
 constexpr std::uint64_t kPatience = 64;
@@ -54,7 +54,7 @@ bool poisoned() {
   return is_on;
 }
 
-struct Kept {
+struct CachedBuffer {
   void* buffer;
   std::size_t bytes;
   std::uint64_t released;  // number of acquisitions before its release
@@ -65,8 +65,8 @@ std::atomic<std::size_t> fresh_count{0};
 
 struct BufferCache {
   std::mutex mutex;
-  std::vector<Kept> kept;  // oldest first
-  std::size_t bytes = 0;   // of kept
+  std::vector<CachedBuffer> cached;  // oldest first
+  std::size_t bytes = 0;             // of kept
   std::uint64_t acquisitions = 0;
   // Largest used_bytes during the current kPatience acquisitions and during those before.
   std::size_t peak = 0;
@@ -74,8 +74,8 @@ struct BufferCache {
 
   // Forward, backward and gradients each use one workspace, the last two beside d_pre. None of
   // these uses exceeds the peak, so three times the peak holds all buffers of a training step.
-  std::size_t most_kept() const {
-    return std::clamp(3 * std::max(peak, last_peak), kLeastKept, kMostKept);
+  std::size_t max_bytes() const {
+    return std::clamp(3 * std::max(peak, last_peak), kMinCached, kMaxCached);
   }
 
   void count_acquisition() {
@@ -89,24 +89,24 @@ struct BufferCache {
 
   // Null if no kept buffer has this size.
   void* acquire(std::size_t size) {
-    for (auto found = kept.rbegin(); found != kept.rend(); ++found) {  // the newest is warmest
+    for (auto found = cached.rbegin(); found != cached.rend(); ++found) {  // the newest is warmest
       if (found->bytes != size) continue;
       void* buffer = found->buffer;
       bytes -= size;
-      kept.erase(std::next(found).base());
+      cached.erase(std::next(found).base());
       return buffer;
     }
     return nullptr;
   }
 
   void discard_oldest() {
-    bytes -= kept.front().bytes;
-    discard(kept.front().buffer, kept.front().bytes);
-    kept.erase(kept.begin());
+    bytes -= cached.front().bytes;
+    discard(cached.front().buffer, cached.front().bytes);
+    cached.erase(cached.begin());
   }
 
   void discard_unused() {
-    while (!kept.empty() && acquisitions - kept.front().released > kPatience) discard_oldest();
+    while (!cached.empty() && acquisitions - cached.front().released > kPatience) discard_oldest();
   }
 };
 
@@ -117,7 +117,7 @@ BufferCache& buffer_cache() {
 
 }  // namespace
 
-void* take_buffer(std::size_t wanted) {
+void* acquire_buffer(std::size_t wanted) {
   const std::size_t bytes = rounded(wanted);
   used_bytes.fetch_add(bytes, std::memory_order_relaxed);
   void* found = nullptr;
@@ -147,15 +147,15 @@ void* take_buffer(std::size_t wanted) {
   return found;
 }
 
-void give_buffer(void* buffer, std::size_t wanted) noexcept {
+void release_buffer(void* buffer, std::size_t wanted) noexcept {
   const std::size_t bytes = rounded(wanted);
   used_bytes.fetch_sub(bytes, std::memory_order_relaxed);
   BufferCache& cache = buffer_cache();
   const std::unique_lock lock(cache.mutex, std::try_to_lock);
-  if (!lock.owns_lock() || bytes > cache.most_kept()) return discard(buffer, bytes);
-  while (cache.bytes + bytes > cache.most_kept()) cache.discard_oldest();
+  if (!lock.owns_lock() || bytes > cache.max_bytes()) return discard(buffer, bytes);
+  while (cache.bytes + bytes > cache.max_bytes()) cache.discard_oldest();
   try {
-    cache.kept.push_back({buffer, bytes, cache.acquisitions});
+    cache.cached.push_back({buffer, bytes, cache.acquisitions});
     cache.bytes += bytes;
   } catch (const std::bad_alloc&) {
     discard(buffer, bytes);
@@ -172,7 +172,7 @@ void use_huge_pages(void* buffer, std::size_t bytes) noexcept {
 #endif
 }
 
-std::size_t kept_bytes() {
+std::size_t cached_bytes() {
   BufferCache& cache = buffer_cache();
   const std::lock_guard lock(cache.mutex);
   return cache.bytes;
@@ -180,10 +180,10 @@ std::size_t kept_bytes() {
 
 std::size_t fresh_buffers() { return fresh_count.load(std::memory_order_relaxed); }
 
-void release_kept_buffers() {
+void release_cached_buffers() {
   BufferCache& cache = buffer_cache();
   const std::lock_guard lock(cache.mutex);
-  while (!cache.kept.empty()) cache.discard_oldest();
+  while (!cache.cached.empty()) cache.discard_oldest();
 }
 
 }  // namespace fastrnn::cpu

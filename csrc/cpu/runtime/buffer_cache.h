@@ -16,26 +16,26 @@
 namespace fastrnn::cpu {
 
 // At least `bytes` bytes, aligned for any vector. Throws std::bad_alloc.
-FASTRNN_EXPORT void* take_buffer(std::size_t bytes);
+FASTRNN_EXPORT void* acquire_buffer(std::size_t bytes);
 // `bytes` as it was asked for.
-FASTRNN_EXPORT void give_buffer(void* buffer, std::size_t bytes) noexcept;
+FASTRNN_EXPORT void release_buffer(void* buffer, std::size_t bytes) noexcept;
 
 // One page fault where there were 512, for large memory of another allocator that is about to be
 // written.
 FASTRNN_EXPORT void use_huge_pages(void* buffer, std::size_t bytes) noexcept;
 
 // Bytes of the buffers that are ready for the next call.
-FASTRNN_EXPORT std::size_t kept_bytes();
+FASTRNN_EXPORT std::size_t cached_bytes();
 // Frees them all.
-FASTRNN_EXPORT void release_kept_buffers();
+FASTRNN_EXPORT void release_cached_buffers();
 // Number of buffers that were allocated since the process started.
 FASTRNN_EXPORT std::size_t fresh_buffers();
 
 // A buffer for the length of a call.
 class Workspace {
  public:
-  explicit Workspace(std::size_t bytes) : bytes_(bytes), data_(take_buffer(bytes)) {}
-  ~Workspace() { give_buffer(data_, bytes_); }
+  explicit Workspace(std::size_t bytes) : bytes_(bytes), data_(acquire_buffer(bytes)) {}
+  ~Workspace() { release_buffer(data_, bytes_); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 

@@ -46,7 +46,7 @@ void wake_all(std::atomic<Word>& word) {
 }
 
 std::atomic<bool (*)()> interrupted{nullptr};
-constexpr std::chrono::milliseconds kBetweenLooks(100);
+constexpr std::chrono::milliseconds kCheckInterval(100);
 
 struct Call {
   int threads;
@@ -55,8 +55,8 @@ struct Call {
   std::atomic<int> granted{0};
 };
 
-// How many walk: all, or rank 0 alone. The others wait for it, since only who runs the first piece
-// can tell whether each rank got a thread of its own.
+// How many walk: all, or rank 0 alone. The others wait for it, since only who runs the
+// first piece can tell whether each rank got a thread of its own.
 void grant(Call& call, int granted) {
   call.granted.store(granted);
   wake_all(call.granted);
@@ -96,7 +96,7 @@ void run_on_new_threads(Call& call) {
 }  // namespace
 
 std::chrono::nanoseconds Barrier::wait_for(int other, std::uint32_t goal) {
-  if (spin_until([&] { return has_come(other, goal); })) return {};
+  if (spin_until([&] { return has_arrived(other, goal); })) return {};
   const auto begin = std::chrono::steady_clock::now();
   Flag& awaited = flag(other);
   awaited.sleepers.fetch_add(1);
@@ -113,11 +113,11 @@ void Barrier::wake(int rank) { wake_all(flag(rank).count); }
 
 void set_interrupted(bool (*function)()) { interrupted.store(function); }
 
-void Interruption::look() {
-  left_ = kWorkPerLook;
+void Interruption::check() {
+  left_ = kWorkPerCheck;
   const auto now = std::chrono::steady_clock::now();
   if (last_ == std::chrono::steady_clock::time_point()) last_ = now;
-  if (now - last_ < kBetweenLooks) return;
+  if (now - last_ < kCheckInterval) return;
   last_ = now;
   const auto ask = interrupted.load();
   if (ask != nullptr && ask()) requested_.store(true, std::memory_order_relaxed);

@@ -47,7 +47,7 @@ class Barrier {
   }
   // Until rank has arrived `goal` times; returns for how long the caller slept.
   FASTRNN_INLINE std::chrono::nanoseconds await(int rank, std::uint32_t goal) {
-    return has_come(rank, goal) ? std::chrono::nanoseconds(0) : wait_for(rank, goal);
+    return has_arrived(rank, goal) ? std::chrono::nanoseconds(0) : wait_for(rank, goal);
   }
   FASTRNN_INLINE void add_sleep(int rank, std::chrono::nanoseconds time) {
     flag(rank).slept += time;
@@ -55,7 +55,7 @@ class Barrier {
 
  private:
   // Counts may wrap around; ranks are never half the range apart.
-  FASTRNN_INLINE bool has_come(int rank, std::uint32_t goal) const {
+  FASTRNN_INLINE bool has_arrived(int rank, std::uint32_t goal) const {
     return std::int32_t(flag(rank).count.load(std::memory_order_acquire) - goal) >= 0;
   }
   // Spins a moment, then sleeps; returns for how long.
@@ -76,11 +76,11 @@ class Barrier {
 // Work of a step that whoever has time may do: items 0 ... size-1 of each rank, which takes its own
 // from the front, while others that have finished theirs take from the back. There is one count for
 // even steps and one for odd ones, so that one can be refilled while the other is in use.
-class Shares {
+class WorkQueues {
  public:
   static constexpr std::size_t kBytes = 128;  // per rank, aligned to as many
 
-  Shares(int threads, void* memory) : queues_(static_cast<Queue*>(memory)) {
+  WorkQueues(int threads, void* memory) : queues_(static_cast<Queue*>(memory)) {
     for (int rank = 0; rank < threads; ++rank) new (&queue(rank)) Queue;
   }
 
@@ -120,27 +120,27 @@ class Shares {
 class Interruption {
  public:
   // Counts multiply-adds of the calling thread, and asks after enough of them.
-  FASTRNN_INLINE void ask(std::int64_t work) {
+  FASTRNN_INLINE void count_work(std::int64_t work) {
     left_ -= work;
-    if (left_ <= 0) look();
+    if (left_ <= 0) check();
   }
   FASTRNN_INLINE bool requested() const { return requested_.load(std::memory_order_relaxed); }
 
  private:
-  static constexpr std::int64_t kWorkPerLook = 1 << 22;  // a millisecond of the slowest kernels
-  void look();
+  static constexpr std::int64_t kWorkPerCheck = 1 << 22;  // a millisecond of the slowest kernels
+  void check();
 
-  std::int64_t left_ = kWorkPerLook;
+  std::int64_t left_ = kWorkPerCheck;
   std::chrono::steady_clock::time_point last_{};
   alignas(128) std::atomic<bool> requested_{false};  // away from what the calling thread writes
 };
 
 // What the ranks that walk together share.
 struct Team {
-  static constexpr std::size_t kBytes = Barrier::kBytes + Shares::kBytes;  // per rank
+  static constexpr std::size_t kBytes = Barrier::kBytes + WorkQueues::kBytes;  // per rank
 
   Barrier barrier;
-  Shares shares;
+  WorkQueues work_queues;
   const int threads;
   Team* below = nullptr;  // who makes this team's input, while it walks
 
@@ -150,7 +150,7 @@ struct Team {
   // memory: `size` times kBytes, aligned to Barrier::kBytes. A small stack could not hold it.
   Team(int size, void* memory, Interruption& call, bool asks_)
       : barrier(size, memory),
-        shares(size, static_cast<char*>(memory) + size * Barrier::kBytes),
+        work_queues(size, static_cast<char*>(memory) + size * Barrier::kBytes),
         threads(size),
         interruption(call),
         asks(asks_) {}
@@ -158,14 +158,14 @@ struct Team {
   // Whether a rank gives the call up, which next does so many multiply-adds. It need not wait for
   // other ranks then, but must arrive as often as if it went on: they may still wait for it.
   FASTRNN_INLINE bool gives_up(int rank, std::int64_t work) {
-    if (asks && rank == 0) interruption.ask(work);
+    if (asks && rank == 0) interruption.count_work(work);
     return interruption.requested();
   }
 };
 
 // Runs body(context, rank, size) for every rank at once: with size = threads where the pool grants
-// that many, else with size = 1 on the calling thread alone (a nested or a smaller region). A
-// forked process, where the pool is dead, makes threads for the call.
+// that many, else with size = 1 on the calling thread alone (a nested or a smaller
+// region). A forked process, where the pool is dead, makes threads for the call.
 void run_team(int threads, ParallelFor parallel_for,
               void (*body)(void* context, int rank, int size), void* context);
 

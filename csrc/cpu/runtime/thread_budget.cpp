@@ -13,15 +13,15 @@
 namespace fastrnn::cpu {
 namespace {
 
-std::atomic<int> taken{0};       // threads in calls that are running
-std::atomic<int> most_taken{0};  // at once
+std::atomic<int> reserved{0};       // threads in calls that are running
+std::atomic<int> peak_reserved{0};  // at once
 std::atomic<bool> forked{false};
 
-constexpr std::chrono::milliseconds kLeastSleep(1), kPatience(20), kLeastAlone(4), kMostAlone(50);
+constexpr std::chrono::milliseconds kMinSleep(1), kPatience(20), kMinBackoff(4), kMaxBackoff(50);
 
 // Nothing that ran in the parent runs here.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
-  taken.store(0);
+  reserved.store(0);
   forked.store(true);
 });
 
@@ -101,28 +101,29 @@ int usable_cpus() {
   return quota > 0 ? std::min(cpus, quota) : cpus;
 }
 
-Claim::Claim(int wanted, int all) {
-  int before = taken.load(std::memory_order_relaxed);
+ThreadReservation::ThreadReservation(int wanted, int all) {
+  int before = reserved.load(std::memory_order_relaxed);
   do {
     threads_ = std::clamp(all - before, 1, wanted);
-  } while (!taken.compare_exchange_weak(before, before + threads_, std::memory_order_relaxed));
+  } while (!reserved.compare_exchange_weak(before, before + threads_, std::memory_order_relaxed));
   const int now = before + threads_;
-  int most = most_taken.load(std::memory_order_relaxed);
-  while (most < now && !most_taken.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+  int peak = peak_reserved.load(std::memory_order_relaxed);
+  while (peak < now && !peak_reserved.compare_exchange_weak(peak, now, std::memory_order_relaxed)) {
   }
 }
 
-int most_threads() { return most_taken.exchange(0, std::memory_order_relaxed); }
+int peak_threads() { return peak_reserved.exchange(0, std::memory_order_relaxed); }
 
-Claim::~Claim() { taken.fetch_sub(threads_, std::memory_order_relaxed); }
+ThreadReservation::~ThreadReservation() { reserved.fetch_sub(threads_, std::memory_order_relaxed); }
 
-bool BusyMachine::noted(Clock::time_point now) const {
+bool ContentionBackoff::is_backing_off(Clock::time_point now) const {
   return now.time_since_epoch().count() < until_.load(std::memory_order_relaxed);
 }
 
-void BusyMachine::look(Clock::time_point begin, Clock::time_point now, Clock::duration slept) {
+void ContentionBackoff::record(Clock::time_point begin, Clock::time_point now,
+                               Clock::duration slept) {
   constexpr auto kOrder = std::memory_order_relaxed;  // races only blur the rule
-  if (slept < kLeastSleep || slept * 3 < now - begin) {
+  if (slept < kMinSleep || slept * 3 < now - begin) {
     calls_.store(0, kOrder);
     failures_.store(failures_.load(kOrder) / 2, kOrder);
     return;
@@ -134,8 +135,8 @@ void BusyMachine::look(Clock::time_point begin, Clock::time_point now, Clock::du
   const bool lasts = now.time_since_epoch() - Clock::duration(since_.load(kOrder)) >= kPatience;
   if (failures == 0 && (calls < 2 || !lasts)) return;
   failures_.store(failures + 1, kOrder);
-  const auto alone = std::min(kMostAlone, kLeastAlone * (1 << std::min(failures, 4)));
-  until_.store((now + alone).time_since_epoch().count(), kOrder);
+  const auto backoff = std::min(kMaxBackoff, kMinBackoff * (1 << std::min(failures, 4)));
+  until_.store((now + backoff).time_since_epoch().count(), kOrder);
 }
 
 bool is_forked() { return forked.load(std::memory_order_relaxed); }

@@ -18,12 +18,12 @@ FASTRNN_EXPORT int quota_cpus(const std::string& membership, const std::string& 
 
 // Calls from several Python threads share the CPUs: a call gets what those before it left, at least
 // the thread it came on.
-class Claim {
+class ThreadReservation {
  public:
-  Claim(int wanted, int all);
-  ~Claim();
-  Claim(const Claim&) = delete;
-  Claim& operator=(const Claim&) = delete;
+  ThreadReservation(int wanted, int all);
+  ~ThreadReservation();
+  ThreadReservation(const ThreadReservation&) = delete;
+  ThreadReservation& operator=(const ThreadReservation&) = delete;
 
   int threads() const { return threads_; }
 
@@ -31,22 +31,22 @@ class Claim {
   int threads_;
 };
 // The most threads that calls had together, since this was asked the last time.
-FASTRNN_EXPORT int most_threads();
+FASTRNN_EXPORT int peak_threads();
 
 // CPUs that others use make a team wait whole time slices for a rank that has none: a rank sleeps
 // for a third of the call, and a millisecond at least. If that happens in call after call for some
 // time (for a moment it does on an idle machine, until threads that woke on one CPU have been moved
-// apart), calls whose ranks would wait for each other go alone for some milliseconds; then one
-// tries again. Each failure doubles the time, up to kMostAlone, each success halves it, and until
-// it is down to nothing a single call that waits is enough.
-class FASTRNN_EXPORT BusyMachine {
+// apart), calls whose ranks would wait for each other go alone for some milliseconds;
+// then one tries again. Each failure doubles the time, up to kMaxBackoff, each success halves it,
+// and until it is down to nothing a single call that waits is enough.
+class FASTRNN_EXPORT ContentionBackoff {
  public:
   using Clock = std::chrono::steady_clock;
 
   // Whether calls go alone at this time.
-  bool noted(Clock::time_point now) const;
+  bool is_backing_off(Clock::time_point now) const;
   // `slept`: the longest that any rank of a call did, which took from `begin` to `now`.
-  void look(Clock::time_point begin, Clock::time_point now, Clock::duration slept);
+  void record(Clock::time_point begin, Clock::time_point now, Clock::duration slept);
 
  private:
   std::atomic<Clock::rep> until_{0};

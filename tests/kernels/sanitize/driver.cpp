@@ -676,7 +676,7 @@ void check_all() {
   }
   check_interruption();
   check_fork();
-  cpu::release_kept_buffers();
+  cpu::release_cached_buffers();
 }
 
 }  // namespace

@@ -10,8 +10,9 @@
 
 FASTRNN_KERNELS_BEGIN
 
-// Rows and units of a dot, such that the sums and what is loaded fit the registers. One row alone
-// takes twice the units: enough sums are under way then to hide how long an addition takes.
+// Rows and units of a dot, such that the sums and what is loaded fit the registers. One row
+// alone takes twice the units: enough sums are under way then to hide how long an
+// addition takes.
 #if FASTRNN_REGISTERS >= 32
 constexpr int kDotRows = FASTRNN_VECTOR_BYTES == 16 ? 4 : 6;
 #else

@@ -21,17 +21,17 @@ struct PanelSource {
 template <class T>
 void transpose_rows(const T* from, std::int64_t from_stride, std::int64_t present,
                     std::int64_t count, T* to, std::int64_t to_stride) {
-  using P = Pack<T>;
-  constexpr int kLanes = P::kLanes;
+  using Vec = Pack<T>;
+  constexpr int kLanes = Vec::kLanes;
   std::int64_t k = 0;
   if (present >= kLanes) {
     for (; k + kLanes <= count; k += kLanes) {
-      typename P::Vector rows[kLanes];
+      typename Vec::Vector rows[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) rows[i] = P::load(from + i * from_stride + k).v;
+      for (int i = 0; i < kLanes; ++i) rows[i] = Vec::load(from + i * from_stride + k).v;
       transpose<T>(rows);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) P(rows[i]).store(to + (k + i) * to_stride);
+      for (int i = 0; i < kLanes; ++i) Vec(rows[i]).store(to + (k + i) * to_stride);
     }
   }
   for (; k < count; ++k)
@@ -42,20 +42,20 @@ void transpose_rows(const T* from, std::int64_t from_stride, std::int64_t presen
 template <class T>
 void pack_panel(const PanelSource<T>& source, std::int64_t block, std::int64_t block_units,
                 T* panel) {
-  using P = Pack<T>;
+  using Vec = Pack<T>;
   const std::int64_t first = block * block_units;
   const std::int64_t present = std::min(block_units, source.units - first);
   const std::int64_t width = source.gates * block_units;
   if (!source.unit_is_row) {
     for (std::int64_t k = 0; k < source.k_count; ++k)
-      for (std::int64_t u = 0; u < block_units; u += P::kLanes)
-        P::load(source.weights + k * source.stride + first + u,
-                std::max<std::int64_t>(present - u, 0))
+      for (std::int64_t u = 0; u < block_units; u += Vec::kLanes)
+        Vec::load(source.weights + k * source.stride + first + u,
+                  std::max<std::int64_t>(present - u, 0))
             .store(panel + k * width + u);
     return;
   }
   for (int gate = 0; gate < source.gates; ++gate)
-    for (std::int64_t u = 0; u < block_units; u += P::kLanes)
+    for (std::int64_t u = 0; u < block_units; u += Vec::kLanes)
       transpose_rows(source.weights + (gate * source.units + first + u) * source.stride,
                      source.stride, present - u, source.k_count, panel + gate * block_units + u,
                      width);

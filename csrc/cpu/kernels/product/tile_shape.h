@@ -1,5 +1,5 @@
-// Sizes of the microkernel's tiles. .ci/check_kernels.py compiles this header alone, with the
-// macros of each instruction set, and compares the result with the machine code.
+// Sizes of the microkernel's tiles. .ci/check_kernels.py compiles this header alone, with
+// the macros of each instruction set, and compares the result with the machine code.
 #pragma once
 
 #include <cstdint>

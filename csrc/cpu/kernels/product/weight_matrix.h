@@ -33,7 +33,7 @@ class WeightMatrix {
         vectors_(vectors),
         packed_(packed) {}
 
-  void pack(const Share& blocks) const {
+  void pack(const IndexRange& blocks) const {
     for (std::int64_t block = blocks.begin; block < blocks.end; ++block)
       if (has_panel(block)) Format::pack(source_, block, block_units(), panel(block));
   }

@@ -18,24 +18,24 @@ class ForwardWalk {
  public:
   ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const Panels& panels,
               const ForwardLayout& layout, T* scratch, Team& team, int rank)
-      : p_(problem),
+      : problem_(problem),
         shape_(problem.shape),
         plan_(plan),
         panels_(panels),
-        panels_at_(panels.layout),
-        at_(layout),
+        panel_layout_(panels.layout),
+        layout_(layout),
         scratch_(scratch),
         team_(team),
         barrier_(team.barrier),
-        shares_(team.shares),
+        work_queues_(team.work_queues),
         below_(team.below),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
         rows_(shape_.sequence.batch, rank / plan.unit_groups, plan.row_groups),
-        blocks_(panels_at_.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
-        proj_blocks_(panels_at_.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
-        out_(shape_.output_size()),
-        width_(Cell::kPre * panels_at_.unit_block),
+        blocks_(panel_layout_.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
+        proj_blocks_(panel_layout_.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
+        output_size_(shape_.output_size()),
+        width_(Cell::kPre * panel_layout_.unit_block),
         columns_x_(Cell::kPreX, Cell::kGates, plan.unit_vectors, kLanes),
         columns_h_(Cell::kPreH, Cell::kGates, plan.unit_vectors, kLanes),
         columns_p_(kZero, 1, plan.back_vectors, kLanes),
@@ -62,13 +62,13 @@ class ForwardWalk {
   }
 
  private:
-  using P = Pack<T>;
-  static constexpr int kLanes = P::kLanes;
+  using Vec = Pack<T>;
+  static constexpr int kLanes = Vec::kLanes;
   static constexpr int kZero[] = {0};
 
   // Multiply-adds of this rank in a step.
   std::int64_t step_work() const {
-    return 1 + rows_.size() * width_ * blocks_.size() * (shape_.input_size + out_);
+    return 1 + rows_.size() * width_ * blocks_.size() * (shape_.input_size + output_size_);
   }
   // As often as in so many steps, see Team::gives_up.
   void arrive_for(std::int64_t steps) {
@@ -85,42 +85,48 @@ class ForwardWalk {
   }
 
   // The hidden units and the units of h that this rank computes.
-  Share own_hidden() const { return blocks_.units(panels_at_.unit_block, shape_.hidden_size); }
-  Share own_out() const {
-    return shape_.proj_size > 0 ? proj_blocks_.units(panels_at_.proj_block, out_) : own_hidden();
+  IndexRange own_hidden() const {
+    return blocks_.units(panel_layout_.unit_block, shape_.hidden_size);
+  }
+  IndexRange own_out() const {
+    return shape_.proj_size > 0 ? proj_blocks_.units(panel_layout_.proj_block, output_size_)
+                                : own_hidden();
   }
 
   // Rows that start at a step find their initial states where the step before would have left them:
   // h in the buffer that the step reads, c in c_n.
   void start_rows(const StepRows& at, int parity) {
-    const Share out = own_out(), hidden = own_hidden();
+    const IndexRange out = own_out(), hidden = own_hidden();
     for (std::int64_t b = std::max(rows_.begin, at.first_starting);
          b < std::min(rows_.end, at.rows); ++b) {
-      copy_state(p_.h0, b, out_, out, h(parity));
-      if constexpr (Cell::kStates == 2) copy_state(p_.c0, b, shape_.hidden_size, hidden, p_.c_n);
+      copy_state(problem_.h0, b, output_size_, out, h(parity));
+      if constexpr (Cell::kStates == 2)
+        copy_state(problem_.c0, b, shape_.hidden_size, hidden, problem_.c_n);
     }
   }
   // Without steps the initial states are the final ones.
   void finish_untouched() {
     for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
-      copy_state(p_.h0, b, out_, own_out(), p_.h_n);
+      copy_state(problem_.h0, b, output_size_, own_out(), problem_.h_n);
       if constexpr (Cell::kStates == 2)
-        copy_state(p_.c0, b, shape_.hidden_size, own_hidden(), p_.c_n);
+        copy_state(problem_.c0, b, shape_.hidden_size, own_hidden(), problem_.c_n);
     }
   }
   // Copies units of row b of [B, size].
-  static void copy_state(const T* from, std::int64_t b, std::int64_t size, const Share& units,
+  static void copy_state(const T* from, std::int64_t b, std::int64_t size, const IndexRange& units,
                          T* to) {
     std::copy(from + b * size + units.begin, from + b * size + units.end,
               to + b * size + units.begin);
   }
 
-  T* h(int parity) const { return scratch_ + at_.h + parity * shape_.sequence.batch * out_; }
+  T* h(int parity) const {
+    return scratch_ + layout_.h + parity * shape_.sequence.batch * output_size_;
+  }
 
   // C += x[row...] w_ih^T for one block.
   void add_input(std::int64_t block, std::int64_t row, int count, T* c, std::int64_t c_stride) {
-    panels_.w_ih.multiply(block, count, p_.x + row * p_.x_stride, p_.x_stride, c, c_stride,
-                          columns_x_);
+    panels_.w_ih.multiply(block, count, problem_.x + row * problem_.x_stride, problem_.x_stride, c,
+                          c_stride, columns_x_);
   }
 
   // gates_x of this rank's blocks for the steps from k on that fit the chunk (at least one);
@@ -142,12 +148,13 @@ class ForwardWalk {
     return end;
   }
 
-  std::int64_t gates_x_stride() const { return panels_at_.unit_blocks * width_; }
+  std::int64_t gates_x_stride() const { return panel_layout_.unit_blocks * width_; }
   T* gates_x(std::int64_t block, std::int64_t row) const {
-    return scratch_ + at_.gates_x + (row - chunk_first_row_) * gates_x_stride() + block * width_;
+    return scratch_ + layout_.gates_x + (row - chunk_first_row_) * gates_x_stride() +
+           block * width_;
   }
   void copy_row(const T* from, T* to) const {
-    for (std::int64_t i = 0; i < width_; i += kLanes) P::load(from + i).store(to + i);
+    for (std::int64_t i = 0; i < width_; i += kLanes) Vec::load(from + i).store(to + i);
   }
 
   // This rank's blocks; where they are shared, then what the others of its group have not begun.
@@ -158,14 +165,14 @@ class ForwardWalk {
       return;
     }
     std::int64_t i;
-    while (shares_.take(rank_, parity, blocks_.size(), true, i))
+    while (work_queues_.take(rank_, parity, blocks_.size(), true, i))
       body(blocks_.zigzag(i, parity != 0));
     wait();  // all have left the step before: its counts are free, and these are filled
-    shares_.refill(rank_, 1 - parity);
+    work_queues_.refill(rank_, 1 - parity);
     for (int next = 1; next < plan_.unit_groups; ++next) {
       const int group = (rank_ + next) % plan_.unit_groups;
-      const Share theirs(panels_at_.unit_blocks, group, plan_.unit_groups);
-      while (shares_.take(group_first_ + group, parity, theirs.size(), false, i))
+      const IndexRange theirs(panel_layout_.unit_blocks, group, plan_.unit_groups);
+      while (work_queues_.take(group_first_ + group, parity, theirs.size(), false, i))
         body(theirs.zigzag(i, parity != 0));
     }
   }
@@ -191,7 +198,8 @@ class ForwardWalk {
           c_stride = gates_x_stride();
         }
         wait();  // the input's share needs nobody: the others' h is awaited after it
-        panels_.w_hh.multiply(block, count, h_before + row * out_, out_, c, c_stride, columns_h_);
+        panels_.w_hh.multiply(block, count, h_before + row * output_size_, output_size_, c,
+                              c_stride, columns_h_);
         pointwise(at, block, row, count, parity, c, c_stride);
       });
     });
@@ -203,10 +211,10 @@ class ForwardWalk {
   void pointwise(const StepRows& at, std::int64_t block, std::int64_t first, int count, int parity,
                  const T* pre_tile, std::int64_t tile_stride) {
     // Local copies: what is stored below could be any of the members, for all the compiler knows.
-    const std::int64_t hidden = shape_.hidden_size, unit_block = panels_at_.unit_block;
-    const std::int64_t y_stride = p_.y_stride, ending = at.first_ending;
+    const std::int64_t hidden = shape_.hidden_size, unit_block = panel_layout_.unit_block;
+    const std::int64_t y_stride = problem_.y_stride, ending = at.first_ending;
     const std::int64_t row = at.first + first;
-    const bool projected = shape_.proj_size > 0, save = p_.saved != nullptr;
+    const bool projected = shape_.proj_size > 0, save = problem_.saved != nullptr;
     for (int u = 0; u < plan_.unit_vectors; ++u) {
       const std::int64_t unit = block * unit_block + u * kLanes;
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
@@ -214,18 +222,19 @@ class ForwardWalk {
       const T* gates = pre_tile + u * kLanes;
       const T* h_before = h(parity) + first * hidden + unit;  // read by cells without projections
       T* h_after =
-          (projected ? scratch_ + at_.unprojected_h : h(1 - parity)) + first * hidden + unit;
-      T* c = Cell::kStates == 2 ? p_.c_n + first * hidden + unit : nullptr;
-      T* saved_row = save ? p_.saved + row * Cell::kSaved * hidden + unit : nullptr;
-      T* y = p_.y + row * y_stride + unit;
-      T* h_n = p_.h_n + first * hidden + unit;
+          (projected ? scratch_ + layout_.unprojected_h : h(1 - parity)) + first * hidden + unit;
+      T* c = Cell::kStates == 2 ? problem_.c_n + first * hidden + unit : nullptr;
+      T* saved_row = save ? problem_.saved + row * Cell::kSaved * hidden + unit : nullptr;
+      T* y = problem_.y + row * y_stride + unit;
+      T* h_n = problem_.h_n + first * hidden + unit;
       for (int m = 0; m < count; ++m) {
-        P pre[Cell::kPre], state[Cell::kStates] = {}, next_state[Cell::kStates];
-        P saved[std::max(Cell::kSaved, 1)];
-        for (int q = 0; q < Cell::kPre; ++q) pre[q] = P::load(gates + q * unit_block);
-        if constexpr (Cell::kForwardReadsH) state[0] = P::load(h_before + m * hidden, lanes);
-        if constexpr (Cell::kStates == 2) state[1] = P::load(c + m * hidden, lanes);
-        Cell::forward(cells::StepInputs<P>{pre, state}, cells::StepOutputs<P>{saved, next_state});
+        Vec pre[Cell::kPre], state[Cell::kStates] = {}, next_state[Cell::kStates];
+        Vec saved[std::max(Cell::kSaved, 1)];
+        for (int q = 0; q < Cell::kPre; ++q) pre[q] = Vec::load(gates + q * unit_block);
+        if constexpr (Cell::kForwardReadsH) state[0] = Vec::load(h_before + m * hidden, lanes);
+        if constexpr (Cell::kStates == 2) state[1] = Vec::load(c + m * hidden, lanes);
+        Cell::forward(cells::StepInputs<Vec>{pre, state},
+                      cells::StepOutputs<Vec>{saved, next_state});
         next_state[0].store(h_after + m * hidden, lanes);
         if constexpr (Cell::kStates == 2) next_state[1].store(c + m * hidden, lanes);
         if (Cell::kSaved > 0 && save)
@@ -242,9 +251,9 @@ class ForwardWalk {
 
   // h' goes into y, and into h_n at a sequence's last step.
   void store_output(const StepRows& at, std::int64_t b, std::int64_t unit, std::int64_t lanes,
-                    P h_new) {
-    h_new.store(p_.y + (at.first + b) * p_.y_stride + unit, lanes);
-    if (at.ends(b)) h_new.store(p_.h_n + b * out_ + unit, lanes);
+                    Vec h_new) {
+    h_new.store(problem_.y + (at.first + b) * problem_.y_stride + unit, lanes);
+    if (at.ends(b)) h_new.store(problem_.h_n + b * output_size_ + unit, lanes);
   }
 
   // h' = m w_hr^T once all of m is there.
@@ -255,16 +264,16 @@ class ForwardWalk {
     const std::int64_t hidden = shape_.hidden_size;
     for (std::int64_t block = proj_blocks_.begin; block < proj_blocks_.end; ++block) {
       for_each_tile(rows_.begin, end, panels_.w_hr.tile_height(), [&](std::int64_t row, int count) {
-        for (std::int64_t i = 0; i < count * panels_at_.proj_block; ++i) scratch[i] = T(0);
-        panels_.w_hr.multiply(block, count, scratch_ + at_.unprojected_h + row * hidden, hidden,
-                              scratch, panels_at_.proj_block, columns_p_);
+        for (std::int64_t i = 0; i < count * panel_layout_.proj_block; ++i) scratch[i] = T(0);
+        panels_.w_hr.multiply(block, count, scratch_ + layout_.unprojected_h + row * hidden, hidden,
+                              scratch, panel_layout_.proj_block, columns_p_);
         for (int m = 0; m < count; ++m) {
           for (int u = 0; u < plan_.back_vectors; ++u) {
-            const std::int64_t unit = block * panels_at_.proj_block + u * kLanes;
-            const std::int64_t lanes = std::min<std::int64_t>(kLanes, out_ - unit);
+            const std::int64_t unit = block * panel_layout_.proj_block + u * kLanes;
+            const std::int64_t lanes = std::min<std::int64_t>(kLanes, output_size_ - unit);
             if (lanes <= 0) break;
-            const P h_new = P::load(scratch + m * panels_at_.proj_block + u * kLanes);
-            h_new.store(h(1 - parity) + (row + m) * out_ + unit, lanes);
+            const Vec h_new = Vec::load(scratch + m * panel_layout_.proj_block + u * kLanes);
+            h_new.store(h(1 - parity) + (row + m) * output_size_ + unit, lanes);
             store_output(at, row + m, unit, lanes, h_new);
           }
         }
@@ -272,21 +281,21 @@ class ForwardWalk {
     }
   }
 
-  const LayerForward<T, T>& p_;
+  const LayerForward<T, T>& problem_;
   const LayerShape& shape_;
   const Plan& plan_;
   const Panels panels_;
-  const PanelLayout& panels_at_;
-  const ForwardLayout& at_;
+  const PanelLayout& panel_layout_;
+  const ForwardLayout& layout_;
   T* const scratch_;
   Team& team_;
   Barrier& barrier_;
-  Shares& shares_;
+  WorkQueues& work_queues_;
   Team* const below_;
   const int rank_, group_first_;
-  const Share rows_, blocks_, proj_blocks_;
-  const std::int64_t out_;    // R
-  const std::int64_t width_;  // Q*U: a row of a tile
+  const IndexRange rows_, blocks_, proj_blocks_;
+  const std::int64_t output_size_;  // R
+  const std::int64_t width_;        // Q*U: a row of a tile
   const Columns columns_x_, columns_h_, columns_p_;
   const int tile_height_;  // rows that the products with w_ih and w_hh both take
   std::int64_t chunk_first_row_ = 0;

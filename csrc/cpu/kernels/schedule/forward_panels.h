@@ -30,7 +30,7 @@ class ForwardPanels {
 
   // A rank's part. Row groups share the panels of their blocks, and the work of packing them.
   void pack(int rank) const {
-    const Share blocks = part(layout.unit_blocks, rank);
+    const IndexRange blocks = part(layout.unit_blocks, rank);
     w_ih.pack(blocks);
     w_hh.pack(blocks);
     for (std::int64_t block = blocks.begin; block < blocks.end; ++block) pack_bias(block);
@@ -47,8 +47,8 @@ class ForwardPanels {
   const PanelLayout& layout;
 
  private:
-  Share part(std::int64_t blocks, int rank) const {
-    return Share(blocks, rank % plan_.unit_groups, plan_.unit_groups)
+  IndexRange part(std::int64_t blocks, int rank) const {
+    return IndexRange(blocks, rank % plan_.unit_groups, plan_.unit_groups)
         .cut(rank / plan_.unit_groups, plan_.row_groups);
   }
 
