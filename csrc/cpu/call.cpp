@@ -1,4 +1,5 @@
-// One call: a plan, a workspace, a team, and the walk of the cell on the instruction set in use.
+// One call: makes a plan, reserves threads, acquires a workspace and runs the time loop of the
+// instruction set in use on a team of threads.
 #include <stdexcept>
 
 #include "cpu/panels.h"
@@ -11,7 +12,7 @@ namespace {
 
 ContentionBackoff contention;
 
-// How a pass runs: the size of its workspace, and what a rank does with it.
+// The passes: the size of a workspace, and what a rank does with it.
 template <class T>
 struct ForwardPass {
   using Value = T;
@@ -19,7 +20,7 @@ struct ForwardPass {
   static constexpr Pass kPass = Pass::kForward;
 
   const Walks<T>& walks;
-  T* ready_panels = nullptr;  // packed before for the plan; null: each call packs its own
+  T* ready_panels = nullptr;  // panels packed for the plan; null: the call packs its own
 
   std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
     const PanelLayout panels(shape, plan);
@@ -78,9 +79,9 @@ struct GradientPass {
   }
 };
 
-// Two directions of a layer, or two layers of a stack, that walk at the same time, or one
-// alone. Each has a plan (of as many threads as the other's), a team and a workspace of
-// its own: rank r of the call is rank r % threads of problem r / threads.
+// One problem, or two that run at the same time: directions of a layer or layers of a stack. Each
+// problem has a plan (all of as many threads), a team and a part of the workspace: rank r of the
+// call is rank r % threads of problem r / threads.
 template <class PassOf>
 class Job {
   using T = typename PassOf::Value;
@@ -98,12 +99,13 @@ class Job {
         teams_{Team(plans[0].threads, team_memory(0), interruption_, true),
                Team(count > 1 ? plans[1].threads : 0, team_memory(1), interruption_, false)} {}
 
-  // The second one's input is what the first one makes.
+  // The second problem reads the output of the first, while both run.
   void stack() { teams_[1].below = &teams_[0]; }
 
   void run(ParallelFor parallel_for) {
     const Plan& plan = plans_[0];
-    // ... for one another; and would compute the same, bit for bit, if one walked alone
+    // Whether ranks wait for each other. Then one thread may do the work of all: the results have
+    // the same bits.
     const bool may_wait =
         plan.row_groups == 1 && (plan.unit_groups > 1 || teams_[1].below != nullptr);
     const auto begin = ContentionBackoff::Clock::now();
@@ -125,7 +127,7 @@ class Job {
       job.walk(rank / threads, job.plans_[rank / threads], rank % threads);
     } else {
       for (int which = 0; which < job.count_; ++which) {
-        job.teams_[which].below = nullptr;  // done by then
+        job.teams_[which].below = nullptr;  // has finished before
         job.teams_[which].asks = true;
         job.walk(which, single_threaded(job.plans_[which]), 0);
       }
@@ -137,7 +139,7 @@ class Job {
     pass_.run_rank(problems_[which], plan, workspace, teams_[which], rank);
   }
 
-  // Behind the layouts' values.
+  // Memory of a team, after both parts of the workspace.
   void* team_memory(int which) const {
     const auto end = reinterpret_cast<std::uintptr_t>(workspace_.data()) + size_ * sizeof(T);
     const std::uintptr_t first = (end + Barrier::kBytes - 1) / Barrier::kBytes * Barrier::kBytes;
@@ -148,14 +150,15 @@ class Job {
   const Problem* const problems_;
   const int count_;
   const Plan* const plans_;
-  const std::int64_t second_offset_;  // where the second one's workspace begins, in elements
-  const std::int64_t size_;           // of both
+  const std::int64_t second_offset_;  // start of the second part of the workspace, in elements
+  const std::int64_t size_;           // of both parts
   Workspace workspace_;
   Interruption interruption_;
   Team teams_[kMaxDirections];
 };
 
-// Reserves `wanted` threads, or those that other calls have left of the `threads` of the pool.
+// Reserves `wanted` threads, or as many as other calls have left of the `threads` threads of the
+// pool and the usable CPUs.
 ThreadReservation reserve_threads(int wanted, int threads) {
   return ThreadReservation(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
 }
@@ -176,7 +179,8 @@ void run(const PassOf& pass, const typename PassOf::Problem* problems, int count
     Job<PassOf>(pass, problems + done, plan.together, plans).run(parallel_for);
 }
 
-// Two layers of a stack at the same time, if that pays and there are threads for both.
+// Runs two layers of a stack at the same time. Returns false, having done nothing, if that is
+// slower or too few threads are free.
 template <class T>
 bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor parallel_for) {
   Plan plans[2];

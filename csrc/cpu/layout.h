@@ -1,5 +1,5 @@
-// Where everything lies in the workspace of a call: plain arithmetic on sizes, shared by the code
-// that allocates it and the instruction sets' code that fills it. Offsets are in elements of T.
+// Offsets in the memory of a call, computed from sizes alone. The code that allocates the memory
+// and the code of the instruction sets share these. Offsets are in elements of T.
 #pragma once
 
 #include <cstdint>
@@ -10,25 +10,27 @@ namespace fastrnn::cpu {
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// [begin, end) of the part-th of `parts` nearly equal parts of [0, count).
+// A range of indices: [begin, end).
 struct IndexRange {
   std::int64_t begin, end;
+  // The part-th of `parts` nearly equal ranges of [0, count).
   IndexRange(std::int64_t count, int part, int parts)
       : begin(count * part / parts), end(count * (part + 1) / parts) {}
-  // The i-th of it; backwards, counted from the end. Who walks back and forth over the same weights
-  // meets first what the cache has kept from the last time.
+  // The i-th index of the range, or the i-th from the end. Loops that alternate the direction start
+  // with the weights that are still in the cache.
   std::int64_t zigzag(std::int64_t i, bool backwards) const {
     return backwards ? end - 1 - i : begin + i;
   }
   std::int64_t size() const { return end - begin; }
-  // A part of this share.
+  // The part-th of `parts` nearly equal ranges of this range.
   IndexRange cut(int part, int parts) const {
     IndexRange result(end - begin, part, parts);
     result.begin += begin;
     result.end += begin;
     return result;
   }
-  // Of blocks of so many units each: their units, as far as there are any.
+  // For a range of blocks of `block` units each: the range of their units, of which there are
+  // `all`.
   IndexRange units(std::int64_t block, std::int64_t all) const {
     IndexRange result = *this;
     result.begin = begin * block < all ? begin * block : all;
@@ -103,11 +105,11 @@ struct ForwardLayout {
 };
 
 struct BackwardLayout {
-  std::int64_t out_block, out_blocks;    // units of h (R of them) a block
-  std::int64_t unit_block, unit_blocks;  // hidden units a block, with a projection
+  std::int64_t out_block, out_blocks;    // units of h per block, ceil(R / out_block)
+  std::int64_t unit_block, unit_blocks;  // hidden units per block, with a projection
   std::int64_t panels_h;                 // [out_blocks, G*H, out_block]
   std::int64_t panels_p;                 // [unit_blocks, P, unit_block]
-  std::int64_t carry;  // [B, out_blocks*out_block]  the gradient at h that the steps hand on
+  std::int64_t carry;  // [B, out_blocks*out_block]  gradient at h, passed from step to step
   std::int64_t size;
 
   BackwardLayout(const LayerShape& shape, const Plan& plan) {
@@ -123,9 +125,9 @@ struct BackwardLayout {
   }
 };
 
-// What a rank of the gradients' products multiplies: A [kRows, kDepth] and B [kDepth, kColumns], of
-// a size that stays in the core's own cache. Rows of A are kPitch apart, not a power of two, which
-// would put them all into the same places of the cache.
+// Memory of a rank for the products of the gradients: copies of A [kRows, kDepth] and B [kDepth,
+// kColumns], which fit in the private cache of a core. Rows of A are kPitch apart: a power of two
+// would map all rows to the same cache sets.
 struct GradientLayout {
   static constexpr std::int64_t kRows = 240, kDepth = 256, kColumns = 256, kPitch = kDepth + 16;
   static constexpr std::int64_t kRank = kRows * kPitch + kDepth * kColumns;

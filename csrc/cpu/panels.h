@@ -1,5 +1,5 @@
-// Forward with weights that were packed before: packing once serves all calls of one plan. A plan
-// that leaves the weights unpacked still reads them in each call.
+// Forward with weights that were packed before: packing once serves all calls with one plan. If the
+// plan leaves weights unpacked, each call still reads them.
 #pragma once
 
 #include "cpu/api.h"

@@ -1,5 +1,6 @@
-// What a kernel computes, as plain data: one direction of one layer. The same structs serve the CPU
-// and CUDA. Pointers belong to the caller and refer to memory of the device that runs the kernel.
+// The arguments and results of a kernel as plain data, for one direction of one layer. The CPU and
+// CUDA use the same structs. Pointers belong to the caller and refer to memory of the device that
+// runs the kernel.
 //
 // Storage is the type of the caller's tensors, Accumulator the type in which the kernel
 // accumulates. The CPU uses one type for both.
@@ -47,7 +48,7 @@ struct LayerForward {
   Storage* c_n;  // [B, H] or null
   // [N, S*H] the values that backward needs, in the order of the cell's saved, or null
   Accumulator* saved;
-  WeightFormat recurrent_format;  // the caller allows this format for w_hh, where it is faster
+  WeightFormat recurrent_format;  // format that w_hh may have where it is faster
 };
 
 template <class Storage, class Accumulator, class PreGradient = Accumulator>
@@ -69,7 +70,8 @@ struct LayerBackward {
   Storage* d_c0;         // [B, H] or null
 };
 
-// The products over all steps that follow the walk back: gradients of the weights and of the input.
+// The products over all steps after the backward time loop: gradients of the weights and of the
+// input.
 template <class Value>
 struct LayerGradients {
   LayerShape shape;
@@ -81,9 +83,9 @@ struct LayerGradients {
   const Value* y;   // [N, R], y_stride apart
   std::int64_t y_stride;
   const Value* d_pre;  // [N, Q*H]
-  // What is wanted; null: not this.
+  // Results; null: not needed.
   Value* d_x;     // [N, I]
-  bool add_to_x;  // d_x += instead of =: the other direction has been there
+  bool add_to_x;  // d_x += instead of =, because the other direction has written d_x
   Value* d_w_ih;  // [G*H, I]
   Value* d_w_hh;  // [G*H, R]
   Value* d_b_ih;  // [G*H]

@@ -1,5 +1,4 @@
-// What an instruction set offers to the schedules, and the macros an isa_*.cpp needs before it
-// includes the generic text in its own namespace.
+// Kernels and facts that each instruction set offers.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +18,7 @@ constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));
 
 template <class T>
 struct Walk {
-  // Reads panels that the team has packed, or that were packed before.
+  // Reads panels that the team has packed, or that were packed before the call.
   void (*forward)(const LayerForward<T, T>&, const Plan&, const PanelLayout&, T* panels,
                   const ForwardLayout&, T* scratch, Team&, int rank);
   void (*backward)(const LayerBackward<T, T>&, const Plan&, const BackwardLayout&, T* workspace,
@@ -30,14 +29,14 @@ struct Walk {
 
 template <class T>
 struct Walks {
-  // Packs a rank's part of forward's weights and bias into panels.
+  // Packs a rank's part of the weights and the bias of forward into panels.
   void (*pack)(const LayerShape&, const LayerWeights<T>&, const Plan&, const PanelLayout&,
                T* panels, int rank);
   WeightFormats recurrent_formats;  // of w_hh in forward (cpu/kernels/product/formats.h)
   Walk<T> of[kCellCount];           // by CellKind
 };
 
-// Multiply-adds on registers alone (cpu/kernels/peak.h).
+// Multiply-adds in registers (cpu/kernels/peak.h).
 struct PeakLoop {
   float (*run)(std::int64_t rounds, float factor, float term);
   double flops_per_round;
@@ -65,11 +64,11 @@ struct Isa {
   }
 };
 
-// The one in use (dispatch.cpp).
+// The instruction set in use (dispatch.cpp).
 const Isa& isa();
 
-// Whether this machine with AVX-512 converts float16 faster into vectors of 32 bytes than into
-// those of 64.
+// Whether this CPU converts float16 faster into vectors of 32 bytes than into vectors of 64 bytes.
+// Matters for AVX-512 only.
 bool widens_by_halves();
 
 }  // namespace fastrnn::cpu

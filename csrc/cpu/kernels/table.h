@@ -1,4 +1,5 @@
-// The kernels of one instruction set, instantiated for every cell and type: a row of the dispatch.
+// The kernels of one instruction set, instantiated for every cell and type: a row of the dispatch
+// table.
 #pragma once
 
 #include "cpu/kernels/peak.h"
@@ -9,8 +10,8 @@
 
 FASTRNN_KERNELS_BEGIN
 
-// Calls function(ForwardPanels) in the plan's format: the one place where a format chooses the
-// code.
+// Calls function(panels) with ForwardPanels in the format of the plan. Here, and only here, a
+// format chooses code.
 template <class T, class Function>
 FASTRNN_INLINE void with_panels(const LayerShape& shape, const LayerWeights<T>& weights,
                                 const Plan& plan, const PanelLayout& layout, T* panels,

@@ -18,15 +18,16 @@
 namespace fastrnn::cpu {
 namespace {
 
-// Limits of the kept bytes; see max_bytes.
+// Limits of the bytes in the cache, see max_bytes.
 constexpr std::size_t kMaxCached = std::size_t(256) << 20;
 constexpr std::size_t kMinCached = std::size_t(16) << 20;
-// A kept buffer that this many acquisitions have passed over is freed. A training step acquires
-// four buffers per layer, so the first of 16 layers still finds its buffers in the next step.
+// A cached buffer is freed after this many acquisitions that did not use it. A training step
+// acquires four buffers per layer, so the first of 16 layers still finds its buffers in the next
+// step.
 constexpr std::uint64_t kPatience = 64;
 constexpr std::size_t kHugePage = std::size_t(2) << 20;
 
-// Sizes are rounded up to eighths of a power of two, so that a buffer fits the next call too if its
+// Rounds a size up to eighths of a power of two, so that a buffer also fits the next call if its
 // batch is a little smaller or larger.
 std::size_t rounded(std::size_t bytes) {
   std::size_t step = 64;
@@ -48,7 +49,8 @@ void discard(void* buffer, std::size_t bytes) {
   ::operator delete(buffer, std::align_val_t(bytes >= 2 * kHugePage ? kHugePage : 64));
 }
 
-// FASTRNN_POISON=1 fills every buffer with NaN before use: what is read unwritten shows.
+// FASTRNN_POISON=1 fills every buffer with NaN before use, so that reading values that were not
+// written shows.
 bool poisoned() {
   static const bool is_on = poison_setting();
   return is_on;
@@ -57,7 +59,7 @@ bool poisoned() {
 struct CachedBuffer {
   void* buffer;
   std::size_t bytes;
-  std::uint64_t released;  // number of acquisitions before its release
+  std::uint64_t released;  // number of acquisitions until its release
 };
 
 std::atomic<std::size_t> used_bytes{0};  // of all acquired buffers
@@ -66,13 +68,14 @@ std::atomic<std::size_t> fresh_count{0};
 struct BufferCache {
   std::mutex mutex;
   std::vector<CachedBuffer> cached;  // oldest first
-  std::size_t bytes = 0;             // of kept
+  std::size_t bytes = 0;             // of all cached buffers
   std::uint64_t acquisitions = 0;
-  // Largest used_bytes during the current kPatience acquisitions and during those before.
+  // Largest used_bytes during the current kPatience acquisitions, and during the kPatience before
+  // them.
   std::size_t peak = 0;
   std::size_t last_peak = 0;
 
-  // Forward, backward and gradients each use one workspace, the last two beside d_pre. None of
+  // Forward, backward and gradients each use a workspace, the last two together with d_pre. None of
   // these uses exceeds the peak, so three times the peak holds all buffers of a training step.
   std::size_t max_bytes() const {
     return std::clamp(3 * std::max(peak, last_peak), kMinCached, kMaxCached);
@@ -87,9 +90,10 @@ struct BufferCache {
     peak = std::max(peak, used);
   }
 
-  // Null if no kept buffer has this size.
+  // Returns null if no cached buffer has this size.
   void* acquire(std::size_t size) {
-    for (auto found = cached.rbegin(); found != cached.rend(); ++found) {  // the newest is warmest
+    // The newest buffer is the one most likely to be in the cache of the CPU.
+    for (auto found = cached.rbegin(); found != cached.rend(); ++found) {
       if (found->bytes != size) continue;
       void* buffer = found->buffer;
       bytes -= size;
@@ -140,7 +144,7 @@ void* acquire_buffer(std::size_t wanted) {
     fresh_count.fetch_add(1, std::memory_order_relaxed);
   }
   if (poisoned()) {
-    const float nan = std::numeric_limits<float>::quiet_NaN();  // two of them: a double NaN as well
+    const float nan = std::numeric_limits<float>::quiet_NaN();  // two of them make a double NaN
     for (std::size_t at = 0; at + 4 <= bytes; at += 4)
       std::memcpy(static_cast<char*>(found) + at, &nan, 4);
   }

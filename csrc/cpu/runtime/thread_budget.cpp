@@ -13,19 +13,20 @@
 namespace fastrnn::cpu {
 namespace {
 
-std::atomic<int> reserved{0};       // threads in calls that are running
-std::atomic<int> peak_reserved{0};  // at once
+std::atomic<int> reserved{0};       // threads of all running calls
+std::atomic<int> peak_reserved{0};  // largest value of reserved
 std::atomic<bool> forked{false};
 
 constexpr std::chrono::milliseconds kMinSleep(1), kPatience(20), kMinBackoff(4), kMaxBackoff(50);
 
-// Nothing that ran in the parent runs here.
+// No thread of the parent runs in the child.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
   reserved.store(0);
   forked.store(true);
 });
 
-// A file line by line. (C's: this library's own C++ streams would meet the process's other ones.)
+// Reads a file line by line. Uses C's functions, because C++ streams of this library could conflict
+// with those of the process.
 class Lines {
  public:
   explicit Lines(const std::string& path) : file_(std::fopen(path.c_str(), "r")) {}
@@ -35,13 +36,13 @@ class Lines {
   Lines(const Lines&) = delete;
   Lines& operator=(const Lines&) = delete;
 
-  // False at the end.
+  // Returns false at the end.
   bool next(std::string& line) {
     line.clear();
     if (file_ == nullptr) return false;
     int c;
     while ((c = std::fgetc(file_)) != EOF && c != '\n') {
-      if (++read_ > kMost) return false;  // no file of a control group
+      if (++read_ > kMost) return false;  // not a file of a control group
       line.push_back(char(c));
     }
     return c != EOF || !line.empty();
@@ -53,7 +54,7 @@ class Lines {
   std::size_t read_ = 0;
 };
 
-// What a folder of the control group's files allows, 0: no limit.
+// Number of CPUs that the files of a control group's folder allow, 0: no limit.
 double quota_of(const std::string& folder) {
   double quota = 0, period = 0;
   std::string line;
@@ -69,7 +70,8 @@ double quota_of(const std::string& folder) {
 int affinity_cpus() {
   cpu_set_t mask;
   if (sched_getaffinity(0, sizeof(mask), &mask) == 0) return std::max(CPU_COUNT(&mask), 1);
-  return std::max(int(std::thread::hardware_concurrency()), 1);  // more CPUs than the mask holds
+  // There are more CPUs than bits in the mask.
+  return std::max(int(std::thread::hardware_concurrency()), 1);
 }
 
 }  // namespace
@@ -84,7 +86,7 @@ int quota_cpus(const std::string& membership, const std::string& root) {
     const bool is_cpu = ("," + controllers + ",").find(",cpu,") != std::string::npos;
     if (!controllers.empty() && !is_cpu) continue;
     const std::string top = root + (controllers.empty() ? "" : "/" + controllers);
-    // Inside a container the path may be that of the host; its own limit is then at the top.
+    // In a container the path may be the host's; the container's own limit is then at the top.
     for (std::string path = line.substr(two + 1);; path.erase(path.rfind('/'))) {
       const double quota = quota_of(top + path);
       if (quota > 0 && (least == 0 || quota < least)) least = quota;
@@ -122,7 +124,7 @@ bool ContentionBackoff::is_backing_off(Clock::time_point now) const {
 
 void ContentionBackoff::record(Clock::time_point begin, Clock::time_point now,
                                Clock::duration slept) {
-  constexpr auto kOrder = std::memory_order_relaxed;  // races only blur the rule
+  constexpr auto kOrder = std::memory_order_relaxed;  // races only make the rule less exact
   if (slept < kMinSleep || slept * 3 < now - begin) {
     calls_.store(0, kOrder);
     failures_.store(failures_.load(kOrder) / 2, kOrder);

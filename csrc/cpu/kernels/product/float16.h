@@ -1,4 +1,5 @@
-// Weights as float16, for one row: half the bytes to fetch per step, where a step waits for them.
+// Weights as float16, for one row: half the bytes to fetch per step, where a step waits for
+// weights.
 //
 //   packing    w -> float16, to the nearest, ties to even: |w' - w| <= 2^-11 |w| + 2^-25
 //   product    c[column[n]] += sum_k a[k] w'[k][n], in float32: a load widens float16 to float32
@@ -14,7 +15,7 @@ FASTRNN_KERNELS_BEGIN
 // float16 values by their bits.
 using Half = std::uint16_t;
 
-// Loads of float16 that become a vector of float32 of so many bytes.
+// Loads float16 values into a vector of float32 of kBytes bytes.
 template <int kBytes>
 struct Widening;
 template <>
@@ -31,15 +32,15 @@ struct Widening<64> {
   typedef float Vector __attribute__((vector_size(64)));
   static constexpr int kLanes = 16;
   static FASTRNN_INLINE Vector load(const Half* from) {
-    // all lanes of a mask: GCC takes the form without one for a use of undefined values
+    // a mask of all lanes: GCC warns of undefined values for the form without a mask
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return Vector(_mm512_maskz_cvtph_ps(__mmask16(-1), halves));
   }
 };
 #endif
 
-// To the nearest, ties to even. A finite value beyond float16's range becomes the largest float16
-// and no infinity; infinities and NaN stay what they are.
+// Rounds to the nearest, ties to even. A finite value beyond the range of float16 becomes the
+// largest float16, not infinity; infinities and NaN stay as they are.
 FASTRNN_INLINE void store_halves(Pack<float> value, Half* to) {
   const Pack<float> largest(65504), finite(std::numeric_limits<float>::max());
   value = select((value > largest) & ~(value > finite), largest, value);
@@ -56,13 +57,13 @@ FASTRNN_INLINE void store_halves(Pack<float> value, Half* to) {
 using HalfTile = void (*)(std::int64_t k_count, const float* a, const Half* b, float* c,
                           const int* column);
 
-// The microkernel: a tile of one row and N vectors of a panel, W at a time. Twin of
-// tile<float, 1, N>: the same sums in the same order, whatever W is.
+// The microkernel: a tile of one row and N vectors of a panel, loaded as W. Twin of tile<float, 1,
+// N>: the same sums in the same order for every W.
 template <class W, int M, int N>
 void half_tile(std::int64_t k_count, const float* a, const Half* b, float* c, const int* column) {
   static_assert(M == 1, "the panels serve a batch of one");
   using Vector = typename W::Vector;
-  constexpr int kParts = Pack<float>::kLanes / W::kLanes;  // of a panel's vector
+  constexpr int kParts = Pack<float>::kLanes / W::kLanes;  // vectors W per vector of a panel
   constexpr int kCount = N * kParts, kWidth = kCount * W::kLanes;
   constexpr int kChains = tile_chains(M, N);
   Vector sum[kChains][kCount];
@@ -108,7 +109,7 @@ FASTRNN_INLINE HalfTile half_tile_function(int n) {
   return kTiles[n - 1];
 }
 
-// pack_panel, a few k at a time through a buffer of float32.
+// The same as pack_panel, for a few k at once through a buffer of float32.
 inline void pack_half_panel(PanelSource<float> source, std::int64_t block, std::int64_t block_units,
                             Half* panel) {
   using P = Pack<float>;

@@ -39,7 +39,7 @@ struct NativeFormat {
   void multiply_unpacked(const PanelSource<T>& source, std::int64_t first, std::int64_t units,
                          int vectors, int rows, const T* a, std::int64_t a_stride, T* c,
                          std::int64_t c_stride, const int* column) const {
-    if (!source.unit_is_row)  // a block of the matrix is a panel whose rows lie further apart
+    if (!source.unit_is_row)  // a block of the matrix is a panel with a larger stride
       return multiply(rows, vectors, source.k_count, a, a_stride, source.weights + first,
                       source.stride, c, c_stride, column);
     for (int gate = 0; gate < source.gates; ++gate)

@@ -17,7 +17,8 @@ struct PanelSource {
   std::int64_t units, k_count;
 };
 
-// to [count, kLanes] = from^T, from [kLanes, count] of which only `present` rows are there, else 0.
+// to [count, kLanes] = from^T, for from [kLanes, count], of which only the first `present` rows
+// exist; the others count as 0.
 template <class T>
 void transpose_rows(const T* from, std::int64_t from_stride, std::int64_t present,
                     std::int64_t count, T* to, std::int64_t to_stride) {
@@ -61,7 +62,7 @@ void pack_panel(const PanelSource<T>& source, std::int64_t block, std::int64_t b
                      width);
 }
 
-// columns[i]: where vector i of a panel goes in a row of the tile, gate g at pre[g].
+// at[i]: the column of vector i of a panel in a row of the tile; gate g is at pre[g].
 struct Columns {
   int at[kTileVectors];
   FASTRNN_INLINE Columns(const int* pre, int gates, int vectors, int lanes) {

@@ -1,12 +1,12 @@
-// The backward walk of one rank: from the last step to the first,
+// BackwardWalk: one pass of the backward time loop by one rank, from the last step to the first,
 //
 //   dh_t    = carry + d_y_t                       (with a projection: dm_t = dh_t w_hr)
 //   d_pre_t = the cell's backward step            for this rank's own units        -> barrier
 //   carry   = direct part + d_pre_t[hidden side] w_hh   for this rank's own units of h
 //
-// A row's carry starts as d_h_n at the step where the row ends, and is its d_h0 after the step
-// where it starts (csrc/problem/sequence.h). The gradients of the weights and of x are products
-// over all steps, made by the layers above.
+// The carry of a row is d_h_n at the step where the row ends, and d_h0 after the step where it
+// starts (csrc/problem/sequence.h). The gradients of the weights and of x are products over all
+// steps, computed after this loop (gradients.h).
 #pragma once
 
 #include "cpu/kernels/product/weight_matrix.h"
@@ -78,7 +78,7 @@ class BackwardWalk {
     return 1 + rows_.size() * Cell::kGates * shape_.hidden_size * out_blocks_.size() *
                    layout_.out_block;
   }
-  // As often as in so many steps, see Team::gives_up.
+  // Arrives as often as in `steps` steps, see Team::gives_up.
   void arrive_for(std::int64_t steps) {
     if (shape_.proj_size > 0) steps *= 2;
     while (steps-- > 0) barrier_.arrive(rank_);
@@ -89,7 +89,7 @@ class BackwardWalk {
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
   }
 
-  // Row groups share the panels of their blocks, and the work of packing them.
+  // Row groups share the panels of their blocks and the work of packing them.
   void pack() {
     const int row_group = rank_ / plan_.unit_groups;
     w_hh_.pack(out_blocks_.cut(row_group, plan_.row_groups));
@@ -105,7 +105,7 @@ class BackwardWalk {
                                 : own_out();
   }
 
-  // Rows that end at this step begin with the gradients of the final states.
+  // Rows that end at this step start with the gradients of the final states.
   void begin_rows(const StepRows& at, std::int64_t end) {
     const IndexRange hidden = own_hidden();
     const std::int64_t last = out_blocks_.end * layout_.out_block;
@@ -117,7 +117,8 @@ class BackwardWalk {
                    problem_.d_c0 + b * shape_.hidden_size);
     }
   }
-  // Rows that start at this step leave the gradient of their initial state. (d_c is kept in d_c0.)
+  // For rows that start at this step, the carry is the gradient of the initial state. (d_c is kept
+  // in d_c0.)
   void finish_rows(const StepRows& at, std::int64_t end) {
     for (std::int64_t b = std::max(rows_.begin, at.first_starting); b < end; ++b)
       load_state(carry(b), 0, output_size_, own_out(), problem_.d_h0 + b * output_size_);
@@ -132,14 +133,14 @@ class BackwardWalk {
     }
   }
 
-  // Copies units of row b of from [*, size], which is zero where it is null.
+  // Copies units of row b of from [*, size]; a null `from` means zeros.
   static void load_state(const T* from, std::int64_t b, std::int64_t size, const IndexRange& units,
                          T* to) {
     for (std::int64_t j = units.begin; j < units.end; ++j)
       to[j] = from == nullptr ? T(0) : from[b * size + j];
   }
 
-  // carry + d_y at R-units from `unit` on.
+  // carry + d_y for one vector of units of h, from `unit` on.
   Vec output_gradient(const StepRows& at, std::int64_t b, std::int64_t unit) const {
     Vec d_h = Vec::load(carry(b) + unit);
     if (problem_.d_y != nullptr) {
@@ -179,13 +180,13 @@ class BackwardWalk {
     }
   }
 
-  // Where the values of sequence b at step t lie: local copies, since what the pointwise text
-  // stores could be any of the members, for all the compiler knows.
+  // Pointers to the values of sequence b at step t. They are local copies: the compiler must assume
+  // that the stores of the pointwise code change any member.
   struct Row {
     std::int64_t hidden;
     const T* saved;     // [S*H] of this step
     const T* y;         // [R]
-    const T* h_before;  // [R] the states it started from
+    const T* h_before;  // [R] the state before the step
     const T* c_before;  // [H]
     T* d_c;             // [H]
     T* d_pre;           // [Q*H]
@@ -208,7 +209,7 @@ class BackwardWalk {
     }
   };
 
-  // The cell's text on a vector of hidden units.
+  // The cell's backward step for a vector of hidden units.
   FASTRNN_INLINE void pointwise(const Row& row, std::int64_t unit, Vec d_h) {
     const std::int64_t lanes = std::min<std::int64_t>(kLanes, row.hidden - unit);
     Vec saved[std::max(Cell::kSaved, 1)], state[Cell::kStates] = {}, next_state[Cell::kStates] = {};
@@ -229,7 +230,8 @@ class BackwardWalk {
     if (row.d_h != nullptr) (Cell::kDirectPath ? d_state[0] : Vec(T(0))).store(row.d_h + unit);
   }
 
-  // carry += d_pre[hidden side] w_hh. The hidden side's columns of d_pre come first (kPreH = 0...).
+  // carry += d_pre[hidden side] w_hh. The columns of the hidden side come first in d_pre (kPreH =
+  // 0...).
   void propagate(std::int64_t k, const StepRows& at, std::int64_t end) {
     const std::int64_t width = Cell::kPre * shape_.hidden_size;
     const T* d_pre = problem_.d_pre + at.first * width;
@@ -237,7 +239,7 @@ class BackwardWalk {
       const std::int64_t block = out_blocks_.zigzag(i, k % 2 != 0);
       for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
         T* c = carry(row) + block * layout_.out_block;
-        if (shape_.proj_size > 0)  // dh went through w_hr whole: nothing direct is left
+        if (shape_.proj_size > 0)  // all of dh went through w_hr: there is no direct part
           for (int m = 0; m < count; ++m)
             for (std::int64_t i = 0; i < layout_.out_block; ++i) c[m * carry_stride_ + i] = T(0);
         w_hh_.multiply(block, count, d_pre + row * width, width, c, carry_stride_, columns_);

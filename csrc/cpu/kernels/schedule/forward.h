@@ -1,11 +1,11 @@
-// The forward walk of one rank through a sequence.
+// ForwardWalk: one pass of the forward time loop over a sequence by one rank.
 //
 //            unit blocks ->
 //        +-----+-----+-----+-----+       A rank owns the blocks of its unit group (all gates of
-//   rows |  0  |  0  |  1  |  1  |       their units, weights packed by itself) and the rows of its
-//   of   +-----+-----+-----+-----+       row group. Within a row group each step needs all of
-//   B    |  2  |  2  |  3  |  3  |       h_{t-1}: one barrier a step. Row groups never meet again
-//        +-----+-----+-----+-----+       after packing.
+//   rows |  0  |  0  |  1  |  1  |       their units) and the rows of its row group. Within a row
+//   of   +-----+-----+-----+-----+       group each step needs all of h_{t-1}, so there is one
+//   B    |  2  |  2  |  3  |  3  |       barrier per step. Row groups synchronise only once, after
+//        +-----+-----+-----+-----+       packing.
 #pragma once
 
 #include "cpu/kernels/schedule/forward_panels.h"
@@ -70,14 +70,14 @@ class ForwardWalk {
   std::int64_t step_work() const {
     return 1 + rows_.size() * width_ * blocks_.size() * (shape_.input_size + output_size_);
   }
-  // As often as in so many steps, see Team::gives_up.
+  // Arrives as often as in `steps` steps, see Team::gives_up.
   void arrive_for(std::int64_t steps) {
     if (shape_.proj_size > 0) steps *= 2;
     while (steps-- > 0) barrier_.arrive(rank_);
   }
 
-  // Until the layer below, if it walks at the same time, has made the input of so many steps: its
-  // ranks arrive once after packing and once a step.
+  // Waits until the layer below, if it runs at the same time, has computed the input of the first
+  // `steps` steps. Its ranks arrive once after packing and once per step.
   void await_input(std::int64_t steps) {
     if (below_ == nullptr) return;
     for (int rank = 0; rank < below_->threads; ++rank)
@@ -93,8 +93,8 @@ class ForwardWalk {
                                 : own_hidden();
   }
 
-  // Rows that start at a step find their initial states where the step before would have left them:
-  // h in the buffer that the step reads, c in c_n.
+  // Stores the initial states of rows that start at a step where the step before would have stored
+  // its own: h in the buffer that the step reads, c in c_n.
   void start_rows(const StepRows& at, int parity) {
     const IndexRange out = own_out(), hidden = own_hidden();
     for (std::int64_t b = std::max(rows_.begin, at.first_starting);
@@ -129,8 +129,9 @@ class ForwardWalk {
                           c_stride, columns_x_);
   }
 
-  // gates_x of this rank's blocks for the steps from k on that fit the chunk (at least one);
-  // returns the first step beyond. Only this rank reads them, so nobody waits.
+  // Computes gates_x of this rank's blocks for the steps from k on that fit in a chunk (at least
+  // one). Returns the first step after them. Only this rank reads these values, so no rank waits
+  // for them.
   std::int64_t project_ahead(std::int64_t k) {
     const std::int64_t end = shape_.sequence.chunk_end(k, plan_.chunk_rows);
     const RowRange chunk = shape_.sequence.rows_between(k, end);
@@ -157,7 +158,8 @@ class ForwardWalk {
     for (std::int64_t i = 0; i < width_; i += kLanes) Vec::load(from + i).store(to + i);
   }
 
-  // This rank's blocks; where they are shared, then what the others of its group have not begun.
+  // Calls body(block) for this rank's blocks and, if blocks are shared, for blocks that the other
+  // ranks of its group have not started.
   template <class Wait, class Body>
   void for_each_block(int parity, Wait&& wait, Body&& body) {
     if (!plan_.shared) {
@@ -167,7 +169,7 @@ class ForwardWalk {
     std::int64_t i;
     while (work_queues_.take(rank_, parity, blocks_.size(), true, i))
       body(blocks_.zigzag(i, parity != 0));
-    wait();  // all have left the step before: its counts are free, and these are filled
+    wait();  // all ranks have left the step before, so its queues can be refilled
     work_queues_.refill(rank_, 1 - parity);
     for (int next = 1; next < plan_.unit_groups; ++next) {
       const int group = (rank_ + next) % plan_.unit_groups;
@@ -197,7 +199,7 @@ class ForwardWalk {
           c = gates_x(block, at.first + row);
           c_stride = gates_x_stride();
         }
-        wait();  // the input's share needs nobody: the others' h is awaited after it
+        wait();  // the input product needs no other rank; wait for h only afterwards
         panels_.w_hh.multiply(block, count, h_before + row * output_size_, output_size_, c,
                               c_stride, columns_h_);
         pointwise(at, block, row, count, parity, c, c_stride);
@@ -207,10 +209,11 @@ class ForwardWalk {
     if (shape_.proj_size > 0) project_state(at, end, parity);
   }
 
-  // The cell's text on a tile: `count` rows from `first` on, one vector of units after the other.
+  // The cell's forward step for a tile of `count` rows, `first` the first one, one vector of units
+  // after the other.
   void pointwise(const StepRows& at, std::int64_t block, std::int64_t first, int count, int parity,
                  const T* pre_tile, std::int64_t tile_stride) {
-    // Local copies: what is stored below could be any of the members, for all the compiler knows.
+    // Local copies: the compiler must assume that the stores below change any member.
     const std::int64_t hidden = shape_.hidden_size, unit_block = panel_layout_.unit_block;
     const std::int64_t y_stride = problem_.y_stride, ending = at.first_ending;
     const std::int64_t row = at.first + first;
@@ -220,7 +223,7 @@ class ForwardWalk {
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
       if (lanes <= 0) break;
       const T* gates = pre_tile + u * kLanes;
-      const T* h_before = h(parity) + first * hidden + unit;  // read by cells without projections
+      const T* h_before = h(parity) + first * hidden + unit;  // not read with a projection
       T* h_after =
           (projected ? scratch_ + layout_.unprojected_h : h(1 - parity)) + first * hidden + unit;
       T* c = Cell::kStates == 2 ? problem_.c_n + first * hidden + unit : nullptr;
@@ -249,14 +252,14 @@ class ForwardWalk {
     }
   }
 
-  // h' goes into y, and into h_n at a sequence's last step.
+  // Stores h' in y, and in h_n if the sequence ends at this step.
   void store_output(const StepRows& at, std::int64_t b, std::int64_t unit, std::int64_t lanes,
                     Vec h_new) {
     h_new.store(problem_.y + (at.first + b) * problem_.y_stride + unit, lanes);
     if (at.ends(b)) h_new.store(problem_.h_n + b * output_size_ + unit, lanes);
   }
 
-  // h' = m w_hr^T once all of m is there.
+  // h' = m w_hr^T, m the unprojected h, after all ranks of the group have computed m.
   void project_state(const StepRows& at, std::int64_t end, int parity) {
     barrier_.arrive(rank_);
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
@@ -297,7 +300,7 @@ class ForwardWalk {
   const std::int64_t output_size_;  // R
   const std::int64_t width_;        // Q*U: a row of a tile
   const Columns columns_x_, columns_h_, columns_p_;
-  const int tile_height_;  // rows that the products with w_ih and w_hh both take
+  const int tile_height_;  // largest number of rows for the products with w_ih and w_hh
   std::int64_t chunk_first_row_ = 0;
 };
 

@@ -1,5 +1,5 @@
-// The weights and the bias of a layer's direction as forward multiplies with them, packed by the
-// ranks of a plan, each its part.
+// The weights and the bias of a layer's direction, packed for forward. Each rank of the plan packs
+// a part.
 #pragma once
 
 #include "cpu/kernels/product/weight_matrix.h"
@@ -28,7 +28,7 @@ class ForwardPanels {
         bias_(panels + panel_layout.bias),
         bias_width_(cell.pre * panel_layout.unit_block) {}
 
-  // A rank's part. Row groups share the panels of their blocks, and the work of packing them.
+  // Packs a rank's part. Row groups share the panels of their blocks and the work of packing them.
   void pack(int rank) const {
     const IndexRange blocks = part(layout.unit_blocks, rank);
     w_ih.pack(blocks);
@@ -37,7 +37,7 @@ class ForwardPanels {
     if (shape_.proj_size > 0) w_hr.pack(part(layout.proj_blocks, rank));
   }
 
-  // [Q*U] of a block.
+  // The bias [Q*U] of a block.
   const T* bias(std::int64_t block) const { return bias_ + block * bias_width_; }
 
   const CellInfo& cell;
@@ -52,7 +52,7 @@ class ForwardPanels {
         .cut(rank / plan_.unit_groups, plan_.row_groups);
   }
 
-  // b_ih and b_hh of a block, added where both belong to the same pre-activation.
+  // Adds b_ih and b_hh of gates that share a pre-activation.
   void pack_bias(std::int64_t block) const {
     T* bias = bias_ + block * bias_width_;
     for (std::int64_t i = 0; i < bias_width_; ++i) bias[i] = T(0);

@@ -1,11 +1,11 @@
-// What is left after the walk back: products over the rows of all steps, which depend on nothing
-// but d_pre and so need no order.
+// The products after the backward time loop: over the rows of all steps, in any order, because they
+// depend on d_pre alone.
 //
-//   d_w_ih = d_pre[x side]^T x        d_w_hh = d_pre[h side]^T h_prev       d_b = column sums of
-//   d_pre d_x    = d_pre[x side] w_ih
+//   d_w_ih = d_pre[x side]^T x    d_w_hh = d_pre[h side]^T h_prev    d_b = column sums of d_pre
+//   d_x    = d_pre[x side] w_ih
 //
-// A rank owns rows of the result: gate rows of d_w, rows of d_x. It copies what it multiplies into
-// blocks that stay in its cache (A [rows, depth], B in panels [depth, U]), so no rank ever waits.
+// A rank owns rows of the results: gate rows of d_w, rows of d_x. It copies its factors into blocks
+// that stay in its cache (A [rows, depth], B in panels [depth, U]), so no rank ever waits.
 #pragma once
 
 #include "cpu/kernels/product/panels.h"
@@ -48,7 +48,7 @@ class GradientWalk {
                                 kColumns = GradientLayout::kColumns,
                                 kPitch = GradientLayout::kPitch;
 
-  // Gates whose columns of d_pre lie side by side.
+  // Gates whose columns of d_pre are contiguous.
   struct Run {
     int gate, pre, count;
   };
@@ -67,7 +67,7 @@ class GradientWalk {
     const Run* end() const { return run + count; }
   };
 
-  // The h from which a row of [N, *] was computed. Callers ask for rows in ascending order mostly.
+  // The h from which a row of [N, *] was computed. Fast if rows are asked for in ascending order.
   const T* state_before(std::int64_t row) {
     const Sequence& sequence = shape_.sequence;
     if (row < sequence.offset(step_)) step_ = 0;
@@ -115,7 +115,7 @@ class GradientWalk {
         for (std::int64_t k = 0; k < run.count * hidden_; k += kDepth) {
           const std::int64_t depth = std::min(kDepth, run.count * hidden_ - k);
           const T* w = problem_.w_ih + (run.gate * hidden_ + k) * problem_.w_ih_stride + j;
-          // For few rows a copy costs more than it gains: whole panels are read where they lie.
+          // For few rows a copy costs more than it gains: whole panels are read unpacked.
           const std::int64_t lie = own.end - own.begin < kCopyRows ? wide / kU * kU : 0;
           copy_panels([&](std::int64_t i) { return w + lie + i * problem_.w_ih_stride; }, depth,
                       wide - lie);
@@ -134,7 +134,7 @@ class GradientWalk {
     }
   }
 
-  // A [count, depth] = from^T, and the sums of from over depth.
+  // A [count, depth] = from^T. sums: the sums of from over depth.
   void copy_transposed(const T* from, std::int64_t depth, std::int64_t count, T* sums, bool first) {
     std::int64_t k = 0;
     for (; k + kLanes <= depth; k += kLanes)
@@ -144,7 +144,7 @@ class GradientWalk {
     if (sums == nullptr) return;
     for (std::int64_t m = 0; m < count; m += kLanes) {
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, count - m);
-      Vec sum = Vec(T(0));  // in pieces, as all sums
+      Vec sum = Vec(T(0));  // partial sums, to limit rounding error
       for (std::int64_t i = 0; i < depth; ++i) sum = sum + Vec::load(from + i * width_ + m, lanes);
       if (!first) sum = Vec::load(sums + m, lanes) + sum;
       sum.store(sums + m, lanes);
@@ -169,13 +169,14 @@ class GradientWalk {
     }
   }
 
-  // B as columns / U panels: one is panel_step after the other, its rows are stride apart.
+  // B as columns / U panels, panel_step elements apart, their rows `stride` apart.
   struct Panels {
     const T* first;
     std::int64_t panel_step, stride;
   };
 
-  // C [rows, columns] = or += A B. A sum is taken in pieces of kDepth, which keeps its error small.
+  // C [rows, columns] = A B, or += if `add`. Each sum has at most kDepth terms, which limits
+  // rounding error.
   void multiply(const T* a, std::int64_t a_stride, std::int64_t rows, std::int64_t depth,
                 const Panels& b, std::int64_t columns, T* c, std::int64_t c_stride,
                 bool add) const {
