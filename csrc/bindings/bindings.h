@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <string>
+
+#include "problem/layer.h"
 
 namespace fastrnn::bindings {
 
@@ -19,5 +22,10 @@ constexpr std::int64_t kLargestSize = std::numeric_limits<std::int32_t>::max();
 void check_size(const char* name, std::int64_t value, std::int64_t least,
                 std::int64_t most = kLargestSize);
 void check_range(const char* name, double value, double least, double most);
+
+// The checked shape of a layer; its sequence has no rows yet. In bindings/plans.cpp.
+LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
+                    std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
+                    std::int64_t directions);
 
 }  // namespace fastrnn::bindings

@@ -86,7 +86,8 @@ double fma_peak(std::int64_t threads, double seconds) {
 // What a signal's handler raised during a call that it ended, until raise_interruption.
 PyObject* interruption = nullptr;
 
-// Runs the handlers of signals that have arrived, on Python's main thread alone; true: one raised.
+// Runs the handlers of signals that have arrived, on Python's main thread alone; true:
+// one raised.
 bool interrupted() {
   if (syscall(SYS_gettid) != getpid() || !Py_IsInitialized()) return false;
   const PyGILState_STATE state = PyGILState_Ensure();
@@ -166,9 +167,9 @@ PYBIND11_MODULE(_C, m) {
         "Raises ValueError where an environment variable has a value that it cannot have.");
   m.def("set_max_threads", &set_max_threads, py::arg("threads"),
         "Bounds the threads of every call; 0 takes the bound away.");
-  m.def("kept_bytes", &fastrnn::cpu::kept_bytes,
+  m.def("cached_bytes", &fastrnn::cpu::cached_bytes,
         "Bytes of CPU buffers that are kept ready for the next call.");
-  m.def("release_kept_buffers", &fastrnn::cpu::release_kept_buffers,
+  m.def("release_cached_buffers", &fastrnn::cpu::release_cached_buffers,
         "Gives the kept CPU buffers back to the system.");
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of float32 multiply-adds on registers, all threads at once.");

@@ -33,25 +33,6 @@ int element_bytes(const std::string& dtype) {
                         "'");
 }
 
-fastrnn::LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
-                             std::int64_t input_size, std::int64_t hidden_size,
-                             std::int64_t proj_size, std::int64_t directions) {
-  const CellInfo& info = find_cell(cell);
-  check_size("steps", steps, 0);
-  check_size("batch", batch, 0);
-  check_size("input_size", input_size, 0);
-  check_size("hidden_size", hidden_size, 1);
-  check_size("proj_size", proj_size, 0);
-  check_size("directions", directions, 1, 2);
-  if (proj_size > 0 && info.states != 2)
-    throw py::value_error("proj_size must be 0 for " + cell + ", got " + std::to_string(proj_size));
-  const double products = double(steps) * double(batch) * double(info.gates) * double(hidden_size) *
-                          double(2 * input_size + hidden_size + proj_size + 1);
-  check_range("the number of multiply-adds", products, 0, double(std::int64_t(1) << 60));
-  const Sequence sequence = {steps, batch, false, nullptr, nullptr};
-  return {info.kind, sequence, input_size, hidden_size, proj_size};
-}
-
 py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
                    std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
                    const std::string& dtype, bool training, std::int64_t directions, bool tf32,
@@ -106,8 +87,9 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
   const fastrnn::cpu::Plan chosen =
       // half types: in float32
-      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
-                              half_weights && dtype == "float32");
+      fastrnn::cpu::make_plan(
+          shape, pass, std::max(bytes, 4), int(threads), int(directions),
+          half_weights && dtype == "float32" ? WeightFormat::kFloat16 : WeightFormat::kNative);
   result["schedule"] = "persistent";
   result["isa"] = chosen.isa;
   result["vector_lanes"] = chosen.vector_lanes;
@@ -118,7 +100,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["unit_vectors"] = chosen.unit_vectors;
   result["back_vectors"] = chosen.back_vectors;
   result["packed"] = chosen.packed;
-  result["half_weights"] = chosen.half_weights;
+  result["recurrent_format"] = weight_format_info(chosen.recurrent_format).name;
   result["input"] = chosen.input_fused ? "fused" : "ahead";
   result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;
@@ -133,6 +115,25 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
 }
 
 }  // namespace
+
+LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
+                    std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
+                    std::int64_t directions) {
+  const CellInfo& info = find_cell(cell);
+  check_size("steps", steps, 0);
+  check_size("batch", batch, 0);
+  check_size("input_size", input_size, 0);
+  check_size("hidden_size", hidden_size, 1);
+  check_size("proj_size", proj_size, 0);
+  check_size("directions", directions, 1, 2);
+  if (proj_size > 0 && info.states != 2)
+    throw py::value_error("proj_size must be 0 for " + cell + ", got " + std::to_string(proj_size));
+  const double products = double(steps) * double(batch) * double(info.gates) * double(hidden_size) *
+                          double(2 * input_size + hidden_size + proj_size + 1);
+  check_range("the number of multiply-adds", products, 0, double(std::int64_t(1) << 60));
+  const Sequence sequence = {steps, batch, false, nullptr, nullptr};
+  return {info.kind, sequence, input_size, hidden_size, proj_size};
+}
 
 void define_plans(py::module_& m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),

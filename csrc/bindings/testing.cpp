@@ -3,12 +3,18 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "cpu/api.h"
+#include "cpu/panels.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/thread_budget.h"
 
@@ -17,13 +23,13 @@ namespace py = pybind11;
 namespace fastrnn::bindings {
 namespace {
 
-std::vector<double> alone_after(const std::vector<std::pair<double, double>>& calls) {
-  using Clock = fastrnn::cpu::BusyMachine::Clock;
+std::vector<double> simulate_backoff(const std::vector<std::pair<double, double>>& calls) {
+  using Clock = fastrnn::cpu::ContentionBackoff::Clock;
   const auto ms = [](double count) {
     return std::chrono::duration_cast<Clock::duration>(
         std::chrono::duration<double, std::milli>(count));
   };
-  fastrnn::cpu::BusyMachine machine;
+  fastrnn::cpu::ContentionBackoff contention;
   Clock::time_point begin(ms(1));
   std::vector<double> result;
   double total = 0;
@@ -32,13 +38,95 @@ std::vector<double> alone_after(const std::vector<std::pair<double, double>>& ca
     check_range("the time that a rank slept", slept, 0, 1e9);
     check_range("the time that all calls took", total += lasted, 0, 1e9);
     const Clock::time_point end = begin + ms(lasted);
-    machine.look(begin, end, ms(slept));
-    double alone = 0;
-    while (machine.noted(end + ms(alone))) alone += 1;
-    result.push_back(alone);
-    begin = end + ms(alone);
+    contention.record(begin, end, ms(slept));
+    double backoff = 0;
+    while (contention.is_backing_off(end + ms(backoff))) backoff += 1;
+    result.push_back(backoff);
+    begin = end + ms(backoff);
   }
   return result;
+}
+
+// A ParallelFor with a thread for each piece.
+void on_threads(std::int64_t n, void (*body)(std::int64_t, std::int64_t, void*), void* context) {
+  std::vector<std::thread> others;
+  for (std::int64_t i = 1; i < n; ++i) others.emplace_back(body, i, i + 1, context);
+  body(0, 1, context);
+  for (std::thread& other : others) other.join();
+}
+
+template <class T>
+bool panels_outlive_calls(LayerShape shape, int threads, WeightFormat allowed_format) {
+  const std::int64_t steps = shape.sequence.steps, batch = shape.sequence.batch;
+  const std::int64_t hidden = shape.hidden_size, out = shape.output_size();
+  const std::int64_t gates = cell_info(shape.cell).gates * hidden;
+  std::vector<std::int64_t> offsets, rows(std::size_t(steps), batch);
+  for (std::int64_t t = 0; t < steps; ++t) offsets.push_back(t * batch);
+  shape.sequence.step_offset = offsets.data();
+  shape.sequence.step_rows = rows.data();
+
+  std::uint32_t state = 1;  // of a linear congruential generator
+  const auto random = [&state](std::int64_t count) {
+    std::vector<T> values;
+    for (std::int64_t i = 0; i < count; ++i) {
+      state = state * 1664525u + 1013904223u;
+      values.push_back(T(state) / T(0xffffffffu) - T(0.5));
+    }
+    return values;
+  };
+  const std::vector<T> x = random(steps * batch * shape.input_size);
+  const std::vector<T> h0 = random(batch * out), c0 = random(batch * hidden);
+  std::vector<T> w_ih = random(gates * shape.input_size), w_hh = random(gates * out);
+  std::vector<T> w_hr = random(shape.proj_size * hidden);
+  std::vector<T> b_ih = random(gates), b_hh = random(gates);
+  std::vector<T> y(x.size() / std::size_t(shape.input_size) * std::size_t(out));
+  std::vector<T> h_n(h0.size()), c_n(c0.size());
+  LayerForward<T, T> problem{};
+  problem.shape = shape;
+  problem.weights = {w_ih.data(), w_hh.data(),      b_ih.data(), b_hh.data(),
+                     w_hr.data(), shape.input_size, out,         hidden};
+  problem.x = x.data();
+  problem.x_stride = shape.input_size;
+  problem.h0 = h0.data();
+  problem.c0 = c0.data();
+  problem.y = y.data();
+  problem.y_stride = out;
+  problem.h_n = h_n.data();
+  problem.c_n = c_n.data();
+
+  const cpu::Plan plan =
+      cpu::make_plan(shape, cpu::Pass::kForward, int(sizeof(T)), threads, 1, allowed_format);
+  if (!plan.packed) throw py::value_error("the plan must pack the weights");
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  const auto run = [&](T* panels) {
+    std::fill(y.begin(), y.end(), nan);
+    cpu::forward_packed(problem, plan, panels, on_threads);
+    return y;
+  };
+  const std::vector<T> expected = run(nullptr);
+  cpu::Workspace panels(std::size_t(cpu::panel_size(shape, plan)) * sizeof(T));
+  cpu::pack_panels(shape, problem.weights, plan, static_cast<T*>(panels.data()));
+  for (std::vector<T>* weights : {&w_ih, &w_hh, &w_hr, &b_ih, &b_hh})
+    std::fill(weights->begin(), weights->end(), nan);  // later calls must not read them
+  for (int call = 0; call < 2; ++call) {
+    const std::vector<T> found = run(static_cast<T*>(panels.data()));
+    if (std::memcmp(found.data(), expected.data(), found.size() * sizeof(T)) != 0) return false;
+  }
+  return std::all_of(expected.begin(), expected.end(),
+                     [](T value) { return std::isfinite(value); });
+}
+
+bool panels_outlive_calls_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
+                             std::int64_t input_size, std::int64_t hidden_size,
+                             std::int64_t proj_size, const std::string& dtype, int threads,
+                             bool half_weights) {
+  check_size("input_size", input_size, 1);
+  check_size("threads", threads, 1);
+  const LayerShape shape = shape_of(cell, steps, batch, input_size, hidden_size, proj_size, 1);
+  if (dtype == "float64")
+    return panels_outlive_calls<double>(shape, threads, WeightFormat::kNative);
+  return panels_outlive_calls<float>(shape, threads,
+                                     half_weights ? WeightFormat::kFloat16 : WeightFormat::kNative);
 }
 
 }  // namespace
@@ -48,11 +136,16 @@ void define_testing(py::module_& m) {
   m.def("quota_cpus", &cpu::quota_cpus, py::arg("membership") = "/proc/self/cgroup",
         py::arg("root") = "/sys/fs/cgroup",
         "Number of CPUs in the control group's quota, rounded up; 0: no limit.");
-  m.def("most_threads", &cpu::most_threads,
+  m.def("peak_threads", &cpu::peak_threads,
         "Largest number of CPU threads that calls had at once since the last time it was asked.");
-  m.def("alone_after", &alone_after, py::arg("calls"),
+  m.def("simulate_backoff", &simulate_backoff, py::arg("calls"),
         "Back-off time in ms after each of the given calls of a team, each a pair of its duration "
         "in ms and the time in ms that a rank slept.");
+  m.def("panels_outlive_calls", &panels_outlive_calls_of, py::arg("cell"), py::arg("steps"),
+        py::arg("batch"), py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
+        py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("half_weights") = false,
+        "Whether forward, with panels that were packed once, gives the bits of a call that packs "
+        "its own, also after the weights have changed.");
   m.def("fresh_buffers", &cpu::fresh_buffers,
         "Number of CPU buffers that were allocated since the process started.");
 }

@@ -1,5 +1,5 @@
-// Gated recurrent unit (Cho et al. 2014) in the form of cuDNN and torch: the reset gate acts on the
-// product W_hn h + b_hn, so that product must arrive apart from the input's share.
+// Gated recurrent unit (Cho et al. 2014) in the form of cuDNN and torch: the reset gate multiplies
+// W_hn h + b_hn, so the pre-activation of n arrives in two parts, xn and hn.
 #pragma once
 
 #include "cells/contract.h"

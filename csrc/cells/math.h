@@ -1,13 +1,13 @@
-// The functions that gates are made of, written once for every value type A a kernel computes
-// with: float and double (scalar code and CUDA threads) and the SIMD packs of csrc/cpu.
+// The functions of gates, written once for every value type A of a kernel: float and double (scalar
+// code and CUDA threads) and the vectors of csrc/cpu.
 //
-// A value type brings, beside + - * / and unary minus:
-//   ScalarOf<A>               the scalar it is made of, and A(scalar) to broadcast one
+// A value type offers + - * / and unary minus, and:
+//   ScalarOf<A>               its scalar type; A(scalar) broadcasts a scalar
 //   a > b, a >= b             masks, false where a or b is NaN
 //   select(mask, a, b)        mask ? a : b
 //   power_of_two(shifted)     2^n for shifted = kRoundingShift + n, n an integer (see exp_parts)
 //
-// Everything is branch-free, and NaN comes out where NaN goes in.
+// All functions are free of branches, and NaN in gives NaN out.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@
 
 namespace fastrnn::cells {
 
-// What the arithmetic below needs to know of a floating point format.
+// Constants of a floating point format.
 template <class Real>
 struct FloatFormat;
 
@@ -35,8 +35,8 @@ struct FloatFormat<float> {
   static constexpr float kLn2High = 0.693359375f;       // ln 2 in few bits: n * high is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kExpMax = 89.0f, kExpMin = -87.0f;  // 2^n is infinite, or still normal
-  static constexpr float kTanhMax = 10.0f;                   // tanh rounds to 1 before that
-  static constexpr int kTerms = 7;                           // of the series of e^r - 1
+  static constexpr float kTanhMax = 10.0f;  // tanh rounds to 1 for smaller x already
+  static constexpr int kTerms = 7;          // of the series of e^r - 1
 };
 
 template <>
@@ -52,7 +52,7 @@ struct FloatFormat<double> {
   static constexpr int kTerms = 13;
 };
 
-// The scalar that a value type is made of: a pack names its own.
+// The scalar type of a value type; vectors name their own.
 template <class A>
 struct Scalar {
   using Type = typename A::Real;
@@ -120,9 +120,9 @@ FASTRNN_HD void exp_parts(A x, A& scale, A& minus_one) {
   minus_one = expm1_series(r);
 }
 
-// 1 / (1 + e^-x): keeps its relative accuracy in the negative tail, and ends in an exact 0 as
-// torch's does, so that a closed gate makes NaN of an infinity. (An infinite scale times a positive
-// number: scale + scale * minus_one would be NaN.)
+// 1 / (1 + e^-x). It keeps its relative accuracy in the negative tail and reaches an exact 0 as
+// torch's does, so that a closed gate times infinity is NaN. (With an infinite scale, scale + scale
+// * minus_one would be NaN; scale times a positive number is not.)
 template <class A>
 FASTRNN_HD A sigmoid(A x) {
   using Real = ScalarOf<A>;
@@ -132,10 +132,10 @@ FASTRNN_HD A sigmoid(A x) {
   return A(Real(1)) / (A(Real(1)) + scale * (A(Real(1)) + minus_one));
 }
 
-// With m = e^2|x| - 1, formed without cancellation: |tanh(x)| = m / (m + 2), which keeps its
-// relative accuracy near 0 (1 - 2 sigmoid(-2x) would lose it), and = 1 - 2 / (m + 2) where that is
-// nearer to 1 than to 0: there the gradients' 1 - tanh(x)^2 feel each bit. One division serves
-// both.
+// With m = e^2|x| - 1, computed without cancellation: |tanh(x)| = m / (m + 2), which keeps its
+// relative accuracy near 0 (1 - 2 sigmoid(-2x) would lose it), and = 1 - 2 / (m + 2), used where
+// the result is nearer to 1 than to 0: there the 1 - tanh(x)^2 of the gradients depends on each
+// bit. One division serves both.
 template <class A>
 FASTRNN_HD A tanh(A x) {
   using Real = ScalarOf<A>;

@@ -7,7 +7,7 @@
 
 namespace fastrnn::cells {
 
-// f, and what a gradient d at y = f(x) becomes at x: d f'(x), written with y.
+// f as apply(x), and the gradient d f'(x) at x for a gradient d at y = f(x), computed from y.
 struct Tanh {  // f' = 1 - y^2
   template <class A>
   static FASTRNN_HD A apply(A x) {
@@ -19,7 +19,8 @@ struct Tanh {  // f' = 1 - y^2
   }
 };
 
-// f' = 0 where y <= 0, else 1. No product: as in torch, NaN passes d on, and 0 drops an infinite d.
+// f' = 0 where y <= 0, else 1. Selects instead of multiplying: as in torch, a NaN y passes d on,
+// and 0 drops an infinite d.
 struct Relu {
   template <class A>
   static FASTRNN_HD A apply(A x) {

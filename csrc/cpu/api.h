@@ -1,5 +1,6 @@
-// The CPU's kernels as the layers above see them: plans, capabilities, and one call a layer and
-// direction. No torch in here; the caller brings its thread pool as a function.
+// The CPU kernels as the layers above see them: plans, capabilities, and calls that run the
+// directions of a layer. Nothing here depends on torch: the caller passes its thread pool as a
+// function.
 #pragma once
 
 #include <cstdint>
@@ -13,80 +14,84 @@
 
 namespace fastrnn::cpu {
 
-// How a layer will be walked through time (plan.cpp has the rules).
+// How a layer runs (plan.cpp has the rules). A rank is one thread of a call.
 struct Plan {
-  const char* isa;   // name of the instruction set in use
-  int vector_lanes;  // values of the dtype in one vector
-  int threads;       // ranks that walk together: row_groups * unit_groups
-  int together;      // directions that walk at the same time, each with so many threads
-  int row_groups;    // the batch is cut in so many parts, which never wait for each other,
-  int unit_groups;   // and within one the hidden units are cut in so many, with a barrier a step
-  int unit_vectors;  // vectors of hidden units in a forward block
-  int back_vectors;  // the same for the products of backward and of projections
-  bool packed;       // weights are copied into panels first, or multiplied with as they lie
-  bool input_fused;  // x_t w_ih^T inside the step (true), or for many steps ahead (false)
-  bool shared;       // a rank that has finished its blocks of a step takes over others'
-  std::int64_t chunk_rows;  // rows of x that are projected ahead at a time, if not fused
-  bool half_weights;        // w_hh in panels of float16
+  const char* isa;          // name of the instruction set in use
+  int element_bytes;        // of a value of the dtype
+  int vector_lanes;         // values of the dtype in one vector
+  int threads;              // ranks of a direction: row_groups * unit_groups
+  int together;             // directions that run at the same time, each with `threads` threads
+  int row_groups;           // number of parts of the batch, which never wait for each other
+  int unit_groups;          // number of parts of the hidden units, with a barrier per step
+  int unit_vectors;         // vectors of hidden units in a forward block
+  int back_vectors;         // the same for the products of backward and of projections
+  bool packed;              // weights are copied into panels first; false: used unpacked
+  bool input_fused;         // x_t w_ih^T is computed in the step; false: for many steps ahead
+  bool shared;              // a rank that has finished its blocks of a step takes blocks of others
+  std::int64_t chunk_rows;  // rows of x that are projected ahead at once, if not fused
+  WeightFormat recurrent_format;  // of the panels of w_hh in forward
 };
 
 enum class Pass { kForward, kBackward, kGradients };
 
+// allowed_format: a format that w_hh may have where that is faster than the dtype itself.
 FASTRNN_EXPORT Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads,
-                              int directions = 1, bool half_weights = false);
-// Of two layers of a stack that walk at the same time; false: they do so one after the other.
+                              int directions = 1,
+                              WeightFormat allowed_format = WeightFormat::kNative);
+// Makes the plans of two layers of a stack that run at the same time. Returns false if they run one
+// after the other.
 FASTRNN_EXPORT bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper,
                                        int element_bytes, int threads, Plan* plans);
 
-// Instruction sets compiled into this library that this machine runs, worst first.
+// Instruction sets of this library that this machine can run, the slowest first.
 FASTRNN_EXPORT std::vector<std::string> available_isas();
-// The one in use: FASTRNN_ISA at first use, else the best there is.
+// The instruction set in use: FASTRNN_ISA, read at first use, else the fastest available.
 FASTRNN_EXPORT std::string isa_in_use();
-// Forces one; "" goes back to the choice at first use. False if it is not available.
+// Forces an instruction set; "" restores the choice at first use. Returns false if it is not
+// available.
 FASTRNN_EXPORT bool set_isa(const std::string& name);
-// All that were compiled in.
+// All instruction sets of this library.
 FASTRNN_EXPORT std::vector<std::string> compiled_isas();
 
-// Throws std::invalid_argument where an environment variable of these kernels has a value that it
-// cannot have (cpu/runtime/settings.h). They take effect at first use.
+// Throws std::invalid_argument if an environment variable of these kernels has an invalid value
+// (cpu/runtime/settings.h). Most of them take effect at first use.
 FASTRNN_EXPORT void check_settings();
 
-// An upper bound for the threads of every call: FASTRNN_THREADS at first use; 0 is no bound.
+// Upper bound for the threads of every call: FASTRNN_THREADS, read at first use; 0: no bound.
 FASTRNN_EXPORT int max_threads();
 FASTRNN_EXPORT void set_max_threads(int threads);
 
-// Float32 GFLOP/s that `threads` threads reach together on multiply-adds alone, over `seconds`.
-// Throws std::runtime_error if the system does not grant so many threads.
+// Float32 GFLOP/s that `threads` threads reach together with multiply-adds in registers, measured
+// for `seconds`. Throws std::runtime_error if the system does not grant that many threads.
 FASTRNN_EXPORT double fma_peak(int threads, double seconds);
 
-// Runs body over [0, n) in pieces, several at once where it can: piece 0 on the calling thread.
-// It is asked for n pieces of length 1 and may give fewer, longer ones (at::parallel_for does
-// this).
+// Runs body over [0, n) in chunks, in parallel where possible; chunk 0 runs on the calling thread.
+// Callers want n chunks of length 1; the function may merge chunks (as at::parallel_for does).
 using ParallelFor = void (*)(std::int64_t n, void (*body)(std::int64_t, std::int64_t, void*),
                              void* context);
 
-constexpr int kMostDirections = 2;
+constexpr int kMaxDirections = 2;
 
-// A long call asks this function, about ten times per second and on the calling thread, whether to
-// give up; if so, the call throws std::runtime_error(kInterrupted). Null: it never asks.
+// A long call asks this function about ten times per second, on the calling thread, whether to
+// stop; if so, the call throws std::runtime_error(kInterrupted). Null: calls do not ask.
 FASTRNN_EXPORT void set_interrupted(bool (*function)());
 constexpr const char* kInterrupted = "fastrnn: the call was interrupted by a signal.";
 
-// The whole sequence, forward or backward, of a layer's directions (1 or 2, which differ in nothing
-// but `reverse` and their pointers). T: float or double.
+// Run the whole sequence of the directions of a layer (1 or 2, which differ only in `reverse` and
+// their pointers). T: float or double.
 template <class T>
 FASTRNN_EXPORT void forward(const LayerForward<T, T>* directions, int count, int threads,
                             ParallelFor parallel_for);
-// Layers of one direction, each with y of the one before it as its x. Two at a time walk together
-// where that pays, the upper one a few steps behind the lower one.
+// Runs layers of one direction; the y of a layer is the x of the next. Two layers run at the same
+// time where that is faster: the upper one then follows the lower one by a few steps.
 template <class T>
 FASTRNN_EXPORT void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
                                   ParallelFor parallel_for);
 template <class T>
 FASTRNN_EXPORT void backward(const LayerBackward<T, T>* directions, int count, int threads,
                              ParallelFor parallel_for);
-// After backward: the gradients that are products over all steps. Both directions may add into one
-// d_x, since they take turns.
+// Computes the gradients that are products over all steps, after backward. Both directions may add
+// to one d_x: they run one after the other.
 template <class T>
 FASTRNN_EXPORT void gradients(const LayerGradients<T>* directions, int count, int threads,
                               ParallelFor parallel_for);

@@ -1,6 +1,8 @@
-// One call: a plan, a workspace, a team, and the walk of the cell on the instruction set in use.
+// One call: makes a plan, reserves threads, acquires a workspace and runs the time loop of the
+// instruction set in use on a team of threads.
 #include <stdexcept>
 
+#include "cpu/panels.h"
 #include "cpu/plan.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/thread_budget.h"
@@ -8,45 +10,113 @@
 namespace fastrnn::cpu {
 namespace {
 
-BusyMachine busy_machine;
+ContentionBackoff contention;
 
-template <class T, class Layout, class Problem>
-using WalkRank = void (*)(const Problem&, const Plan&, const Layout&, T*, Team&, int);
+// The passes: the size of a workspace, and what a rank does with it.
+template <class T>
+struct ForwardPass {
+  using Value = T;
+  using Problem = LayerForward<T, T>;
+  static constexpr Pass kPass = Pass::kForward;
 
-// Two directions of a layer, or two layers of a stack, that walk at the same time, or one alone.
-// Each has a plan (of as many threads as the other's), a team and a workspace of its own: rank r of
-// the call is rank r % threads of problem r / threads.
-template <class T, class Layout, class Problem>
+  const Walks<T>& walks;
+  T* ready_panels = nullptr;  // panels packed for the plan; null: the call packs its own
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    const PanelLayout panels(shape, plan);
+    return (ready_panels == nullptr ? panels.size : 0) + ForwardLayout(shape, plan, panels).size;
+  }
+
+  void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
+                int rank) const {
+    const PanelLayout panel_layout(problem.shape, plan);
+    const ForwardLayout layout(problem.shape, plan, panel_layout);
+    T* panels = ready_panels;
+    T* scratch = workspace;
+    if (panels == nullptr) {
+      panels = workspace;
+      scratch = workspace + panel_layout.size;
+      walks.pack(problem.shape, problem.weights, plan, panel_layout, panels, rank);
+    }
+    walks.of[int(problem.shape.cell)].forward(problem, plan, panel_layout, panels, layout, scratch,
+                                              team, rank);
+  }
+};
+
+template <class T>
+struct BackwardPass {
+  using Value = T;
+  using Problem = LayerBackward<T, T>;
+  static constexpr Pass kPass = Pass::kBackward;
+
+  const Walks<T>& walks;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    return BackwardLayout(shape, plan).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
+                int rank) const {
+    walks.of[int(problem.shape.cell)].backward(problem, plan, BackwardLayout(problem.shape, plan),
+                                               workspace, team, rank);
+  }
+};
+
+template <class T>
+struct GradientPass {
+  using Value = T;
+  using Problem = LayerGradients<T>;
+  static constexpr Pass kPass = Pass::kGradients;
+
+  const Walks<T>& walks;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    return GradientLayout(shape, plan).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
+                int rank) const {
+    walks.of[int(problem.shape.cell)].gradients(problem, plan, GradientLayout(problem.shape, plan),
+                                                workspace, team, rank);
+  }
+};
+
+// One problem, or two that run at the same time: directions of a layer or layers of a stack. Each
+// problem has a plan (all of as many threads), a team and a part of the workspace: rank r of the
+// call is rank r % threads of problem r / threads.
+template <class PassOf>
 class Job {
+  using T = typename PassOf::Value;
+  using Problem = typename PassOf::Problem;
+
  public:
-  Job(const Problem* problems, int count, const Plan* plans, WalkRank<T, Layout, Problem> walk)
-      : problems_(problems),
+  Job(const PassOf& pass, const Problem* problems, int count, const Plan* plans)
+      : pass_(pass),
+        problems_(problems),
         count_(count),
         plans_(plans),
-        walk_(walk),
-        second_(Layout(problems[0].shape, plans[0]).size),
-        size_(second_ + (count > 1 ? Layout(problems[1].shape, plans[1]).size : 0)),
+        second_offset_(pass.workspace_size(problems[0].shape, plans[0])),
+        size_(second_offset_ + (count > 1 ? pass.workspace_size(problems[1].shape, plans[1]) : 0)),
         workspace_(size_ * sizeof(T) + Barrier::kBytes + count * plans[0].threads * Team::kBytes),
         teams_{Team(plans[0].threads, team_memory(0), interruption_, true),
                Team(count > 1 ? plans[1].threads : 0, team_memory(1), interruption_, false)} {}
 
-  // The second one's input is what the first one makes.
+  // The second problem reads the output of the first, while both run.
   void stack() { teams_[1].below = &teams_[0]; }
 
   void run(ParallelFor parallel_for) {
     const Plan& plan = plans_[0];
-    // ... for one another; and would compute the same, bit for bit, if one walked alone
+    // Whether ranks wait for each other. Then one thread may do the work of all: the results have
+    // the same bits.
     const bool may_wait =
         plan.row_groups == 1 && (plan.unit_groups > 1 || teams_[1].below != nullptr);
-    const auto begin = BusyMachine::Clock::now();
-    const bool alone = may_wait && busy_machine.noted(begin);
-    run_team(alone ? 1 : count_ * plan.threads, parallel_for, run_rank, this);
+    const auto begin = ContentionBackoff::Clock::now();
+    const bool backs_off = may_wait && contention.is_backing_off(begin);
+    run_team(backs_off ? 1 : count_ * plan.threads, parallel_for, run_rank, this);
     if (interruption_.requested()) throw std::runtime_error(kInterrupted);
-    if (!may_wait || alone) return;
+    if (!may_wait || backs_off) return;
     std::chrono::nanoseconds slept(0);
     for (int which = 0; which < count_; ++which)
       slept = std::max(slept, teams_[which].barrier.longest_sleep(plan.threads));
-    busy_machine.look(begin, BusyMachine::Clock::now(), slept);
+    contention.record(begin, ContentionBackoff::Clock::now(), slept);
   }
 
  private:
@@ -57,74 +127,69 @@ class Job {
       job.walk(rank / threads, job.plans_[rank / threads], rank % threads);
     } else {
       for (int which = 0; which < job.count_; ++which) {
-        job.teams_[which].below = nullptr;  // done by then
+        job.teams_[which].below = nullptr;  // has finished before
         job.teams_[which].asks = true;
-        job.walk(which, alone(job.plans_[which]), 0);
+        job.walk(which, single_threaded(job.plans_[which]), 0);
       }
     }
   }
 
   void walk(int which, const Plan& plan, int rank) {
-    const Problem& problem = problems_[which];
-    const Layout layout(problem.shape, plan);
-    T* workspace = static_cast<T*>(workspace_.data()) + which * second_;
-    walk_(problem, plan, layout, workspace, teams_[which], rank);
+    T* workspace = static_cast<T*>(workspace_.data()) + which * second_offset_;
+    pass_.run_rank(problems_[which], plan, workspace, teams_[which], rank);
   }
 
-  // Behind the layouts' values.
+  // Memory of a team, after both parts of the workspace.
   void* team_memory(int which) const {
     const auto end = reinterpret_cast<std::uintptr_t>(workspace_.data()) + size_ * sizeof(T);
     const std::uintptr_t first = (end + Barrier::kBytes - 1) / Barrier::kBytes * Barrier::kBytes;
     return reinterpret_cast<void*>(first + which * plans_[0].threads * Team::kBytes);
   }
 
+  const PassOf pass_;
   const Problem* const problems_;
   const int count_;
   const Plan* const plans_;
-  const WalkRank<T, Layout, Problem> walk_;
-  const std::int64_t second_;  // where the second one's workspace begins, in elements
-  const std::int64_t size_;    // of both
+  const std::int64_t second_offset_;  // start of the second part of the workspace, in elements
+  const std::int64_t size_;           // of both parts
   Workspace workspace_;
   Interruption interruption_;
-  Team teams_[kMostDirections];
+  Team teams_[kMaxDirections];
 };
 
-template <class T>
-bool half_weights(const LayerForward<T, T>& problem) {
-  return problem.half_weights;
-}
-template <class Problem>
-bool half_weights(const Problem&) {
-  return false;
+// Reserves `wanted` threads, or as many as other calls have left of the `threads` threads of the
+// pool and the usable CPUs.
+ThreadReservation reserve_threads(int wanted, int threads) {
+  return ThreadReservation(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
 }
 
-template <class T, class Layout, class Problem>
-void run(const Problem* problems, int count, Pass pass, int threads, ParallelFor parallel_for,
-         WalkRank<T, Layout, Problem> walk) {
+template <class PassOf>
+void run(const PassOf& pass, const typename PassOf::Problem* problems, int count,
+         WeightFormat allowed_format, int threads, ParallelFor parallel_for) {
+  constexpr int kBytes = sizeof(typename PassOf::Value);
   const LayerShape& shape = problems[0].shape;
-  if (is_forked() && call_work(shape, pass) < kMinForkedWork) threads = 1;
-  const bool half = half_weights(problems[0]);
-  Plan plan = make_plan(shape, pass, sizeof(T), threads, count, half);
+  if (is_forked() && call_work(shape, PassOf::kPass) < kMinForkedWork) threads = 1;
+  Plan plan = make_plan(shape, PassOf::kPass, kBytes, threads, count, allowed_format);
   const int wanted = plan.threads * plan.together;
-  const Claim claim(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
-  if (claim.threads() < wanted)
-    plan = make_plan(shape, pass, sizeof(T), claim.threads(), count, half);
-  const Plan plans[kMostDirections] = {plan, plan};
+  const ThreadReservation reservation = reserve_threads(wanted, threads);
+  if (reservation.threads() < wanted)
+    plan = make_plan(shape, PassOf::kPass, kBytes, reservation.threads(), count, allowed_format);
+  const Plan plans[kMaxDirections] = {plan, plan};
   for (int done = 0; done < count; done += plan.together)
-    Job<T, Layout, Problem>(problems + done, plan.together, plans, walk).run(parallel_for);
+    Job<PassOf>(pass, problems + done, plan.together, plans).run(parallel_for);
 }
 
-// Two layers of a stack at the same time, if that pays and there are threads for both.
+// Runs two layers of a stack at the same time. Returns false, having done nothing, if that is
+// slower or too few threads are free.
 template <class T>
 bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor parallel_for) {
   Plan plans[2];
   if (!make_stacked_plans(layers[0].shape, layers[1].shape, sizeof(T), threads, plans))
     return false;
   const int wanted = 2 * plans[0].threads;
-  const Claim claim(wanted, std::min(threads, usable_cpus()));
-  if (claim.threads() < wanted) return false;
-  Job<T, ForwardLayout, LayerForward<T, T>> job(layers, 2, plans,
-                                                isa().walk<T>(layers[0].shape.cell).forward);
+  const ThreadReservation reservation = reserve_threads(wanted, threads);
+  if (reservation.threads() < wanted) return false;
+  Job<ForwardPass<T>> job({isa().walks<T>()}, layers, 2, plans);
   job.stack();
   job.run(parallel_for);
   return true;
@@ -133,11 +198,11 @@ bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor paralle
 }  // namespace
 
 Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads, int directions,
-               bool half_weights) {
+               WeightFormat allowed_format) {
   const int bound = max_threads();
   if (bound > 0) threads = std::min(threads, bound);
   return make_plan_for(shape, pass, isa(), element_bytes, std::max(threads, 1), directions,
-                       half_weights);
+                       allowed_format);
 }
 
 bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int element_bytes,
@@ -153,8 +218,8 @@ bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int el
 template <class T>
 void forward(const LayerForward<T, T>* directions, int count, int threads,
              ParallelFor parallel_for) {
-  run<T, ForwardLayout>(directions, count, Pass::kForward, threads, parallel_for,
-                        isa().walk<T>(directions[0].shape.cell).forward);
+  run(ForwardPass<T>{isa().walks<T>()}, directions, count, directions[0].recurrent_format, threads,
+      parallel_for);
 }
 
 template <class T>
@@ -171,15 +236,31 @@ void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
 template <class T>
 void backward(const LayerBackward<T, T>* directions, int count, int threads,
               ParallelFor parallel_for) {
-  run<T, BackwardLayout>(directions, count, Pass::kBackward, threads, parallel_for,
-                         isa().walk<T>(directions[0].shape.cell).backward);
+  run(BackwardPass<T>{isa().walks<T>()}, directions, count, WeightFormat::kNative, threads,
+      parallel_for);
 }
 
 template <class T>
 void gradients(const LayerGradients<T>* directions, int count, int threads,
                ParallelFor parallel_for) {
-  run<T, GradientLayout>(directions, count, Pass::kGradients, threads, parallel_for,
-                         isa().walk<T>(directions[0].shape.cell).gradients);
+  run(GradientPass<T>{isa().walks<T>()}, directions, count, WeightFormat::kNative, threads,
+      parallel_for);
+}
+
+std::int64_t panel_size(const LayerShape& shape, const Plan& plan) {
+  return PanelLayout(shape, plan).size;
+}
+
+template <class T>
+void pack_panels(const LayerShape& shape, const LayerWeights<T>& weights, const Plan& plan,
+                 T* panels) {
+  isa().walks<T>().pack(shape, weights, single_threaded(plan), PanelLayout(shape, plan), panels, 0);
+}
+
+template <class T>
+void forward_packed(const LayerForward<T, T>& problem, const Plan& plan, T* panels,
+                    ParallelFor parallel_for) {
+  Job<ForwardPass<T>>({isa().walks<T>(), panels}, &problem, 1, &plan).run(parallel_for);
 }
 
 template void forward<float>(const LayerForward<float, float>*, int, int, ParallelFor);
@@ -190,5 +271,10 @@ template void forward_stack<double>(const LayerForward<double, double>*, int, in
 template void backward<double>(const LayerBackward<double, double>*, int, int, ParallelFor);
 template void gradients<float>(const LayerGradients<float>*, int, int, ParallelFor);
 template void gradients<double>(const LayerGradients<double>*, int, int, ParallelFor);
+template void pack_panels(const LayerShape&, const LayerWeights<float>&, const Plan&, float*);
+template void pack_panels(const LayerShape&, const LayerWeights<double>&, const Plan&, double*);
+template void forward_packed(const LayerForward<float, float>&, const Plan&, float*, ParallelFor);
+template void forward_packed(const LayerForward<double, double>&, const Plan&, double*,
+                             ParallelFor);
 
 }  // namespace fastrnn::cpu

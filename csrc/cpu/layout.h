@@ -1,5 +1,5 @@
-// Where everything lies in the workspace of a call: plain arithmetic on sizes, shared by the code
-// that allocates it and the instruction sets' code that fills it. Offsets are in elements of T.
+// Offsets in the memory of a call, computed from sizes alone. The code that allocates the memory
+// and the code of the instruction sets share these. Offsets are in elements of T.
 #pragma once
 
 #include <cstdint>
@@ -10,40 +10,43 @@ namespace fastrnn::cpu {
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// [begin, end) of the part-th of `parts` nearly equal shares of [0, count).
-struct Share {
+// A range of indices: [begin, end).
+struct IndexRange {
   std::int64_t begin, end;
-  Share(std::int64_t count, int part, int parts)
+  // The part-th of `parts` nearly equal ranges of [0, count).
+  IndexRange(std::int64_t count, int part, int parts)
       : begin(count * part / parts), end(count * (part + 1) / parts) {}
-  // The i-th of it; backwards, counted from the end. Who walks back and forth over the same weights
-  // meets first what the cache has kept from the last time.
+  // The i-th index of the range, or the i-th from the end. Loops that alternate the direction start
+  // with the weights that are still in the cache.
   std::int64_t zigzag(std::int64_t i, bool backwards) const {
     return backwards ? end - 1 - i : begin + i;
   }
   std::int64_t size() const { return end - begin; }
-  // A part of this share.
-  Share cut(int part, int parts) const {
-    Share result(end - begin, part, parts);
+  // The part-th of `parts` nearly equal ranges of this range.
+  IndexRange cut(int part, int parts) const {
+    IndexRange result(end - begin, part, parts);
     result.begin += begin;
     result.end += begin;
     return result;
   }
-  // Of blocks of so many units each: their units, as far as there are any.
-  Share units(std::int64_t block, std::int64_t all) const {
-    Share result = *this;
+  // For a range of blocks of `block` units each: the range of their units, of which there are
+  // `all`.
+  IndexRange units(std::int64_t block, std::int64_t all) const {
+    IndexRange result = *this;
     result.begin = begin * block < all ? begin * block : all;
     result.end = end * block < all ? end * block : all;
     return result;
   }
 };
 
-// Parts of the workspace start at cache lines.
-class Carver {
+// Places the parts of a workspace one after the other, each at the start of a cache line.
+class WorkspaceBuilder {
  public:
-  std::int64_t take(std::int64_t elements) {
-    const std::int64_t at = size_;
+  // Returns the offset of a new part.
+  std::int64_t add(std::int64_t elements) {
+    const std::int64_t offset = size_;
     size_ += divide_up(elements, kLine) * kLine;
-    return at;
+    return offset;
   }
   std::int64_t size() const { return size_; }
 
@@ -52,46 +55,61 @@ class Carver {
   std::int64_t size_ = 0;
 };
 
-struct ForwardLayout {
+// The panels of one layer and direction: its weights and bias in the order in which forward reads
+// them. They depend on the shape of the layer, the weights and the plan, not on the sequence, so
+// they can outlive a call.
+struct PanelLayout {
   std::int64_t unit_block, unit_blocks;  // U hidden units, ceil(H / U)
   std::int64_t proj_block, proj_blocks;  // the same for the P units of a projection
-  std::int64_t panels_x;                 // [unit_blocks, I, G*U]
-  std::int64_t panels_h;                 // [unit_blocks, R, G*U], float16 where the plan says so
-  std::int64_t panels_p;                 // [proj_blocks, H, proj_block]
+  std::int64_t w_ih;                     // [unit_blocks, I, G*U]
+  std::int64_t w_hh;                     // [unit_blocks, R, G*U] in the plan's recurrent_format
+  std::int64_t w_hr;                     // [proj_blocks, H, proj_block]
   std::int64_t bias;                     // [unit_blocks, Q*U]
-  std::int64_t h;                        // [2, B, R]  h of the last step and of this one
-  std::int64_t m;                        // [B, H]     h before projection
-  std::int64_t gates_x;  // [chunk_rows, unit_blocks, Q*U]  pre-activations projected ahead
   std::int64_t size;
 
-  ForwardLayout(const LayerShape& shape, const Plan& plan) {
+  PanelLayout(const LayerShape& shape, const Plan& plan) {
     const CellInfo& cell = cell_info(shape.cell);
-    const bool projected = shape.proj_size > 0;
     unit_block = std::int64_t(plan.unit_vectors) * plan.vector_lanes;
     unit_blocks = divide_up(shape.hidden_size, unit_block);
     proj_block = std::int64_t(plan.back_vectors) * plan.vector_lanes;
     proj_blocks = divide_up(shape.proj_size, proj_block);
-    Carver carver;
-    const std::int64_t panels = plan.packed ? 1 : 0;
-    panels_x = carver.take(panels * unit_blocks * shape.input_size * cell.gates * unit_block);
-    const std::int64_t values_h = unit_blocks * shape.output_size() * cell.gates * unit_block;
-    panels_h = carver.take(panels * (plan.half_weights ? divide_up(values_h, 2) : values_h));
-    panels_p = carver.take(panels * proj_blocks * shape.hidden_size * proj_block);
-    bias = carver.take(unit_blocks * cell.pre * unit_block);
-    h = carver.take(2 * shape.sequence.batch * shape.output_size());
-    m = carver.take(projected ? shape.sequence.batch * shape.hidden_size : 0);
-    gates_x =
-        carver.take(plan.input_fused ? 0 : plan.chunk_rows * unit_blocks * cell.pre * unit_block);
-    size = carver.size();
+    WorkspaceBuilder builder;
+    const std::int64_t packed = plan.packed ? 1 : 0;  // unpacked weights have no panels
+    const std::int64_t width = unit_blocks * cell.gates * unit_block;
+    const int recurrent_bytes = weight_bytes(plan.recurrent_format, plan.element_bytes);
+    w_ih = builder.add(packed * shape.input_size * width);
+    w_hh = builder.add(
+        packed * divide_up(shape.output_size() * width * recurrent_bytes, plan.element_bytes));
+    w_hr = builder.add(packed * proj_blocks * shape.hidden_size * proj_block);
+    bias = builder.add(unit_blocks * cell.pre * unit_block);
+    size = builder.size();
+  }
+};
+
+// What forward writes and reads during one call, apart from the panels.
+struct ForwardLayout {
+  std::int64_t h;              // [2, B, R]  h of the last step and of this one
+  std::int64_t unprojected_h;  // [B, H]     h before projection
+  std::int64_t gates_x;        // [chunk_rows, unit_blocks, Q*U]  pre-activations projected ahead
+  std::int64_t size;
+
+  ForwardLayout(const LayerShape& shape, const Plan& plan, const PanelLayout& panels) {
+    const std::int64_t batch = shape.sequence.batch;
+    const std::int64_t row = panels.unit_blocks * cell_info(shape.cell).pre * panels.unit_block;
+    WorkspaceBuilder builder;
+    h = builder.add(2 * batch * shape.output_size());
+    unprojected_h = builder.add(shape.proj_size > 0 ? batch * shape.hidden_size : 0);
+    gates_x = builder.add(plan.input_fused ? 0 : plan.chunk_rows * row);
+    size = builder.size();
   }
 };
 
 struct BackwardLayout {
-  std::int64_t out_block, out_blocks;    // units of h (R of them) a block
-  std::int64_t unit_block, unit_blocks;  // hidden units a block, with a projection
+  std::int64_t out_block, out_blocks;    // units of h per block, ceil(R / out_block)
+  std::int64_t unit_block, unit_blocks;  // hidden units per block, with a projection
   std::int64_t panels_h;                 // [out_blocks, G*H, out_block]
   std::int64_t panels_p;                 // [unit_blocks, P, unit_block]
-  std::int64_t carry;  // [B, out_blocks*out_block]  the gradient at h that the steps hand on
+  std::int64_t carry;  // [B, out_blocks*out_block]  gradient at h, passed from step to step
   std::int64_t size;
 
   BackwardLayout(const LayerShape& shape, const Plan& plan) {
@@ -99,17 +117,17 @@ struct BackwardLayout {
     out_block = unit_block = std::int64_t(plan.back_vectors) * plan.vector_lanes;
     out_blocks = divide_up(shape.output_size(), out_block);
     unit_blocks = shape.proj_size > 0 ? divide_up(shape.hidden_size, unit_block) : 0;
-    Carver carver;
-    panels_h = carver.take(out_blocks * cell.gates * shape.hidden_size * out_block);
-    panels_p = carver.take(unit_blocks * shape.proj_size * unit_block);
-    carry = carver.take(shape.sequence.batch * out_blocks * out_block);
-    size = carver.size();
+    WorkspaceBuilder builder;
+    panels_h = builder.add(out_blocks * cell.gates * shape.hidden_size * out_block);
+    panels_p = builder.add(unit_blocks * shape.proj_size * unit_block);
+    carry = builder.add(shape.sequence.batch * out_blocks * out_block);
+    size = builder.size();
   }
 };
 
-// What a rank of the gradients' products multiplies: A [kRows, kDepth] and B [kDepth, kColumns], of
-// a size that stays in the core's own cache. Rows of A are kPitch apart, not a power of two, which
-// would put them all into the same places of the cache.
+// Memory of a rank for the products of the gradients: copies of A [kRows, kDepth] and B [kDepth,
+// kColumns], which fit in the private cache of a core. Rows of A are kPitch apart: a power of two
+// would map all rows to the same cache sets.
 struct GradientLayout {
   static constexpr std::int64_t kRows = 240, kDepth = 256, kColumns = 256, kPitch = kDepth + 16;
   static constexpr std::int64_t kRank = kRows * kPitch + kDepth * kColumns;

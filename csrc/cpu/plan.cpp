@@ -1,11 +1,11 @@
-// How a layer's shape becomes a plan.
+// Turns the shape of a layer into a plan.
 #include "cpu/plan.h"
 
 namespace fastrnn::cpu {
 namespace {
 
-// Weights that the time loop walks over at each step: backward leaves those of the input to the
-// products after the loop.
+// Number of weights that each step reads. Backward leaves those of the input to the products after
+// the loop.
 std::int64_t step_weights(const LayerShape& shape, Pass pass) {
   const std::int64_t inputs = pass == Pass::kForward ? shape.input_size : 0;
   return cell_info(shape.cell).gates * shape.hidden_size * (inputs + shape.output_size()) +
@@ -21,7 +21,7 @@ std::int64_t call_work(const LayerShape& shape, Pass pass) {
          (2 * shape.input_size + shape.output_size());
 }
 
-// As many as have work enough in a step; in the products after the walk, as have enough in all.
+// Each thread needs enough work per step, or per call in the products after the loop.
 int pick_threads(const LayerShape& shape, Pass pass, int max_threads) {
   const std::int64_t work = call_work(shape, pass);
   if (work < kMinCallWork) return 1;
@@ -32,22 +32,22 @@ int pick_threads(const LayerShape& shape, Pass pass, int max_threads) {
   return int(std::clamp<std::int64_t>(share, 1, std::min(max_threads, kMaxTeam)));
 }
 
-// The batch is cut between the threads, which then never wait for each other, where that leaves
-// each rows enough to share a loaded weight. Else the units are cut, with a barrier a step: fewer
-// weights to walk for each thread, and in backward all of d_pre to fetch from the others (20-50%
-// dearer).
+// Splits the batch between the threads if each gets enough rows to share a loaded weight: the
+// threads then never wait for each other. Otherwise splits the units, with a barrier per step: each
+// thread reads fewer weights, but in backward it reads all of d_pre from the others, which makes
+// backward 20-50% slower.
 int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                     int threads) {
   const std::int64_t vectors = divide_up(shape.hidden_size, isa.vector_bytes / element_bytes);
   const std::int64_t rows = shape.sequence.batch / threads;
-  if (rows >= 1 && vectors < threads) return threads;  // too few units to cut
+  if (rows >= 1 && vectors < threads) return threads;  // too few units to split
   const bool cached = step_weights(shape, pass) * element_bytes <= kPrivateCacheBytes;
   const bool cheap = pass == Pass::kBackward || cached;
-  return rows >= (cheap ? kFewRows : kManyRows) ? threads : 1;
+  return rows >= (cheap ? kMinRowsPerThreadCached : kMinRowsPerThread) ? threads : 1;
 }
 
-// Vectors of units in a block: the widest block (fewest loads a multiply-add) that leaves the
-// groups evenly loaded, to within an eighth of the best balance.
+// Vectors of units per block: the widest block (fewest loads per multiply-add) whose load balance
+// between the groups is within an eighth of the best one.
 int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups) {
   const std::int64_t vectors = std::max<std::int64_t>(divide_up(units, lanes), 1);
   auto heaviest = [&](int width) {  // vectors of the most loaded group
@@ -60,9 +60,9 @@ int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups) {
   return best;
 }
 
-// Two directions at the same time, each on half of the threads, where one alone would cut its
-// units: so fewer ranks wait for each other, or none. Not if the weights then no longer stay in a
-// core's own cache, which costs more than the barriers.
+// Runs two directions at the same time, each on half of the threads, if one alone would split its
+// units: fewer ranks, or none, then wait for each other. Not if the weights no longer fit in the
+// private caches, which costs more than the barriers.
 int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                   int max_threads, int directions) {
   if (directions < 2 || pass == Pass::kGradients) return 1;
@@ -73,35 +73,41 @@ int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int elemen
   return pick_row_groups(shape, pass, isa, element_bytes, all) < all || all == 1 ? 2 : 1;
 }
 
-// A panel is read faster than rows of weights, but must be made first.
+// Reading a panel is faster than reading rows of weights, but packing it takes time.
 bool pick_packed(const LayerShape& shape, Pass pass) {
-  if (pass == Pass::kBackward) return shape.sequence.steps >= kPackedBackSteps;
-  const std::int64_t units_per_row = shape.sequence.steps == 1 ? kUnitsPerRowOfOneStep
-                                     : shape.sequence.batch >= kManySequences ? kUnitsPerRowOfMany
-                                                                              : kUnitsPerRow;
-  return shape.sequence.steps * shape.sequence.batch * units_per_row >=
-         std::min(shape.output_size(), kMostUnits);
+  using Rule = PackingRule;
+  const std::int64_t steps = shape.sequence.steps, batch = shape.sequence.batch;
+  if (pass == Pass::kBackward) return steps >= Rule::kBackwardSteps;
+  const std::int64_t units_per_row = steps == 1                      ? Rule::kUnitsPerRowOneStep
+                                     : batch >= Rule::kManySequences ? Rule::kUnitsPerRowBatched
+                                                                     : Rule::kUnitsPerRow;
+  return steps * batch * units_per_row >= std::min(shape.output_size(), Rule::kMaxUnits);
 }
 
-// w_hh as float16, for those who allow it: where a step does little but fetch it. Rows that share a
-// fetched weight would widen it again each.
-bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes) {
+// float16 is faster for one sequence, whose steps wait for w_hh. Each row of a larger batch would
+// convert the same weights again.
+WeightFormat pick_recurrent_format(const LayerShape& shape, Pass pass, const Isa& isa,
+                                   int element_bytes, WeightFormat allowed) {
   const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
-  return pass == Pass::kForward && shape.sequence.batch == 1 &&
-         shape.sequence.steps >= kMinHalfSteps && element_bytes == 4 && values >= kMinHalfWeights &&
-         isa.half_weights;
+  const bool pays = shape.sequence.batch == 1 && shape.sequence.steps >= kMinHalfSteps &&
+                    values >= kMinHalfWeights;
+  return pass == Pass::kForward && pays && isa.has_recurrent_format(allowed, element_bytes)
+             ? allowed
+             : WeightFormat::kNative;
 }
 
-// x_t w_ih^T goes into the step's own tile where rows enough share the weights and they stay
-// cached.
+// The step computes x_t w_ih^T in its own tile if enough rows share the weights and the weights
+// stay cached.
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups) {
-  if (row_groups > 1) return true;  // rows ahead of time are not contiguous for a part of the batch
+  // Rows of several steps are not contiguous for a part of the batch.
+  if (row_groups > 1) return true;
   return shape.sequence.batch >= kFusedBatch &&
          step_weights(shape, Pass::kForward) * element_bytes <= kSharedCacheBytes;
 }
 
-// A layer and the one above it at the same time, each on half of the threads, for the same reason
-// as two directions: both plans, made for two at once, say so. Each must take as many threads.
+// Runs a layer and the one above it at the same time, each on half of the threads, for the same
+// reason as two directions: both plans, made for two directions, must run two at once. Both need
+// the same number of threads.
 bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_plan,
                   const Plan& upper_plan) {
   return step_weights(upper, Pass::kForward) * element_bytes <= kStackedBytes &&
@@ -109,15 +115,15 @@ bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_
          lower_plan.threads == upper_plan.threads && upper.sequence.steps >= 2 * kFollowParts;
 }
 
-// Few rows ahead of time in both, so that the upper layer starts soon.
+// Projects few rows ahead in both layers, so that the upper layer starts soon.
 std::int64_t pick_follow_rows(const LayerShape& upper, const Plan& plan) {
   const std::int64_t part = divide_up(upper.sequence.steps, kFollowParts) * upper.sequence.batch;
   return std::min(plan.chunk_rows, part);
 }
 
-// Ranks that wait for each other at each step, while one of them may be slower for a moment: its
-// CPU is busy, or it has one block more. Not where each keeps its weights in its own cache, or its
-// share of what was projected ahead.
+// Shares blocks between ranks that wait for each other in each step: one of them may be slower for
+// a moment, because its CPU is busy or it has one block more. Not if each rank keeps its weights in
+// its private cache, or reads pre-activations that it projected ahead itself.
 bool pick_shared(const LayerShape& shape, const Plan& plan) {
   if (plan.unit_groups == 1 || !plan.input_fused || !plan.packed) return false;
   const std::int64_t units = std::int64_t(plan.unit_vectors) * plan.vector_lanes;
@@ -127,9 +133,10 @@ bool pick_shared(const LayerShape& shape, const Plan& plan) {
 }
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                   int max_threads, int directions, bool half_weights) {
+                   int max_threads, int directions, WeightFormat allowed_format) {
   Plan plan{};
   plan.isa = isa.name;
+  plan.element_bytes = element_bytes;
   plan.vector_lanes = isa.vector_bytes / element_bytes;
   plan.together = pick_together(shape, pass, isa, element_bytes, max_threads, directions);
   plan.threads = pick_threads(shape, pass, max_threads / plan.together);
@@ -140,17 +147,17 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
       pick_unit_vectors(shape.hidden_size, plan.vector_lanes, gates, plan.unit_groups);
   plan.back_vectors =
       pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
-  plan.half_weights = half_weights && pick_half_weights(shape, pass, isa, element_bytes);
-  plan.packed = plan.half_weights || pick_packed(shape, pass);
+  plan.recurrent_format = pick_recurrent_format(shape, pass, isa, element_bytes, allowed_format);
+  plan.packed = plan.recurrent_format != WeightFormat::kNative || pick_packed(shape, pass);
   plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups);
   plan.shared = pass == Pass::kForward && pick_shared(shape, plan);
-  // A hundred rows or so reuse each loaded weight well, and their gates stay in the cache.
+  // About a hundred rows reuse each loaded weight well, and their gates stay in the cache.
   plan.chunk_rows = std::max<std::int64_t>(
       shape.sequence.batch, shape.sequence.batch > 16 ? 4 * shape.sequence.batch : 96);
   return plan;
 }
 
-Plan alone(Plan plan) {
+Plan single_threaded(Plan plan) {
   plan.threads = plan.row_groups = plan.unit_groups = 1;
   plan.shared = false;
   return plan;

@@ -1,44 +1,53 @@
-// The rules by which a layer's shape becomes a plan, each one function so that each can be tested.
+// The rules that turn the shape of a layer into a plan. Each is a function, so that each can be
+// tested.
 #pragma once
 
 #include "cpu/isa/isa.h"
 
 namespace fastrnn::cpu {
 
-// A rank earns its keep if a step gives it at least this many multiply-adds: below, meeting the
-// others at the barrier costs more than the work they take over.
+// Minimum multiply-adds per thread and step: below, the barrier costs more than another thread
+// gains.
 constexpr std::int64_t kMinStepWork = 8192;
-// A block that takes this many multiply-adds (a microsecond or two) is worth asking who does it.
+// Minimum multiply-adds per block for work queues (one or two microseconds): below, asking for a
+// block costs too much.
 constexpr std::int64_t kMinSharedWork = 100'000;
-// And the whole call must be worth waking the pool (about a microsecond).
+// Minimum multiply-adds per call that pay for waking the pool (about a microsecond).
 constexpr std::int64_t kMinCallWork = 100'000;
-// ... which costs more where its threads are made for the call (in a forked process).
+// The same in a forked process, where threads are created for the call.
 constexpr std::int64_t kMinForkedWork = 100 * kMinCallWork;
-// Weights that stay in a core's own cache are cheap to walk again for other rows; larger ones are
-// not.
+// Bytes of weights that stay in the private cache of a core; reading larger ones again for other
+// rows is expensive.
 constexpr std::int64_t kPrivateCacheBytes = 512 * 1024;
-// Rows a thread that pay for walking all weights: cached ones, or ones from further away.
-constexpr std::int64_t kFewRows = 4, kManyRows = 16;
-// Beyond this, streaming w_ih anew each step is dearer than keeping pre-activations.
+// Minimum rows per thread that pay for reading all weights: from the private cache, or from further
+// away.
+constexpr std::int64_t kMinRowsPerThreadCached = 4, kMinRowsPerThread = 16;
+// Bytes of weights beyond which re-reading w_ih in every step costs more than storing the
+// pre-activations.
 constexpr std::int64_t kSharedCacheBytes = 24 * 1024 * 1024;
-// Packing the weights costs less than it gains from so many steps of backward on, whose weights lie
-// nearly as a panel anyway. Forward's are transposed for it, and as they lie, what a row costs
-// beyond the products falls with the length of a dot: packing pays from a number of rows on that
-// grows with the state (up to a size), by one for so many units: of a call of few sequences, of
-// more, of a single step.
-constexpr std::int64_t kPackedBackSteps = 6;
-constexpr std::int64_t kUnitsPerRow = 5, kUnitsPerRowOfMany = 2, kUnitsPerRowOfOneStep = 1;
-constexpr std::int64_t kManySequences = 8, kMostUnits = 512;
-// A step waits for w_hh rather than for its own instructions from this many values on; rounding and
-// packing them takes some steps to pay.
+// When packing the weights is faster. Rows of w_hh in backward are nearly panels, so packing pays
+// from a few steps on. Forward transposes its weights to pack them, and its unpacked products
+// (dots) get cheaper per row the longer they are: packing pays from min(R, kMaxUnits) / k rows of
+// the call (steps * batch) on, where k depends on the kind of call.
+struct PackingRule {
+  static constexpr std::int64_t kBackwardSteps = 6;       // least number of steps in backward
+  static constexpr std::int64_t kUnitsPerRow = 5;         // k
+  static constexpr std::int64_t kUnitsPerRowBatched = 2;  // k from kManySequences on
+  static constexpr std::int64_t kUnitsPerRowOneStep = 1;  // k of a single step
+  static constexpr std::int64_t kManySequences = 8;
+  static constexpr std::int64_t kMaxUnits = 512;
+};
+// float16: minimum number of values of w_hh, from which a step waits for memory, and minimum steps,
+// from which rounding and packing pay.
 constexpr std::int64_t kMinHalfWeights = 16 * 1024, kMinHalfSteps = 24;
-// Two layers at the same time pay while all weights of one stay close to its core: half of them
-// would be closer.
+// Bytes of weights of a layer up to which two layers at the same time are faster: a core then reads
+// all weights of one layer, where it would read half of them if one layer ran on both cores.
 constexpr std::int64_t kStackedBytes = 256 * 1024;
-// A layer follows the one below in so many parts of the sequence, each projected ahead at once.
+// Number of parts of the sequence by which an upper layer follows the layer below; each part is
+// projected ahead at once.
 constexpr std::int64_t kFollowParts = 8;
-// From this batch on, rows enough share each weight that is loaded: the input product joins the
-// step.
+// Minimum batch for computing the input product in the step: enough rows then share each weight
+// that is loaded.
 constexpr std::int64_t kFusedBatch = 4;
 
 // Multiply-adds of a whole call.
@@ -48,7 +57,8 @@ int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int elem
                     int threads);
 int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups);
 bool pick_packed(const LayerShape& shape, Pass pass);
-bool pick_half_weights(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes);
+WeightFormat pick_recurrent_format(const LayerShape& shape, Pass pass, const Isa& isa,
+                                   int element_bytes, WeightFormat allowed);
 int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                   int max_threads, int directions);
 bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_plan,
@@ -58,8 +68,8 @@ bool pick_shared(const LayerShape& shape, const Plan& plan);
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
-                   int max_threads, int directions, bool half_weights);
-// The same for one thread: what a team does that was granted no others.
-Plan alone(Plan plan);
+                   int max_threads, int directions, WeightFormat allowed_format);
+// The same plan for one thread, for teams that get no other threads.
+Plan single_threaded(Plan plan);
 
 }  // namespace fastrnn::cpu

@@ -1,6 +1,6 @@
-// The order of a batch of sequences: which rows a step has, in which order steps are computed, and
-// what the state before a step is. Every time loop (CPU, both CUDA schedules) and the products over
-// all steps ask here.
+// The order of a batch of sequences: the rows of a step, the order in which steps are computed, and
+// the state before a step. All time loops (CPU, both CUDA schedules) and the products over all
+// steps ask here.
 //
 // The steps of a batch are rows of [N, *] matrices. Step t owns the rows offset(t) ... offset(t) +
 // rows(t) - 1, and its row b belongs to sequence b. A padded batch has rows(t) = B for all t; a
@@ -38,11 +38,12 @@ struct StepRowsOf {
   FASTRNN_HD bool starts(Count b) const { return b >= first_starting; }
   FASTRNN_HD bool ends(Count b) const { return b >= first_ending; }
 
-  // The state from which row b of this step is computed: what the step before wrote, states
-  // [N, *], or the initial state [B, *].
-  template <class S>
-  FASTRNN_HD const S* state_before(std::int64_t b, const S* states, std::int64_t states_stride,
-                                   const S* initial, std::int64_t initial_stride) const {
+  // The state from which row b of this step is computed: the one that the step before wrote, in
+  // states [N, *], or the initial state in initial [B, *].
+  template <class State>
+  FASTRNN_HD const State* state_before(std::int64_t b, const State* states,
+                                       std::int64_t states_stride, const State* initial,
+                                       std::int64_t initial_stride) const {
     return starts(Count(b)) ? initial + b * initial_stride
                             : states + (first_before + b) * states_stride;
   }
@@ -55,7 +56,7 @@ struct RowRange {
   std::int64_t first, count;
 };
 
-// Always inlined: a copy compiled for one instruction set must not be shared by the program.
+// Always inlined: the program must not share a copy that was compiled for one instruction set.
 struct Sequence {
   std::int64_t steps;               // T
   std::int64_t batch;               // B
@@ -103,9 +104,9 @@ struct Segment {
   std::int64_t first_step, first_row, rows;
 };
 
-// The same answers as Sequence::at on a GPU, from segments. It reads memory only where the number
-// of rows changes, so steps should be asked for one after the other. Batches have fewer than 2^31
-// sequences (plan.h keeps larger ones away).
+// Gives the same answers as Sequence::at on a GPU, from segments. It reads memory only where the
+// number of rows changes, so steps should be asked for one after the other. Batches have fewer than
+// 2^31 sequences (plan.h rejects larger ones).
 class SegmentedSequence {
  public:
   FASTRNN_HD SegmentedSequence(const Segment* segments, bool reverse)

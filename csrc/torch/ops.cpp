@@ -39,8 +39,8 @@ Tensor recycled(const std::vector<int64_t>& sizes, ScalarType dtype, const Tenso
   if (bytes < kWorthwhile) return empty(sizes, dtype, like);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
-  return torch::stable::from_blob(cpu::take_buffer(bytes), sizes, strides, like.device(), dtype,
-                                  [bytes](void* buffer) { cpu::give_buffer(buffer, bytes); });
+  return torch::stable::from_blob(cpu::acquire_buffer(bytes), sizes, strides, like.device(), dtype,
+                                  [bytes](void* buffer) { cpu::release_buffer(buffer, bytes); });
 }
 
 // For saved. Beyond malloc's largest threshold fresh pages would come with each call: at T=100,
@@ -54,10 +54,11 @@ template <class T>
 void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
          bool half_weights) {
   const Rows rows(x);
-  LayerForward<T, T> problems[cpu::kMostDirections];
+  LayerForward<T, T> problems[cpu::kMaxDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
     problems[d] = forward_problem<T, T>(layer, d, rows, outputs);
-    problems[d].half_weights = half_weights && layer.dtype == ScalarType::Float;
+    if (half_weights && layer.dtype == ScalarType::Float)
+      problems[d].recurrent_format = WeightFormat::kFloat16;
   }
   cpu::forward(problems, int(layer.directions), threads(), parallel_for);
 }
@@ -65,7 +66,7 @@ void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& out
 template <class T>
 void run(const LayerArguments& layer, const BackwardInputs& inputs,
          const BackwardOutputs& outputs) {
-  LayerBackward<T, T> problems[cpu::kMostDirections];
+  LayerBackward<T, T> problems[cpu::kMaxDirections];
   for (int64_t d = 0; d < layer.directions; ++d)
     problems[d] = backward_problem<T, T>(layer, d, inputs, outputs);
   cpu::backward(problems, int(layer.directions), threads(), parallel_for);
@@ -188,7 +189,7 @@ void run(const LayerArguments& layer, const Rows& x, const Rows& y, const Tensor
          const GradientOutputs& outputs, bool need_x) {
   if (need_x && layer.hidden_size == 0)  // a product over no units writes nothing
     std::memset(outputs.d_x.data_ptr(), 0, size_t(layer.rows * layer.input_size) * sizeof(T));
-  LayerGradients<T> problems[cpu::kMostDirections];
+  LayerGradients<T> problems[cpu::kMaxDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
     LayerGradients<T>& problem = problems[d] = {};
     problem.shape = layer.shape(d);

@@ -38,7 +38,7 @@ want = torch.nn.GRU.forward(small, x)[0]
 
 def check():
     assert torch.allclose(small(x)[0], want, atol=1e-5)
-    assert _C.kept_bytes() < 1 << 30
+    assert _C.cached_bytes() < 1 << 30
     small(x)[0].sum().backward()
 """
 

@@ -77,31 +77,31 @@ def train(module: nn.Module, steps: int, batch: int) -> None:
 def test_loop_of_one_shape_keeps_its_buffers(cell: str) -> None:
     """Holds for buffers larger than `LEAST_KEPT` too."""
     module = build(cell, 512, 512, num_layers=2)
-    _C.release_kept_buffers()
+    _C.release_cached_buffers()
     for _ in range(2):
         train(module, 40, 64)
-    fresh, kept = _C._testing.fresh_buffers(), _C.kept_bytes()
+    fresh, kept = _C._testing.fresh_buffers(), _C.cached_bytes()
     assert kept > 0
     for _ in range(4):
         train(module, 40, 64)
-        assert _C.kept_bytes() == kept
+        assert _C.cached_bytes() == kept
     assert _C._testing.fresh_buffers() == fresh
 
 
 def test_buffers_of_other_shapes_are_freed() -> None:
     """The cache frees them after 64 acquisitions of buffers of one shape."""
     small, large = build("lstm", 64, 64), build("lstm", 512, 512)
-    _C.release_kept_buffers()
+    _C.release_cached_buffers()
     for _ in range(SETTLED):
         train(small, 20, 8)
-    alone = _C.kept_bytes()
+    alone = _C.cached_bytes()
     assert 0 < alone < LEAST_KEPT // 2
     for batch in range(8, 72, 8):
         train(large, 30, batch)
-    assert _C.kept_bytes() > LEAST_KEPT
+    assert _C.cached_bytes() > LEAST_KEPT
     for _ in range(SETTLED // 2):  # each acquires a buffer in the forward and one in the backward
         train(small, 20, 8)
-    assert _C.kept_bytes() == alone
+    assert _C.cached_bytes() == alone
 
 
 def test_kept_buffers_of_many_shapes_are_bounded() -> None:
@@ -112,7 +112,7 @@ def test_kept_buffers_of_many_shapes_are_bounded() -> None:
     largest = 0
     for steps, batch in itertools.product((3, 5, 7, 9, 11), range(1, 81, 8)):
         train(module, steps, batch)
-        largest = max(largest, _C.kept_bytes())
+        largest = max(largest, _C.cached_bytes())
     assert LEAST_KEPT // 2 < largest <= LEAST_KEPT
 
 
@@ -133,7 +133,7 @@ mallinfo2.restype = Mallinfo2
 
 def used():
     gc.collect()
-    _C.release_kept_buffers()
+    _C.release_cached_buffers()
     info = mallinfo2()
     return info.uordblks + info.hblkhd
 

@@ -81,9 +81,9 @@ def two_threads() -> Iterator[None]:
 
 def threads_of(call: Callable[[], object]) -> int:
     """Returns the largest number of threads in use at once during a call."""
-    _C._testing.most_threads()
+    _C._testing.peak_threads()
     call()
-    return _C._testing.most_threads()
+    return _C._testing.peak_threads()
 
 
 def train() -> None:
@@ -179,7 +179,7 @@ def test_inference_mode_works_in_another_thread() -> None:
 
 def test_omp_num_threads_sets_the_number_of_threads() -> None:
     code = "import torch, fastrnn\nfastrnn.GRU(256, 256)(torch.randn(20, 8, 256))\n"
-    code += "print(fastrnn._C._testing.most_threads())"
+    code += "print(fastrnn._C._testing.peak_threads())"
     for count in (1, 2):
         assert run_python(code, OMP_NUM_THREADS=str(count)) == str(min(count, BOTH))
 
@@ -225,14 +225,14 @@ def test_forked_child_matches_its_parent(cell: str, bidirectional: bool, batch: 
 
 def test_sustained_waiting_limits_calls_to_one_thread() -> None:
     # (ms of a call, ms that a rank slept in it) -> ms for which calls then use one thread
-    alone_after = _C._testing.alone_after
-    assert alone_after([(10, 0), (10, 5)]) == [0, 0]
-    assert alone_after([(10, 5), (10, 5)]) == [0, 4]
-    assert alone_after([(10, 5), (10, 0), (10, 5)]) == [0, 0, 0]
-    assert alone_after([(10, 3), (10, 3)]) == [0, 0]  # less than a third of the call
-    assert alone_after([(1, 0.9), (1, 0.9)]) == [0, 0]  # less than a millisecond
-    assert alone_after([(10, 5)] * 8) == [0, 4, 8, 16, 32, 50, 50, 50]
-    assert alone_after([(4, 3)] * 7) == [0, 0, 0, 0, 4, 8, 16]  # only after 20 ms of waiting
-    assert alone_after([(40, 30)] * 3) == [0, 4, 8]
-    assert alone_after([(10, 5)] * 4 + [(10, 0), (10, 5)]) == [0, 4, 8, 16, 0, 8]
-    assert alone_after([(10, 5), (10, 5), (10, 0), (10, 5), (10, 5)]) == [0, 4, 0, 0, 4]
+    simulate_backoff = _C._testing.simulate_backoff
+    assert simulate_backoff([(10, 0), (10, 5)]) == [0, 0]
+    assert simulate_backoff([(10, 5), (10, 5)]) == [0, 4]
+    assert simulate_backoff([(10, 5), (10, 0), (10, 5)]) == [0, 0, 0]
+    assert simulate_backoff([(10, 3), (10, 3)]) == [0, 0]  # less than a third of the call
+    assert simulate_backoff([(1, 0.9), (1, 0.9)]) == [0, 0]  # less than a millisecond
+    assert simulate_backoff([(10, 5)] * 8) == [0, 4, 8, 16, 32, 50, 50, 50]
+    assert simulate_backoff([(4, 3)] * 7) == [0, 0, 0, 0, 4, 8, 16]  # only after 20 ms of waiting
+    assert simulate_backoff([(40, 30)] * 3) == [0, 4, 8]
+    assert simulate_backoff([(10, 5)] * 4 + [(10, 0), (10, 5)]) == [0, 4, 8, 16, 0, 8]
+    assert simulate_backoff([(10, 5), (10, 5), (10, 0), (10, 5), (10, 5)]) == [0, 4, 0, 0, 4]

@@ -576,7 +576,7 @@ def test_impossible_times(value: float) -> None:
         _C.fma_peak(1, value)
     for call in ((value, 1.0), (1.0, value)):
         with pytest.raises(ValueError, match=r"^the time that a \w+ \w+ must be from 0 to 1e\+09"):
-            _C._testing.alone_after([call])
+            _C._testing.simulate_backoff([call])
 
 
 @pytest.mark.parametrize("threads", [-1, 0, 4097, 10**6, 2**62])

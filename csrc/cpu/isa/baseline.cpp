@@ -1,4 +1,4 @@
-// Kernels for what every machine of the architecture has: SSE2 on x86-64, NEON on aarch64.
+// Kernels for every machine of the architecture: SSE2 on x86-64, NEON on aarch64.
 #define FASTRNN_ISA baseline
 #define FASTRNN_VECTOR_BYTES 16
 #if defined(__aarch64__)

@@ -1,4 +1,4 @@
-// Which instruction set runs: what was compiled in, what the machine has, what was asked for.
+// Chooses the instruction set among those that were compiled in and that this machine has.
 #include <mutex>
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -24,7 +24,7 @@ extern const Isa kIsa;
 namespace {
 
 #if defined(__x86_64__)
-// Not every compiler's __builtin_cpu_supports knows it.
+// Some compilers do not accept "f16c" in __builtin_cpu_supports.
 bool has_f16c() {
   unsigned a, b, c = 0, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
@@ -36,7 +36,7 @@ struct Row {
   bool (*runs_here)();
 };
 
-// Worst first.
+// The slowest first.
 const Row kRows[] = {
     {&baseline::kIsa, [] { return true; }},
 #if defined(__x86_64__)
@@ -60,7 +60,7 @@ const Isa* find(const std::string& name) {
   return nullptr;
 }
 
-// The one that FASTRNN_ISA names, else the best.
+// The instruction set of FASTRNN_ISA, else the fastest.
 const Isa* first_choice() {
   const std::string name = isa_setting();
   if (!name.empty()) return find(name);
@@ -84,8 +84,8 @@ std::atomic<int>& thread_bound() {
 
 const Isa& isa() { return *choice().load(std::memory_order_relaxed); }
 
-// AMD's do (Zen 4: 0.34 ns against 0.58 for 16 values); Intel's take a cycle for a vector of either
-// size. FASTRNN_WIDEN_BYTES at first use says it instead.
+// On AMD CPUs it does (Zen 4: 0.34 ns against 0.58 ns per 16 values); Intel CPUs convert a vector
+// of either size per cycle. FASTRNN_WIDEN_BYTES, read at first use, overrides this.
 bool widens_by_halves() {
 #if defined(__x86_64__)
   static const bool yes = [] {

@@ -1,5 +1,4 @@
-// What an instruction set offers to the schedules, and the macros an isa_*.cpp needs before it
-// includes the generic text in its own namespace.
+// Kernels and facts that each instruction set offers.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +18,9 @@ constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));
 
 template <class T>
 struct Walk {
-  void (*forward)(const LayerForward<T, T>&, const Plan&, const ForwardLayout&, T* workspace, Team&,
-                  int rank);
+  // Reads panels that the team has packed, or that were packed before the call.
+  void (*forward)(const LayerForward<T, T>&, const Plan&, const PanelLayout&, T* panels,
+                  const ForwardLayout&, T* scratch, Team&, int rank);
   void (*backward)(const LayerBackward<T, T>&, const Plan&, const BackwardLayout&, T* workspace,
                    Team&, int rank);
   void (*gradients)(const LayerGradients<T>&, const Plan&, const GradientLayout&, T* workspace,
@@ -29,13 +29,17 @@ struct Walk {
 
 template <class T>
 struct Walks {
-  Walk<T> of[kCellCount];  // by CellKind
+  // Packs a rank's part of the weights and the bias of forward into panels.
+  void (*pack)(const LayerShape&, const LayerWeights<T>&, const Plan&, const PanelLayout&,
+               T* panels, int rank);
+  WeightFormats recurrent_formats;  // of w_hh in forward (cpu/kernels/product/formats.h)
+  Walk<T> of[kCellCount];           // by CellKind
 };
 
-// Multiply-adds on registers alone (cpu/kernels/peak.h).
+// Multiply-adds in registers (cpu/kernels/peak.h).
 struct PeakLoop {
   float (*run)(std::int64_t rounds, float factor, float term);
-  double flops_a_round;
+  double flops_per_round;
 };
 
 struct Isa {
@@ -44,23 +48,27 @@ struct Isa {
   Walks<float> walks_float;
   Walks<double> walks_double;
   PeakLoop peak;
-  bool half_weights;  // loads widen float16 (cpu/kernels/product/float16.h)
 
+  // Whether forward can hold w_hh in this format.
+  bool has_recurrent_format(WeightFormat format, int element_bytes) const {
+    return (element_bytes == 4 ? walks_float.recurrent_formats : walks_double.recurrent_formats)
+        .has(format);
+  }
   template <class T>
-  const Walk<T>& walk(CellKind cell) const {
+  const Walks<T>& walks() const {
     if constexpr (sizeof(T) == 4) {
-      return walks_float.of[int(cell)];
+      return walks_float;
     } else {
-      return walks_double.of[int(cell)];
+      return walks_double;
     }
   }
 };
 
-// The one in use (dispatch.cpp).
+// The instruction set in use (dispatch.cpp).
 const Isa& isa();
 
-// Whether this machine with AVX-512 converts float16 faster into vectors of 32 bytes than into
-// those of 64.
+// Whether this CPU converts float16 faster into vectors of 32 bytes than into vectors of 64 bytes.
+// Matters for AVX-512 only.
 bool widens_by_halves();
 
 }  // namespace fastrnn::cpu

@@ -1,4 +1,4 @@
-// The peak of the instruction set in use, measured: every thread runs multiply-adds at once.
+// Measures the peak of the instruction set in use: all threads run multiply-adds at the same time.
 #include <sched.h>
 
 #include <atomic>
@@ -14,22 +14,24 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::int64_t kRounds = 10'000;  // some tens of us between two looks at the clock
+// Rounds between two readings of the clock: some tens of microseconds.
+constexpr std::int64_t kRounds = 10'000;
 
-// Operations of the calling thread from now until `end`, and of one look at least: a busy system
-// may wake it too late.
+// Number of operations of the calling thread from now until `end`, at least one round: a busy
+// system may wake the thread too late.
 double work_until(const PeakLoop& loop, Clock::time_point end) {
   volatile float factor = 0.5f, term = 1.0f, sink = 0.0f;  // unknown to the compiler
   double operations = 0.0;
   do {
     sink = loop.run(kRounds, factor, term);
-    operations += loop.flops_a_round * double(kRounds);
+    operations += loop.flops_per_round * double(kRounds);
   } while (Clock::now() < end);
   (void)sink;
   return operations;
 }
 
-// A core for each thread, as far as there are any: the system may leave two on one for a while.
+// Pins the calling thread to a core of its own, if there are enough: the system may leave two
+// threads on one core for a while.
 void stay_on_core(int rank) {
   cpu_set_t allowed, one;
   if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
@@ -48,7 +50,7 @@ void stay_on_core(int rank) {
 double fma_peak(int threads, double seconds) {
   const PeakLoop& loop = isa().peak;
   std::vector<double> operations(std::size_t(threads), 0.0);
-  const auto start = Clock::now() + std::chrono::milliseconds(2);  // when all are there
+  const auto start = Clock::now() + std::chrono::milliseconds(2);  // when all threads have started
   const auto end =
       start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   std::vector<std::thread> team;
@@ -62,7 +64,7 @@ double fma_peak(int threads, double seconds) {
         if (!given_up) operations[std::size_t(rank)] = work_until(loop, end);
       });
     }
-  } catch (const std::exception&) {  // no more threads, or no memory for one
+  } catch (const std::exception&) {  // a thread could not be created
     given_up = true;
   }
   for (std::thread& thread : team) thread.join();

@@ -1,5 +1,5 @@
-// How fast the machine multiplies and adds at best: chains of multiply-adds that never leave their
-// registers, as many as hide one's latency. No cell and no memory in here.
+// The peak rate of multiply-adds: as many independent chains in registers as hide the latency of
+// one. No memory and no cell is involved.
 #pragma once
 
 #include "cpu/kernels/vector/pack.h"
@@ -8,8 +8,8 @@ FASTRNN_KERNELS_BEGIN
 
 constexpr int kPeakChains = FASTRNN_REGISTERS * 3 / 4;
 
-// x = x * factor + term, `rounds` times on every chain: 2 * kPeakChains * V * rounds operations.
-// What it returns depends on all of them, so that none is left out.
+// x = x * factor + term, `rounds` times in every chain: 2 * kPeakChains * V * rounds operations.
+// The result depends on all of them, so that the compiler removes none.
 float multiply_add_chains(std::int64_t rounds, float factor, float term) {
   using P = Pack<float>;
   typename P::Vector chain[kPeakChains];

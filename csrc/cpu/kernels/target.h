@@ -2,7 +2,7 @@
 // the kernels once each, after they have defined:
 //
 //   FASTRNN_ISA            the instruction set's name, which becomes its namespace
-//   FASTRNN_TARGET         what the compiler may use; undefined: the architecture's baseline
+//   FASTRNN_TARGET         features that the compiler may use; undefined: the baseline
 //   FASTRNN_VECTOR_BYTES   size of a vector
 //   FASTRNN_REGISTERS      number of vector registers
 //
@@ -11,7 +11,7 @@
 // functions of the standard library and of plain headers are shared by the whole program and must
 // run on every machine. CI checks the object files for functions that break this rule.
 //
-// An editor that opens a kernel header alone sees it as the baseline.
+// An editor that opens one kernel header sees it compiled for the baseline.
 #pragma once
 
 #if !defined(FASTRNN_ISA)
@@ -60,7 +60,7 @@
   }                         \
   FASTRNN_TARGET_END
 
-// The cells are templates over the vector type: their instances belong to the instruction set.
+// Cells are templates over the vector type, so their instances belong to the instruction set.
 FASTRNN_TARGET_BEGIN
 #include "cells/registry.h"
 FASTRNN_TARGET_END

@@ -18,15 +18,16 @@
 namespace fastrnn::cpu {
 namespace {
 
-// Limits of the kept bytes; see most_kept.
-constexpr std::size_t kMostKept = std::size_t(256) << 20;
-constexpr std::size_t kLeastKept = std::size_t(16) << 20;
-// A kept buffer that this many acquisitions have passed over is freed. A training step acquires
-// four buffers per layer, so the first of 16 layers still finds its buffers in the next step.
+// Limits of the bytes in the cache, see max_bytes.
+constexpr std::size_t kMaxCached = std::size_t(256) << 20;
+constexpr std::size_t kMinCached = std::size_t(16) << 20;
+// A cached buffer is freed after this many acquisitions that did not use it. A training step
+// acquires four buffers per layer, so the first of 16 layers still finds its buffers in the next
+// step.
 constexpr std::uint64_t kPatience = 64;
 constexpr std::size_t kHugePage = std::size_t(2) << 20;
 
-// Sizes are rounded up to eighths of a power of two, so that a buffer fits the next call too if its
+// Rounds a size up to eighths of a power of two, so that a buffer also fits the next call if its
 // batch is a little smaller or larger.
 std::size_t rounded(std::size_t bytes) {
   std::size_t step = 64;
@@ -48,16 +49,17 @@ void discard(void* buffer, std::size_t bytes) {
   ::operator delete(buffer, std::align_val_t(bytes >= 2 * kHugePage ? kHugePage : 64));
 }
 
-// FASTRNN_POISON=1 fills every buffer with NaN before use: what is read unwritten shows.
+// FASTRNN_POISON=1 fills every buffer with NaN before use, so that reading values that were not
+// written shows.
 bool poisoned() {
   static const bool is_on = poison_setting();
   return is_on;
 }
 
-struct Kept {
+struct CachedBuffer {
   void* buffer;
   std::size_t bytes;
-  std::uint64_t released;  // number of acquisitions before its release
+  std::uint64_t released;  // number of acquisitions until its release
 };
 
 std::atomic<std::size_t> used_bytes{0};  // of all acquired buffers
@@ -65,17 +67,18 @@ std::atomic<std::size_t> fresh_count{0};
 
 struct BufferCache {
   std::mutex mutex;
-  std::vector<Kept> kept;  // oldest first
-  std::size_t bytes = 0;   // of kept
+  std::vector<CachedBuffer> cached;  // oldest first
+  std::size_t bytes = 0;             // of all cached buffers
   std::uint64_t acquisitions = 0;
-  // Largest used_bytes during the current kPatience acquisitions and during those before.
+  // Largest used_bytes during the current kPatience acquisitions, and during the kPatience before
+  // them.
   std::size_t peak = 0;
   std::size_t last_peak = 0;
 
-  // Forward, backward and gradients each use one workspace, the last two beside d_pre. None of
+  // Forward, backward and gradients each use a workspace, the last two together with d_pre. None of
   // these uses exceeds the peak, so three times the peak holds all buffers of a training step.
-  std::size_t most_kept() const {
-    return std::clamp(3 * std::max(peak, last_peak), kLeastKept, kMostKept);
+  std::size_t max_bytes() const {
+    return std::clamp(3 * std::max(peak, last_peak), kMinCached, kMaxCached);
   }
 
   void count_acquisition() {
@@ -87,26 +90,27 @@ struct BufferCache {
     peak = std::max(peak, used);
   }
 
-  // Null if no kept buffer has this size.
+  // Returns null if no cached buffer has this size.
   void* acquire(std::size_t size) {
-    for (auto found = kept.rbegin(); found != kept.rend(); ++found) {  // the newest is warmest
+    // The newest buffer is the one most likely to be in the cache of the CPU.
+    for (auto found = cached.rbegin(); found != cached.rend(); ++found) {
       if (found->bytes != size) continue;
       void* buffer = found->buffer;
       bytes -= size;
-      kept.erase(std::next(found).base());
+      cached.erase(std::next(found).base());
       return buffer;
     }
     return nullptr;
   }
 
   void discard_oldest() {
-    bytes -= kept.front().bytes;
-    discard(kept.front().buffer, kept.front().bytes);
-    kept.erase(kept.begin());
+    bytes -= cached.front().bytes;
+    discard(cached.front().buffer, cached.front().bytes);
+    cached.erase(cached.begin());
   }
 
   void discard_unused() {
-    while (!kept.empty() && acquisitions - kept.front().released > kPatience) discard_oldest();
+    while (!cached.empty() && acquisitions - cached.front().released > kPatience) discard_oldest();
   }
 };
 
@@ -117,7 +121,7 @@ BufferCache& buffer_cache() {
 
 }  // namespace
 
-void* take_buffer(std::size_t wanted) {
+void* acquire_buffer(std::size_t wanted) {
   const std::size_t bytes = rounded(wanted);
   used_bytes.fetch_add(bytes, std::memory_order_relaxed);
   void* found = nullptr;
@@ -140,22 +144,22 @@ void* take_buffer(std::size_t wanted) {
     fresh_count.fetch_add(1, std::memory_order_relaxed);
   }
   if (poisoned()) {
-    const float nan = std::numeric_limits<float>::quiet_NaN();  // two of them: a double NaN as well
+    const float nan = std::numeric_limits<float>::quiet_NaN();  // two of them make a double NaN
     for (std::size_t at = 0; at + 4 <= bytes; at += 4)
       std::memcpy(static_cast<char*>(found) + at, &nan, 4);
   }
   return found;
 }
 
-void give_buffer(void* buffer, std::size_t wanted) noexcept {
+void release_buffer(void* buffer, std::size_t wanted) noexcept {
   const std::size_t bytes = rounded(wanted);
   used_bytes.fetch_sub(bytes, std::memory_order_relaxed);
   BufferCache& cache = buffer_cache();
   const std::unique_lock lock(cache.mutex, std::try_to_lock);
-  if (!lock.owns_lock() || bytes > cache.most_kept()) return discard(buffer, bytes);
-  while (cache.bytes + bytes > cache.most_kept()) cache.discard_oldest();
+  if (!lock.owns_lock() || bytes > cache.max_bytes()) return discard(buffer, bytes);
+  while (cache.bytes + bytes > cache.max_bytes()) cache.discard_oldest();
   try {
-    cache.kept.push_back({buffer, bytes, cache.acquisitions});
+    cache.cached.push_back({buffer, bytes, cache.acquisitions});
     cache.bytes += bytes;
   } catch (const std::bad_alloc&) {
     discard(buffer, bytes);
@@ -172,7 +176,7 @@ void use_huge_pages(void* buffer, std::size_t bytes) noexcept {
 #endif
 }
 
-std::size_t kept_bytes() {
+std::size_t cached_bytes() {
   BufferCache& cache = buffer_cache();
   const std::lock_guard lock(cache.mutex);
   return cache.bytes;
@@ -180,10 +184,10 @@ std::size_t kept_bytes() {
 
 std::size_t fresh_buffers() { return fresh_count.load(std::memory_order_relaxed); }
 
-void release_kept_buffers() {
+void release_cached_buffers() {
   BufferCache& cache = buffer_cache();
   const std::lock_guard lock(cache.mutex);
-  while (!cache.kept.empty()) cache.discard_oldest();
+  while (!cache.cached.empty()) cache.discard_oldest();
 }
 
 }  // namespace fastrnn::cpu

@@ -1,5 +1,5 @@
-// The environment variables of the CPU's kernels: what each accepts, and the error for the rest.
-// docs/environment.md has them all.
+// The environment variables of the CPU kernels: accepted values, and the error for all others.
+// docs/environment.md describes them.
 #pragma once
 
 #include <string>
@@ -8,15 +8,15 @@
 
 namespace fastrnn::cpu {
 
-// The value of a variable; "" where it is not set or empty, which means the default.
+// The value of a variable, or "" if it is not set or empty, which means the default.
 std::string setting(const char* name);
 // Throws std::invalid_argument: "fastrnn: <name> must be <expected>, got '<value>'."
 [[noreturn]] void reject_setting(const char* name, const std::string& expected,
                                  const std::string& value);
 
-int threads_setting();      // FASTRNN_THREADS: the bound of a call's threads, 0: none
+int threads_setting();      // FASTRNN_THREADS: largest number of threads per call, 0: no bound
 bool poison_setting();      // FASTRNN_POISON
-int widen_bytes_setting();  // FASTRNN_WIDEN_BYTES: 32, 64 or 0, which leaves it to the CPU
-std::string isa_setting();  // FASTRNN_ISA: a set that runs here, or "" for the best
+int widen_bytes_setting();  // FASTRNN_WIDEN_BYTES: 32, 64 or 0: chosen by the CPU
+std::string isa_setting();  // FASTRNN_ISA: an available instruction set, or "": the fastest
 
 }  // namespace fastrnn::cpu

@@ -1,4 +1,4 @@
-// The waiting side of the team (team.h).
+// Waiting, starting and interrupting a team (team.h).
 #include "cpu/runtime/team.h"
 
 #include <linux/futex.h>
@@ -15,7 +15,7 @@
 namespace fastrnn::cpu {
 namespace {
 
-constexpr int kSpins = 2048;  // some tens of microseconds: longer than most steps' imbalance
+constexpr int kSpins = 2048;  // some tens of microseconds: longer than the imbalance of most steps
 
 inline void pause_spin() {
 #if defined(__x86_64__)
@@ -34,7 +34,7 @@ bool spin_until(Ready ready) {
   return ready();
 }
 
-// Sleeps while `word` holds `value` (or for no reason: the caller looks again).
+// Sleeps while `word` holds `value`. It may return early: the caller checks again.
 template <class Word>
 void sleep_while(std::atomic<Word>& word, std::uint32_t value) {
   static_assert(sizeof(word) == sizeof(value));
@@ -46,7 +46,7 @@ void wake_all(std::atomic<Word>& word) {
 }
 
 std::atomic<bool (*)()> interrupted{nullptr};
-constexpr std::chrono::milliseconds kBetweenLooks(100);
+constexpr std::chrono::milliseconds kCheckInterval(100);
 
 struct Call {
   int threads;
@@ -55,8 +55,8 @@ struct Call {
   std::atomic<int> granted{0};
 };
 
-// How many walk: all, or rank 0 alone. The others wait for it, since only who runs the first piece
-// can tell whether each rank got a thread of its own.
+// Number of ranks that run: all, or rank 0 alone. The other ranks wait for this number, because
+// only the thread with the first chunk can tell whether each rank got its own thread.
 void grant(Call& call, int granted) {
   call.granted.store(granted);
   wake_all(call.granted);
@@ -68,7 +68,7 @@ int await_grant(Call& call) {
   return granted();
 }
 
-// The pool cuts [0, threads) into pieces; the calling thread runs the first.
+// The pool splits [0, threads) into chunks; the calling thread runs the first one.
 void run_piece(std::int64_t begin, std::int64_t end, void* pointer) {
   Call& call = *static_cast<Call*>(pointer);
   if (begin == 0) {
@@ -87,7 +87,7 @@ void run_on_new_threads(Call& call) {
     for (int rank = 1; rank < call.threads; ++rank)
       others.emplace_back([&call, rank] { run_piece(rank, rank + 1, &call); });
     run_piece(0, 1, &call);
-  } catch (const std::exception&) {  // no more threads to be had, or no memory for one
+  } catch (const std::exception&) {  // a thread could not be created
     run_piece(0, call.threads, &call);
   }
   for (std::thread& other : others) other.join();
@@ -96,7 +96,7 @@ void run_on_new_threads(Call& call) {
 }  // namespace
 
 std::chrono::nanoseconds Barrier::wait_for(int other, std::uint32_t goal) {
-  if (spin_until([&] { return has_come(other, goal); })) return {};
+  if (spin_until([&] { return has_arrived(other, goal); })) return {};
   const auto begin = std::chrono::steady_clock::now();
   Flag& awaited = flag(other);
   awaited.sleepers.fetch_add(1);
@@ -113,11 +113,11 @@ void Barrier::wake(int rank) { wake_all(flag(rank).count); }
 
 void set_interrupted(bool (*function)()) { interrupted.store(function); }
 
-void Interruption::look() {
-  left_ = kWorkPerLook;
+void Interruption::check() {
+  left_ = kWorkPerCheck;
   const auto now = std::chrono::steady_clock::now();
   if (last_ == std::chrono::steady_clock::time_point()) last_ = now;
-  if (now - last_ < kBetweenLooks) return;
+  if (now - last_ < kCheckInterval) return;
   last_ = now;
   const auto ask = interrupted.load();
   if (ask != nullptr && ask()) requested_.store(true, std::memory_order_relaxed);

@@ -13,19 +13,20 @@
 namespace fastrnn::cpu {
 namespace {
 
-std::atomic<int> taken{0};       // threads in calls that are running
-std::atomic<int> most_taken{0};  // at once
+std::atomic<int> reserved{0};       // threads of all running calls
+std::atomic<int> peak_reserved{0};  // largest value of reserved
 std::atomic<bool> forked{false};
 
-constexpr std::chrono::milliseconds kLeastSleep(1), kPatience(20), kLeastAlone(4), kMostAlone(50);
+constexpr std::chrono::milliseconds kMinSleep(1), kPatience(20), kMinBackoff(4), kMaxBackoff(50);
 
-// Nothing that ran in the parent runs here.
+// No thread of the parent runs in the child.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
-  taken.store(0);
+  reserved.store(0);
   forked.store(true);
 });
 
-// A file line by line. (C's: this library's own C++ streams would meet the process's other ones.)
+// Reads a file line by line. Uses C's functions, because C++ streams of this library could conflict
+// with those of the process.
 class Lines {
  public:
   explicit Lines(const std::string& path) : file_(std::fopen(path.c_str(), "r")) {}
@@ -35,13 +36,13 @@ class Lines {
   Lines(const Lines&) = delete;
   Lines& operator=(const Lines&) = delete;
 
-  // False at the end.
+  // Returns false at the end.
   bool next(std::string& line) {
     line.clear();
     if (file_ == nullptr) return false;
     int c;
     while ((c = std::fgetc(file_)) != EOF && c != '\n') {
-      if (++read_ > kMost) return false;  // no file of a control group
+      if (++read_ > kMost) return false;  // not a file of a control group
       line.push_back(char(c));
     }
     return c != EOF || !line.empty();
@@ -53,7 +54,7 @@ class Lines {
   std::size_t read_ = 0;
 };
 
-// What a folder of the control group's files allows, 0: no limit.
+// Number of CPUs that the files of a control group's folder allow, 0: no limit.
 double quota_of(const std::string& folder) {
   double quota = 0, period = 0;
   std::string line;
@@ -69,7 +70,8 @@ double quota_of(const std::string& folder) {
 int affinity_cpus() {
   cpu_set_t mask;
   if (sched_getaffinity(0, sizeof(mask), &mask) == 0) return std::max(CPU_COUNT(&mask), 1);
-  return std::max(int(std::thread::hardware_concurrency()), 1);  // more CPUs than the mask holds
+  // There are more CPUs than bits in the mask.
+  return std::max(int(std::thread::hardware_concurrency()), 1);
 }
 
 }  // namespace
@@ -84,7 +86,7 @@ int quota_cpus(const std::string& membership, const std::string& root) {
     const bool is_cpu = ("," + controllers + ",").find(",cpu,") != std::string::npos;
     if (!controllers.empty() && !is_cpu) continue;
     const std::string top = root + (controllers.empty() ? "" : "/" + controllers);
-    // Inside a container the path may be that of the host; its own limit is then at the top.
+    // In a container the path may be the host's; the container's own limit is then at the top.
     for (std::string path = line.substr(two + 1);; path.erase(path.rfind('/'))) {
       const double quota = quota_of(top + path);
       if (quota > 0 && (least == 0 || quota < least)) least = quota;
@@ -101,28 +103,29 @@ int usable_cpus() {
   return quota > 0 ? std::min(cpus, quota) : cpus;
 }
 
-Claim::Claim(int wanted, int all) {
-  int before = taken.load(std::memory_order_relaxed);
+ThreadReservation::ThreadReservation(int wanted, int all) {
+  int before = reserved.load(std::memory_order_relaxed);
   do {
     threads_ = std::clamp(all - before, 1, wanted);
-  } while (!taken.compare_exchange_weak(before, before + threads_, std::memory_order_relaxed));
+  } while (!reserved.compare_exchange_weak(before, before + threads_, std::memory_order_relaxed));
   const int now = before + threads_;
-  int most = most_taken.load(std::memory_order_relaxed);
-  while (most < now && !most_taken.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+  int peak = peak_reserved.load(std::memory_order_relaxed);
+  while (peak < now && !peak_reserved.compare_exchange_weak(peak, now, std::memory_order_relaxed)) {
   }
 }
 
-int most_threads() { return most_taken.exchange(0, std::memory_order_relaxed); }
+int peak_threads() { return peak_reserved.exchange(0, std::memory_order_relaxed); }
 
-Claim::~Claim() { taken.fetch_sub(threads_, std::memory_order_relaxed); }
+ThreadReservation::~ThreadReservation() { reserved.fetch_sub(threads_, std::memory_order_relaxed); }
 
-bool BusyMachine::noted(Clock::time_point now) const {
+bool ContentionBackoff::is_backing_off(Clock::time_point now) const {
   return now.time_since_epoch().count() < until_.load(std::memory_order_relaxed);
 }
 
-void BusyMachine::look(Clock::time_point begin, Clock::time_point now, Clock::duration slept) {
-  constexpr auto kOrder = std::memory_order_relaxed;  // races only blur the rule
-  if (slept < kLeastSleep || slept * 3 < now - begin) {
+void ContentionBackoff::record(Clock::time_point begin, Clock::time_point now,
+                               Clock::duration slept) {
+  constexpr auto kOrder = std::memory_order_relaxed;  // races only make the rule less exact
+  if (slept < kMinSleep || slept * 3 < now - begin) {
     calls_.store(0, kOrder);
     failures_.store(failures_.load(kOrder) / 2, kOrder);
     return;
@@ -134,8 +137,8 @@ void BusyMachine::look(Clock::time_point begin, Clock::time_point now, Clock::du
   const bool lasts = now.time_since_epoch() - Clock::duration(since_.load(kOrder)) >= kPatience;
   if (failures == 0 && (calls < 2 || !lasts)) return;
   failures_.store(failures + 1, kOrder);
-  const auto alone = std::min(kMostAlone, kLeastAlone * (1 << std::min(failures, 4)));
-  until_.store((now + alone).time_since_epoch().count(), kOrder);
+  const auto backoff = std::min(kMaxBackoff, kMinBackoff * (1 << std::min(failures, 4)));
+  until_.store((now + backoff).time_since_epoch().count(), kOrder);
 }
 
 bool is_forked() { return forked.load(std::memory_order_relaxed); }

@@ -1,5 +1,5 @@
-// How many threads a call may use: what the caller's pool has, what the system gives this process,
-// and what other calls have not taken.
+// Number of threads that a call may use: limited by the caller's pool, by the CPUs of this process,
+// and by other calls.
 #pragma once
 
 #include <atomic>
@@ -10,53 +10,56 @@
 
 namespace fastrnn::cpu {
 
-// CPUs that the calling thread may use: its affinity, and the quota of its control group.
+// Number of CPUs that the calling thread may use: its affinity, limited by the quota of its control
+// group.
 FASTRNN_EXPORT int usable_cpus();
-// CPUs a control group's quota amounts to, rounded up, or 0 if there is none: the least along the
-// path that `membership` (/proc/self/cgroup) names below `root` (/sys/fs/cgroup), version 1 or 2.
+// Number of CPUs in a control group's quota, rounded up, or 0 without a quota: the smallest one
+// along the path that `membership` (/proc/self/cgroup) names below `root` (/sys/fs/cgroup), version
+// 1 or 2.
 FASTRNN_EXPORT int quota_cpus(const std::string& membership, const std::string& root);
 
-// Calls from several Python threads share the CPUs: a call gets what those before it left, at least
-// the thread it came on.
-class Claim {
+// Calls from several Python threads share the CPUs: a call gets up to `wanted` of `all` threads
+// that earlier calls have left, at least the calling thread.
+class ThreadReservation {
  public:
-  Claim(int wanted, int all);
-  ~Claim();
-  Claim(const Claim&) = delete;
-  Claim& operator=(const Claim&) = delete;
+  ThreadReservation(int wanted, int all);
+  ~ThreadReservation();
+  ThreadReservation(const ThreadReservation&) = delete;
+  ThreadReservation& operator=(const ThreadReservation&) = delete;
 
   int threads() const { return threads_; }
 
  private:
   int threads_;
 };
-// The most threads that calls had together, since this was asked the last time.
-FASTRNN_EXPORT int most_threads();
+// Largest number of threads that calls had at the same time since the last time this was asked.
+FASTRNN_EXPORT int peak_threads();
 
-// CPUs that others use make a team wait whole time slices for a rank that has none: a rank sleeps
-// for a third of the call, and a millisecond at least. If that happens in call after call for some
-// time (for a moment it does on an idle machine, until threads that woke on one CPU have been moved
-// apart), calls whose ranks would wait for each other go alone for some milliseconds; then one
-// tries again. Each failure doubles the time, up to kMostAlone, each success halves it, and until
-// it is down to nothing a single call that waits is enough.
-class FASTRNN_EXPORT BusyMachine {
+// If another process occupies a CPU, a team waits whole time slices until the rank without a CPU
+// runs again. A call failed in this way if a rank slept for a third of it and for at least a
+// millisecond. If all calls fail for some time (kPatience), later calls whose ranks would wait for
+// each other run on one thread for a back-off period; then one call tries again. (A short time does
+// not count: on an idle machine it passes until the system has moved apart threads that woke up on
+// one CPU.) Each failure doubles the period, up to kMaxBackoff; each success halves it; while it is
+// not zero, one failing call starts it again.
+class FASTRNN_EXPORT ContentionBackoff {
  public:
   using Clock = std::chrono::steady_clock;
 
-  // Whether calls go alone at this time.
-  bool noted(Clock::time_point now) const;
-  // `slept`: the longest that any rank of a call did, which took from `begin` to `now`.
-  void look(Clock::time_point begin, Clock::time_point now, Clock::duration slept);
+  // Whether calls run on one thread at this time.
+  bool is_backing_off(Clock::time_point now) const;
+  // Records a call that ran from `begin` to `now`. slept: longest time that one of its ranks slept.
+  void record(Clock::time_point begin, Clock::time_point now, Clock::duration slept);
 
  private:
   std::atomic<Clock::rep> until_{0};
-  std::atomic<Clock::rep> since_{0};  // when the first of them began
-  std::atomic<int> calls_{0};         // that waited, in a row
-  std::atomic<int> failures_{0};      // of those that would send others alone
+  std::atomic<Clock::rep> since_{0};  // start of the first failed call in a row
+  std::atomic<int> calls_{0};         // failed calls in a row
+  std::atomic<int> failures_{0};      // failures that started a back-off, halved by successes
 };
 
-// Whether this process was forked from one that had loaded this library. The pool's threads did not
-// come along, and a parallel region would wait for them for ever.
+// Whether this process was forked from one that had loaded this library. The threads of the pool do
+// not exist in it, and a parallel region would wait for them forever.
 bool is_forked();
 
 }  // namespace fastrnn::cpu

@@ -145,6 +145,10 @@ struct Checker {
   std::int64_t gate_rows = layer.info().gates * hidden;
   double tolerance = half_weights ? 1e-2 : sizeof(T) == 4 ? 2e-4 : 1e-10;
 
+  fastrnn::WeightFormat allowed_format() const {
+    return half_weights ? fastrnn::WeightFormat::kFloat16 : fastrnn::WeightFormat::kNative;
+  }
+
   std::string name(const char* what) const {
     return layer.sizes.name + ", " + layer.info().name + ", " + cpu::isa_in_use() + ", " +
            (sizeof(T) == 4 ? "float" : "double") + ", " + std::to_string(threads) +
@@ -178,7 +182,7 @@ struct Checker {
 
   cpu::Plan plan(cpu::Pass pass, const Directions& directions) const {
     const cpu::Plan plan = cpu::make_plan(layer.shape(false), pass, sizeof(T), threads,
-                                          int(directions.size()), half_weights);
+                                          int(directions.size()), allowed_format());
     if (rules != nullptr) {
       auto note = [&](bool is_in_use, const char* rule) {
         if (is_in_use) rules->insert(rule);
@@ -190,7 +194,7 @@ struct Checker {
       note(plan.input_fused, "input in the step");
       note(!plan.input_fused, "input ahead of the step");
       note(plan.shared, "shared blocks");
-      note(plan.half_weights, "half weights");
+      note(plan.recurrent_format == fastrnn::WeightFormat::kFloat16, "half weights");
       note(plan.together == 2, "two directions at once");
     }
     return plan;
@@ -232,7 +236,7 @@ struct Checker {
         problem.h_n = h_n[i].data();
         problem.c_n = c_n[i].data();
         problem.saved = layer.info().saved > 0 && !half_weights ? saved[i].data() : nullptr;
-        problem.half_weights = half_weights;
+        problem.recurrent_format = allowed_format();
         problems.push_back(problem);
       }
       cpu::forward(problems.data(), int(problems.size()), threads, parallel_for);
@@ -672,7 +676,7 @@ void check_all() {
   }
   check_interruption();
   check_fork();
-  cpu::release_kept_buffers();
+  cpu::release_cached_buffers();
 }
 
 }  // namespace

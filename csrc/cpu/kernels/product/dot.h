@@ -1,17 +1,18 @@
-// The other microkernel, for weights that lie as the caller has them, a unit a row: K runs along
-// the vectors' lanes, and sums are put together at the end.
+// The microkernel for unpacked weights, a unit per row: K runs along the lanes of vectors, and the
+// lanes are summed at the end.
 //
 //   c[m][r] += sum_k a[m][k] w[r][k]        M rows, R units
 //
-// Each vector of w that is loaded serves M rows, each of a serves R units.
+// Each loaded vector of w serves M rows, each vector of a serves R units.
 #pragma once
 
 #include "cpu/kernels/vector/lanes.h"
 
 FASTRNN_KERNELS_BEGIN
 
-// Rows and units of a dot, such that the sums and what is loaded fit the registers. One row alone
-// takes twice the units: enough sums are under way then to hide how long an addition takes.
+// Rows and units of a dot, such that the sums and the loaded vectors fit in the registers. A single
+// row takes twice the units, so that enough sums are in progress to hide the latency of an
+// addition.
 #if FASTRNN_REGISTERS >= 32
 constexpr int kDotRows = FASTRNN_VECTOR_BYTES == 16 ? 4 : 6;
 #else
@@ -72,7 +73,7 @@ FASTRNN_INLINE void dots_of(int rows, std::int64_t units, std::int64_t k_count, 
     kOne[rows - 1](k_count, a, a_stride, w + r * w_stride, w_stride, c + r, c_stride);
 }
 
-// c [rows, units] += a [rows, K] w [units, K]^T, of at most kDotRows rows.
+// c [rows, units] += a [rows, K] w [units, K]^T, for at most kDotRows rows.
 template <class T>
 void dots(int rows, std::int64_t units, std::int64_t k_count, const T* a, std::int64_t a_stride,
           const T* w, std::int64_t w_stride, T* c, std::int64_t c_stride) {

@@ -1,34 +1,21 @@
-// Recurrent weights of a batch of one as float16: half the bytes to fetch a step, where fetching
-// w_hh is what a step waits for.
+// Weights as float16, for one row: half the bytes to fetch per step, where a step waits for
+// weights.
 //
 //   packing    w -> float16, to the nearest, ties to even: |w' - w| <= 2^-11 |w| + 2^-25
-//   the walk   c[column[n]] += sum_k a[k] w'[k][n], in float32: a load widens as it goes
+//   product    c[column[n]] += sum_k a[k] w'[k][n], in float32: a load widens float16 to float32
 //
-// A panel lies as Weights' panels do, [K][gates][U]. Only x86-64 with AVX2 and F16C or AVX-512 has
-// loads that widen; elsewhere kHalfWeights is false and no plan asks for any of this.
+// Only x86-64 with F16C (and AVX2) or AVX-512 has loads that widen.
 #pragma once
 
 #include "cpu/kernels/product/panels.h"
 
+#if FASTRNN_VECTOR_BYTES >= 32
 FASTRNN_KERNELS_BEGIN
 
 // float16 values by their bits.
 using Half = std::uint16_t;
 
-// w_hh of a forward walk: in general, just Weights.
-template <class T>
-class RecurrentWeights : public Weights<T> {
- public:
-  RecurrentWeights(const PanelSource<T>& source, T* panels, int vectors, bool packed, bool)
-      : Weights<T>(source, panels, vectors, packed) {}
-};
-
-#if FASTRNN_VECTOR_BYTES == 16
-constexpr bool kHalfWeights = false;
-#else
-constexpr bool kHalfWeights = true;
-
-// Loads of float16 that become a vector of float32 of so many bytes.
+// Loads float16 values into a vector of float32 of kBytes bytes.
 template <int kBytes>
 struct Widening;
 template <>
@@ -45,15 +32,15 @@ struct Widening<64> {
   typedef float Vector __attribute__((vector_size(64)));
   static constexpr int kLanes = 16;
   static FASTRNN_INLINE Vector load(const Half* from) {
-    // all lanes of a mask: GCC takes the form without one for a use of undefined values
+    // a mask of all lanes: GCC warns of undefined values for the form without a mask
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return Vector(_mm512_maskz_cvtph_ps(__mmask16(-1), halves));
   }
 };
 #endif
 
-// To the nearest, ties to even. A finite value beyond float16's range becomes the largest float16
-// and no infinity; infinities and NaN stay what they are.
+// Rounds to the nearest, ties to even. A finite value beyond the range of float16 becomes the
+// largest float16, not infinity; infinities and NaN stay as they are.
 FASTRNN_INLINE void store_halves(Pack<float> value, Half* to) {
   const Pack<float> largest(65504), finite(std::numeric_limits<float>::max());
   value = select((value > largest) & ~(value > finite), largest, value);
@@ -70,13 +57,13 @@ FASTRNN_INLINE void store_halves(Pack<float> value, Half* to) {
 using HalfTile = void (*)(std::int64_t k_count, const float* a, const Half* b, float* c,
                           const int* column);
 
-// The microkernel: a tile of one row and N vectors of a panel, W at a time. Twin of
-// tile<float, 1, N>: the same sums in the same order, whatever W is.
+// The microkernel: a tile of one row and N vectors of a panel, loaded as W. Twin of tile<float, 1,
+// N>: the same sums in the same order for every W.
 template <class W, int M, int N>
 void half_tile(std::int64_t k_count, const float* a, const Half* b, float* c, const int* column) {
   static_assert(M == 1, "the panels serve a batch of one");
   using Vector = typename W::Vector;
-  constexpr int kParts = Pack<float>::kLanes / W::kLanes;  // of a panel's vector
+  constexpr int kParts = Pack<float>::kLanes / W::kLanes;  // vectors W per vector of a panel
   constexpr int kCount = N * kParts, kWidth = kCount * W::kLanes;
   constexpr int kChains = tile_chains(M, N);
   Vector sum[kChains][kCount];
@@ -122,7 +109,7 @@ FASTRNN_INLINE HalfTile half_tile_function(int n) {
   return kTiles[n - 1];
 }
 
-// pack_panel, a few k at a time through a buffer of float32.
+// The same as pack_panel, for a few k at once through a buffer of float32.
 inline void pack_half_panel(PanelSource<float> source, std::int64_t block, std::int64_t block_units,
                             Half* panel) {
   using P = Pack<float>;
@@ -139,58 +126,39 @@ inline void pack_half_panel(PanelSource<float> source, std::int64_t block, std::
   }
 }
 
-// Weights, or where the plan says so, panels of float16 in their place.
-template <>
-class RecurrentWeights<float> {
+// A format of WeightMatrix (weight_matrix.h).
+class Float16Format {
  public:
-  RecurrentWeights(const PanelSource<float>& source, float* panels, int vectors, bool packed,
-                   bool half)
-      : full_(source, panels, vectors, packed),
-        source_(source),
-        panels_(reinterpret_cast<Half*>(panels)),
-        vectors_(vectors),
-        half_(half),
-        tile_(tile_of(source.gates * vectors)) {}
+  using Value = Half;
+  static constexpr WeightFormat kFormat = WeightFormat::kFloat16;
+  static constexpr bool kNeedsPanels = true;
 
-  void pack(const Share& blocks) const {
-    if (!half_) return full_.pack(blocks);
-    for (std::int64_t block = blocks.begin; block < blocks.end; ++block)
-      pack_half_panel(source_, block, block_units(), panel(block));
+  explicit Float16Format(int vectors) : tile_(tile_of(vectors)) {}
+
+  static void pack(const PanelSource<float>& source, std::int64_t block, std::int64_t block_units,
+                   Half* panel) {
+    pack_half_panel(source, block, block_units, panel);
   }
 
-  // As Weights; with float16 there is but one row.
-  void multiply(std::int64_t block, int rows, const float* a, std::int64_t a_stride, float* c,
-                std::int64_t c_stride, const Columns& columns) const {
-    if (!half_) return full_.multiply(block, rows, a, a_stride, c, c_stride, columns);
-    const std::int64_t width = source_.gates * block_units();
-    for (std::int64_t k = 0; k < source_.k_count; k += kTilePiece)
-      tile_(std::min(kTilePiece, source_.k_count - k), a + k, panel(block) + k * width, c,
-            columns.at);
-  }
+  static int tile_height(const PanelSource<float>&, int /*vectors*/, bool /*packed*/) { return 1; }
 
-  int tile_height() const { return full_.tile_height(); }
+  void multiply(int /*rows*/, int /*vectors*/, std::int64_t k_count, const float* a,
+                std::int64_t /*a_stride*/, const Half* b, std::int64_t b_stride, float* c,
+                std::int64_t /*c_stride*/, const int* column) const {
+    for (std::int64_t k = 0; k < k_count; k += kTilePiece)
+      tile_(std::min(kTilePiece, k_count - k), a + k, b + k * b_stride, c, column);
+  }
 
  private:
-  std::int64_t block_units() const { return std::int64_t(vectors_) * Pack<float>::kLanes; }
-  Half* panel(std::int64_t block) const {
-    return panels_ + block * source_.gates * block_units() * source_.k_count;
-  }
-
-  static HalfTile tile_of(int n) {
+  static HalfTile tile_of(int vectors) {
 #if FASTRNN_VECTOR_BYTES == 64
-    if (!widens_by_halves()) return half_tile_function<Widening<64>>(n);
+    if (!widens_by_halves()) return half_tile_function<Widening<64>>(vectors);
 #endif
-    return half_tile_function<Widening<32>>(n);
+    return half_tile_function<Widening<32>>(vectors);
   }
 
-  const Weights<float> full_;
-  const PanelSource<float> source_;
-  Half* const panels_;
-  const int vectors_;
-  const bool half_;
   const HalfTile tile_;
 };
 
-#endif
-
 FASTRNN_KERNELS_END
+#endif

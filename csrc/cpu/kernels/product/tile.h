@@ -1,14 +1,13 @@
 // The microkernel: a tile of C += A B in registers.
 //
-//        k ->                   columns of one panel: n vectors of V lanes
-//   A  [m rows]  *  B [K][n*V], its rows b_stride apart   +->  C [m rows], its vector i at
-//   column[i]
+//       k ->       columns of one panel: n vectors of V lanes
+//   A [m rows]  *  B [K][n*V], rows b_stride apart   +->   C [m rows], vector i at column[i]
 //
-// Per k it loads n vectors of B (a packed panel, mostly) and broadcasts m values of A for m*n
-// multiply-adds. C is memory (a scratch tile in L1, or a buffer), so whoever comes next, the cell's
-// pointwise text or another product, finds all gates of its units side by side. column[] lets the
+// Per k it loads n vectors of B (usually of a packed panel) and broadcasts m values of A for m*n
+// multiply-adds. C is memory (a scratch tile in L1, or a buffer), so the following step, the cell's
+// pointwise code or another product, finds all gates of its units side by side. column[] lets the
 // two products of a GRU add into different columns (r,z,xn and r,z,hn). The sum starts from zero
-// and goes into C at the end, so whoever cuts K into pieces keeps its error small.
+// and is added to C at the end, so splitting K limits rounding error.
 #pragma once
 
 #include "cpu/kernels/product/tile_shape.h"
@@ -28,7 +27,7 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
   using Vector = typename P::Vector;
   constexpr int V = P::kLanes;
   constexpr int kChains = tile_chains(M, N);
-  // Held in registers are a step's vectors of B, or where these do not fit, its values of A.
+  // A step holds its vectors of B in registers or, where these do not fit, its values of A.
   constexpr int kOthers = FASTRNN_VECTOR_BYTES == 16 ? 2 : 1;  // a broadcast, SSE2's product
   constexpr bool kHoldRows = M < N && kChains * M * N + N + kOthers > FASTRNN_REGISTERS;
   Vector sum[kChains][M][N];
@@ -63,7 +62,7 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
         Vector weight[N];
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) weight[n] = P::load(b + n * V).v;
-        b += b_stride;  // here: behind the products, GCC loads a vector anew for each row
+        b += b_stride;  // after the products, GCC would load a vector again for each row
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
           const Vector value = P(row[m][k + chain]).v;
@@ -115,7 +114,8 @@ FASTRNN_INLINE TileFunction<T> tile_function(int m, int n) {
   return kTables[n - 1][m - 1];
 }
 
-// Calls each(first, count) for the tiles of rows [begin, end): as few as fit, of even heights.
+// Calls each(first, count) for the tiles of rows [begin, end): as few tiles of at most `most` rows
+// as possible, of nearly equal heights.
 template <class Each>
 FASTRNN_INLINE void for_each_tile(std::int64_t begin, std::int64_t end, int most, Each&& each) {
   const std::int64_t rows = end - begin;

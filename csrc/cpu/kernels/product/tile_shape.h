@@ -1,5 +1,5 @@
-// Sizes of the microkernel's tiles. .ci/check_kernels.py compiles this header alone, with the
-// macros of each instruction set, and compares the result with the machine code.
+// Sizes of the microkernel's tiles. .ci/check_kernels.py compiles only this header, with the macros
+// of each instruction set, and compares the result with the machine code.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@
 
 FASTRNN_KERNELS_BEGIN
 
-// Rows of a tile of n vectors: accumulators, one vector of B and a broadcast must fit the
-// registers. Vectors of 16 bytes need more: SSE2 has no FMA, so a product takes a register as well;
-// NEON multiplies by a lane, and compilers load the values of all rows ahead.
+// Rows of a tile of n vectors: the accumulators, one vector of B and a broadcast value must fit in
+// the registers. Vectors of 16 bytes need more registers: SSE2 has no FMA, so a product takes one
+// as well; NEON multiplies by a lane, and compilers load the values of all rows in advance.
 constexpr int tile_rows(int n) {
 #if FASTRNN_REGISTERS >= 32 && FASTRNN_VECTOR_BYTES == 16
   return n == 1 ? 12 : n == 2 ? 10 : n == 3 ? 7 : 5;
@@ -26,10 +26,11 @@ constexpr int tile_rows(int n) {
 }
 constexpr int kTileVectors = 4;
 constexpr int kTileRows = 12;
-// Steps along K that go into one sum.
+// Largest number of terms per sum along K, which limits rounding error.
 constexpr std::int64_t kTilePiece = 256;
 
-// Independent accumulator chains along K, so that small tiles do not wait for the adder.
+// Number of independent accumulators per element along K, so that small tiles do not wait for the
+// latency of an addition.
 constexpr int tile_chains(int m, int n) { return m * n >= 8 ? 1 : m * n >= 4 ? 2 : 4; }
 
 FASTRNN_KERNELS_END

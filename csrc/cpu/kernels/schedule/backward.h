@@ -1,15 +1,15 @@
-// The backward walk of one rank: from the last step to the first,
+// BackwardWalk: one pass of the backward time loop by one rank, from the last step to the first,
 //
 //   dh_t    = carry + d_y_t                       (with a projection: dm_t = dh_t w_hr)
 //   d_pre_t = the cell's backward step            for this rank's own units        -> barrier
 //   carry   = direct part + d_pre_t[hidden side] w_hh   for this rank's own units of h
 //
-// A row's carry starts as d_h_n at the step where the row ends, and is its d_h0 after the step
-// where it starts (csrc/problem/sequence.h). The gradients of the weights and of x are products
-// over all steps, made by the layers above.
+// The carry of a row is d_h_n at the step where the row ends, and d_h0 after the step where it
+// starts (csrc/problem/sequence.h). The gradients of the weights and of x are products over all
+// steps, computed after this loop (gradients.h).
 #pragma once
 
-#include "cpu/kernels/product/panels.h"
+#include "cpu/kernels/product/weight_matrix.h"
 
 FASTRNN_KERNELS_BEGIN
 
@@ -18,11 +18,11 @@ class BackwardWalk {
  public:
   BackwardWalk(const LayerBackward<T, T>& problem, const Plan& plan, const BackwardLayout& layout,
                T* workspace, Team& team, int rank)
-      : p_(problem),
+      : problem_(problem),
         shape_(problem.shape),
         plan_(plan),
-        at_(layout),
-        work_(workspace),
+        layout_(layout),
+        workspace_(workspace),
         team_(team),
         barrier_(team.barrier),
         rank_(rank),
@@ -30,15 +30,15 @@ class BackwardWalk {
         rows_(shape_.sequence.batch, rank / plan.unit_groups, plan.row_groups),
         out_blocks_(layout.out_blocks, rank % plan.unit_groups, plan.unit_groups),
         unit_blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
-        out_(shape_.output_size()),
+        output_size_(shape_.output_size()),
         carry_stride_(layout.out_blocks * layout.out_block),
         columns_(kZero, 1, plan.back_vectors, kLanes),
-        w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, false, 1, out_,
+        w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, false, 1, output_size_,
                Cell::kGates * shape_.hidden_size},
               workspace + layout.panels_h, plan.back_vectors, plan.packed),
-        w_hr_(
-            {problem.weights.w_hr, problem.weights.w_hr_stride, false, 1, shape_.hidden_size, out_},
-            workspace + layout.panels_p, plan.back_vectors, plan.packed) {}
+        w_hr_({problem.weights.w_hr, problem.weights.w_hr_stride, false, 1, shape_.hidden_size,
+               output_size_},
+              workspace + layout.panels_p, plan.back_vectors, plan.packed) {}
 
   void run() {
     pack();
@@ -54,7 +54,7 @@ class BackwardWalk {
         synchronise();
         through_projection(at, end);
       } else {
-        const Share own = own_out();
+        const IndexRange own = own_out();
         for (std::int64_t b = rows_.begin; b < end; ++b) {
           const Row row(*this, at, b);
           for (std::int64_t unit = own.begin; unit < own.end; unit += kLanes)
@@ -69,16 +69,16 @@ class BackwardWalk {
   }
 
  private:
-  using P = Pack<T>;
-  static constexpr int kLanes = P::kLanes;
+  using Vec = Pack<T>;
+  static constexpr int kLanes = Vec::kLanes;
   static constexpr int kZero[] = {0};
 
   // Multiply-adds of this rank in a step.
   std::int64_t step_work() const {
-    return 1 +
-           rows_.size() * Cell::kGates * shape_.hidden_size * out_blocks_.size() * at_.out_block;
+    return 1 + rows_.size() * Cell::kGates * shape_.hidden_size * out_blocks_.size() *
+                   layout_.out_block;
   }
-  // As often as in so many steps, see Team::gives_up.
+  // Arrives as often as in `steps` steps, see Team::gives_up.
   void arrive_for(std::int64_t steps) {
     if (shape_.proj_size > 0) steps *= 2;
     while (steps-- > 0) barrier_.arrive(rank_);
@@ -89,70 +89,74 @@ class BackwardWalk {
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
   }
 
-  // Row groups share the panels of their blocks, and the work of packing them.
+  // Row groups share the panels of their blocks and the work of packing them.
   void pack() {
     const int row_group = rank_ / plan_.unit_groups;
     w_hh_.pack(out_blocks_.cut(row_group, plan_.row_groups));
     if (shape_.proj_size > 0) w_hr_.pack(unit_blocks_.cut(row_group, plan_.row_groups));
   }
 
-  T* carry(std::int64_t b) const { return work_ + at_.carry + b * carry_stride_; }
+  T* carry(std::int64_t b) const { return workspace_ + layout_.carry + b * carry_stride_; }
 
   // The hidden units and the units of h that this rank computes.
-  Share own_out() const { return out_blocks_.units(at_.out_block, out_); }
-  Share own_hidden() const {
-    return shape_.proj_size > 0 ? unit_blocks_.units(at_.unit_block, shape_.hidden_size)
+  IndexRange own_out() const { return out_blocks_.units(layout_.out_block, output_size_); }
+  IndexRange own_hidden() const {
+    return shape_.proj_size > 0 ? unit_blocks_.units(layout_.unit_block, shape_.hidden_size)
                                 : own_out();
   }
 
-  // Rows that end at this step begin with the gradients of the final states.
+  // Rows that end at this step start with the gradients of the final states.
   void begin_rows(const StepRows& at, std::int64_t end) {
-    const Share hidden = own_hidden();
-    const std::int64_t last = out_blocks_.end * at_.out_block;
+    const IndexRange hidden = own_hidden();
+    const std::int64_t last = out_blocks_.end * layout_.out_block;
     for (std::int64_t b = std::max(rows_.begin, at.first_ending); b < end; ++b) {
-      load_state(p_.d_h_n, b, out_, own_out(), carry(b));
+      load_state(problem_.d_h_n, b, output_size_, own_out(), carry(b));
       std::fill(carry(b) + own_out().end, carry(b) + last, T(0));  // units that pad the last block
       if constexpr (Cell::kStates == 2)
-        load_state(p_.d_c_n, b, shape_.hidden_size, hidden, p_.d_c0 + b * shape_.hidden_size);
+        load_state(problem_.d_c_n, b, shape_.hidden_size, hidden,
+                   problem_.d_c0 + b * shape_.hidden_size);
     }
   }
-  // Rows that start at this step leave the gradient of their initial state. (d_c is kept in d_c0.)
+  // For rows that start at this step, the carry is the gradient of the initial state. (d_c is kept
+  // in d_c0.)
   void finish_rows(const StepRows& at, std::int64_t end) {
     for (std::int64_t b = std::max(rows_.begin, at.first_starting); b < end; ++b)
-      load_state(carry(b), 0, out_, own_out(), p_.d_h0 + b * out_);
+      load_state(carry(b), 0, output_size_, own_out(), problem_.d_h0 + b * output_size_);
   }
   // Without steps the initial states are the final ones.
   void finish_untouched() {
     for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
-      load_state(p_.d_h_n, b, out_, own_out(), p_.d_h0 + b * out_);
+      load_state(problem_.d_h_n, b, output_size_, own_out(), problem_.d_h0 + b * output_size_);
       if constexpr (Cell::kStates == 2)
-        load_state(p_.d_c_n, b, shape_.hidden_size, own_hidden(), p_.d_c0 + b * shape_.hidden_size);
+        load_state(problem_.d_c_n, b, shape_.hidden_size, own_hidden(),
+                   problem_.d_c0 + b * shape_.hidden_size);
     }
   }
 
-  // Copies units of row b of from [*, size], which is zero where it is null.
-  static void load_state(const T* from, std::int64_t b, std::int64_t size, const Share& units,
+  // Copies units of row b of from [*, size]; a null `from` means zeros.
+  static void load_state(const T* from, std::int64_t b, std::int64_t size, const IndexRange& units,
                          T* to) {
     for (std::int64_t j = units.begin; j < units.end; ++j)
       to[j] = from == nullptr ? T(0) : from[b * size + j];
   }
 
-  // carry + d_y at R-units from `unit` on.
-  P output_gradient(const StepRows& at, std::int64_t b, std::int64_t unit) const {
-    P d_h = P::load(carry(b) + unit);
-    if (p_.d_y != nullptr) {
-      d_h = d_h + P::load(p_.d_y + (at.first + b) * p_.d_y_stride + unit,
-                          std::min<std::int64_t>(kLanes, out_ - unit));
+  // carry + d_y for one vector of units of h, from `unit` on.
+  Vec output_gradient(const StepRows& at, std::int64_t b, std::int64_t unit) const {
+    Vec d_h = Vec::load(carry(b) + unit);
+    if (problem_.d_y != nullptr) {
+      d_h = d_h + Vec::load(problem_.d_y + (at.first + b) * problem_.d_y_stride + unit,
+                            std::min<std::int64_t>(kLanes, output_size_ - unit));
     }
     return d_h;
   }
 
   void store_output_gradients(const StepRows& at, std::int64_t end) {
-    const Share own = own_out();
+    const IndexRange own = own_out();
     for (std::int64_t b = rows_.begin; b < end; ++b) {
-      T* to = p_.d_h_all + (at.first + b) * out_;
+      T* to = problem_.d_h_all + (at.first + b) * output_size_;
       for (std::int64_t unit = own.begin; unit < own.end; unit += kLanes)
-        output_gradient(at, b, unit).store(to + unit, std::min<std::int64_t>(kLanes, out_ - unit));
+        output_gradient(at, b, unit)
+            .store(to + unit, std::min<std::int64_t>(kLanes, output_size_ - unit));
     }
   }
 
@@ -160,29 +164,29 @@ class BackwardWalk {
   void through_projection(const StepRows& at, std::int64_t end) {
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     for (std::int64_t block = unit_blocks_.begin; block < unit_blocks_.end; ++block) {
-      for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
-        for (std::int64_t i = 0; i < count * at_.unit_block; ++i) scratch[i] = T(0);
-        w_hr_.multiply(block, count, p_.d_h_all + (at.first + row) * out_, out_, scratch,
-                       at_.unit_block, columns_);
+      for_each_tile(rows_.begin, end, w_hr_.tile_height(), [&](std::int64_t row, int count) {
+        for (std::int64_t i = 0; i < count * layout_.unit_block; ++i) scratch[i] = T(0);
+        w_hr_.multiply(block, count, problem_.d_h_all + (at.first + row) * output_size_,
+                       output_size_, scratch, layout_.unit_block, columns_);
         for (int m = 0; m < count; ++m) {
           const Row pointers(*this, at, row + m);
           for (int u = 0; u < plan_.back_vectors; ++u) {
-            const std::int64_t unit = block * at_.unit_block + u * kLanes;
+            const std::int64_t unit = block * layout_.unit_block + u * kLanes;
             if (unit >= shape_.hidden_size) break;
-            pointwise(pointers, unit, P::load(scratch + m * at_.unit_block + u * kLanes));
+            pointwise(pointers, unit, Vec::load(scratch + m * layout_.unit_block + u * kLanes));
           }
         }
       });
     }
   }
 
-  // Where the values of sequence b at step t lie: local copies, since what the pointwise text
-  // stores could be any of the members, for all the compiler knows.
+  // Pointers to the values of sequence b at step t. They are local copies: the compiler must assume
+  // that the stores of the pointwise code change any member.
   struct Row {
     std::int64_t hidden;
     const T* saved;     // [S*H] of this step
     const T* y;         // [R]
-    const T* h_before;  // [R] the states it started from
+    const T* h_before;  // [R] the state before the step
     const T* c_before;  // [H]
     T* d_c;             // [H]
     T* d_pre;           // [Q*H]
@@ -190,11 +194,11 @@ class BackwardWalk {
 
     Row(const BackwardWalk& walk, const StepRows& at, std::int64_t b)
         : hidden(walk.shape_.hidden_size) {
-      const auto& p = walk.p_;
+      const auto& p = walk.problem_;
       const std::int64_t row = at.first + b;
       saved = p.saved + row * Cell::kSaved * hidden;
       y = p.y + row * p.y_stride;
-      h_before = at.state_before(b, p.y, p.y_stride, p.h0, walk.out_);
+      h_before = at.state_before(b, p.y, p.y_stride, p.h0, walk.output_size_);
       if constexpr (Cell::kStates == 2) {
         c_before = at.state_before(b, p.saved + Cell::kSavedState * hidden, Cell::kSaved * hidden,
                                    p.c0, hidden);
@@ -205,55 +209,56 @@ class BackwardWalk {
     }
   };
 
-  // The cell's text on a vector of hidden units.
-  FASTRNN_INLINE void pointwise(const Row& row, std::int64_t unit, P d_h) {
+  // The cell's backward step for a vector of hidden units.
+  FASTRNN_INLINE void pointwise(const Row& row, std::int64_t unit, Vec d_h) {
     const std::int64_t lanes = std::min<std::int64_t>(kLanes, row.hidden - unit);
-    P saved[std::max(Cell::kSaved, 1)], state[Cell::kStates] = {}, next_state[Cell::kStates] = {};
-    P d_next_state[Cell::kStates], d_pre[Cell::kPre], d_state[Cell::kStates];
+    Vec saved[std::max(Cell::kSaved, 1)], state[Cell::kStates] = {}, next_state[Cell::kStates] = {};
+    Vec d_next_state[Cell::kStates], d_pre[Cell::kPre], d_state[Cell::kStates];
     d_next_state[0] = d_h;
     for (int s = 0; s < Cell::kSaved; ++s)
-      saved[s] = P::load(row.saved + s * row.hidden + unit, lanes);
-    if constexpr (Cell::kBackwardReadsNextH) next_state[0] = P::load(row.y + unit, lanes);
-    if constexpr (Cell::kBackwardReadsH) state[0] = P::load(row.h_before + unit, lanes);
+      saved[s] = Vec::load(row.saved + s * row.hidden + unit, lanes);
+    if constexpr (Cell::kBackwardReadsNextH) next_state[0] = Vec::load(row.y + unit, lanes);
+    if constexpr (Cell::kBackwardReadsH) state[0] = Vec::load(row.h_before + unit, lanes);
     if constexpr (Cell::kStates == 2) {
-      state[1] = P::load(row.c_before + unit, lanes);
-      d_next_state[1] = P::load(row.d_c + unit, lanes);
+      state[1] = Vec::load(row.c_before + unit, lanes);
+      d_next_state[1] = Vec::load(row.d_c + unit, lanes);
     }
-    Cell::backward(cells::StepGradientInputs<P>{saved, state, next_state, d_next_state},
-                   cells::StepGradientOutputs<P>{d_pre, d_state});
+    Cell::backward(cells::StepGradientInputs<Vec>{saved, state, next_state, d_next_state},
+                   cells::StepGradientOutputs<Vec>{d_pre, d_state});
     for (int q = 0; q < Cell::kPre; ++q) d_pre[q].store(row.d_pre + q * row.hidden + unit, lanes);
     if constexpr (Cell::kStates == 2) d_state[1].store(row.d_c + unit, lanes);
-    if (row.d_h != nullptr) (Cell::kDirectPath ? d_state[0] : P(T(0))).store(row.d_h + unit);
+    if (row.d_h != nullptr) (Cell::kDirectPath ? d_state[0] : Vec(T(0))).store(row.d_h + unit);
   }
 
-  // carry += d_pre[hidden side] w_hh. The hidden side's columns of d_pre come first (kPreH = 0...).
+  // carry += d_pre[hidden side] w_hh. The columns of the hidden side come first in d_pre (kPreH =
+  // 0...).
   void propagate(std::int64_t k, const StepRows& at, std::int64_t end) {
     const std::int64_t width = Cell::kPre * shape_.hidden_size;
-    const T* d_pre = p_.d_pre + at.first * width;
+    const T* d_pre = problem_.d_pre + at.first * width;
     for (std::int64_t i = 0; i < out_blocks_.size(); ++i) {
       const std::int64_t block = out_blocks_.zigzag(i, k % 2 != 0);
       for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
-        T* c = carry(row) + block * at_.out_block;
-        if (shape_.proj_size > 0)  // dh went through w_hr whole: nothing direct is left
+        T* c = carry(row) + block * layout_.out_block;
+        if (shape_.proj_size > 0)  // all of dh went through w_hr: there is no direct part
           for (int m = 0; m < count; ++m)
-            for (std::int64_t i = 0; i < at_.out_block; ++i) c[m * carry_stride_ + i] = T(0);
+            for (std::int64_t i = 0; i < layout_.out_block; ++i) c[m * carry_stride_ + i] = T(0);
         w_hh_.multiply(block, count, d_pre + row * width, width, c, carry_stride_, columns_);
       });
     }
   }
 
-  const LayerBackward<T, T>& p_;
+  const LayerBackward<T, T>& problem_;
   const LayerShape& shape_;
   const Plan& plan_;
-  const BackwardLayout& at_;
-  T* const work_;
+  const BackwardLayout& layout_;
+  T* const workspace_;
   Team& team_;
   Barrier& barrier_;
   const int rank_, group_first_;
-  const Share rows_, out_blocks_, unit_blocks_;
-  const std::int64_t out_, carry_stride_;
+  const IndexRange rows_, out_blocks_, unit_blocks_;
+  const std::int64_t output_size_, carry_stride_;
   const Columns columns_;
-  const Weights<T> w_hh_, w_hr_;
+  const WeightMatrix<T> w_hh_, w_hr_;
 };
 
 FASTRNN_KERNELS_END

@@ -1,58 +1,51 @@
-// The forward walk of one rank through a sequence.
+// ForwardWalk: one pass of the forward time loop over a sequence by one rank.
 //
 //            unit blocks ->
 //        +-----+-----+-----+-----+       A rank owns the blocks of its unit group (all gates of
-//   rows |  0  |  0  |  1  |  1  |       their units, weights packed by itself) and the rows of its
-//   of   +-----+-----+-----+-----+       row group. Within a row group each step needs all of
-//   B    |  2  |  2  |  3  |  3  |       h_{t-1}: one barrier a step. Row groups never meet again
-//        +-----+-----+-----+-----+       after packing.
+//   rows |  0  |  0  |  1  |  1  |       their units) and the rows of its row group. Within a row
+//   of   +-----+-----+-----+-----+       group each step needs all of h_{t-1}, so there is one
+//   B    |  2  |  2  |  3  |  3  |       barrier per step. Row groups synchronise only once, after
+//        +-----+-----+-----+-----+       packing.
 #pragma once
 
-#include "cpu/kernels/product/float16.h"
-#include "cpu/kernels/product/panels.h"
+#include "cpu/kernels/schedule/forward_panels.h"
 
 FASTRNN_KERNELS_BEGIN
 
-template <class Cell, class T>
+// Panels: ForwardPanels in the plan's format.
+template <class Cell, class T, class Panels>
 class ForwardWalk {
  public:
-  ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const ForwardLayout& layout,
-              T* workspace, Team& team, int rank)
-      : p_(problem),
+  ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const Panels& panels,
+              const ForwardLayout& layout, T* scratch, Team& team, int rank)
+      : problem_(problem),
         shape_(problem.shape),
         plan_(plan),
-        at_(layout),
-        work_(workspace),
+        panels_(panels),
+        panel_layout_(panels.layout),
+        layout_(layout),
+        scratch_(scratch),
         team_(team),
         barrier_(team.barrier),
-        shares_(team.shares),
+        work_queues_(team.work_queues),
         below_(team.below),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
         rows_(shape_.sequence.batch, rank / plan.unit_groups, plan.row_groups),
-        blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
-        proj_blocks_(layout.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
-        out_(shape_.output_size()),
-        width_(Cell::kPre * layout.unit_block),
+        blocks_(panel_layout_.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
+        proj_blocks_(panel_layout_.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
+        output_size_(shape_.output_size()),
+        width_(Cell::kPre * panel_layout_.unit_block),
         columns_x_(Cell::kPreX, Cell::kGates, plan.unit_vectors, kLanes),
         columns_h_(Cell::kPreH, Cell::kGates, plan.unit_vectors, kLanes),
         columns_p_(kZero, 1, plan.back_vectors, kLanes),
-        w_ih_({problem.weights.w_ih, problem.weights.w_ih_stride, true, Cell::kGates,
-               shape_.hidden_size, shape_.input_size},
-              workspace + layout.panels_x, plan.unit_vectors, plan.packed),
-        w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, true, Cell::kGates,
-               shape_.hidden_size, out_},
-              workspace + layout.panels_h, plan.unit_vectors, plan.packed, plan.half_weights),
-        w_hr_(
-            {problem.weights.w_hr, problem.weights.w_hr_stride, true, 1, out_, shape_.hidden_size},
-            workspace + layout.panels_p, plan.back_vectors, plan.packed) {}
+        tile_height_(std::min(panels_.w_ih.tile_height(), panels_.w_hh.tile_height())) {}
 
   void run() {
-    pack();
     StepRows at{};
     if (shape_.sequence.steps > 0) start_rows(at = shape_.sequence.at(shape_.sequence.step(0)), 0);
     barrier_.arrive(rank_);
-    barrier_.wait(rank_, 0, plan_.threads);  // panels are packed in shares by all row groups
+    barrier_.wait(rank_, 0, plan_.threads);  // all row groups have packed their part of the panels
     std::int64_t chunk_end = 0;              // steps before this one have their gates_x
     for (std::int64_t k = 0; k < shape_.sequence.steps; ++k) {
       if (team_.gives_up(rank_, step_work())) return arrive_for(shape_.sequence.steps - k);
@@ -69,121 +62,104 @@ class ForwardWalk {
   }
 
  private:
-  using P = Pack<T>;
-  static constexpr int kLanes = P::kLanes;
+  using Vec = Pack<T>;
+  static constexpr int kLanes = Vec::kLanes;
   static constexpr int kZero[] = {0};
 
   // Multiply-adds of this rank in a step.
   std::int64_t step_work() const {
-    return 1 + rows_.size() * width_ * blocks_.size() * (shape_.input_size + out_);
+    return 1 + rows_.size() * width_ * blocks_.size() * (shape_.input_size + output_size_);
   }
-  // As often as in so many steps, see Team::gives_up.
+  // Arrives as often as in `steps` steps, see Team::gives_up.
   void arrive_for(std::int64_t steps) {
     if (shape_.proj_size > 0) steps *= 2;
     while (steps-- > 0) barrier_.arrive(rank_);
   }
 
-  // Until the layer below, if it walks at the same time, has made the input of so many steps: its
-  // ranks arrive once after packing and once a step.
+  // Waits until the layer below, if it runs at the same time, has computed the input of the first
+  // `steps` steps. Its ranks arrive once after packing and once per step.
   void await_input(std::int64_t steps) {
     if (below_ == nullptr) return;
     for (int rank = 0; rank < below_->threads; ++rank)
       barrier_.add_sleep(rank_, below_->barrier.await(rank, std::uint32_t(1 + steps)));
   }
 
-  // Row groups share the panels of their blocks, and the work of packing them.
-  void pack() {
-    const int row_group = rank_ / plan_.unit_groups;
-    const Share blocks = blocks_.cut(row_group, plan_.row_groups);
-    w_ih_.pack(blocks);
-    w_hh_.pack(blocks);
-    for (std::int64_t block = blocks.begin; block < blocks.end; ++block) pack_bias(block);
-    if (shape_.proj_size > 0) w_hr_.pack(proj_blocks_.cut(row_group, plan_.row_groups));
-  }
-
-  // b_ih and b_hh of a block, added where their gates meet.
-  void pack_bias(std::int64_t block) {
-    T* bias = work_ + at_.bias + block * width_;
-    for (std::int64_t i = 0; i < width_; ++i) bias[i] = T(0);
-    if (p_.weights.b_ih == nullptr) return;
-    const std::int64_t first = block * at_.unit_block;
-    const std::int64_t present = std::min(at_.unit_block, shape_.hidden_size - first);
-    for (int gate = 0; gate < Cell::kGates; ++gate) {
-      for (std::int64_t u = 0; u < present; ++u) {
-        const std::int64_t row = gate * shape_.hidden_size + first + u;
-        bias[Cell::kPreX[gate] * at_.unit_block + u] += p_.weights.b_ih[row];
-        bias[Cell::kPreH[gate] * at_.unit_block + u] += p_.weights.b_hh[row];
-      }
-    }
-  }
-
   // The hidden units and the units of h that this rank computes.
-  Share own_hidden() const { return blocks_.units(at_.unit_block, shape_.hidden_size); }
-  Share own_out() const {
-    return shape_.proj_size > 0 ? proj_blocks_.units(at_.proj_block, out_) : own_hidden();
+  IndexRange own_hidden() const {
+    return blocks_.units(panel_layout_.unit_block, shape_.hidden_size);
+  }
+  IndexRange own_out() const {
+    return shape_.proj_size > 0 ? proj_blocks_.units(panel_layout_.proj_block, output_size_)
+                                : own_hidden();
   }
 
-  // Rows that start at a step find their initial states where the step before would have left them:
-  // h in the buffer that the step reads, c in c_n.
+  // Stores the initial states of rows that start at a step where the step before would have stored
+  // its own: h in the buffer that the step reads, c in c_n.
   void start_rows(const StepRows& at, int parity) {
-    const Share out = own_out(), hidden = own_hidden();
+    const IndexRange out = own_out(), hidden = own_hidden();
     for (std::int64_t b = std::max(rows_.begin, at.first_starting);
          b < std::min(rows_.end, at.rows); ++b) {
-      copy_state(p_.h0, b, out_, out, h(parity));
-      if constexpr (Cell::kStates == 2) copy_state(p_.c0, b, shape_.hidden_size, hidden, p_.c_n);
+      copy_state(problem_.h0, b, output_size_, out, h(parity));
+      if constexpr (Cell::kStates == 2)
+        copy_state(problem_.c0, b, shape_.hidden_size, hidden, problem_.c_n);
     }
   }
   // Without steps the initial states are the final ones.
   void finish_untouched() {
     for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
-      copy_state(p_.h0, b, out_, own_out(), p_.h_n);
+      copy_state(problem_.h0, b, output_size_, own_out(), problem_.h_n);
       if constexpr (Cell::kStates == 2)
-        copy_state(p_.c0, b, shape_.hidden_size, own_hidden(), p_.c_n);
+        copy_state(problem_.c0, b, shape_.hidden_size, own_hidden(), problem_.c_n);
     }
   }
   // Copies units of row b of [B, size].
-  static void copy_state(const T* from, std::int64_t b, std::int64_t size, const Share& units,
+  static void copy_state(const T* from, std::int64_t b, std::int64_t size, const IndexRange& units,
                          T* to) {
     std::copy(from + b * size + units.begin, from + b * size + units.end,
               to + b * size + units.begin);
   }
 
-  T* h(int parity) const { return work_ + at_.h + parity * shape_.sequence.batch * out_; }
-  const T* bias(std::int64_t block) const { return work_ + at_.bias + block * width_; }
+  T* h(int parity) const {
+    return scratch_ + layout_.h + parity * shape_.sequence.batch * output_size_;
+  }
 
   // C += x[row...] w_ih^T for one block.
   void add_input(std::int64_t block, std::int64_t row, int count, T* c, std::int64_t c_stride) {
-    w_ih_.multiply(block, count, p_.x + row * p_.x_stride, p_.x_stride, c, c_stride, columns_x_);
+    panels_.w_ih.multiply(block, count, problem_.x + row * problem_.x_stride, problem_.x_stride, c,
+                          c_stride, columns_x_);
   }
 
-  // gates_x of this rank's blocks for the steps from k on that fit the chunk (at least one);
-  // returns the first step beyond. Only this rank reads them, so nobody waits.
+  // Computes gates_x of this rank's blocks for the steps from k on that fit in a chunk (at least
+  // one). Returns the first step after them. Only this rank reads these values, so no rank waits
+  // for them.
   std::int64_t project_ahead(std::int64_t k) {
     const std::int64_t end = shape_.sequence.chunk_end(k, plan_.chunk_rows);
     const RowRange chunk = shape_.sequence.rows_between(k, end);
     await_input(end);
     chunk_first_row_ = chunk.first;
     for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      for_each_tile(chunk.first, chunk.first + chunk.count, w_hh_.tile_height(),
+      for_each_tile(chunk.first, chunk.first + chunk.count, panels_.w_ih.tile_height(),
                     [&](std::int64_t row, int count) {
                       T* c = gates_x(block, row);
                       for (int m = 0; m < count; ++m)
-                        copy_row(bias(block), c + m * gates_x_stride());
+                        copy_row(panels_.bias(block), c + m * gates_x_stride());
                       add_input(block, row, count, c, gates_x_stride());
                     });
     }
     return end;
   }
 
-  std::int64_t gates_x_stride() const { return at_.unit_blocks * width_; }
+  std::int64_t gates_x_stride() const { return panel_layout_.unit_blocks * width_; }
   T* gates_x(std::int64_t block, std::int64_t row) const {
-    return work_ + at_.gates_x + (row - chunk_first_row_) * gates_x_stride() + block * width_;
+    return scratch_ + layout_.gates_x + (row - chunk_first_row_) * gates_x_stride() +
+           block * width_;
   }
   void copy_row(const T* from, T* to) const {
-    for (std::int64_t i = 0; i < width_; i += kLanes) P::load(from + i).store(to + i);
+    for (std::int64_t i = 0; i < width_; i += kLanes) Vec::load(from + i).store(to + i);
   }
 
-  // This rank's blocks; where they are shared, then what the others of its group have not begun.
+  // Calls body(block) for this rank's blocks and, if blocks are shared, for blocks that the other
+  // ranks of its group have not started.
   template <class Wait, class Body>
   void for_each_block(int parity, Wait&& wait, Body&& body) {
     if (!plan_.shared) {
@@ -191,14 +167,14 @@ class ForwardWalk {
       return;
     }
     std::int64_t i;
-    while (shares_.take(rank_, parity, blocks_.size(), true, i))
+    while (work_queues_.take(rank_, parity, blocks_.size(), true, i))
       body(blocks_.zigzag(i, parity != 0));
-    wait();  // all have left the step before: its counts are free, and these are filled
-    shares_.refill(rank_, 1 - parity);
+    wait();  // all ranks have left the step before, so its queues can be refilled
+    work_queues_.refill(rank_, 1 - parity);
     for (int next = 1; next < plan_.unit_groups; ++next) {
       const int group = (rank_ + next) % plan_.unit_groups;
-      const Share theirs(at_.unit_blocks, group, plan_.unit_groups);
-      while (shares_.take(group_first_ + group, parity, theirs.size(), false, i))
+      const IndexRange theirs(panel_layout_.unit_blocks, group, plan_.unit_groups);
+      while (work_queues_.take(group_first_ + group, parity, theirs.size(), false, i))
         body(theirs.zigzag(i, parity != 0));
     }
   }
@@ -213,18 +189,19 @@ class ForwardWalk {
     };
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     for_each_block(parity, wait, [&](std::int64_t block) {
-      for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
+      for_each_tile(rows_.begin, end, tile_height_, [&](std::int64_t row, int count) {
         T* c = scratch;
         std::int64_t c_stride = width_;
         if (plan_.input_fused) {
-          for (int m = 0; m < count; ++m) copy_row(bias(block), c + m * width_);
+          for (int m = 0; m < count; ++m) copy_row(panels_.bias(block), c + m * width_);
           add_input(block, at.first + row, count, c, width_);
         } else {
           c = gates_x(block, at.first + row);
           c_stride = gates_x_stride();
         }
-        wait();  // the input's share needs nobody: the others' h is awaited after it
-        w_hh_.multiply(block, count, h_before + row * out_, out_, c, c_stride, columns_h_);
+        wait();  // the input product needs no other rank; wait for h only afterwards
+        panels_.w_hh.multiply(block, count, h_before + row * output_size_, output_size_, c,
+                              c_stride, columns_h_);
         pointwise(at, block, row, count, parity, c, c_stride);
       });
     });
@@ -232,32 +209,35 @@ class ForwardWalk {
     if (shape_.proj_size > 0) project_state(at, end, parity);
   }
 
-  // The cell's text on a tile: `count` rows from `first` on, one vector of units after the other.
+  // The cell's forward step for a tile of `count` rows, `first` the first one, one vector of units
+  // after the other.
   void pointwise(const StepRows& at, std::int64_t block, std::int64_t first, int count, int parity,
                  const T* pre_tile, std::int64_t tile_stride) {
-    // Local copies: what is stored below could be any of the members, for all the compiler knows.
-    const std::int64_t hidden = shape_.hidden_size, unit_block = at_.unit_block;
-    const std::int64_t y_stride = p_.y_stride, ending = at.first_ending;
+    // Local copies: the compiler must assume that the stores below change any member.
+    const std::int64_t hidden = shape_.hidden_size, unit_block = panel_layout_.unit_block;
+    const std::int64_t y_stride = problem_.y_stride, ending = at.first_ending;
     const std::int64_t row = at.first + first;
-    const bool projected = shape_.proj_size > 0, save = p_.saved != nullptr;
+    const bool projected = shape_.proj_size > 0, save = problem_.saved != nullptr;
     for (int u = 0; u < plan_.unit_vectors; ++u) {
       const std::int64_t unit = block * unit_block + u * kLanes;
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
       if (lanes <= 0) break;
       const T* gates = pre_tile + u * kLanes;
-      const T* h_before = h(parity) + first * hidden + unit;  // read by cells without projections
-      T* h_after = (projected ? work_ + at_.m : h(1 - parity)) + first * hidden + unit;
-      T* c = Cell::kStates == 2 ? p_.c_n + first * hidden + unit : nullptr;
-      T* saved_row = save ? p_.saved + row * Cell::kSaved * hidden + unit : nullptr;
-      T* y = p_.y + row * y_stride + unit;
-      T* h_n = p_.h_n + first * hidden + unit;
+      const T* h_before = h(parity) + first * hidden + unit;  // not read with a projection
+      T* h_after =
+          (projected ? scratch_ + layout_.unprojected_h : h(1 - parity)) + first * hidden + unit;
+      T* c = Cell::kStates == 2 ? problem_.c_n + first * hidden + unit : nullptr;
+      T* saved_row = save ? problem_.saved + row * Cell::kSaved * hidden + unit : nullptr;
+      T* y = problem_.y + row * y_stride + unit;
+      T* h_n = problem_.h_n + first * hidden + unit;
       for (int m = 0; m < count; ++m) {
-        P pre[Cell::kPre], state[Cell::kStates] = {}, next_state[Cell::kStates];
-        P saved[std::max(Cell::kSaved, 1)];
-        for (int q = 0; q < Cell::kPre; ++q) pre[q] = P::load(gates + q * unit_block);
-        if constexpr (Cell::kForwardReadsH) state[0] = P::load(h_before + m * hidden, lanes);
-        if constexpr (Cell::kStates == 2) state[1] = P::load(c + m * hidden, lanes);
-        Cell::forward(cells::StepInputs<P>{pre, state}, cells::StepOutputs<P>{saved, next_state});
+        Vec pre[Cell::kPre], state[Cell::kStates] = {}, next_state[Cell::kStates];
+        Vec saved[std::max(Cell::kSaved, 1)];
+        for (int q = 0; q < Cell::kPre; ++q) pre[q] = Vec::load(gates + q * unit_block);
+        if constexpr (Cell::kForwardReadsH) state[0] = Vec::load(h_before + m * hidden, lanes);
+        if constexpr (Cell::kStates == 2) state[1] = Vec::load(c + m * hidden, lanes);
+        Cell::forward(cells::StepInputs<Vec>{pre, state},
+                      cells::StepOutputs<Vec>{saved, next_state});
         next_state[0].store(h_after + m * hidden, lanes);
         if constexpr (Cell::kStates == 2) next_state[1].store(c + m * hidden, lanes);
         if (Cell::kSaved > 0 && save)
@@ -272,31 +252,31 @@ class ForwardWalk {
     }
   }
 
-  // h' goes into y, and into h_n at a sequence's last step.
+  // Stores h' in y, and in h_n if the sequence ends at this step.
   void store_output(const StepRows& at, std::int64_t b, std::int64_t unit, std::int64_t lanes,
-                    P h_new) {
-    h_new.store(p_.y + (at.first + b) * p_.y_stride + unit, lanes);
-    if (at.ends(b)) h_new.store(p_.h_n + b * out_ + unit, lanes);
+                    Vec h_new) {
+    h_new.store(problem_.y + (at.first + b) * problem_.y_stride + unit, lanes);
+    if (at.ends(b)) h_new.store(problem_.h_n + b * output_size_ + unit, lanes);
   }
 
-  // h' = m w_hr^T once all of m is there.
+  // h' = m w_hr^T, m the unprojected h, after all ranks of the group have computed m.
   void project_state(const StepRows& at, std::int64_t end, int parity) {
     barrier_.arrive(rank_);
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     const std::int64_t hidden = shape_.hidden_size;
     for (std::int64_t block = proj_blocks_.begin; block < proj_blocks_.end; ++block) {
-      for_each_tile(rows_.begin, end, w_hr_.tile_height(), [&](std::int64_t row, int count) {
-        for (std::int64_t i = 0; i < count * at_.proj_block; ++i) scratch[i] = T(0);
-        w_hr_.multiply(block, count, work_ + at_.m + row * hidden, hidden, scratch, at_.proj_block,
-                       columns_p_);
+      for_each_tile(rows_.begin, end, panels_.w_hr.tile_height(), [&](std::int64_t row, int count) {
+        for (std::int64_t i = 0; i < count * panel_layout_.proj_block; ++i) scratch[i] = T(0);
+        panels_.w_hr.multiply(block, count, scratch_ + layout_.unprojected_h + row * hidden, hidden,
+                              scratch, panel_layout_.proj_block, columns_p_);
         for (int m = 0; m < count; ++m) {
           for (int u = 0; u < plan_.back_vectors; ++u) {
-            const std::int64_t unit = block * at_.proj_block + u * kLanes;
-            const std::int64_t lanes = std::min<std::int64_t>(kLanes, out_ - unit);
+            const std::int64_t unit = block * panel_layout_.proj_block + u * kLanes;
+            const std::int64_t lanes = std::min<std::int64_t>(kLanes, output_size_ - unit);
             if (lanes <= 0) break;
-            const P h_new = P::load(scratch + m * at_.proj_block + u * kLanes);
-            h_new.store(h(1 - parity) + (row + m) * out_ + unit, lanes);
+            const Vec h_new = Vec::load(scratch + m * panel_layout_.proj_block + u * kLanes);
+            h_new.store(h(1 - parity) + (row + m) * output_size_ + unit, lanes);
             store_output(at, row + m, unit, lanes, h_new);
           }
         }
@@ -304,23 +284,23 @@ class ForwardWalk {
     }
   }
 
-  const LayerForward<T, T>& p_;
+  const LayerForward<T, T>& problem_;
   const LayerShape& shape_;
   const Plan& plan_;
-  const ForwardLayout& at_;
-  T* const work_;
+  const Panels panels_;
+  const PanelLayout& panel_layout_;
+  const ForwardLayout& layout_;
+  T* const scratch_;
   Team& team_;
   Barrier& barrier_;
-  Shares& shares_;
+  WorkQueues& work_queues_;
   Team* const below_;
   const int rank_, group_first_;
-  const Share rows_, blocks_, proj_blocks_;
-  const std::int64_t out_;    // R
-  const std::int64_t width_;  // Q*U: a row of a tile
+  const IndexRange rows_, blocks_, proj_blocks_;
+  const std::int64_t output_size_;  // R
+  const std::int64_t width_;        // Q*U: a row of a tile
   const Columns columns_x_, columns_h_, columns_p_;
-  const Weights<T> w_ih_;
-  const RecurrentWeights<T> w_hh_;
-  const Weights<T> w_hr_;
+  const int tile_height_;  // largest number of rows for the products with w_ih and w_hh
   std::int64_t chunk_first_row_ = 0;
 };
 

@@ -1,14 +1,15 @@
-// What is left after the walk back: products over the rows of all steps, which depend on nothing
-// but d_pre and so need no order.
+// The products after the backward time loop: over the rows of all steps, in any order, because they
+// depend on d_pre alone.
 //
-//   d_w_ih = d_pre[x side]^T x        d_w_hh = d_pre[h side]^T h_prev       d_b = column sums of
-//   d_pre d_x    = d_pre[x side] w_ih
+//   d_w_ih = d_pre[x side]^T x    d_w_hh = d_pre[h side]^T h_prev    d_b = column sums of d_pre
+//   d_x    = d_pre[x side] w_ih
 //
-// A rank owns rows of the result: gate rows of d_w, rows of d_x. It copies what it multiplies into
-// blocks that stay in its cache (A [rows, depth], B in panels [depth, U]), so no rank ever waits.
+// A rank owns rows of the results: gate rows of d_w, rows of d_x. It copies its factors into blocks
+// that stay in its cache (A [rows, depth], B in panels [depth, U]), so no rank ever waits.
 #pragma once
 
 #include "cpu/kernels/product/panels.h"
+#include "cpu/kernels/product/tile.h"
 
 FASTRNN_KERNELS_BEGIN
 
@@ -17,7 +18,7 @@ class GradientWalk {
  public:
   GradientWalk(const LayerGradients<T>& problem, const Plan& plan, const GradientLayout& layout,
                T* workspace, Team& team, int rank)
-      : p_(problem),
+      : problem_(problem),
         shape_(problem.shape),
         hidden_(shape_.hidden_size),
         width_(Cell::kPre * hidden_),
@@ -30,24 +31,24 @@ class GradientWalk {
 
   void run() {
     const Runs runs_x(Cell::kPreX), runs_h(Cell::kPreH);
-    auto x_row = [this](std::int64_t row) { return p_.x + row * p_.x_stride; };
-    weight_gradient(runs_x, x_row, shape_.input_size, p_.d_w_ih, p_.d_b_ih);
+    auto x_row = [this](std::int64_t row) { return problem_.x + row * problem_.x_stride; };
+    weight_gradient(runs_x, x_row, shape_.input_size, problem_.d_w_ih, problem_.d_b_ih);
     step_ = 0;
     auto h_row = [this](std::int64_t row) { return state_before(row); };
-    weight_gradient(runs_h, h_row, shape_.output_size(), p_.d_w_hh, p_.d_b_hh);
-    if (p_.d_x != nullptr) input_gradient(runs_x);
+    weight_gradient(runs_h, h_row, shape_.output_size(), problem_.d_w_hh, problem_.d_b_hh);
+    if (problem_.d_x != nullptr) input_gradient(runs_x);
   }
 
  private:
-  using P = Pack<T>;
-  static constexpr int kLanes = P::kLanes;
+  using Vec = Pack<T>;
+  static constexpr int kLanes = Vec::kLanes;
   static constexpr std::int64_t kU = kTileVectors * kLanes;  // columns of a panel
   static constexpr std::int64_t kCopyRows = 12;
   static constexpr std::int64_t kRows = GradientLayout::kRows, kDepth = GradientLayout::kDepth,
                                 kColumns = GradientLayout::kColumns,
                                 kPitch = GradientLayout::kPitch;
 
-  // Gates whose columns of d_pre lie side by side.
+  // Gates whose columns of d_pre are contiguous.
   struct Run {
     int gate, pre, count;
   };
@@ -66,13 +67,14 @@ class GradientWalk {
     const Run* end() const { return run + count; }
   };
 
-  // The h from which a row of [N, *] was computed. Callers ask for rows in ascending order mostly.
+  // The h from which a row of [N, *] was computed. Fast if rows are asked for in ascending order.
   const T* state_before(std::int64_t row) {
     const Sequence& sequence = shape_.sequence;
     if (row < sequence.offset(step_)) step_ = 0;
     while (row >= sequence.offset(step_) + sequence.rows(step_)) ++step_;
     const StepRows at = sequence.at(step_);
-    return at.state_before(row - at.first, p_.y, p_.y_stride, p_.h0, shape_.output_size());
+    return at.state_before(row - at.first, problem_.y, problem_.y_stride, problem_.h0,
+                           shape_.output_size());
   }
 
   // d_w [gates*H, columns] = d_pre[side]^T input, d_b its column sums.
@@ -80,7 +82,7 @@ class GradientWalk {
   void weight_gradient(const Runs& runs, InputRow input_row, std::int64_t columns, T* d_w, T* d_b) {
     if (d_w == nullptr && d_b == nullptr) return;
     for (const Run& run : runs) {
-      const Share own(run.count * hidden_, rank_, ranks_);
+      const IndexRange own(run.count * hidden_, rank_, ranks_);
       for (std::int64_t m = own.begin; m < own.end; m += kRows) {
         const std::int64_t count = std::min(kRows, own.end - m);
         const std::int64_t to = run.gate * hidden_ + m, from = run.pre * hidden_ + m;
@@ -88,11 +90,11 @@ class GradientWalk {
         do {
           const std::int64_t depth = std::min(kDepth, rows_ - k);
           if (team_.gives_up(rank_, depth * count * columns)) return;
-          take_transposed(p_.d_pre + k * width_ + from, depth, count,
+          copy_transposed(problem_.d_pre + k * width_ + from, depth, count,
                           d_b == nullptr ? nullptr : d_b + to, k == 0);
           for (std::int64_t j = 0; d_w != nullptr && j < columns; j += kColumns) {
             const std::int64_t wide = std::min(kColumns, columns - j);
-            take_panels([&](std::int64_t i) { return input_row(k + i) + j; }, depth, wide);
+            copy_panels([&](std::int64_t i) { return input_row(k + i) + j; }, depth, wide);
             multiply(a_, kPitch, count, depth, {b_, depth * kU, kU}, wide, d_w + to * columns + j,
                      columns, k > 0);
           }
@@ -104,25 +106,25 @@ class GradientWalk {
 
   // d_x [N, I] = d_pre[x side] w_ih.
   void input_gradient(const Runs& runs) {
-    const Share own(rows_, rank_, ranks_);
+    const IndexRange own(rows_, rank_, ranks_);
     const std::int64_t columns = shape_.input_size;
     for (std::int64_t j = 0; j < columns; j += kColumns) {
       const std::int64_t wide = std::min(kColumns, columns - j);
-      bool add = p_.add_to_x;
+      bool add = problem_.add_to_x;
       for (const Run& run : runs) {
         for (std::int64_t k = 0; k < run.count * hidden_; k += kDepth) {
           const std::int64_t depth = std::min(kDepth, run.count * hidden_ - k);
-          const T* w = p_.w_ih + (run.gate * hidden_ + k) * p_.w_ih_stride + j;
-          // For few rows a copy costs more than it gains: whole panels are read where they lie.
+          const T* w = problem_.w_ih + (run.gate * hidden_ + k) * problem_.w_ih_stride + j;
+          // For few rows a copy costs more than it gains: whole panels are read unpacked.
           const std::int64_t lie = own.end - own.begin < kCopyRows ? wide / kU * kU : 0;
-          take_panels([&](std::int64_t i) { return w + lie + i * p_.w_ih_stride; }, depth,
+          copy_panels([&](std::int64_t i) { return w + lie + i * problem_.w_ih_stride; }, depth,
                       wide - lie);
           for (std::int64_t m = own.begin; m < own.end; m += kRows) {
             if (team_.gives_up(rank_, kRows * depth * wide)) return;
-            const T* a = p_.d_pre + m * width_ + run.pre * hidden_ + k;
-            T* c = p_.d_x + m * columns + j;
+            const T* a = problem_.d_pre + m * width_ + run.pre * hidden_ + k;
+            T* c = problem_.d_x + m * columns + j;
             const std::int64_t count = std::min(kRows, own.end - m);
-            multiply(a, width_, count, depth, {w, kU, p_.w_ih_stride}, lie, c, columns, add);
+            multiply(a, width_, count, depth, {w, kU, problem_.w_ih_stride}, lie, c, columns, add);
             multiply(a, width_, count, depth, {b_, depth * kU, kU}, wide - lie, c + lie, columns,
                      add);
           }
@@ -132,8 +134,8 @@ class GradientWalk {
     }
   }
 
-  // A [count, depth] = from^T, and the sums of from over depth.
-  void take_transposed(const T* from, std::int64_t depth, std::int64_t count, T* sums, bool first) {
+  // A [count, depth] = from^T. sums: the sums of from over depth.
+  void copy_transposed(const T* from, std::int64_t depth, std::int64_t count, T* sums, bool first) {
     std::int64_t k = 0;
     for (; k + kLanes <= depth; k += kLanes)
       transpose_rows(from + k * width_, width_, kLanes, count, a_ + k, kPitch);
@@ -142,16 +144,16 @@ class GradientWalk {
     if (sums == nullptr) return;
     for (std::int64_t m = 0; m < count; m += kLanes) {
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, count - m);
-      P sum = P(T(0));  // in pieces, as all sums
-      for (std::int64_t i = 0; i < depth; ++i) sum = sum + P::load(from + i * width_ + m, lanes);
-      if (!first) sum = P::load(sums + m, lanes) + sum;
+      Vec sum = Vec(T(0));  // partial sums, to limit rounding error
+      for (std::int64_t i = 0; i < depth; ++i) sum = sum + Vec::load(from + i * width_ + m, lanes);
+      if (!first) sum = Vec::load(sums + m, lanes) + sum;
       sum.store(sums + m, lanes);
     }
   }
 
   // B [columns / U][depth, U], zero beyond the last column.
   template <class Row>
-  void take_panels(Row row, std::int64_t depth, std::int64_t columns) {
+  void copy_panels(Row row, std::int64_t depth, std::int64_t columns) {
     for (std::int64_t i = 0; i < depth; ++i) {
       const T* from = row(i);
       T* to = b_ + i * kU;
@@ -159,21 +161,22 @@ class GradientWalk {
       for (; j + kU <= columns; j += kU, to += depth * kU)
 #pragma GCC unroll 4
         for (int n = 0; n < kTileVectors; ++n)
-          P::load(from + j + n * kLanes).store(to + n * kLanes);
+          Vec::load(from + j + n * kLanes).store(to + n * kLanes);
       if (j < columns)
         for (int n = 0; n < kTileVectors; ++n)
-          P::load(from + j + n * kLanes, std::max<std::int64_t>(columns - j - n * kLanes, 0))
+          Vec::load(from + j + n * kLanes, std::max<std::int64_t>(columns - j - n * kLanes, 0))
               .store(to + n * kLanes);
     }
   }
 
-  // B as columns / U panels: one is panel_step after the other, its rows are stride apart.
+  // B as columns / U panels, panel_step elements apart, their rows `stride` apart.
   struct Panels {
     const T* first;
     std::int64_t panel_step, stride;
   };
 
-  // C [rows, columns] = or += A B. A sum is taken in pieces of kDepth, which keeps its error small.
+  // C [rows, columns] = A B, or += if `add`. Each sum has at most kDepth terms, which limits
+  // rounding error.
   void multiply(const T* a, std::int64_t a_stride, std::int64_t rows, std::int64_t depth,
                 const Panels& b, std::int64_t columns, T* c, std::int64_t c_stride,
                 bool add) const {
@@ -184,16 +187,16 @@ class GradientWalk {
       const int vectors = int(divide_up(wide, kLanes));
       for_each_tile(0, rows, tile_rows(vectors), [&](std::int64_t row, int count) {
         T* to = c + row * c_stride + j;
-        for (int i = 0; i < count * kU; i += kLanes) P(T(0)).store(scratch + i);
+        for (int i = 0; i < count * kU; i += kLanes) Vec(T(0)).store(scratch + i);
         tile_function<T>(count, vectors)(depth, a + row * a_stride, a_stride,
                                          b.first + j / kU * b.panel_step, b.stride, scratch, kU,
                                          kColumn);
         for (int m = 0; m < count; ++m) {
           for (int n = 0; n < vectors; ++n) {
-            P sum = P::load(scratch + m * kU + n * kLanes);
+            Vec sum = Vec::load(scratch + m * kU + n * kLanes);
             T* at = to + m * c_stride + n * kLanes;
             const std::int64_t lanes = wide - n * kLanes;
-            if (add) sum = sum + P::load(at, lanes);
+            if (add) sum = sum + Vec::load(at, lanes);
             sum.store(at, lanes);
           }
         }
@@ -201,7 +204,7 @@ class GradientWalk {
     }
   }
 
-  const LayerGradients<T>& p_;
+  const LayerGradients<T>& problem_;
   const LayerShape& shape_;
   const std::int64_t hidden_, width_, rows_;
   Team& team_;

@@ -1,12 +1,12 @@
-// Values that change places between the lanes of vectors.
+// Exchanges of values between the lanes of vectors.
 #pragma once
 
 #include "cpu/kernels/vector/pack.h"
 
 FASTRNN_KERNELS_BEGIN
 
-// One of the log2(lanes) rounds of a transposition: where the bit kDistance is set in a's lanes and
-// not in b's, the two change places.
+// One of the log2(lanes) rounds of a transposition: swaps the lanes of a whose index has the bit
+// kDistance with the lanes of b whose index does not have it.
 template <class Vector, int kDistance, int... I>
 FASTRNN_INLINE void exchange(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
   constexpr int kLanes = sizeof...(I);
@@ -29,19 +29,19 @@ FASTRNN_INLINE void transpose(typename Pack<T>::Vector* rows) {
   }
 }
 
-// Each lane in the place of the one kDistance away.
+// Swaps lanes that are kDistance apart.
 template <class Vector, int kDistance, int... I>
 FASTRNN_INLINE Vector flipped(Vector v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, (I ^ kDistance)...);
 }
 
-// The sums of the lanes of R vectors, added to to[0 ... R-1] (R and the lanes: powers of two). A
-// round adds what its exchange has brought side by side, of half as many vectors as the last one;
-// when one is left, its lanes are folded.
+// Adds the sums of the lanes of R vectors to to[0 ... R-1] (R and the number of lanes are powers of
+// two). Each round adds pairs of vectors after an exchange, which halves the number of vectors; the
+// lanes of the last vector are folded.
 template <class T, int R, int kDistance = 1, int kCount = R>
 FASTRNN_INLINE void add_totals(typename Pack<T>::Vector* v, T* to) {
   using P = Pack<T>;
-  constexpr int kLanes = std::min(P::kLanes, kCount);  // of the results in a vector
+  constexpr int kLanes = std::min(P::kLanes, kCount);  // results per vector
   constexpr auto kAll = std::make_integer_sequence<int, P::kLanes>{};
   if constexpr (kDistance == P::kLanes) {
     for (int r = 0; r < R; ++r)

@@ -1,6 +1,6 @@
-// Pack<T>: one vector of the instruction set at hand, as a value type for the cells' text
-// (csrc/cells/math.h says what a value type brings). Built on the compiler's vector extension, so
-// the same lines make SSE2, AVX2, AVX-512 and NEON code.
+// Pack<T>: one vector of the instruction set as a value type for the cells (csrc/cells/math.h lists
+// what a value type offers). It uses the compiler's vector extension, so the same lines compile to
+// SSE2, AVX2, AVX-512 and NEON.
 #pragma once
 
 #include "cpu/kernels/target.h"
@@ -20,9 +20,8 @@ struct VectorOf<double> {
   typedef std::int64_t Bits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
 };
 
-// The first `lanes` lanes of a vector (fewer than all), from and to memory; the others read as 0
-// and are not written. Compilers make scalar loops of this, so the instruction sets that have masks
-// say it themselves.
+// Load and store the first `lanes` lanes of a vector (fewer than all); the others are 0 and are not
+// written. Compilers generate scalar loops here, so AVX2 and AVX-512 use intrinsics with masks.
 #if FASTRNN_VECTOR_BYTES == 64
 FASTRNN_INLINE __m512 load_some(const float* from, std::int64_t lanes) {
   return _mm512_maskz_loadu_ps(__mmask16((1u << lanes) - 1), from);
@@ -90,7 +89,7 @@ struct Pack {
   }
   FASTRNN_INLINE void store(T* to) const { __builtin_memcpy(to, &v, sizeof(v)); }
 
-  // The first `lanes` lanes only; the others read as 0 and are not written.
+  // The first `lanes` lanes only; the others are 0 and are not written.
   static FASTRNN_INLINE Pack load(const T* from, std::int64_t lanes) {
     if (lanes >= kLanes) return load(from);
     return lanes > 0 ? Pack(Vector(load_some(from, lanes))) : Pack(T(0));

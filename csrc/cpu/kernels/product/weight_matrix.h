@@ -1,0 +1,82 @@
+// One weight matrix of a time loop, in one format. A format is a record that packs a panel and
+// multiplies with it:
+//
+//   Value                    type of a value of a panel
+//   kFormat                  its name for plans and layouts
+//   kNeedsPanels             false: multiply_unpacked multiplies with the caller's own matrix
+//   Format(vectors)          of blocks of so many vectors, all gates together
+//   pack(source, block, block_units, panel)
+//   tile_height(source, vectors, packed)      largest number of rows that multiply takes
+//   multiply(rows, vectors, k_count, a, a_stride, b, b_stride, c, c_stride, column)
+//                            C [rows, *] += A [rows, K] B, B [K][b_stride] a panel, whose vector i
+//                            is added at column[i] of a row of C
+//
+// native.h and float16.h are formats; formats.h lists those of an instruction set.
+#pragma once
+
+#include "cpu/kernels/product/native.h"
+
+FASTRNN_KERNELS_BEGIN
+
+// Packed, every block is a panel. Unpacked, only a last block of too few columns is: for calls of
+// so few rows that packing costs more than it gains.
+template <class T, class Format = NativeFormat<T>>
+class WeightMatrix {
+  using Value = typename Format::Value;
+  static_assert(sizeof(Value) == weight_bytes(Format::kFormat, sizeof(T)));
+
+ public:
+  WeightMatrix(const PanelSource<T>& source, T* panels, int vectors, bool packed)
+      : format_(source.gates * vectors),
+        source_(source),
+        panels_(reinterpret_cast<Value*>(panels)),
+        vectors_(vectors),
+        packed_(packed) {}
+
+  void pack(const IndexRange& blocks) const {
+    for (std::int64_t block = blocks.begin; block < blocks.end; ++block)
+      if (has_panel(block)) Format::pack(source_, block, block_units(), panel(block));
+  }
+
+  // C [rows, *] += A [rows, K] (this block), vector i of the block at columns.at[i]. Vectors of a
+  // last block with one gate that hold no unit may be skipped.
+  void multiply(std::int64_t block, int rows, const T* a, std::int64_t a_stride, T* c,
+                std::int64_t c_stride, const Columns& columns) const {
+    const int vectors = source_.gates > 1 ? source_.gates * vectors_
+                                          : int(divide_up(units_of(block), Pack<T>::kLanes));
+    if (has_panel(block)) {
+      format_.multiply(rows, vectors, source_.k_count, a, a_stride, panel(block), panel_width(), c,
+                       c_stride, columns.at);
+    } else if constexpr (!Format::kNeedsPanels) {
+      format_.multiply_unpacked(source_, block * block_units(), units_of(block), vectors, rows, a,
+                                a_stride, c, c_stride, columns.at);
+    }
+  }
+
+  // Largest number of rows for multiply.
+  int tile_height() const {
+    return Format::tile_height(source_, source_.gates * vectors_, packed_);
+  }
+
+ private:
+  std::int64_t block_units() const { return std::int64_t(vectors_) * Pack<T>::kLanes; }
+  std::int64_t units_of(std::int64_t block) const {
+    return std::min(block_units(), source_.units - block * block_units());
+  }
+  std::int64_t panel_width() const { return source_.gates * block_units(); }
+  Value* panel(std::int64_t block) const {
+    return panels_ + block * panel_width() * source_.k_count;
+  }
+  bool has_panel(std::int64_t block) const {
+    return Format::kNeedsPanels || packed_ ||
+           (!source_.unit_is_row && units_of(block) < block_units());
+  }
+
+  const Format format_;
+  const PanelSource<T> source_;
+  Value* const panels_;
+  const int vectors_;
+  const bool packed_;
+};
+
+FASTRNN_KERNELS_END

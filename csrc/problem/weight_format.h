@@ -1,0 +1,40 @@
+// The formats in which a kernel can hold the weights that it multiplies with.
+#pragma once
+
+namespace fastrnn {
+
+enum class WeightFormat {
+  kNative,   // the type that the kernel computes in
+  kFloat16,  // rounded to the nearest float16: half the bytes of float32
+};
+
+struct WeightFormatInfo {
+  const char* name;
+  int value_bytes;  // of one weight, 0: those of the type that the kernel computes in
+};
+
+// By WeightFormat.
+constexpr WeightFormatInfo kWeightFormats[] = {{"native", 0}, {"float16", 2}};
+
+constexpr const WeightFormatInfo& weight_format_info(WeightFormat format) {
+  return kWeightFormats[int(format)];
+}
+
+// Bytes of one weight of a kernel whose own values have `element_bytes`.
+constexpr int weight_bytes(WeightFormat format, int element_bytes) {
+  const int bytes = weight_format_info(format).value_bytes;
+  return bytes > 0 ? bytes : element_bytes;
+}
+
+// A set of formats.
+class WeightFormats {
+ public:
+  template <class... Formats>
+  constexpr explicit WeightFormats(Formats... formats) : bits_(((1u << int(formats)) | ...)) {}
+  constexpr bool has(WeightFormat format) const { return (bits_ >> int(format) & 1u) != 0; }
+
+ private:
+  unsigned bits_;
+};
+
+}  // namespace fastrnn
