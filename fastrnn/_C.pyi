@@ -17,6 +17,7 @@ class CellFacts(TypedDict):
     pre: int
     saved: int
     states: int
+    projects: bool
     pre_x: list[int]
     pre_h: list[int]
 

@@ -101,6 +101,7 @@ class CellSpec:
             ``b_ih``) contributes.
         pre_h: the same for the hidden side (``w_hh``, ``b_hh``).
         states: 2 if there is a cell state c besides h, else 1.
+        projects: whether a layer of this cell may have a projection.
         torch: the facts about torch.
         ranges_x, ranges_h: ``pre_x`` and ``pre_h`` as ranges, so that products are few and large.
         inference_outputs, training_outputs: the results to request from ``recurrent_forward``.
@@ -113,6 +114,7 @@ class CellSpec:
     pre_x: tuple[int, ...]
     pre_h: tuple[int, ...]
     states: int
+    projects: bool
     torch: TorchFacts
     ranges_x: tuple[ColumnRange, ...] = field(init=False)
     ranges_h: tuple[ColumnRange, ...] = field(init=False)
@@ -145,6 +147,7 @@ def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
         pre_x=tuple(facts["pre_x"]),
         pre_h=tuple(facts["pre_h"]),
         states=facts["states"],
+        projects=facts["projects"],
         torch=torch_facts(name),
     )
 

@@ -23,6 +23,9 @@
 //   kBackwardReadsNextH  backward reads next_state[0]
 //   kDirectPath          h reaches h' around the recurrent product: backward writes d_state[0].
 //                        Otherwise backward leaves it alone.
+//   kProjects            a layer may multiply h' by w_hr (an LSTM's projection). The recurrent
+//   state
+//                        then has R columns, so such a cell must not read h and has no direct path.
 //
 // A schedule loads only what the flags name; the other entries of an array are zero.
 #pragma once
@@ -65,6 +68,9 @@ constexpr bool check_cell() {
   static_assert(
       (Cell::kStates == 2) == (Cell::kSavedState >= 0) && Cell::kSavedState < Cell::kSaved,
       "kSavedState must be the index of c' in saved, or -1 without a cell state");
+  static_assert(!Cell::kProjects || !(Cell::kForwardReadsH || Cell::kBackwardReadsH ||
+                                      Cell::kBackwardReadsNextH || Cell::kDirectPath),
+                "a cell with a projection must not read h");
   static_assert(sizeof(Cell::kPreX) / sizeof(int) == Cell::kGates &&
                     sizeof(Cell::kPreH) / sizeof(int) == Cell::kGates,
                 "kPreX and kPreH must have an entry for each gate");

@@ -57,6 +57,7 @@ struct Rnn {
   static constexpr bool kBackwardReadsH = false;
   static constexpr bool kBackwardReadsNextH = true;
   static constexpr bool kDirectPath = false;
+  static constexpr bool kProjects = false;
 
   // h' = f(a)
   template <class A>

@@ -108,7 +108,7 @@ void LayerArguments::read_weights(const std::vector<Tensor>& weights, int64_t sl
                 " tensors per direction (", slot_names(slots), "), got ", weights.size(), " for ",
                 directions, " direction(s).");
   const bool projected = has_slot(slots, kWHr);
-  FASTRNN_CHECK(!projected || cell->states == 2,
+  FASTRNN_CHECK(!projected || cell->projects,
                 "weights must hold a projection for lstm only, got one for ", cell->name, ".");
   for (const Tensor& w : weights) check_like("weights", w);
   FASTRNN_CHECK(weights[0].dim() == 2, "w_ih must be 2-D, got ", weights[0].dim(),

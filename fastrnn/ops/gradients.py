@@ -7,7 +7,7 @@ matrix products over all steps follow. On the CPU the same operator computes the
     d_w_ih = d_pre[x side]^T @ x
     d_w_hh = d_pre[h side]^T @ h_prev
     d_b    = column sums of d_pre
-    d_w_hr = d_h^T @ (o * tanh(c'))          only with an LSTM's projection
+    d_w_hr = d_h^T @ (h' before the projection)      only with a projection
 
 d_pre[x side] and d_pre[h side] are the columns that belong to the input side and the hidden side of
 the cell (`CellSpec`); h_prev is the hidden state before each row.
@@ -16,7 +16,7 @@ the cell (`CellSpec`); h_prev is the hidden state before each row.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,15 @@ from fastrnn.layer_call import LayerCall
 from fastrnn.ops.composite import composite_layer
 from fastrnn.ops.operators import backward_op, decode, gradient_ops
 from fastrnn.ops.sequence import is_traced, previous_states
-from fastrnn.spec import GRADIENT_OUTPUTS, PROJECTION, WEIGHT_SLOTS, ColumnRange, Weights, present
+from fastrnn.spec import (
+    GRADIENT_OUTPUTS,
+    PROJECTION,
+    WEIGHT_SLOTS,
+    CellSpec,
+    ColumnRange,
+    Weights,
+    present,
+)
 
 #: the gradients of x, h0, c0 and each weight; None if not needed
 Gradients = tuple["Tensor | None", ...]
@@ -88,7 +96,7 @@ def cpu_gradients(
             w_hr = (direction + 1) * count - 1  # the last slot
             d_h_all = found[_BEFORE_WEIGHTS + w_hr]
             if d_h_all is not None:
-                d_w_hr = _projection_gradient(d_h_all[direction], saved[direction])
+                d_w_hr = _projection_gradient(spec, d_h_all[direction], saved[direction])
                 found[_BEFORE_WEIGHTS + w_hr] = _cast(d_w_hr, weights[w_hr])
     return tuple(found)
 
@@ -183,7 +191,8 @@ def gradients_by_torch(
                     # the gradients of two parameters must not share memory
                     d_b_hh = d_b_hh.clone()
         if need.w_hr and w.w_hr is not None:
-            d_w_hr = _cast(_projection_gradient(d_h_all[direction], saved[direction]), w.w_hr)
+            d_w_hr = _projection_gradient(spec, d_h_all[direction], saved[direction])
+            d_w_hr = _cast(d_w_hr, w.w_hr)
         by_slot = (d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr)
         d_weights += [by_slot[slot] for slot in own]
     return (
@@ -268,10 +277,19 @@ def _recurrent_gradient(
     return d_w
 
 
-def _projection_gradient(d_h: Tensor, saved: Tensor) -> Tensor:
-    """Returns d_w_hr [P,H] = d_h [N,P]^T @ (o * tanh(c')) [N,H]; ``saved`` holds i,f,g,o,c'."""
+def _lstm_before_projection(saved: Tensor) -> Tensor:
+    """Returns o * tanh(c') [N,H]; ``saved`` holds i,f,g,o,c'."""
     _, _, _, o, c = saved.chunk(5, dim=1)
-    return torch.mm(d_h.t(), _cast(o * torch.tanh(c), d_h))
+    return o * torch.tanh(c)
+
+
+#: for each cell that may have a projection, h' before it from the values that forward saves
+BEFORE_PROJECTION: dict[str, Callable[[Tensor], Tensor]] = {"lstm": _lstm_before_projection}
+
+
+def _projection_gradient(spec: CellSpec, d_h: Tensor, saved: Tensor) -> Tensor:
+    """Returns d_w_hr [P,H] = d_h [N,P]^T @ (h' before the projection) [N,H]."""
+    return torch.mm(d_h.t(), _cast(BEFORE_PROJECTION[spec.name](saved), d_h))
 
 
 def differentiable_gradients(

@@ -19,6 +19,7 @@ from tolerance import assert_same_in_double
 
 from fastrnn import _C
 from fastrnn.modules.scripted import script_slots
+from fastrnn.ops.gradients import BEFORE_PROJECTION
 from fastrnn.spec import (
     BY_MODE,
     FORWARD_OUTPUTS,
@@ -36,6 +37,7 @@ F64 = torch.float64
 
 def test_every_cell_of_the_kernels_has_its_facts() -> None:
     assert list(SPECS) == list(_C.cells()) == list(CELLS)
+    assert {name for name, spec in SPECS.items() if spec.projects} == set(BEFORE_PROJECTION)
 
 
 def test_slots_match_the_operators() -> None:

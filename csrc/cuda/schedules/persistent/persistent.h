@@ -127,7 +127,7 @@ auto with_tiling(const Tiling& tiling, Action& action) {
     return tiling.tensor_cores ? with_math(TensorCores<S>{}, is_projected)
                                : with_math(CudaCores<S>{}, is_projected);
   };
-  if constexpr (Cell::kStates == 2) {
+  if constexpr (Cell::kProjects) {
     if (tiling.projection_groups > 0) return with_projection(std::true_type{});
   }
   return with_projection(std::false_type{});
