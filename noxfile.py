@@ -1,7 +1,7 @@
-"""The tasks of a developer: ``nox --list`` shows them, ``nox -s NAME -- ARGUMENTS`` runs one.
+"""Developer tasks: ``nox --list`` shows them, ``nox -s NAME -- ARGUMENTS`` runs one.
 
-They run in the current environment, that of ``pip install --no-build-isolation -e '.[test,dev]'``.
-``.ci/run`` makes environments of its own, from a fresh clone.
+They run in the current environment (``pip install --no-build-isolation -e '.[test,dev]'``).
+``.ci/run`` creates its own environments from a fresh clone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def test_fast(session: nox.Session) -> None:
-    """The tests without the slow ones, about 7 minutes on 2 cores."""
+    """Run the fast tests, about 7 minutes on 2 cores."""
     session.run("python", "-m", "pytest", "-q", *session.posargs)
 
 
 @nox.session
 def test(session: nox.Session) -> None:
-    """All tests, the slow ones as well."""
+    """Run all tests, including the slow ones."""
     session.run("python", "-m", "pytest", "-q", "-m", "slow or not slow", *session.posargs)
 
 

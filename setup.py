@@ -1,19 +1,20 @@
-"""Builds the native libraries of fastrnn; everything declarative lives in pyproject.toml.
+"""Builds the native libraries of fastrnn. pyproject.toml holds all static metadata.
 
     csrc/cpu/**/*.cpp               fastrnn/lib/libfastrnn_kernels.so     no torch, no Python
     csrc/bindings/*.cpp             fastrnn/_C.<python abi>.so            pybind11, links kernels
     csrc/torch/*.cpp                fastrnn/lib/libfastrnn_torch.so       stable ABI, links kernels
-    csrc/cuda/**/*.cu, ops_cuda.cpp fastrnn/lib/libfastrnn_torch_cuda.so  where CUDA is wanted;
-                                    torch/arguments.cpp is compiled into both
+    csrc/cuda/**/*.cu, ops_cuda.cpp fastrnn/lib/libfastrnn_torch_cuda.so  only with CUDA
+
+torch/arguments.cpp is compiled into both libraries that use torch.
 
 Environment variables:
-    FASTRNN_CUDA          unset: CUDA is built if nvcc and a CUDA torch are there; 1: it has to be;
-                          0: it is not
-    TORCH_CUDA_ARCH_LIST  GPU architectures, "8.0;9.0+PTX" unless given
-    CXX, CXXFLAGS         the C++ compiler, and flags that are added after ours
-    CUDA_HOME             the CUDA toolkit; otherwise that of the nvcc on PATH
+    FASTRNN_CUDA          unset: builds CUDA if there are nvcc and a CUDA build of torch; 1: fails
+                          without them; 0: does not build CUDA
+    TORCH_CUDA_ARCH_LIST  GPU architectures, default "8.0;9.0+PTX"
+    CXX, CXXFLAGS         the C++ compiler, and flags that are added after fastrnn's own
+    CUDA_HOME             the CUDA toolkit; default: the toolkit of the nvcc on PATH
     NVCC_APPEND_FLAGS     read by nvcc itself
-    MAX_JOBS              how many files ninja compiles at a time
+    MAX_JOBS              number of files that ninja compiles at the same time
 """
 
 from __future__ import annotations
@@ -38,27 +39,27 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of torch 2.11
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
-# The kernels may contract a*b+c into one rounding and need neither errno nor floating-point traps;
-# NaN, infinities and the order of sums stay as written. No -march: each instruction set is a pragma
-# in its own source file, so that one binary runs everywhere.
+# In the kernels, a*b+c may be contracted into one rounding, and errno and floating-point traps are
+# not needed. NaN, infinities and the order of sums keep their meaning. No -march: each instruction
+# set is selected by a pragma in its own source file, so that one binary runs on every CPU.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-# Divisions of floats may err by 2 ulp instead of 0.5: one that is exact to the last bit calls a
-# function, and the gates of a cell would go through it one after the other.
+# Float divisions may have an error of 2 ulp instead of 0.5 ulp: correctly rounded division calls a
+# function, for one gate of a cell after another.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-prec-div=false"]
 NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-g0"]
-# All symbols are looked up at load time: a library that does not fit fails there, not in a call.
+# All symbols are resolved at load time, so an incompatible library fails there, not in a call.
 LINK_FLAGS = ["-pthread", "-Wl,-z,now"]
 NO_UNDEFINED = "-Wl,--no-undefined"
 
 
-def stop(sentence: str) -> SystemExit:
-    """Returns the exception that ends the build with one sentence and no traceback."""
-    return SystemExit(f"fastrnn cannot be built: {sentence}")
+def build_error(reason: str) -> SystemExit:
+    """Returns the exception that ends the build with a one-line message and no traceback."""
+    return SystemExit(f"fastrnn cannot be built: {reason}")
 
 
 @dataclass(frozen=True)
 class Torch:
-    """The torch that is compiled against."""
+    """The torch that the build compiles against."""
 
     version: str
     cuda: str | None  # e.g. "13.0"
@@ -68,7 +69,7 @@ class Torch:
 
 @dataclass(frozen=True)
 class Cuda:
-    """A CUDA toolkit that fits the torch."""
+    """A CUDA toolkit of the same major version as torch's."""
 
     version: str
     arch_flags: list[str]
@@ -83,33 +84,37 @@ def find_torch() -> Torch:
     try:
         import torch
     except ImportError as error:
-        raise stop(
+        raise build_error(
             f"torch >= 2.11 is not installed for {sys.executable} ({error}); install it first, "
             "or build without --no-build-isolation."
         ) from None
     if numbers(torch.__version__) < OLDEST_TORCH:
-        raise stop(f"torch {torch.__version__} is installed and 2.11 or newer is needed.")
+        raise build_error(f"torch must be 2.11 or newer, got {torch.__version__}.")
     root = Path(torch.__file__).parent
     version = str(torch.__version__)
     return Torch(version, torch.version.cuda, str(root / "include"), str(root / "lib"))
 
 
 def check_tools() -> None:
-    """Stops with one sentence if the compiler, pybind11 or ninja is missing."""
+    """Raises if the compiler, pybind11 or ninja is missing."""
     if not sys.platform.startswith("linux"):
-        raise stop(f"it is written for Linux and this is {sys.platform}.")
+        raise build_error(f"the operating system must be Linux, got {sys.platform}.")
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
-        raise stop(
-            f"there is no C++ compiler ({compiler!r} is not found); install g++ or clang, "
-            "or name one in CXX."
+        raise build_error(
+            f"the C++ compiler {compiler!r} is missing; install g++ or clang, or set CXX to "
+            "another compiler."
         )
     if importlib.util.find_spec("pybind11") is None:
-        raise stop("pybind11 is not installed; install it, or build without --no-build-isolation.")
+        raise build_error(
+            "pybind11 is not installed; install it, or build without --no-build-isolation."
+        )
     if shutil.which("ninja") is None:
         if importlib.util.find_spec("ninja") is None:
-            raise stop("ninja is not installed; install it, or build without --no-build-isolation.")
-        import ninja  # installed, but its folder of scripts is not on PATH
+            raise build_error(
+                "ninja is not installed; install it, or build without --no-build-isolation."
+            )
+        import ninja  # installed as a package, but not on PATH
 
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
@@ -127,36 +132,36 @@ def output_of(command: list[str]) -> str:
 
 
 def find_cuda(torch: Torch) -> Cuda | None:
-    """Returns the toolkit to build CUDA with, or None; obeys FASTRNN_CUDA."""
-    wish = os.environ.get("FASTRNN_CUDA", "")
-    if wish not in ("", "0", "1"):
-        raise stop(f"FASTRNN_CUDA={wish!r} is neither 0 nor 1.")
-    if wish == "0":
-        print("fastrnn: without CUDA, FASTRNN_CUDA=0.")
+    """Returns the CUDA toolkit to build with, or None; depends on FASTRNN_CUDA."""
+    requested = os.environ.get("FASTRNN_CUDA", "")
+    if requested not in ("", "0", "1"):
+        raise build_error(f"FASTRNN_CUDA must be 0 or 1, got {requested!r}.")
+    if requested == "0":
+        print("fastrnn: building without CUDA (FASTRNN_CUDA=0).")
         return None
-    cuda, missing = fitting_cuda(torch)
+    cuda, missing = find_compatible_cuda(torch)
     if missing:
-        if wish == "1":
-            raise stop(f"FASTRNN_CUDA=1 asks for the CUDA kernels, but {missing}.")
-        print(f"fastrnn: without CUDA, {missing}.")
+        if requested == "1":
+            raise build_error(f"FASTRNN_CUDA=1 requires the CUDA kernels, but {missing}.")
+        print(f"fastrnn: building without CUDA: {missing}.")
     return cuda
 
 
-def fitting_cuda(torch: Torch) -> tuple[Cuda | None, str]:
-    """Returns (toolkit, "") or (None, what is missing)."""
+def find_compatible_cuda(torch: Torch) -> tuple[Cuda | None, str]:
+    """Returns (toolkit, "") or (None, the reason why there is none)."""
     if torch.cuda is None:
         return None, f"torch {torch.version} is a build without CUDA"
     nvcc = find_nvcc()
     if nvcc is None:
-        return None, "no nvcc is found in CUDA_HOME, on PATH or in /usr/local/cuda"
+        return None, "nvcc is not in CUDA_HOME, on PATH or in /usr/local/cuda"
     match = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
     if match is None:
-        return None, f"{nvcc} --version does not say its version"
+        return None, f"{nvcc} --version does not print a version"
     version = match.group(1)
     if numbers(version)[0] != numbers(torch.cuda)[0]:
-        return None, f"{nvcc} is of CUDA {version} and torch is built for CUDA {torch.cuda}"
+        return None, f"{nvcc} is CUDA {version} and torch was built for CUDA {torch.cuda}"
 
-    # nvcc may be a wrapper, or conda's, or Debian's: its own dry run tells where its headers are.
+    # nvcc may be a wrapper or come from conda or Debian, so ask its dry run where its headers are.
     dry_run = output_of([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull])
     top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
     include = [
@@ -166,18 +171,19 @@ def fitting_cuda(torch: Torch) -> tuple[Cuda | None, str]:
     ]
     home = os.path.normpath(top.group(1)) if top else os.path.dirname(os.path.dirname(nvcc))
     include = include or [os.path.join(home, "include")]
-    # The CUDA wheels that torch depends on carry the headers that a small toolkit may lack.
+    # The CUDA wheels that torch depends on have the headers that a minimal toolkit lacks.
     wheels = Path(torch.include).parents[1] / "nvidia"
     major = numbers(version)[0]
     include += [str(wheels / f"cu{major}" / "include"), str(wheels / "cublas" / "include")]
-    # /usr/include as an explicit folder would break the compiler's own include_next.
+    # An explicit -isystem /usr/include would break include_next in the compiler's own headers.
     include = [path for path in include if os.path.isdir(path) and path != "/usr/include"]
     searched = [*include, "/usr/include"]
     for header in ("cuda_runtime.h", "cublas_v2.h"):
         if not any(os.path.exists(os.path.join(path, header)) for path in searched):
-            return None, f"{header} is neither in the CUDA toolkit {home} nor beside torch"
+            where = f"the CUDA toolkit {home} nor in torch's CUDA wheels"
+            return None, f"{header} is neither in {where}"
 
-    os.environ["CUDA_HOME"] = home  # cpp_extension calls the nvcc in there
+    os.environ["CUDA_HOME"] = home  # cpp_extension calls the nvcc in this folder
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
     from torch.utils import cpp_extension
 
@@ -185,12 +191,12 @@ def fitting_cuda(torch: Torch) -> tuple[Cuda | None, str]:
         arch_flags = cpp_extension._get_cuda_arch_flags()
     except ValueError as error:
         archs = os.environ["TORCH_CUDA_ARCH_LIST"]
-        raise stop(f"TORCH_CUDA_ARCH_LIST={archs!r} is not understood ({error}).") from None
+        raise build_error(f"TORCH_CUDA_ARCH_LIST={archs!r} is invalid ({error}).") from None
     return Cuda(version, list(arch_flags), include), ""
 
 
 def project_version() -> str:
-    """The version, which pyproject.toml alone states (tomllib comes with Python 3.11 only)."""
+    """Returns the version in pyproject.toml. (Python 3.10 has no tomllib.)"""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     match = re.search(r'^version = "([^"]+)"$', text, re.MULTILINE)
     assert match is not None
@@ -198,7 +204,7 @@ def project_version() -> str:
 
 
 def arch_names(flags: list[str]) -> list[str]:
-    """["-gencode=arch=compute_90,code=sm_90", ...] -> ["sm_90", ...]"""
+    """Returns ["sm_90", ...] for ["-gencode=arch=compute_90,code=sm_90", ...]."""
     return [flag.rpartition("code=")[2] for flag in flags]
 
 
@@ -210,7 +216,7 @@ def files(*patterns: str) -> list[str]:
 
 
 def system_include(*paths: str) -> list[str]:
-    """Headers of others come as system headers, whose warnings are not ours."""
+    """Returns flags that include headers of other projects as system headers, without warnings."""
     return [word for path in paths for word in ("-isystem", path)]
 
 
@@ -231,7 +237,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
     }
     torch_macros = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-        # Names the torch on the command line, so that another torch means another build.
+        # Puts torch's version on the command line, so that another torch causes a rebuild.
         text_macro("FASTRNN_TORCH_VERSION", torch.version),
     ]
 
@@ -271,7 +277,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
     if cuda is None:
         return [kernels, bindings, ops]
 
-    # cudart and cuBLAS are not linked: libtorch_cuda needs both and brings the copies to call.
+    # cudart and cuBLAS are not linked: libtorch_cuda depends on both and loads them.
     system = system_include(torch.include, *cuda.include)
     cuda_ops = Extension(
         "fastrnn.lib.libfastrnn_torch_cuda",
@@ -301,17 +307,17 @@ def build_command() -> type:
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.parallel = None  # a library links the one before it
+            self.parallel = None  # each library links an earlier one
 
         def get_ext_filename(self, ext_name: str) -> str:
-            # Called with the full name or with its last part alone.
+            # setuptools passes the full name or only its last part.
             *package, name = ext_name.split(".")
-            if name.startswith("lib"):  # not a Python module: no Python ABI in its name
+            if name.startswith("lib"):  # not a Python module, so no ABI tag in the file name
                 return os.path.join(*package, f"{name}.so")
             return str(super().get_ext_filename(ext_name))
 
         def build_extensions(self) -> None:
-            # The flags that Python itself was compiled with (-march, -g, -fwrapv) are not for us.
+            # Do not use the flags that Python itself was compiled with (-march, -g, -fwrapv).
             compiler = shlex.split(os.environ.get("CXX", "c++"))
             for name in ("compiler_so", "compiler_so_cxx", "compiler_cxx"):
                 self.compiler.set_executable(name, [*compiler, "-fPIC", "-DNDEBUG"])
@@ -319,10 +325,11 @@ def build_command() -> type:
             try:
                 super().build_extensions()
             except RuntimeError as error:  # the compiler's own messages are above
-                raise stop(f"{str(error).strip().splitlines()[-1]}.") from None
+                raise build_error(f"{str(error).strip().splitlines()[-1]}.") from None
 
         def build_extension(self, ext: Extension) -> None:
-            # One folder of objects a library, or one build.ninja would overwrite the other.
+            # One folder of objects per library; otherwise they would overwrite each other's
+            # build.ninja.
             shared = self.build_temp
             self.build_temp = os.path.join(shared, ext.name.rpartition(".")[2])
             ext.library_dirs.insert(0, os.path.join(self.build_lib, "fastrnn", "lib"))
@@ -332,7 +339,7 @@ def build_command() -> type:
                 self.build_temp = shared
 
         def remove_stale(self, root: Path) -> None:
-            """Removes libraries of an earlier build, say with CUDA, that this one does not make."""
+            """Removes libraries of an earlier build that this build does not make, such as CUDA."""
             ours = {os.path.join(root, self.get_ext_filename(ext.name)) for ext in self.extensions}
             for path in (root / "fastrnn" / "lib").glob("libfastrnn_*.so"):
                 if str(path) not in ours:
@@ -348,7 +355,7 @@ def build_command() -> type:
 
 def main() -> None:
     os.chdir(ROOT)
-    # Metadata and source archives are made without a compiler and without torch.
+    # Metadata and source archives need neither a compiler nor torch.
     compiling = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
     if not compiling & set(sys.argv):
         setup()

@@ -1,10 +1,10 @@
-"""Fails if the K loop of a CPU microkernel spills registers or holds more than it should.
+"""Fails if the K loop of a CPU microkernel spills registers or has unexpected instructions.
 
     check_kernels.py OBJECT...     objects of csrc/cpu/isa/*.cpp, for x86-64 or aarch64
 
-The loop is found in the disassembly: a backward jump with multiply-adds and no other jump between.
-It must hold a whole number of steps along K, no vector on the stack, and next to nothing but
-multiply-adds and loads. Which tiles there have to be is what tile.h itself says.
+The K loop is found in the disassembly: it ends with a backward jump, and contains multiply-adds and
+no other jump. It must hold a whole number of steps along K and almost only multiply-adds and loads,
+and must not use vectors on the stack. tile_shape.h determines which tiles must exist.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine of the ELF header
 
 @dataclass(frozen=True)
 class Microkernel:
-    """The instances that name<types, M, N> must have: tiles of M rows and N vectors."""
+    """The instances name<types, M, N> that must exist: tiles of M rows and N vectors."""
 
-    types: tuple[str, ...] = ()
-    rows: str = ""  # the function of tile.h: most rows for n vectors
-    chains: str = ""  # and that of the chains of m rows and n vectors
+    types: tuple[str, ...] = ()  # () if no instance is required: only the existing ones are checked
+    rows: str = ""  # function in tile_shape.h: largest number of rows for n vectors
+    chains: str = ""  # function in tile_shape.h: number of chains for m rows and n vectors
 
 
-# Of those without types, whatever is there is checked. name<types, M> is of one vector.
+# An instance name<types, M> has one vector.
 MICROKERNELS = {
     "tile": Microkernel(("float", "double"), rows="tile_rows", chains="tile_chains"),
     "dot": Microkernel(),
     "half_tile": Microkernel(),
 }
 
-# Integers that a loop may fetch from the stack (or from a vector register) in a step along K: the
-# offsets of 12 rows are more than x86's integer registers hold.
+# Integers that a loop may load from the stack (or from a vector register) per step along K: x86 has
+# too few integer registers for the offsets of 12 rows.
 INTEGER_RELOADS = 2
-# Of what is neither a multiply-add nor a load, nothing is let through, but on SSE2: it has no FMA,
-# its product overwrites a factor (a move a product at most) and a broadcast is a load and a shuffle
-# (a shuffle a row and step).
+# Vector instructions other than multiply-adds and loads are allowed only on SSE2. SSE2 has no FMA,
+# its product overwrites a factor (at most one move per product), and a broadcast is a load and a
+# shuffle (one shuffle per row and step).
 NO_FMA = {("baseline", "x86_64")}
 
 HEADER = re.compile(r"^[0-9a-f]+ <(?P<name>.+)>:$")
@@ -77,7 +77,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a jump goes, if its operands say so."""
+        """Target of a jump, if its operands contain an address."""
         last = self.operands.rpartition(",")[2].strip()
         if JUMP.fullmatch(self.code) and re.fullmatch("[0-9a-f]+", last):
             return int(last, 16)
@@ -98,7 +98,7 @@ class Function:
 
     @property
     def on_stack(self) -> re.Pattern[str]:
-        """Matches an operand on the stack; without a frame, rbp and x29 are other pointers."""
+        """Pattern of an operand on the stack. rbp and x29 point to it only if there is a frame."""
         begin, frame = FRAME[self.machine]
         has_frame = any(f"{i.code} {i.operands}" == begin for i in self.body)
         return re.compile(STACK[self.machine] + (f"|{frame}" if has_frame else ""))
@@ -106,20 +106,20 @@ class Function:
 
 @dataclass(frozen=True)
 class Loop:
-    """How many instructions of a kind a loop holds."""
+    """Number of instructions in a loop, by kind."""
 
-    multiply_adds: int  # a product and a sum are one
-    loads: int  # of vectors, also those that are part of a multiply-add
-    moves: int  # from a vector register to another
-    others: int  # all others with vectors
+    multiply_adds: int  # a product and a sum count as one
+    loads: int  # loads of vectors, also as an operand of a multiply-add
+    moves: int  # between vector registers
+    others: int  # all other instructions with vectors
     spills: int  # vectors stored to the stack or loaded from it
-    reloads: int  # integers from the stack or from a vector register
-    integer: int  # without vectors
-    share: float  # multiply-adds of all instructions
+    reloads: int  # integers loaded from the stack or from a vector register
+    integer: int  # instructions without vectors
+    share: float  # multiply-adds divided by all instructions
 
 
 def functions(disassembly: str, machine: str) -> Iterator[Function]:
-    """The microkernels of `objdump -dC --no-show-raw-insn`."""
+    """Yields the microkernels in the output of `objdump -dC --no-show-raw-insn`."""
     function: Function | None = None
     for line in disassembly.splitlines():
         if header := HEADER.match(line):
@@ -144,7 +144,7 @@ def functions(disassembly: str, machine: str) -> Iterator[Function]:
 
 
 def loops(function: Function) -> list[Loop]:
-    """The straight loops with multiply-adds, that with the most of them first."""
+    """Returns the loops without inner jumps that have multiply-adds, most multiply-adds first."""
     found = []
     start = {instruction.at: i for i, instruction in enumerate(function.body)}
     for end, instruction in enumerate(function.body):
@@ -190,21 +190,23 @@ def count(body: list[Instruction], on_stack: re.Pattern[str]) -> Loop:
 
 
 def is_store(instruction: Instruction) -> bool:
-    """In x86's operands (AT&T's order) memory comes last; aarch64 has names for it."""
+    """Whether this stores: on x86 (AT&T order) memory is the last operand; on aarch64, the name."""
     return re.match(r"st", instruction.code) is not None or instruction.operands.endswith(")")
 
 
 def check(function: Function, chains: int) -> tuple[Loop | None, list[str]]:
-    """Returns the K loop and what is wrong with it."""
+    """Returns the K loop and its faults."""
     found = loops(function)
     if not found:
-        return None, ["has no straight loop with multiply-adds"]
+        return None, ["has no loop with multiply-adds and without inner jumps"]
     rows, vectors = function.shape
     loop = found[0]
     wrong = []
     each = rows * vectors * chains
     if loop.multiply_adds % each:
-        wrong.append(f"has {loop.multiply_adds} multiply-adds in its K loop, no multiple of {each}")
+        wrong.append(
+            f"has {loop.multiply_adds} multiply-adds in its K loop, not a multiple of {each}"
+        )
     for rest in found[1:]:
         if rest.multiply_adds % (rows * vectors):
             wrong.append(f"has a loop of {rest.multiply_adds} multiply-adds, not {rows * vectors}")
@@ -223,7 +225,7 @@ def check(function: Function, chains: int) -> tuple[Loop | None, list[str]]:
 
 
 def shapes(isa: str, machine: str, kernel: Microkernel) -> dict[tuple[int, int], int]:
-    """(rows, vectors) -> chains of the tiles that tile_shape.h defines for an instruction set."""
+    """Returns {(rows, vectors): chains} of the tiles that tile_shape.h defines for an ISA."""
     if not kernel.types:
         return {}
     macros = (CSRC / "cpu" / "isa" / f"{isa}.cpp").read_text(encoding="utf-8")
@@ -247,8 +249,8 @@ def shapes(isa: str, machine: str, kernel: Microkernel) -> dict[tuple[int, int],
         compiler = shlex.split(os.environ.get("CXX", "g++"))
         command = [*compiler, "-w", "-std=c++17", f"-I{CSRC}", "-x", "c++", "-", "-o", probe]
         subprocess.run(command, input="\n".join(program), text=True, check=True)
-        said = subprocess.run([probe], capture_output=True, text=True, check=True).stdout
-    lines = [[int(number) for number in line.split()] for line in said.splitlines()]
+        output = subprocess.run([probe], capture_output=True, text=True, check=True).stdout
+    lines = [[int(number) for number in line.split()] for line in output.splitlines()]
     return {(m, n): chains for m, n, chains in lines}
 
 
@@ -271,14 +273,14 @@ def disassemble(path: str, machine: str) -> str:
 
 
 def check_object(path: str) -> list[str]:
-    """Prints a table of the object's microkernels; returns what is wrong, a sentence each."""
+    """Prints a table of the object's microkernels; returns one sentence per fault."""
     machine = machine_of(path)
     found = list(functions(disassemble(path, machine), machine))
     if not found:
         return [f"{path} holds no microkernel."]
     isa = found[0].isa
     wrong = []
-    rows: dict[tuple[str, tuple[int, int], str], list[str]] = {}  # what is said -> of which types
+    rows: dict[tuple[str, tuple[int, int], str], list[str]] = {}  # row of the table -> its types
     for name, kernel in MICROKERNELS.items():
         expected = shapes(isa, machine, kernel)
         here = [function for function in found if function.kernel == name]
@@ -292,7 +294,7 @@ def check_object(path: str) -> list[str]:
             if loop is not None:
                 of_type = function.type.rpartition("::")[2]
                 rows.setdefault((name, function.shape, line(loop)), []).append(of_type)
-    print(f"{isa} on {machine}: {len(found)} microkernels, instructions in an iteration of K")
+    print(f"{isa} on {machine}: {len(found)} microkernels, instructions per iteration of K")
     print(" " * 30 + "FMAs loads moves others spills integer  FMA share")
     for (name, (m, n), text), types in rows.items():
         print(f"  {name:9}{m:3} x {n}  {' '.join(sorted(types)):13}{text}")

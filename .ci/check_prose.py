@@ -2,8 +2,8 @@
 
     check_prose.py [FILE...]     all files of the project unless some are named
 
-Ends with status 1 after printing `file:line: "found": advice` for each finding. RULES has only
-patterns that are nearly always wrong here; ordinary words with a second, bad use are not in it. A
+Prints `file:line: "found": advice` for each finding; the exit status is then 1. RULES has only
+patterns that are nearly always wrong here, no ordinary words that are wrong in one of their uses. A
 line that must keep its words (a quotation) ends with the marker `prose: keep`.
 """
 
@@ -22,12 +22,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = "prose: keep"
 
-# Never prose of ours, or written by a program.
+# Not written by this project, or generated.
 GENERATED = ["LICENSE", "bench/results/", "docs/cuda_kernels.md"]
 
 _UNIT = r"(?:\d|GFLOP/s|GB/s|ns|us|µs|ms|bytes?|KiB|MiB|KB|MB|values?|barriers?|tiles?|loads?)"
 _WHOLE = r"(?:core|step|row|block|second|call|direction|layer|cell|thread|rank|tile|unit|gate)"
-# pattern -> advice; both are matched without regard to case
+# pattern -> advice; patterns ignore case
 RULES: dict[str, str] = {
     r"\blest\b": "so that ... not",
     r"\bwho(?:so)?ever\b": "name the caller, thread or user",
@@ -47,14 +47,14 @@ RULES: dict[str, str] = {
     rf"\b{_UNIT} an? {_WHOLE}\b": "per, not a: '60 ns per step'",
 }
 _RULES = [(re.compile(pattern, re.IGNORECASE), advice) for pattern, advice in RULES.items()]
-_WHAT = re.compile(r"\s*What\b(?![^.?!]*\?)")  # but a question may begin so
+_WHAT = re.compile(r"\s*What\b(?![^.?!]*\?)")  # a question may begin with What
 WHAT_ADVICE = "begin a docstring with a verb or a noun"
 
 Line = tuple[int, str]  # line number, prose
 
 
 def python_prose(text: str) -> Iterator[Line]:
-    """The comments and docstrings of a Python file."""
+    """Yields the comments and docstrings of a Python file."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
@@ -63,7 +63,7 @@ def python_prose(text: str) -> Iterator[Line]:
 
 
 def docstrings(text: str) -> Iterator[ast.Constant]:
-    """The docstrings of a Python file, as nodes of its syntax tree."""
+    """Yields the docstrings of a Python file, as nodes of its syntax tree."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
@@ -76,7 +76,7 @@ def docstrings(text: str) -> Iterator[ast.Constant]:
 
 
 def cpp_prose(text: str) -> Iterator[Line]:
-    """The comments of a C++ or CUDA file; strings are not told apart."""
+    """Yields the comments of a C++ or CUDA file, and text in strings that looks like one."""
     for match in re.finditer(r"//[^\n]*|/\*.*?\*/", text, re.DOTALL):
         yield from enumerate(match[0].splitlines(), text.count("\n", 0, match.start()) + 1)
 
@@ -88,7 +88,7 @@ def shell_prose(text: str) -> Iterator[Line]:
 
 
 def markdown_prose(text: str) -> Iterator[Line]:
-    """The lines outside fenced code."""
+    """Yields the lines outside fenced code."""
     fenced = False
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```"):
@@ -98,7 +98,7 @@ def markdown_prose(text: str) -> Iterator[Line]:
 
 
 def changelog_prose(text: str) -> Iterator[Line]:
-    """The newest section: what was released stays as it is."""
+    """Yields the newest section: the sections of releases do not change."""
     sections = 0
     for number, line in markdown_prose(text):
         sections += line.startswith("## ")
@@ -140,7 +140,7 @@ def check(path: str, text: str) -> list[str]:
 
 
 def files() -> list[str]:
-    """The files that are checked unless some are named."""
+    """Returns the files that are checked by default."""
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Fails if a CUDA kernel spills registers, or if an architecture has no kernel at all.
+"""Fails if a CUDA kernel spills registers, or if there is no kernel for an architecture.
 
 check_spills.py BUILD_LOG ARCH...     the log of a build whose nvcc had -Xptxas -v
 """

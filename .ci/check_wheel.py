@@ -1,6 +1,6 @@
 """Runs every layer of the installed fastrnn once, forward and backward, and compares it with torch.
 
-For wheels on machines without the test tools; imports nothing but fastrnn and torch.
+For wheels on machines without the test tools: it imports only fastrnn and torch.
 """
 
 from __future__ import annotations

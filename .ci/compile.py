@@ -1,12 +1,13 @@
-"""Compiles parts of csrc/ as setup.py would, for another machine or against another torch.
+"""Compiles parts of csrc/ with the flags of setup.py, for another CPU or against another torch.
 
     compile.py kernels --compiler aarch64-linux-gnu-g++ --out FOLDER [--link]
     compile.py torch --torch SITE_PACKAGES/torch --out FOLDER
     compile.py database [--out FOLDER]
 
-Objects only (with --link, the kernels' shared library too); a warning is an error. `database`
-compiles nothing: it writes compile_commands.json, from which clangd and clang-tidy know the flags
-of every source and header in csrc/ and tests/ (CUDA sources where the torch and nvcc are there).
+Compiles to objects (with --link, also to the kernels' shared library). Warnings are errors.
+`database` compiles nothing: it writes compile_commands.json, which tells clangd and clang-tidy the
+flags of every source and header in csrc/ and tests/ (CUDA sources only if there are nvcc and a CUDA
+build of torch).
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def run(command: list[str]) -> None:
 
 
 def run_all(commands: list[list[str]]) -> None:
-    """Runs MAX_JOBS (2) commands at a time; raises CalledProcessError if one fails."""
+    """Runs MAX_JOBS (default 2) commands at a time; raises CalledProcessError if one fails."""
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         list(pool.map(run, commands))
 

@@ -1,12 +1,12 @@
 """Registers and shared memory of the CUDA kernels: the table in docs/cuda_kernels.md.
 
     cuda_resources.py            compiles all of csrc/cuda; fails if a kernel spills or has a stack,
-                                 or if the table is not what this nvcc says (of another nvcc only
-                                 the kernels' names are compared)
+                                 or if the table is out of date (if another nvcc wrote it, only the
+                                 names of the kernels are compared)
     cuda_resources.py --write    writes the table
 
-Needs nvcc, the headers of cuBLAS (a torch with CUDA brings them) and an installed fastrnn, whose
-plan says how much shared memory a block asks for.
+Needs nvcc, the headers of cuBLAS (a CUDA build of torch includes them) and an installed fastrnn,
+whose plan contains the shared memory per block.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TABLE = ROOT / "docs" / "cuda_kernels.md"
 ARCHS = ("sm_80", "sm_90a", "sm_100")
 HIDDEN = (256, 512, 768, 1024)
 
-# what `ptxas -v` says of one kernel
+# the output of `ptxas -v` for one kernel
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -46,7 +46,7 @@ class Kernel:
 
 
 def kernels(log: str) -> list[Kernel]:
-    """The kernels of a log of nvcc's, demangled."""
+    """Returns the kernels in a log of nvcc, with demangled names."""
     found = [match.groupdict() for match in KERNEL.finditer(log)]
     mangled = "\n".join(kernel["name"] for kernel in found)
     names = subprocess.run(
@@ -65,7 +65,7 @@ def kernels(log: str) -> list[Kernel]:
 
 
 def short(name: str) -> str:
-    """`ForwardWalk<Lstm, Float16, TensorCores<Float16>, 8>`, of a demangled kernel's name."""
+    """Shortens a demangled name, to `ForwardWalk<Lstm, Float16, TensorCores<Float16>, 8>`."""
     name = re.sub(r"fastrnn::(cuda|cells)::|^void |\((unsigned )?int\)", "", name)
     start = end = name.index("<")
     depth = 0
@@ -78,7 +78,7 @@ def short(name: str) -> str:
 
 
 def compile_all() -> tuple[str, str]:
-    """nvcc's release, and what its ptxas says of all sources and architectures."""
+    """Returns nvcc's release, and the kernels of all sources and architectures."""
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_under_ci")
     cuda = setup["find_cuda"](setup["find_torch"]())
     if cuda is None:
@@ -155,23 +155,24 @@ def text_of(version: str, found: list[Kernel]) -> str:
             "# Registers and shared memory of the CUDA kernels",
             "",
             f"Written by `.ci/cuda_resources.py --write` with nvcc {version}. No kernel spills or",
-            "has a stack. A persistent kernel's name ends with the hidden units of a block.",
+            "has a stack. A persistent kernel's name ends with the hidden units per block.",
             "",
             "## Persistent: shared memory",
             "",
-            "Blocks a direction x KiB of shared memory a block, on an H100 (132 multiprocessors,",
-            "227 KiB a block) with a batch of 16; a block of 256 threads a multiprocessor.",
-            "bfloat16 is as float16, TF32 as float32.",
+            "Blocks per direction x KiB of shared memory per block, on an H100 (132",
+            "multiprocessors, 227 KiB per block) with a batch of 16. A multiprocessor runs one",
+            "block of 256 threads.",
+            "bfloat16 needs the same as float16, TF32 the same as float32.",
             "",
             *shared_table(),
             "",
-            "## Persistent: registers of a thread",
+            "## Persistent: registers per thread",
             "",
-            "255 is the most that a block of 256 threads may have.",
+            "At most 255 are possible with 256 threads per block.",
             "",
             *registers_table(walks),
             "",
-            "## Stepwise and preparations: registers of a thread",
+            "## Stepwise and preparations: registers per thread",
             "",
             *registers_table(rest),
             "",
@@ -193,7 +194,7 @@ def problems(version: str, found: list[Kernel], table: str) -> list[str]:
     advice = "run .ci/cuda_resources.py --write"
     if f"with nvcc {version}." in table:
         if table != text_of(version, found):
-            result.append(f"{TABLE.name} is not what nvcc says now: {advice}")
+            result.append(f"{TABLE.name} is out of date: {advice}")
     else:
         here, there = {kernel.name for kernel in found}, set(re.findall(r"\| `(.+?)` \|", table))
         if here != there:

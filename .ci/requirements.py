@@ -1,6 +1,6 @@
-"""Prints the requirements of an extra of pyproject.toml, or of the build (``build``), one a line.
+"""Prints the requirements of an extra in pyproject.toml, or of the build (``build``), one per line.
 
-Extras that it names in turn are followed; fastrnn itself is left out, since it is built elsewhere.
+Includes the requirements of extras that the extra names. Skips fastrnn itself.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     sanitize.py address     AddressSanitizer and UndefinedBehaviorSanitizer
     sanitize.py thread      ThreadSanitizer
 
-First the driver makes a mistake of each kind on purpose, which the sanitizer must report; then it
-compares every layer with plain loops, which must end without a report. Needs no torch.
+First the driver makes one mistake of each kind on purpose, and the sanitizer must report it. Then
+the driver compares every layer with plain loops, and the sanitizer must report nothing. Needs no
+torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from compile import ROOT, SETUP, run_all
 
 SOURCES = ROOT / "tests" / "kernels" / "sanitize"
-SECONDS = 900  # far more than a run takes
+SECONDS = 900  # time limit of a run, which takes much less
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ SANITIZERS = {
         ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
         {"overflow": "heap-buffer-overflow", "misaligned": "misaligned address"},
     ),
-    # Not clang++, which does not watch accesses of more than 16 bytes: those of AVX2 and AVX-512.
+    # Not clang++, whose ThreadSanitizer ignores accesses of more than 16 bytes (AVX2 and AVX-512).
     "thread": Sanitizer("g++", ["-fsanitize=thread"], {"race": "data race"}),
 }
 
@@ -61,7 +62,7 @@ def build(sanitizer: Sanitizer, folder: Path) -> Path:
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
-        "FASTRNN_POISON": "1",  # what a kernel reads before it was written is NaN
+        "FASTRNN_POISON": "1",  # unwritten memory reads as NaN
         "TSAN_OPTIONS": "halt_on_error=1",
     }
     return subprocess.run(

@@ -153,10 +153,10 @@ def test_planted_spill_is_found(
 
 def test_other_faults_are_found(kernels: ModuleType) -> None:
     assert faults(kernels, AVX512, chains=3) == [
-        "has 8 multiply-adds in its K loop, no multiple of 24"
+        "has 8 multiply-adds in its K loop, not a multiple of 24"
     ]
     jump = AVX512.replace("cmp    %r15,%rax", "jne    3c1 <tile+0x3c1>")
-    assert faults(kernels, jump) == ["has no straight loop with multiply-adds"]
+    assert faults(kernels, jump) == ["has no loop with multiply-adds and without inner jumps"]
     move = AVX512.replace("cmp    %r15,%rax", "vmovaps %zmm0,%zmm1")
     assert faults(kernels, move) == [
         "has 1 moves between vector registers in its K loop, more than 0"

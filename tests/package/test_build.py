@@ -140,9 +140,9 @@ CUDA_TORCH = FAKE_TORCH.format(version="2.14.1+cu130", cuda="13.0")
     ("torch_text", "environment", "message"),
     [
         ("raise ImportError('none')", {}, "torch >= 2.11 is not installed for "),
-        (FAKE_TORCH.format(version="2.9.1", cuda=None), {}, "torch 2.9.1 is installed and 2.11 "),
-        (CPU_TORCH, {"CXX": "no-such-c++ -O1"}, "there is no C++ compiler ('no-such-c++' "),
-        (CPU_TORCH, {"FASTRNN_CUDA": "yes"}, "FASTRNN_CUDA='yes' is neither 0 nor 1."),
+        (FAKE_TORCH.format(version="2.9.1", cuda=None), {}, "must be 2.11 or newer, got 2.9.1."),
+        (CPU_TORCH, {"CXX": "no-such-c++ -O1"}, "the C++ compiler 'no-such-c++' is missing; "),
+        (CPU_TORCH, {"FASTRNN_CUDA": "yes"}, "FASTRNN_CUDA must be 0 or 1, got 'yes'."),
         (CPU_TORCH, {"FASTRNN_CUDA": "1"}, "but torch 2.13.0+cpu is a build without CUDA."),
     ],
     ids=["no torch", "old torch", "no compiler", "FASTRNN_CUDA", "CPU torch"],
@@ -160,8 +160,8 @@ def test_missing_requirement_is_a_one_line_error(
 @pytest.mark.parametrize(
     ("nvcc", "message"),
     [
-        ("echo release 12.4, V12.4.99", "is of CUDA 12.4 and torch is built for CUDA 13.0."),
-        ("echo hello", "--version does not say its version."),
+        ("echo release 12.4, V12.4.99", "is CUDA 12.4 and torch was built for CUDA 13.0."),
+        ("echo hello", "--version does not print a version."),
         ("echo release 13.0", "cuda_runtime.h is neither in the CUDA toolkit "),
     ],
     ids=["other CUDA", "broken nvcc", "no headers"],
@@ -173,7 +173,7 @@ def test_unusable_cuda_is_a_one_line_error(tmp_path: Path, nvcc: str, message: s
     (home / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
     (home / "bin" / "nvcc").chmod(0o755)
     error = setup_py(tmp_path, CUDA_TORCH, CXX="true", FASTRNN_CUDA="1", CUDA_HOME=str(home))
-    expected = "fastrnn cannot be built: FASTRNN_CUDA=1 asks for the CUDA kernels, but"
+    expected = "fastrnn cannot be built: FASTRNN_CUDA=1 requires the CUDA kernels, but"
     assert error.startswith(expected)
     assert message in error
     assert "\n" not in error
