@@ -70,7 +70,7 @@ def torch_twin(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def reference_math() -> Iterator[None]:
-    """Inside, fastrnn computes with `fastrnn.reference`, whatever the dtype and the device."""
+    """A context in which fastrnn computes with `fastrnn.reference`, for any dtype and device."""
     with choose.override(_Reference()):
         yield
 
@@ -89,7 +89,7 @@ class _Reference:
 
 
 def slots_by_count(count: int) -> int:
-    """The weight slots of a direction with so many weights."""
+    """Returns the weight slots of a direction with this number of weights."""
     return slots_of(has_biases=count >= 4, has_projection=count in (3, 5))
 
 
@@ -111,12 +111,12 @@ def layer_call(
 
 
 def by_kernels(*args: Any, **options: Any) -> Results:
-    """One layer by the kernels; arguments of `layer_call`."""
+    """Runs one layer by the kernels; arguments of `layer_call`."""
     return kernel_layer(layer_call(*args, **options))
 
 
 def by_reference(*args: Any) -> Results:
-    """One layer by the reference; arguments of `layer_call`."""
+    """Runs one layer by the reference; arguments of `layer_call`."""
     return reference_layer(layer_call(*args))
 
 

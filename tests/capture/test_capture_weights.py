@@ -1,4 +1,4 @@
-"""A model that is captured computes with the right weights, or scripting raises."""
+"""A captured model computes with its current weights, or scripting raises."""
 
 from __future__ import annotations
 
@@ -94,13 +94,15 @@ class TestScript:
     @pytest.mark.parametrize("wrap", [lambda m: m, Net, Listed], ids=["self", "nested", "listed"])
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("name", NAMES)
-    def test_raises(self, name: str, way: str, wrap: Callable[..., nn.Module]) -> None:
+    def test_computed_weight_raises(
+        self, name: str, way: str, wrap: Callable[..., nn.Module]
+    ) -> None:
         weight = weight_of(name)
         pattern = rf"{weight} of {name} must be a Parameter.*{WAYS[way][1]}\(module, '{weight}'\)"
         with pytest.raises(RuntimeError, match=pattern):
             torch.jit.script(wrap(build(name, way)))
 
-    def test_subclass(self) -> None:
+    def test_error_names_the_subclass(self) -> None:
         module = Inherits(4, 3)
         parametrizations.weight_norm(module, "weight_ih_l0")
         with pytest.raises(RuntimeError, match="weight_ih_l0 of Inherits must be a Parameter"):
@@ -108,13 +110,13 @@ class TestScript:
 
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("way", ["weight_norm", "parametrization"])
-    def test_the_remedy(self, name: str, way: str) -> None:
+    def test_remedy_in_the_message_works(self, name: str, way: str) -> None:
         module, x = build(name, way), data(name)
         expected = module(x)
         parametrize.remove_parametrizations(module, weight_of(name))
         same(torch.jit.script(Net(module))(x), expected)
 
-    def test_the_remedies_of_old_ways(self) -> None:
+    def test_remedies_for_older_utilities_work(self) -> None:
         x = data("GRU")
         for way, remove in (
             ("pruning", prune.remove),
@@ -128,7 +130,7 @@ class TestScript:
 
     @pytest.mark.parametrize("loaded", [False, True], ids=["scripted", "loaded"])
     @pytest.mark.parametrize("name", NAMES)
-    def test_weights_that_change(self, name: str, loaded: bool) -> None:
+    def test_scripted_model_follows_its_weights(self, name: str, loaded: bool) -> None:
         module, other, x = build(name), getattr(fastrnn, name)(4, 3), data(name)
         scripted = torch.jit.script(Net(module))
         if loaded:
@@ -144,7 +146,7 @@ class TestScript:
         same(scripted(x.double()), other.double()(x.double()))
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_freeze(self, name: str) -> None:
+    def test_frozen_model_matches_eager(self, name: str) -> None:
         module, x = build(name), data(name)
         scripted = torch.jit.script(Net(module).eval())
         same(torch.jit.freeze(scripted)(x), module(x))
@@ -152,7 +154,7 @@ class TestScript:
 
 @pytest.mark.parametrize("way", [*WAYS, None])
 @pytest.mark.parametrize("name", NAMES)
-class TestOthers:
+class TestOtherCaptures:
     def test_trace(self, name: str, way: str | None) -> None:
         net, x = Net(build(name, way)).eval(), data(name)
         traced = torch.jit.trace(net, (x,))
@@ -196,20 +198,20 @@ class TestOthers:
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-class TestTied:
+class TestTiedWeights:
     def tied(self, name: str) -> nn.Module:
         torch.manual_seed(0)
         a, b = getattr(fastrnn, name)(3, 3), getattr(fastrnn, name)(3, 3)
-        b.weight_hh_l0 = a.weight_hh_l0  # two layers
-        a.weight_ih_l0 = a.weight_hh_l0  # two names
+        b.weight_hh_l0 = a.weight_hh_l0  # shared by two layers
+        a.weight_ih_l0 = a.weight_hh_l0  # shared by two names of one layer
         return Pair(a, b).eval()
 
-    def test_all(self, name: str) -> None:
+    def test_tied_weights_stay_tied(self, name: str) -> None:
         net, x = self.tied(name), torch.randn(5, 2, 3)
         expected = net(x)
         same(reload(torch.jit.script(net))(x), expected)
         with pytest.raises(ValueError, match="don't support parameter sharing"):
-            torch.jit.trace(net, (x,))  # for torch.nn as well
+            torch.jit.trace(net, (x,))  # raises for torch.nn as well
         program = torch.export.export(net, (x,))
         same(reload(program, torch.export.save, torch.export.load).module()(x), expected)
         for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):

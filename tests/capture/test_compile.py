@@ -31,12 +31,12 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm, dropout": ("lstm", {"dropout": 0.5, "num_layers": 3}),
 }
 SIZES = ((5, 3), (6, 4), (9, 2), (2, 7), (30, 5))  # T and B
-# none of these: sizes that are equal when code is compiled torch takes for the same one
+# different from T and B: torch treats sizes that are equal at compilation as one size
 SIZE = 8
 
 
 def layers(*names: str) -> pytest.MarkDecorator:
-    """Parametrises a test by some of `LAYERS`."""
+    """Returns a decorator that parametrises a test by some of `LAYERS`."""
     return pytest.mark.parametrize(("cell", "options"), [LAYERS[n] for n in names], ids=names)
 
 
@@ -48,10 +48,10 @@ def nothing_compiled() -> Iterator[None]:
 
 
 class Count:
-    """The backend ``aot_eager``, which counts the graphs that it has compiled.
+    """The backend ``aot_eager`` with a count of the compiled graphs.
 
-    With ``dynamic=True`` Dynamo starts again, inside the backend, where Python looks at a float
-    (dropout, as in nn.Dropout): such an attempt is no compilation.
+    With ``dynamic=True`` Dynamo restarts inside the backend when Python reads a float (dropout, as
+    in nn.Dropout). Such an attempt does not count.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Count:
 
 
 def compiled(module: nn.Module, backend: Any = "aot_eager", **options: Any) -> nn.Module:
-    """A copy, with the same names of parameters, that runs compiled."""
+    """Returns a compiled copy with the same parameter names."""
     twin = copy.deepcopy(module)
     twin.compile(backend=backend, **{"fullgraph": True, **options})
     return twin
@@ -81,17 +81,17 @@ def sequence(*sizes: int) -> Tensor:
 
 
 def states(module: nn.Module, batch: int) -> Any:
-    """States for the module's every layer and direction."""
+    """Returns initial states for all layers and directions of the module."""
     count = module.num_layers * (2 if module.bidirectional else 1)
     h = sequence(count, batch, module.proj_size or module.hidden_size)
     return (h, sequence(count, batch, module.hidden_size)) if module.mode == "LSTM" else h
 
 
-# --- one graph, the same results
+# --- results of one graph
 
 
 @layers(*LAYERS)
-def test_training(cell: str, options: dict[str, Any]) -> None:
+def test_training_matches_eager(cell: str, options: dict[str, Any]) -> None:
     module = build(cell, 3, 4, **options)
     x = sequence(5, 2, 3)
     hx = states(module, 5 if module.batch_first else 2)
@@ -100,7 +100,9 @@ def test_training(cell: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @layers("gru", "lstm", "gru, stacked", "lstm, dropout")
-def test_inference(cell: str, options: dict[str, Any], mode: Callable[[], Any]) -> None:
+def test_inference_matches_eager(
+    cell: str, options: dict[str, Any], mode: Callable[[], Any]
+) -> None:
     module = build(cell, 3, 4, **options).eval()
     x = torch.randn(5, 2, 3)
     with mode():
@@ -112,13 +114,13 @@ def test_inference(cell: str, options: dict[str, Any], mode: Callable[[], Any]) 
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_no_batch_and_no_states(cell: str) -> None:
+def test_unbatched_input_without_states_matches_eager(cell: str) -> None:
     module = build(cell, 3, 4, batch_first=True)
     x = sequence(5, 3)
     assert_equal(run(compiled(module), x), run(module, x))
 
 
-def test_dropout_is_read_each_time() -> None:
+def test_dropout_is_read_at_each_call() -> None:
     module = build("gru", 3, 4, num_layers=2, dropout=0.5)
     twin = compiled(module)
     x = torch.randn(5, 2, 3)
@@ -130,7 +132,7 @@ def test_dropout_is_read_each_time() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_cells(cell: str) -> None:
+def test_cells_match_eager(cell: str) -> None:
     module = make_step(cell, 3, 4)
     x, h = sequence(2, 3), sequence(2, 4)
     hx = (h, sequence(2, 4)) if cell == "lstm" else h
@@ -141,14 +143,14 @@ def test_cells(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_cells_without_batch_and_states(cell: str) -> None:
+def test_unbatched_cells_without_states_match_eager(cell: str) -> None:
     module = make_step(cell, 3, 4)
     x = sequence(3)
     assert_equal(run(compiled(module), x), run(module, x))
 
 
 class Unrolled(nn.Module):
-    """A Python loop over time around a cell."""
+    """A Python loop of a cell over the steps."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
@@ -163,7 +165,7 @@ class Unrolled(nn.Module):
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_a_cell_in_a_loop(cell: str) -> None:
+def test_loop_of_a_cell_matches_eager(cell: str) -> None:
     module = Unrolled(make_step(cell, 3, 4))
     count = Count()
     x = sequence(4, 2, 3)
@@ -172,7 +174,7 @@ def test_a_cell_in_a_loop(cell: str) -> None:
 
 
 class Translator(nn.Module):
-    """Several recurrent layers, some of one class, one used twice."""
+    """Several recurrent layers, some of the same class; one is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +190,7 @@ class Translator(nn.Module):
         return output
 
 
-def test_several_layers_in_one_graph() -> None:
+def test_several_layers_compile_to_one_graph() -> None:
     module = Translator()
     count = Count()
     x = sequence(5, 2, 3)
@@ -196,7 +198,7 @@ def test_several_layers_in_one_graph() -> None:
     assert count.graphs == 1
 
 
-def test_layers_of_one_shape_share_the_code() -> None:
+def test_layers_of_the_same_shape_share_compiled_code() -> None:
     count = Count()
     call = torch.compile(lambda module, x: module(x)[0], backend=count, fullgraph=True)
     x = torch.randn(5, 2, 3)
@@ -208,7 +210,7 @@ def test_layers_of_one_shape_share_the_code() -> None:
 
 @pytest.mark.parametrize("outside", [True, False])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_autocast(cell: str, outside: bool) -> None:
+def test_autocast_matches_eager(cell: str, outside: bool) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -235,7 +237,7 @@ def test_autocast(cell: str, outside: bool) -> None:
 def penalty(
     module: nn.Module, x: Tensor, function: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, ...]:
-    """The gradient of what ``function`` returns, and the gradients of a penalty on it."""
+    """Returns the gradient of the result of ``function``, and the gradients of its penalty."""
     x = x.detach().requires_grad_()
     (first,) = torch.autograd.grad(function(x), x, create_graph=True)
     assert first.requires_grad
@@ -248,8 +250,8 @@ MAKERS = {"layer": build, "step": make_step}
 @pytest.mark.parametrize("options", [{}, {"proj_size": 2, "num_layers": 2, "bidirectional": True}])
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_gradient_penalty(cell: str, make: str, options: dict[str, Any]) -> None:
-    """Double backward works with the backend that runs what was captured as it is."""
+def test_gradient_penalty_matches_eager(cell: str, make: str, options: dict[str, Any]) -> None:
+    """Double backward works with the backend that runs the captured graph unchanged."""
     if options and (cell != "lstm" or make == "step"):
         return
     module = MAKERS[make](cell, 3, 4, **options)
@@ -266,7 +268,7 @@ def test_gradient_penalty(cell: str, make: str, options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_gradient_penalty_raises_where_the_backend_compiles_backward(cell: str, make: str) -> None:
+def test_gradient_penalty_raises_if_the_backend_compiles_backward(cell: str, make: str) -> None:
     module = MAKERS[make](cell, 3, 4)
     x = sequence(2, 3) if make == "step" else sequence(5, 2, 3)
 
@@ -305,8 +307,8 @@ FUNCTIONS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
         ("lstm", "layer", "aot_eager"),
     ],
 )
-def test_transforms(cell: str, make: str, function: str, backend: str) -> None:
-    """``torch.func`` inside of what is compiled, in one graph."""
+def test_transforms_match_eager(cell: str, make: str, function: str, backend: str) -> None:
+    """``torch.func`` inside compiled code, in one graph."""
     module = MAKERS[make](cell, 3, 4)
     x = sequence(2, 3) if make == "step" else sequence(3, 2, 3)
     parameters = dict(module.named_parameters())
@@ -326,8 +328,10 @@ def test_transforms(cell: str, make: str, function: str, backend: str) -> None:
 
 @pytest.mark.parametrize("is_sorted", [True, False])
 @layers("gru, stacked", "rnn_tanh, no bias", "lstm, projected")
-def test_packed(cell: str, options: dict[str, Any], is_sorted: bool) -> None:
-    """A PackedSequence goes into one graph and comes out of it, which torch.nn's cannot."""
+def test_packed_input_and_output_are_in_one_graph(
+    cell: str, options: dict[str, Any], is_sorted: bool
+) -> None:
+    """torch.nn does not support this."""
     module = build(cell, 3, 4, **options)
     lengths = [4, 2, 1] if is_sorted else [2, 4, 1]
     x = pack(sequence(7, 3), lengths, is_sorted)
@@ -342,7 +346,7 @@ def test_packed(cell: str, options: dict[str, Any], is_sorted: bool) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-def test_packed_compiles_once() -> None:
+def test_packed_input_compiles_once() -> None:
     module = build("lstm", SIZE, 4)
     count = Count()
     twin = compiled(module, count, dynamic=True)
@@ -352,7 +356,7 @@ def test_packed_compiles_once() -> None:
     assert count.graphs == 1
 
 
-def test_wrong_states_of_packed_input() -> None:
+def test_wrong_states_of_packed_input_raise() -> None:
     """Wrong shapes raise while compiling; wrong batch_sizes raise at the call."""
     module = compiled(build("gru", 3, 4), fullgraph=False)
     x = pack(torch.randn(6, 3), [3, 2, 1], enforce_sorted=True)
@@ -363,7 +367,7 @@ def test_wrong_states_of_packed_input() -> None:
 
 
 class Packs(nn.Module):
-    """Packs padded input itself."""
+    """A model that packs its padded input."""
 
     def __init__(self, recurrent: nn.Module, is_sorted: bool) -> None:
         super().__init__()
@@ -377,13 +381,13 @@ class Packs(nn.Module):
 
 
 @pytest.mark.parametrize("is_sorted", [True, False])
-def test_a_model_that_packs(is_sorted: bool) -> None:
-    """The layer is one graph; packing cannot be in it.
+def test_layer_in_a_model_that_packs_is_one_graph(is_sorted: bool) -> None:
+    """The graph contains the layer, but not the packing.
 
-    Dynamo does not trace ``pack_padded_sequence`` and ``pad_packed_sequence`` (torch has them on
-    its list of what to skip, because their sizes depend on values), so ``fullgraph=True`` refuses
-    such a model whatever layer is in it: pack outside, and hand the PackedSequence in. Of a sorted
-    one only batch_sizes tell the batch size: where there is no initial state, Dynamo has to be
+    Dynamo does not trace ``pack_padded_sequence`` and ``pad_packed_sequence`` (torch lists them as
+    skipped, because their sizes depend on values), so ``fullgraph=True`` rejects such a model with
+    any layer. Pack outside and pass the PackedSequence instead. The batch size of a sorted
+    PackedSequence is only in the values of batch_sizes. Without an initial state, Dynamo must be
     allowed to read a number from it (``fullgraph`` or ``capture_scalar_outputs``), or the graph
     breaks there.
     """
@@ -399,7 +403,7 @@ def test_a_model_that_packs(is_sorted: bool) -> None:
     assert_equal(run(twin, x, lengths), run(module, x, lengths))
 
 
-# --- compiled once
+# --- number of compilations
 
 
 @pytest.mark.parametrize("way", ["dynamic", "marked", "automatic"])
@@ -407,7 +411,7 @@ def test_a_model_that_packs(is_sorted: bool) -> None:
     ("cell", "options", "is_training"),
     [("gru", {}, True), ("lstm", {}, False), ("lstm", {"num_layers": 2, "proj_size": 2}, True)],
 )
-def test_any_length_and_batch(
+def test_any_length_and_batch_runs_the_same_code(
     cell: str, options: dict[str, Any], is_training: bool, way: str
 ) -> None:
     module = build(cell, SIZE, 4, **options)
@@ -422,12 +426,12 @@ def test_any_length_and_batch(
         else:
             with torch.no_grad():
                 assert torch.equal(twin(x)[0], module(x)[0])
-    # by itself torch takes the first sizes for constants
+    # without dynamic=True torch first compiles constant sizes
     assert count.graphs == (2 if way == "automatic" else 1)
 
 
-def test_ones_are_special_to_torch() -> None:
-    """torch compiles a size of 1 apart, once, whatever the model."""
+def test_size_1_is_compiled_separately() -> None:
+    """torch compiles size 1 separately, once, for any model."""
     module = build("lstm", SIZE, 4)
     count = Count()
     twin = compiled(module, count, dynamic=True)
@@ -440,7 +444,7 @@ def test_ones_are_special_to_torch() -> None:
         assert count.graphs == graphs + 1
 
 
-def test_any_batch_of_a_cell() -> None:
+def test_any_batch_of_a_cell_runs_the_same_code() -> None:
     module = make_step("gru", SIZE, 4)
     count = Count()
     twin = compiled(module, count, dynamic=True)
@@ -451,7 +455,7 @@ def test_any_batch_of_a_cell() -> None:
 
 
 def nodes(module: nn.Module, x: Tensor) -> list[int]:
-    """Of the graph of the forward and of the backward pass."""
+    """Returns the number of nodes in the graphs of the forward and the backward pass."""
     counts = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -464,8 +468,8 @@ def nodes(module: nn.Module, x: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_graphs_do_not_grow_with_time(cell: str) -> None:
-    """A layer is one node, which is why compiling takes no longer for more steps."""
+def test_graphs_do_not_grow_with_steps(cell: str) -> None:
+    """A layer is one node, so compile time does not depend on the number of steps."""
     module = build(cell, 3, 4, num_layers=2)
     few = nodes(module, sequence(3, 2, 3))
     assert len(few) == 2
@@ -473,7 +477,7 @@ def test_graphs_do_not_grow_with_time(cell: str) -> None:
     assert sum(few) < 80
 
 
-# --- a life: training, checkpoints, other types
+# --- training, checkpoints, other types
 
 
 def test_training_steps_do_not_recompile() -> None:
@@ -492,8 +496,8 @@ def test_training_steps_do_not_recompile() -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_load_state_dict(assign: bool) -> None:
-    """Before and after compiling; the code stays."""
+def test_load_state_dict_does_not_recompile(assign: bool) -> None:
+    """Loads before and after compiling."""
     count = Count()
     others = [fastrnn.LSTM(3, 4, 2) for _ in range(3)]
     module = fastrnn.LSTM(3, 4, 2)
@@ -510,7 +514,7 @@ def test_load_state_dict(assign: bool) -> None:
     assert count.graphs == 1
 
 
-def test_another_dtype() -> None:
+def test_other_dtype_recompiles_and_matches_eager() -> None:
     module = build("gru", 3, 4, num_layers=2)
     count = Count()
     twin = compiled(module, count)
@@ -527,8 +531,10 @@ def test_another_dtype() -> None:
 
 
 @pytest.mark.parametrize(("options", "graphs"), [({"num_layers": 2, "dropout": 0.5}, 2), ({}, 1)])
-def test_train_and_eval(options: dict[str, Any], graphs: int) -> None:
-    """One graph each where they differ."""
+def test_training_and_evaluation_share_code_without_dropout(
+    options: dict[str, Any], graphs: int
+) -> None:
+    """With dropout there is one graph for each mode."""
     module = build("gru", 3, 4, **options)
     count = Count()
     twin = compiled(module, count)
@@ -539,8 +545,8 @@ def test_train_and_eval(options: dict[str, Any], graphs: int) -> None:
     assert count.graphs == graphs
 
 
-def test_a_parametrized_weight() -> None:
-    """Gradients reach what the weight is computed from; no traced tensor stays in the module."""
+def test_parametrized_weight_gets_gradients() -> None:
+    """Gradients reach the original Parameter, and the module keeps no traced tensor."""
     module = build("gru", 3, 4)
     nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
     twin = compiled(module)
@@ -553,7 +559,7 @@ def test_a_parametrized_weight() -> None:
     assert all(new is old for new, old in zip(twin._flat_weights, kept, strict=True))
 
 
-def test_functional_call() -> None:
+def test_functional_call_matches_eager() -> None:
     module = build("lstm", 3, 4)
     x = torch.randn(5, 2, 3)
     weights = {name: torch.randn_like(p) for name, p in module.named_parameters()}
@@ -566,13 +572,13 @@ def test_functional_call() -> None:
     assert torch.equal(got, call(weights, x))
 
 
-# --- inductor, which turns the graph into C++
+# --- inductor, which compiles the graph to C++
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, STACKED], ids=["one layer", "stacked"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_inductor(cell: str, options: dict[str, Any]) -> None:
+def test_inductor_matches_eager(cell: str, options: dict[str, Any]) -> None:
     module = build(cell, 3, 4, **options)
     x = sequence(5, 2, 3)
     twin = compiled(module, "inductor")
@@ -583,7 +589,7 @@ def test_inductor(cell: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_sorted", [True, False])
-def test_inductor_packed(is_sorted: bool) -> None:
+def test_inductor_with_packed_input_matches_eager(is_sorted: bool) -> None:
     module = build("lstm", SIZE, 4, num_layers=2)
     twin = compiled(module, "inductor", dynamic=True)
     for lengths in ([4, 2, 1], [9, 5]):
@@ -594,7 +600,7 @@ def test_inductor_packed(is_sorted: bool) -> None:
 
 
 @pytest.mark.slow
-def test_inductor_any_length() -> None:
+def test_inductor_code_runs_any_length() -> None:
     module = build("lstm", SIZE, 4, num_layers=2)
     twin = compiled(module, "inductor", dynamic=True)
     for steps, batch in SIZES:

@@ -1,4 +1,4 @@
-"""torch.export, ONNX and AOTInductor: a model leaves Python with its lengths and batches free."""
+"""torch.export, ONNX and AOTInductor: exported models with dynamic lengths and batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = [
     *((cell, options) for cell in CELLS for options in ({}, {"bias": False, "num_layers": 2})),
     *((cell, {"num_layers": 2, "bidirectional": True, "batch_first": True}) for cell in CELLS),
 ]
-# For ONNX, where an export takes two seconds: the first of these cover every cell and every option.
+# An ONNX export takes two seconds, so ONNX uses the first cases, which cover all cells and options.
 CASES = [
     *((cell, {}, True) for cell in CELLS),
     *((cell, options, False) for cell, options in LAYERS if options and cell in ("lstm", "gru")),
@@ -65,12 +65,12 @@ class Steps(nn.Module):
 
 
 def leaves(module: nn.Module, *args: Tensor) -> list[Tensor]:
-    """Every output, as the ONNX runtime returns them."""
+    """Returns every output, in the order of ONNX Runtime."""
     return tree_leaves(module(*args))
 
 
 def inputs(layer: nn.Module, steps: int, batch: int, states: bool) -> tuple[Tensor, ...]:
-    """x [T,B,3] or [B,T,3], and the states that go with it if they are wanted."""
+    """Returns x [T,B,3] or [B,T,3] and, on request, matching states."""
     x = torch.randn((batch, steps, 3) if layer.batch_first else (steps, batch, 3))
     count = layer.num_layers * (2 if layer.bidirectional else 1)
     sizes = [layer.proj_size or layer.hidden_size]
@@ -85,7 +85,7 @@ def dynamic_shapes(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...
 
 
 def exported(model: Model, states: bool, **options: Any) -> ExportedProgram:
-    """With T and B free, written to a file and read again; nothing may be warned of."""
+    """Exports with dynamic T and B, saves and loads. A warning is an error."""
     args = inputs(model.layer, *SIZES[0], states)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*were assigned during export")
@@ -117,7 +117,7 @@ class TestExport:
     @pytest.mark.parametrize("cell", ["lstm", "gru"])
     @pytest.mark.parametrize("grad", [True, False], ids=["gradients", "inference"])
     def test_strict(self, cell: str, grad: bool) -> None:
-        """Through Dynamo instead of Python's own calls."""
+        """``strict=True`` captures by Dynamo instead of by running Python."""
         model = Model(build(cell, 3, 4, num_layers=2, bidirectional=True))
         with torch.set_grad_enabled(grad):
             program = exported(model, True, strict=True)
@@ -127,7 +127,7 @@ class TestExport:
 
     @pytest.mark.parametrize("cell", CELLS)
     def test_program_learns(self, cell: str) -> None:
-        """Even if the graph was captured without gradients."""
+        """Trains a graph that was captured without gradients, too."""
         model = Model(build(cell, 3, 4, num_layers=2))
         with torch.no_grad():
             program = exported(model, False)
@@ -176,7 +176,7 @@ torch.save(module(*args), {str(tmp_path / "found.pt")!r})
     @pytest.mark.slow
     @pytest.mark.parametrize("grad", [True, False], ids=["gradients", "inference"])
     def test_aotinductor(self, tmp_path: Path, grad: bool) -> None:
-        """Compiled ahead of time, and run where only ``import fastrnn`` came before."""
+        """Compiles ahead of time and runs in a process that has only imported fastrnn."""
         model = Model(build("lstm", 3, 4, num_layers=2, bidirectional=True))
         with torch.set_grad_enabled(grad):
             program = exported(model, False)
@@ -197,12 +197,12 @@ torch.save([tuple(model(*a)) for a in args], {str(tmp_path / "found.pt")!r})
 
 
 def onnx_outputs(model: nn.Module, args: tuple[Tensor, ...], dynamo: bool) -> Any:
-    """Exports a model with T and B free; returns its graph and a function that runs it."""
+    """Exports a model with dynamic T and B; returns its graph and a function that runs it."""
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of its deprecated parts
+        warnings.simplefilter("ignore")  # deprecation warnings of torch's own code
         if dynamo:
             pytest.importorskip("onnxscript")
             shapes = ({0: B},) if isinstance(model, Steps) else dynamic_shapes(model.layer, args)
@@ -242,7 +242,7 @@ class TestOnnx:
         if CELL_SPECS[cell].torch.onnx_type is None:
             pytest.skip("ONNX has no node for it")
         if cell not in TORCH_CELLS and not dynamo:
-            pytest.skip("see test_sigmoid_of_the_older_exporter")
+            pytest.skip("see test_older_exporter_rejects_sigmoid")
         model = Model(build(cell, 3, 4, **options)).eval()
         args = inputs(model.layer, *SIZES[0], states)
         graph, run = onnx_outputs(model, args, dynamo)
@@ -263,7 +263,7 @@ class TestOnnx:
             assert_agrees(run(*args), expected, exact_call(model, *args, call=leaves))
 
     @EXPORTERS
-    def test_dropout_is_left_out(self, dynamo: bool) -> None:
+    def test_dropout_is_not_exported(self, dynamo: bool) -> None:
         model = Model(build("gru", 3, 4, num_layers=2, dropout=0.5)).eval()
         args = inputs(model.layer, 4, 3, False)
         _, run = onnx_outputs(model, args, dynamo)
@@ -282,7 +282,7 @@ class TestOnnx:
         assert_agrees(run(x), expected, exact_call(model, x, call=leaves))
 
     def test_weights_are_constants_in_onnx_order(self) -> None:
-        """Nothing is left in the graph that reorders gates in each call."""
+        """The graph has no operations that would reorder gates in each call."""
         model = Model(build("lstm", 3, 4)).eval()
         graph, _ = onnx_outputs(model, inputs(model.layer, 4, 3, True), True)
         (node,) = [node for node in graph.node if node.op_type == "LSTM"]
@@ -292,21 +292,21 @@ class TestOnnx:
             n.op_type for n in graph.node if n.input[0] in constants
         }
 
-    def test_sigmoid_of_the_older_exporter(self) -> None:
+    def test_older_exporter_rejects_sigmoid(self) -> None:
         model = Model(build("rnn_sigmoid", 3, 4)).eval()
         with pytest.raises(RuntimeError, match="rnn_sigmoid needs dynamo=True"):
             onnx_outputs(model, inputs(model.layer, 4, 3, False), False)
 
     @EXPORTERS
     def test_projection(self, dynamo: bool) -> None:
-        """The exporter's error holds the sentence, and what to change."""
+        """The exporter's error contains fastrnn's message and what to change."""
         model = Model(build(PROJECTED[0], 3, 4, **PROJECTED[1])).eval()
         message = "ONNX has no LSTM with a projection, expected proj_size 0, got"
         with pytest.raises(Exception, match=message):
             onnx_outputs(model, inputs(model.layer, 4, 3, False), dynamo)
 
-    def test_packed_input_of_the_older_exporter(self) -> None:
-        """It writes the lengths into the graph as an input; sequences have the length traced."""
+    def test_older_exporter_accepts_packed_input(self) -> None:
+        """The lengths are an input of the graph; T is fixed to the traced value."""
 
         class Packed(nn.Module):
             def __init__(self) -> None:
@@ -336,10 +336,10 @@ class TestOnnx:
             ({}, True, "ONNX has no packed sequences"),
         ],
     )
-    def test_what_onnx_cannot_say(
+    def test_calls_that_onnx_does_not_support_raise(
         self, options: dict[str, Any], packed: bool, message: str
     ) -> None:
-        """The exporter prints this error among the reasons for its failure."""
+        """The exporter's error includes this message among its causes."""
         layer = build("lstm", 3, 4, **options)
         x, h0, c0 = inputs(layer, 4, 3, True)
         batch_sizes = torch.tensor([2, 1, 1]) if packed else None

@@ -34,7 +34,7 @@ def leaves(graph: fx.Graph) -> list[str]:
 
 @pytest.mark.parametrize("make", [build, make_step], ids=["layer", "step"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_module_is_a_leaf(cell: str, make: Any) -> None:
+def test_module_is_a_leaf(cell: str, make: Any) -> None:
     model = Model(make(cell, 3, 4))
     x = torch.randn(2, 3) if make is make_step else torch.randn(5, 2, 3)
     traced = fx.symbolic_trace(model, concrete_args={"hx": None})
@@ -57,7 +57,7 @@ def test_states_are_inputs_of_the_node(cell: str, make: Any) -> None:
         assert torch.equal(fx.symbolic_trace(model)(x, hx), model(x, hx))
 
 
-def test_only_the_state_is_traced() -> None:
+def test_module_with_only_a_traced_state_is_a_leaf() -> None:
     class Decoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -73,8 +73,8 @@ def test_only_the_state_is_traced() -> None:
     assert torch.equal(traced(h, h), decoder(h, h))
 
 
-def test_under_a_tracer_of_ones_own() -> None:
-    """One that repeats torch's rule for leaves, as torchvision's and FX quantization's do."""
+def test_module_is_a_leaf_under_custom_tracers() -> None:
+    """torchvision and FX quantization have tracers that repeat torch's rule for leaves."""
 
     class OwnTracer(fx.Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -85,7 +85,7 @@ def test_under_a_tracer_of_ones_own() -> None:
     assert leaves(graph) == ["inner.recurrent", "head"]
 
 
-def test_a_subclass_without_forward_is_a_leaf() -> None:
+def test_subclass_without_forward_is_a_leaf() -> None:
     class Initialised(fastrnn.GRU):
         def reset_parameters(self) -> None:
             for p in self.parameters():
@@ -95,8 +95,8 @@ def test_a_subclass_without_forward_is_a_leaf() -> None:
     assert torch.equal(fx.symbolic_trace(model, {"hx": None})(x, None), model(x))
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_none() -> None:
-    """The node would call that forward again. torch.nn's fail in the same way."""
+def test_subclass_with_its_own_forward_is_not_a_leaf() -> None:
+    """The node would call that forward again. It fails as for subclasses of torch.nn."""
 
     class Residual(fastrnn.GRU):
         def forward(self, input: Any, hx: Any = None) -> Any:
@@ -107,7 +107,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_none() -> None:
         fx.symbolic_trace(nn.Sequential(Residual(4, 4)))
 
 
-def test_a_parametrized_layer_computes_its_weight_at_each_call() -> None:
+def test_parametrized_layer_computes_its_weight_at_each_call() -> None:
     model, x = Model(weight_norm(fastrnn.GRU(3, 4), "weight_hh_l0")), torch.randn(5, 2, 3)
     traced = fx.symbolic_trace(model, {"hx": None})
     model.inner["recurrent"].parametrizations.weight_hh_l0.original0.data.mul_(3)
@@ -117,7 +117,7 @@ def test_a_parametrized_layer_computes_its_weight_at_each_call() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_fx_quantization_leaves_it_in_floating_point() -> None:
+def test_fx_quantization_leaves_modules_in_floating_point() -> None:
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 

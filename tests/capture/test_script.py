@@ -1,4 +1,4 @@
-"""TorchScript: models that hold fastrnn's modules, scripted or traced, saved, loaded elsewhere."""
+"""TorchScript: models with fastrnn's modules, scripted or traced, then saved and loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ every_cell = pytest.mark.parametrize("cell", CELLS)
 
 
 class Everything(nn.Module):
-    """Calls a layer in each way there is: padded, with states, packed, without a batch."""
+    """Calls a layer in every way: padded, with states, packed, and without a batch."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Packed(Padded):
 
 
 class Steps(nn.Module):
-    """Two steps of a cell, and one without a batch."""
+    """Two batched steps of a cell, and one step without a batch."""
 
     def __init__(self, step: nn.Module) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Steps(nn.Module):
 
 
 def inputs(options: dict[str, Any], steps: int = 4, batch: int = 3) -> tuple[Tensor, Tensor]:
-    """An input [T,B,3] or [B,T,3] and the lengths of its sequences, the longest not first."""
+    """Returns an input [T,B,3] or [B,T,3] and its lengths; the longest is not the first."""
     shape = (batch, steps, 3) if options.get("batch_first") else (steps, batch, 3)
     lengths = torch.tensor([1 + (steps - 1 + index) % steps for index in range(1, batch)] + [steps])
     return torch.randn(shape), lengths
@@ -101,7 +101,7 @@ def saved_and_loaded(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 
 def outputs_and_gradients(module: nn.Module, args: Sequence[Tensor]) -> list[Tensor]:
-    """Every output and the gradient of each parameter."""
+    """Returns every output and the gradient of each parameter."""
     outputs = tree_leaves(module(*args))
     loss = sum((o * torch.linspace(0.5, 1, o.numel()).view_as(o)).sum() for o in outputs)
     gradients = torch.autograd.grad(loss, list(module.parameters()))
@@ -109,7 +109,7 @@ def outputs_and_gradients(module: nn.Module, args: Sequence[Tensor]) -> list[Ten
 
 
 def assert_same(script: nn.Module, module: nn.Module, *args: Tensor) -> None:
-    """With gradients and without; TorchScript's optimizer is free to add in another order."""
+    """Compares with and without gradients. TorchScript's optimizer may change the order of sums."""
     assert_learns_alike(outputs_and_gradients(script, args), module, args)
     with torch.no_grad():
         results = tree_leaves(script(*args))
@@ -149,7 +149,7 @@ class TestScript:
             assert_same(script, module, torch.randn(2, 3))
             assert_same(script, module, torch.randn(5, 3))
 
-    def test_dropout_acts_in_training_and_follows_the_seed(self) -> None:
+    def test_dropout_acts_in_training_and_depends_on_the_seed(self) -> None:
         module = Padded(build("gru", 3, 4, num_layers=2, dropout=0.5))
         args = inputs({})
         script = torch.jit.script(Everything(module.layer)).layer
@@ -164,7 +164,7 @@ class TestScript:
         module.eval()
         assert torch.equal(holder(args[0]), module(*args)[0])
 
-    def test_casts_and_new_weights_reach_what_is_computed(self) -> None:
+    def test_casts_and_new_weights_change_the_results(self) -> None:
         module = Everything(build("lstm", 3, 4))
         script = saved_and_loaded(torch.jit.script(module)).double()
         x, lengths = inputs({})
@@ -179,7 +179,7 @@ class TestScript:
         assert_same(torch.jit.script(module), module, x.bfloat16(), lengths)
 
     def test_subclass_without_a_forward(self) -> None:
-        """Which torch cannot script. Its place in the model is taken by a view with its class."""
+        """torch cannot script such a subclass. A view with fastrnn's class replaces the module."""
         model = Everything(Named(3, 4))
         before = model.layer
         args = inputs({})
@@ -254,7 +254,7 @@ class TestTrace:
     def test_layers(
         self, cell: str, options: dict[str, Any], grad: bool, form: type[Padded]
     ) -> None:
-        """A trace is of use for other lengths and batches, and learns even if traced without."""
+        """A trace runs other lengths and batches, and learns even if traced without gradients."""
         module = form(build(cell, 3, 4, **options))
         with torch.set_grad_enabled(grad), no_tracer_warning():
             traced = torch.jit.trace(module, inputs(options))
@@ -283,7 +283,7 @@ class TestTrace:
 
 
 def test_fresh_process(tmp_path: Path) -> None:
-    """One that has never seen the model: scripted and traced, it computes and learns."""
+    """A new process loads the scripted and the traced model, computes with them and trains them."""
     module = Everything(build("lstm", 3, 4, num_layers=2, bidirectional=True))
     args = inputs({})
     torch.jit.save(torch.jit.script(module), str(tmp_path / "scripted.pt"))
@@ -307,7 +307,7 @@ for name in ("scripted", "traced"):
 
 
 def test_without_fastrnns_python(tmp_path: Path) -> None:
-    """A program that loads the operators alone, as C++ does, can infer."""
+    """A program that loads only the operators, like a C++ program, can run inference."""
     module = Everything(build("gru", 3, 4))
     args = inputs({})
     torch.jit.save(torch.jit.script(module), str(tmp_path / "model.pt"))

@@ -1,4 +1,4 @@
-"""Graphs that an earlier fastrnn stored still load, compute the same and can be trained.
+"""Graphs that an earlier version of fastrnn stored still load, run, and can be trained.
 
 See tests/capture/stored/README.md for how the files were made.
 """
@@ -31,7 +31,7 @@ def load(name: str, kind: str) -> Any:
 
 
 def twin_of(name: str, parameters: dict[str, Tensor]) -> nn.Module:
-    """The eager module with the stored parameters."""
+    """Returns the eager module with the stored parameters."""
     cell, options = MODELS[name]
     module: nn.Module = getattr(fastrnn, cell)(3, 4, **options)
     module.load_state_dict({key[len("rnn.") :]: t for key, t in parameters.items()})
@@ -46,7 +46,7 @@ def flat(results: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["exported", "scripted", "traced"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_stored_graph_computes_the_same(name: str, kind: str) -> None:
+def test_stored_graph_gives_the_same_results(name: str, kind: str) -> None:
     stored = load(name, kind)
     x = torch.randn(5, 2, 3)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_a_stored_graph_computes_the_same(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["exported", "scripted", "traced"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_stored_graph_can_be_trained(name: str, kind: str) -> None:
+def test_stored_graph_can_be_trained(name: str, kind: str) -> None:
     stored = load(name, kind)
     twin = twin_of(name, stored.state_dict())
     x = torch.randn(5, 2, 3)
@@ -72,7 +72,7 @@ def test_a_stored_graph_can_be_trained(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lstm_plain", "gru", "rnn"])  # no layer reads a rounded output
-def test_autocast_acts_on_a_stored_graph(name: str) -> None:
+def test_autocast_acts_on_stored_graphs(name: str) -> None:
     stored = load(name, "traced")
     x = torch.randn(5, 2, 3)
     with torch.no_grad(), torch.autocast("cpu"):
@@ -82,7 +82,7 @@ def test_autocast_acts_on_a_stored_graph(name: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_errors_of_a_stored_graph_are_those_of_the_operator() -> None:
+def test_stored_graph_raises_the_operators_errors() -> None:
     stored = load("gru", "traced")
     with pytest.raises(RuntimeError) as info:
         stored(torch.randn(2, 5, 7))
@@ -99,8 +99,8 @@ def test_errors_of_a_stored_graph_are_those_of_the_operator() -> None:
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
-def test_a_stored_graph_is_compiled_for_all_sizes(with_gradient: bool) -> None:
-    """The alias asks for no size, which is a symbol then."""
+def test_stored_graph_is_compiled_for_all_sizes(with_gradient: bool) -> None:
+    """The alias of the operator reads no size, because sizes are symbols here."""
     layer = torch.ops.fastrnn.layer
     weights = [p.detach() for p in fastrnn.LSTM(3, 4).parameters()]
 
@@ -119,8 +119,8 @@ def test_a_stored_graph_is_compiled_for_all_sizes(with_gradient: bool) -> None:
             assert torch.equal(*gradients)
 
 
-def test_a_stored_graph_holds_the_operator_of_its_time() -> None:
-    """Otherwise the tests above would show nothing."""
+def test_stored_graph_contains_the_old_operator() -> None:
+    """Otherwise the tests above would prove nothing."""
     program = torch.export.load(STORED / "lstm.pt2")
     assert str(program.graph).count("torch.ops.fastrnn.layer.default") == 2
     archive = torch.jit.load(STORED / "lstm_traced.pt")
@@ -128,7 +128,7 @@ def test_a_stored_graph_holds_the_operator_of_its_time() -> None:
 
 
 @pytest.mark.slow
-def test_a_stored_program_is_compiled_by_aot_inductor(tmp_path: Path) -> None:
+def test_stored_program_is_compiled_by_aot_inductor(tmp_path: Path) -> None:
     program = torch.export.load(STORED / "lstm.pt2")
     path = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "lstm_aot.pt2")

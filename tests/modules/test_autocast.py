@@ -22,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["RNN", "LSTM", "GRU"]
 STEPS = ["RNNCell", "LSTMCell", "GRUCell"]
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-# H of a step that the kernels compute and of one that torch's own operators compute
+# H of a step that the kernels compute, and of a step that torch's own operators compute
 SMALL, LARGE = 3, 400
 
 
 @pytest.fixture(autouse=True)
 def _with_autocasts_cache() -> Iterator[None]:
-    """An export that fails leaves it switched off, which is torch's doing."""
+    """Enables autocast's cache again, because a failed torch.onnx.export leaves it disabled."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(True)
     yield
@@ -53,7 +53,7 @@ def make_input(name: str, dtype: torch.dtype, steps: int = 5, device: str = "cpu
 
 
 def torch_runs(name: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether torch.nn runs this class under autocast to this type, by oneDNN on the CPU."""
+    """Whether torch.nn supports this class under autocast to this type (oneDNN on the CPU)."""
     if device != "cpu" or name != "LSTM":
         return True
     return dtype == BFLOAT16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -65,7 +65,7 @@ def torch_runs(name: str, dtype: torch.dtype, device: str) -> bool:
 @pytest.mark.parametrize("of_weights", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
-def test_dtypes_of_results_are_torchs(
+def test_result_dtypes_match_torch(
     name: str,
     dtype: torch.dtype,
     of_weights: torch.dtype,
@@ -92,7 +92,7 @@ def test_dtypes_of_results_are_torchs(
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_computes_in_float32_and_rounds_its_results(name: str) -> None:
+def test_layer_computes_in_float32_and_rounds_its_results(name: str) -> None:
     module = getattr(fastrnn, name)(4, 3, 2, bidirectional=True)
     x = make_input(name, FLOAT32).requires_grad_()
     exact = flat(module(x))
@@ -110,7 +110,7 @@ def test_a_layer_computes_in_float32_and_rounds_its_results(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_float64_and_complex_are_left_alone(name: str) -> None:
+def test_float64_and_complex_are_not_cast(name: str) -> None:
     for dtype in (torch.float64, torch.complex64):
         module = getattr(fastrnn, name)(4, 3, dtype=dtype)
         x = torch.ones(5, 2, 4, dtype=dtype)
@@ -121,8 +121,8 @@ def test_float64_and_complex_are_left_alone(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("name", STEPS)
-def test_a_large_step_is_torchs_own(name: str, dtype: torch.dtype) -> None:
-    """Under autocast and in a half type, gradients included."""
+def test_large_step_runs_torchs_step(name: str, dtype: torch.dtype) -> None:
+    """Covers autocast, half types and gradients."""
     step = getattr(fastrnn, name)(4, LARGE)
     for module, x, under_autocast in (
         (step, make_input(name, FLOAT32), True),
@@ -143,7 +143,7 @@ def test_a_large_step_is_torchs_own(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
-def test_a_large_single_step_of_a_layer_is_that_of_torchs_cell(
+def test_large_single_step_of_a_layer_equals_torchs_cell(
     cell: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     module = build(cell, 4, LARGE, batch_first=True, dtype=dtype, **options)
@@ -192,15 +192,15 @@ def count_casts(module: nn.Module, hidden: int, steps: int) -> int:
 
 @pytest.mark.parametrize("hidden", [SMALL, LARGE])
 @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
-def test_weights_are_cast_once_at_most(name: str, hidden: int) -> None:
-    """Ten steps cast more than one step only in x, the states and the results, not in weights."""
+def test_weights_are_cast_at_most_once(name: str, hidden: int) -> None:
+    """Nine more steps cast only more inputs, states and results, but no weights."""
     module = getattr(fastrnn, name)(4, hidden)
     once, often = (count_casts(module, hidden, steps) for steps in (1, 11))
     assert (often - once) / 10 <= 2 * 4 + 8 * 2 * hidden
 
 
 def saved_bytes(call: Callable[[], Any]) -> int:
-    """Bytes of all storages that a graph keeps for its backward pass."""
+    """Returns the bytes of all storages that a graph saves for its backward pass."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ def saved_bytes(call: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
-def test_a_loop_of_steps_keeps_no_more_than_torchs(name: str) -> None:
+def test_loop_of_steps_saves_no_more_than_torch(name: str) -> None:
     module = getattr(fastrnn, name)(LARGE, LARGE)
     x = torch.randn((8, LARGE) if name in STEPS else (1, 8, LARGE))
 
@@ -232,8 +232,8 @@ def test_a_loop_of_steps_keeps_no_more_than_torchs(name: str) -> None:
         assert saved_bytes(lambda: loop(module)) <= 1.1 * saved_bytes(lambda: loop(twin))
 
 
-def test_a_counter_in_the_state_of_a_cell_counts_on() -> None:
-    """A bfloat16 state would stop at 256."""
+def test_cell_state_stays_float32() -> None:
+    """Counts to more than 256, where a bfloat16 state would stop."""
     cell = fastrnn.LSTMCell(1, 1)
     with torch.no_grad(), torch.autocast("cpu", BFLOAT16):
         for p in cell.parameters():
@@ -247,7 +247,7 @@ def test_a_counter_in_the_state_of_a_cell_counts_on() -> None:
 
 @pytest.mark.parametrize("hidden", [SMALL, LARGE])
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "GRU"])
-def test_a_state_can_be_written_into_a_float32_buffer(name: str, hidden: int) -> None:
+def test_state_fits_a_float32_buffer(name: str, hidden: int) -> None:
     buffer = torch.zeros(6, hidden)
     rows = torch.tensor([4, 1])
     module = getattr(fastrnn, name)(4, hidden)
@@ -259,7 +259,7 @@ def test_a_state_can_be_written_into_a_float32_buffer(name: str, hidden: int) ->
 
 
 class Model(nn.Module):
-    """A linear layer, which autocast has return bfloat16, before a recurrent one."""
+    """A linear layer, whose output is bfloat16 under autocast, before a recurrent layer."""
 
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
@@ -280,12 +280,14 @@ CAPTURES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
-def test_a_graph_under_autocast(name: str, capture: str, inside: bool) -> None:
-    """Captured outside autocast, and inside; run under it, with the types of the eager model."""
+def test_captured_graph_under_autocast_matches_the_eager_model(
+    name: str, capture: str, inside: bool
+) -> None:
+    """Captures the model outside or inside autocast, and runs the graph under autocast."""
     torch.manual_seed(0)
     model = Model(name)
     x = make_input(name, FLOAT32)
-    # as in torch.nn, tracing does not go with autocast's cache
+    # as for torch.nn, tracing does not work with autocast's cache
     with torch.autocast("cpu", BFLOAT16, enabled=inside, cache_enabled=False):
         graph = CAPTURES[capture](model, x)
     with torch.autocast("cpu", BFLOAT16):
@@ -303,7 +305,7 @@ def test_a_graph_under_autocast(name: str, capture: str, inside: bool) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_captured_stack_rounds_no_more_than_an_eager_one(name: str) -> None:
+def test_captured_stack_rounds_no_more_than_an_eager_one(name: str) -> None:
     model = Model(name, num_layers=2, bidirectional=True)
     x = make_input(name, FLOAT32)
     with torch.autocast("cpu", BFLOAT16):
@@ -314,7 +316,7 @@ def test_a_captured_stack_rounds_no_more_than_an_eager_one(name: str) -> None:
             assert torch.equal(value, truth)
 
 
-def test_a_graph_with_an_input_elsewhere_gets_the_operators_error() -> None:
+def test_graph_with_input_on_another_device_raises_the_operators_error() -> None:
     x, h = torch.zeros(5, 2, 3, device="meta"), torch.zeros(1, 2, 4)
     weights = [torch.zeros(4, 3), torch.zeros(4, 4)]
     with torch.autocast("cpu", BFLOAT16), pytest.raises(RuntimeError, match="on the device of"):

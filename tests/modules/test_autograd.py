@@ -1,4 +1,4 @@
-"""The gradients: proved by finite differences, and well behaved in every corner of autograd."""
+"""Gradients: checked by finite differences, and with every feature of autograd."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ CASES = [(cell, options) for cell in CELLS for options in OPTIONS] + [
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize(("cell", "options"), CASES, ids=str)
-def test_gradcheck(cell: str, options: dict[str, Any], packed: bool) -> None:
+def test_gradients_pass_gradcheck(cell: str, options: dict[str, Any], packed: bool) -> None:
     case = Case(cell, options, packed)
     assert gradcheck(case, case.inputs)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_gradgradcheck(cell: str, packed: bool) -> None:
+def test_second_derivatives_pass_gradgradcheck(cell: str, packed: bool) -> None:
     case = Case(cell, {"bidirectional": True} if packed else {}, packed)
     assert gradgradcheck(case, case.inputs)
 
 
-def test_gradgradcheck_projection() -> None:
+def test_second_derivatives_of_a_projection_pass_gradgradcheck() -> None:
     case = Case("lstm", {"proj_size": 2, "num_layers": 2}, False)
     assert gradgradcheck(case, case.inputs)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_cell_gradcheck(cell: str) -> None:
+def test_gradients_of_cells_pass_gradcheck(cell: str) -> None:
     case = Case(cell, step=True)
     assert gradcheck(case, case.inputs)
     assert gradgradcheck(case, case.inputs)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_second_derivative_does_not_count_twice(cell: str) -> None:
-    """The initial state is computed from x: its part of the gradient of x is counted once."""
+def test_second_derivative_counts_a_dependent_state_once(cell: str) -> None:
+    """The initial state depends on x, and its part of the gradient of x must count only once."""
     module = build(cell, 3, 3, dtype=F64)
 
     def penalty(x: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ def test_second_derivative_does_not_count_twice(cell: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_any_subset_of_inputs(cell: str, packed: bool) -> None:
-    """Each input alone gets the gradient that it gets among all, the others none."""
+def test_any_subset_of_inputs_gets_its_gradients(cell: str, packed: bool) -> None:
+    """Each input alone gets the gradient that it gets when all inputs require one."""
     case = Case(cell, {"num_layers": 2, "bidirectional": True}, packed)
     weights = [torch.randn_like(output) for output in case(*case.inputs)]
     expected = torch.autograd.grad(case(*case.inputs), case.inputs, weights)
@@ -91,8 +91,8 @@ def test_any_subset_of_inputs(cell: str, packed: bool) -> None:
 @pytest.mark.parametrize(
     ("cell", "which"), [(cell, which) for cell in CELLS for which in (0, 1)] + [("lstm", 2)]
 )
-def test_any_subset_of_outputs(cell: str, which: int) -> None:
-    """A loss of the output, of h_n or of c_n alone."""
+def test_loss_of_any_single_output_matches_reference(cell: str, which: int) -> None:
+    """The loss depends only on the output, only on h_n or only on c_n."""
     case = Case(cell, {"bidirectional": True}, False)
     got = torch.autograd.grad(case(*case.inputs)[which].square().sum(), case.inputs)
     with reference_math():
@@ -103,8 +103,8 @@ def test_any_subset_of_outputs(cell: str, which: int) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_expanded_gradients(cell: str, batch_first: bool) -> None:
-    """Incoming gradients with stride 0, as sums, means and broadcasts make them."""
+def test_expanded_incoming_gradients_match_dense_ones(cell: str, batch_first: bool) -> None:
+    """Sums, means and broadcasts create incoming gradients with stride 0."""
     module = build(cell, 3, 4, batch_first=batch_first, dtype=F64)
     x = torch.randn(5, 2, 3, dtype=F64, requires_grad=True)
     losses = (
@@ -124,13 +124,13 @@ def test_expanded_gradients(cell: str, batch_first: bool) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_backward_in_eval_mode(cell: str) -> None:
+def test_backward_works_in_eval_mode(cell: str) -> None:
     module = build(cell, 3, 4, num_layers=2, dropout=0.5).eval()
     check(module, torch.randn(5, 2, 3, requires_grad=True))
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_graph_is_kept_or_freed_as_asked(cell: str) -> None:
+def test_graph_is_retained_or_freed_as_requested(cell: str) -> None:
     module = build(cell, 3, 4)
     x = torch.randn(5, 2, 3, requires_grad=True)
     loss = module(x)[0].sum()
@@ -184,7 +184,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 def test_output_may_be_changed_in_place(
     cell: str, options: dict[str, Any], change: str, packed: bool
 ) -> None:
-    """As if a copy was changed: backward reads the output as it was."""
+    """Gives the gradients of changing a copy: the backward pass reads the unchanged output."""
     module = build(cell, 3, 4, **options)
     x = torch.randn(5, 2, 3, requires_grad=True)
     inputs = [x, *module.parameters()]
@@ -226,7 +226,7 @@ def test_output_is_copied_only_when_it_is_changed() -> None:
 
 @pytest.mark.parametrize("make", [build, make_step])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_changed_input_is_noticed(cell: str, make: Callable[..., nn.Module]) -> None:
+def test_changed_saved_tensor_raises(cell: str, make: Callable[..., nn.Module]) -> None:
     """Changing a tensor that backward needs raises; the error names the remedy."""
     x = torch.randn(2, 3) if make is make_step else torch.randn(5, 2, 3)
     result = make(cell, 3, 4)(x)
@@ -260,7 +260,7 @@ def test_biases_do_not_share_their_gradient(cell: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_anomaly_mode_and_checkpointing() -> None:
+def test_anomaly_mode_and_checkpointing_match_plain_backward() -> None:
     module = build("gru", 3, 4, num_layers=2, dropout=0.5, dtype=F64)
     x = torch.randn(5, 2, 3, dtype=F64, requires_grad=True)
     expected = run(module, x, seed=3)
@@ -283,7 +283,7 @@ def test_anomaly_mode_and_checkpointing() -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_forward_mode_is_never_silently_zero(cell: str, packed: bool) -> None:
-    """jvp, dual tensors with and without grad mode, against the product with the Jacobian."""
+    """Compares jvp and dual tensors, with and without grad mode, with the Jacobian's product."""
     case = Case(cell, {}, packed)
     primals = [t.detach() for t in case.inputs]
     tangents = [torch.randn_like(t) for t in primals]
@@ -303,7 +303,7 @@ def test_forward_mode_is_never_silently_zero(cell: str, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_func_transforms(cell: str) -> None:
+def test_func_transforms_match_autograd(cell: str) -> None:
     """grad, vmap, vmap of grad, hessian and jacrev agree with plain autograd."""
     module = build(cell, 2, 3, dtype=F64)
     parameters = {name: p.detach() for name, p in module.named_parameters()}

@@ -1,4 +1,4 @@
-"""convert() and patch(): existing programs get fastrnn without noticing more than the speed."""
+"""convert() and patch(): existing programs use fastrnn and give the same results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Custom(nn.LSTM):
 
 
 class Model(nn.Module):
-    """Two names for one GRU, an RNN inside a list, a cell, and weights tied across modules."""
+    """A GRU with two names, an RNN in a list, a cell, and weights tied across modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Model(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def originals_come_back() -> Iterator[None]:
+def restored_classes() -> Iterator[None]:
     yield
     fastrnn.unpatch()
     for cls in PAIRS:
@@ -84,8 +84,8 @@ def test_every_class_is_replaced() -> None:
         assert type(fastrnn.convert(before(3, 4))) is after
 
 
-def test_training_goes_on_with_the_same_optimizer() -> None:
-    """Adam's state, tied weights, shared modules and hooks live through a conversion."""
+def test_training_continues_with_the_same_optimizer() -> None:
+    """Adam's state, tied weights, shared modules and hooks survive a conversion."""
     model = Model().double()
     twin = copy.deepcopy(model)
     calls: list[str] = []
@@ -129,7 +129,7 @@ def test_training_mode_and_requires_grad_survive() -> None:
     assert needs == {name: p.requires_grad for name, p in model.named_parameters()}
 
 
-def test_report_reads_well(caplog: pytest.LogCaptureFixture) -> None:
+def test_report_lists_replaced_and_skipped_modules(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(3, 4), Custom(4, 4), nn.GRU(4, 4))
     with (
         caplog.at_level(logging.INFO, logger="fastrnn"),
@@ -145,7 +145,7 @@ def test_report_reads_well(caplog: pytest.LogCaptureFixture) -> None:
     assert type(model[1]) is Custom
 
 
-def test_the_root_itself() -> None:
+def test_model_that_is_a_layer_is_converted() -> None:
     module = nn.LSTM(3, 4, dtype=torch.float64)
     x = torch.randn(5, 2, 3, dtype=torch.float64)
     expected = module(x)[0]
@@ -155,13 +155,13 @@ def test_the_root_itself() -> None:
     assert_same_in_double(module(x)[0], expected)
 
 
-def test_a_second_conversion_finds_nothing() -> None:
+def test_second_conversion_replaces_nothing() -> None:
     model = fastrnn.convert(Model())
     _, report = fastrnn.convert(model, return_report=True)
     assert report.replaced == report.skipped == []
 
 
-def test_not_a_module() -> None:
+def test_other_objects_than_modules_are_rejected() -> None:
     with pytest.raises(TypeError, match=r"convert\(\) takes a torch.nn.Module, got type"):
         fastrnn.convert(nn.LSTM)  # type: ignore[type-var]
 
@@ -169,8 +169,8 @@ def test_not_a_module() -> None:
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("kind", ["parametrized", "weight_norm", "pruned", "several"])
 @pytest.mark.parametrize("cls", PAIRS, ids=lambda cls: cls.__name__)
-def test_computed_weights(cls: type[nn.Module], kind: str) -> None:
-    """Parametrizations, weight norm and pruning go on to work, and can still be removed."""
+def test_computed_weights_survive_conversion(cls: type[nn.Module], kind: str) -> None:
+    """Parametrizations, weight norm and pruning still work and can be removed."""
     name = "weight_hh" if issubclass(cls, nn.RNNCellBase) else "weight_hh_l0"
     other = name.replace("hh", "ih")
 
@@ -212,7 +212,7 @@ def test_computed_weights(cls: type[nn.Module], kind: str) -> None:
     assert_same_in_double(gradients(module)[0], gradients(twin)[0])
 
 
-def test_parametrized_subclass_is_left_alone() -> None:
+def test_parametrized_subclass_is_left_unchanged() -> None:
     module = Custom(3, 4)
     parametrizations.weight_norm(module, "weight_hh_l0")
     with pytest.warns(UserWarning, match="left unchanged"):
@@ -238,7 +238,7 @@ def is_patched() -> bool:
     return kinds.pop()
 
 
-def test_patch_as_context() -> None:
+def test_patch_acts_inside_its_context() -> None:
     assert not is_patched()
     with fastrnn.patch():
         assert is_patched()
@@ -252,7 +252,7 @@ def test_patch_as_context() -> None:
     train(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def test_patched_names_can_be_derived_from() -> None:
+def test_classes_can_derive_from_patched_names() -> None:
     with fastrnn.patch():
 
         class Mine(nn.LSTM):
@@ -267,7 +267,7 @@ def test_patched_names_can_be_derived_from() -> None:
     assert torch.equal(module(x)[0], -plain(x)[0])
 
 
-def test_patch_as_call() -> None:
+def test_called_patch_acts_until_unpatch() -> None:
     fastrnn.patch()
     assert is_patched()
     fastrnn.patch()
@@ -293,7 +293,7 @@ def test_patches_nest() -> None:
     assert not is_patched()
 
 
-def test_one_patch_used_again() -> None:
+def test_one_patch_can_be_entered_again() -> None:
     patch = fastrnn.patch()
     for _ in range(2):
         with patch:
@@ -307,7 +307,7 @@ def test_patch_ends_with_an_exception() -> None:
     assert not is_patched()
 
 
-def test_patch_leaves_other_peoples_patches() -> None:
+def test_patch_leaves_classes_of_other_patches() -> None:
     class Theirs(nn.LSTM):
         pass
 
@@ -322,7 +322,7 @@ def test_patch_leaves_other_peoples_patches() -> None:
     assert nn.LSTM is original
 
 
-def test_patch_from_many_threads() -> None:
+def test_patch_is_thread_safe() -> None:
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -350,7 +350,7 @@ def test_convert_works_under_patch() -> None:
     assert type(model.cell) is fastrnn.GRUCell
 
 
-def test_same_training_under_patch() -> None:
+def test_training_under_patch_gives_the_same_losses() -> None:
     def losses() -> list[float]:
         torch.manual_seed(3)
         model = Model().double()

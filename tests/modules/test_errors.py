@@ -1,4 +1,4 @@
-"""Wrong calls: each one ends in one clear sentence, and what torch.nn accepts computes the same.
+"""Wrong calls raise one clear sentence, and calls that torch.nn accepts give the same results.
 
 A call is a module or function with its arguments; a mistake replaces one argument by a bad value.
 The tables below apply every mistake by itself, then two at a time, and hold the outcome against
@@ -29,7 +29,7 @@ FUNCTIONS = ["rnn_tanh", "rnn_relu", "rnn_sigmoid", "gru", "lstm"]
 
 STEP_COUNT, BATCH, INPUT, HIDDEN = 5, 2, 3, 4
 
-# what no message may hold: the words of an error that nobody foresaw
+# words of unforeseen errors, which no message may contain
 OPAQUE = re.compile(
     "object has no attribute|index out of range|(?<!got: )NoneType|dispatch|INTERNAL ASSERT"
     "|not enough values to unpack|too many values to unpack|not subscriptable|not iterable"
@@ -41,14 +41,14 @@ OPAQUE = re.compile(
 
 @dataclass
 class Call:
-    """A call of a module, or of a function where ``build`` is None.
+    """A call of a module, or of a function if ``build`` is None.
 
     Attributes:
-        name: of the module or function.
+        name: name of the module or function.
         build: arguments of the constructor.
         parameters: attributes that are set afterwards.
-        packed: the fields of a packed input, which is not among the arguments then.
-        arguments: of the call.
+        packed: the fields of a packed input, which then replaces the argument ``input``.
+        arguments: arguments of the call.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Call:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def run(self, is_ours: bool) -> tuple[Tensor, ...]:
-        """The tensors that fastrnn or torch.nn returns."""
+        """Returns the tensors that fastrnn or torch.nn returns."""
         arguments = dict(self.arguments)
         function: Any
         if self.build is None:
@@ -301,7 +301,7 @@ PARAMS: dict[str, Callable[[list[Tensor]], Any]] = {
 
 @dataclass(frozen=True)
 class Mistake:
-    """Replaces what ``part`` (a field of `Call`) holds under ``argument``."""
+    """Replaces the value of ``argument`` in ``part``, a field of `Call`."""
 
     part: str
     argument: str
@@ -335,7 +335,7 @@ def tensor_mistakes(part: str, argument: str, element: int | None = None) -> Ite
 
 
 def mistakes(call: Call) -> Iterator[Mistake]:
-    """Every mistake that can be made in this call."""
+    """Yields every mistake that can be made in this call."""
     for argument, value in call.arguments.items():
         if argument in OPTIONS:
             for label, odd in OPTIONS[argument].items():
@@ -391,7 +391,7 @@ OF_CELLS = {"hidden_size", "input_size", "nonlinearity", "bias"}
 
 
 def module_mistakes(call: Call) -> Iterator[Mistake]:
-    """Wrong arguments of the constructor, wrong parameters and attributes."""
+    """Yields wrong arguments of the constructor, wrong parameters and wrong attributes."""
     assert call.build is not None
     module = getattr(nn, call.name)(**call.build)
     names = ["input_size", "hidden_size", "bias", "device", "dtype"]
@@ -427,7 +427,7 @@ def made(good: Tensor, change: Callable[[Tensor], Tensor]) -> Callable[[Any], An
 
 
 def calls() -> dict[str, Call]:
-    """Right calls by name."""
+    """Returns correct calls, by name."""
     result = {}
     for name in LAYERS:
         result[name] = layer_call(name)
@@ -448,7 +448,7 @@ CALLS = calls()
 
 # --- outcomes
 
-# sentences that do not name the argument as it was passed, most of them torch's
+# accepted messages that do not name the argument; most are torch's
 KNOWN = re.compile(
     r"^Input and (parameter|hidden) tensors are not (at the same device|the same dtype), found"
     r"|^RNN input dtype \(\S+\) does not match weight dtype"
@@ -474,7 +474,7 @@ def outcome(call: Call, is_ours: bool) -> tuple[Tensor, ...] | Exception:
             return error
 
 
-def says_what_is_wrong(error: Exception, names: list[str], theirs: object) -> bool:
+def is_clear(error: Exception, names: list[str], theirs: object) -> bool:
     message = str(error)
     if type(error) not in (TypeError, ValueError, RuntimeError) or OPAQUE.search(message):
         return False
@@ -486,10 +486,10 @@ def says_what_is_wrong(error: Exception, names: list[str], theirs: object) -> bo
 
 
 def is_safe_in_torch(call: Call, made: list[Mistake]) -> bool:
-    """Whether torch's outcome can be asked for: it is no crash, nor memory that nobody has written.
+    """Whether torch can be called: it neither crashes nor returns uninitialised memory.
 
-    It reads expanded batch sizes as if they were contiguous and tensors on "meta" as if they had
-    memory; its LSTM believes parameters, and its function `lstm` all sizes, unseen.
+    torch reads expanded batch sizes as if they were contiguous and meta tensors as if they had
+    memory. Its LSTM does not check parameters, and its function `lstm` checks no sizes.
     """
     if call.name in ("rnn_sigmoid", "lstm"):
         return False
@@ -499,30 +499,30 @@ def is_safe_in_torch(call: Call, made: list[Mistake]) -> bool:
 
 
 def may_accept(call: Call, mistake: Mistake) -> bool:
-    """Whether fastrnn accepts on purpose what torch may reject."""
+    """Whether fastrnn deliberately accepts a call that torch may reject."""
     argument, label = mistake.argument, mistake.label
     return (
         argument == "weight_dtype"
         or (argument == "nonlinearity" and label == "sigmoid")
         or (argument in ("batch_sizes", "params") and label in ("expanded", "strided", "iterator"))
-        or (argument == "num_layers" and label == "bool")  # an int
-        or (argument == "bias" and label == "set to False")  # which parameters there are counts
-        or argument == "dropout"  # where it does not act
-        or (mistake.part == "parameters" and argument in ATTRIBUTES)  # nor are these all read
+        or (argument == "num_layers" and label == "bool")  # a bool is an int
+        or (argument == "bias" and label == "set to False")  # the existing parameters decide
+        or argument == "dropout"  # unused with a single layer
+        or (mistake.part == "parameters" and argument in ATTRIBUTES)  # not all of them are read
     )
 
 
 def may_reject(call: Call, mistake: Mistake) -> bool:
-    """Whether fastrnn rejects on purpose what torch may accept."""
+    """Whether fastrnn deliberately rejects a call that torch may accept."""
     part, argument, label = mistake.part, mistake.argument, mistake.label
     return (
-        call.build is None  # torch's functions leave the checks to its modules
+        call.build is None  # torch's functions do not check: its modules do
         or any(word in label for word in ("sparse", "compressed", "meta"))
-        or (part == "parameters" and call.name == "LSTM")  # torch does not look at them
+        or (part == "parameters" and call.name == "LSTM")  # torch does not check them
         or (part == "parameters" and argument.startswith("bias"))  # torch repeats a single value
         or (part == "parameters" and argument in ATTRIBUTES)
-        or (call.name.startswith("LSTM") and argument == "hx")  # torch does not look at c
-        or argument in ("batch_sizes", "data")  # torch ignores rows that are left
+        or (call.name.startswith("LSTM") and argument == "hx")  # torch does not check c
+        or argument in ("batch_sizes", "data")  # torch ignores surplus rows
     )
 
 
@@ -532,13 +532,13 @@ def check(name: str, made: list[Mistake]) -> None:
     for is_recorded in (True, False):
         with torch.set_grad_enabled(is_recorded):
             outcomes.append(outcome(applied(name, made), True))
-    is_asked = not made or is_safe_in_torch(call, made)
-    is_asked = is_asked and call.name != "rnn_sigmoid"
-    theirs = outcome(applied(name, made), False) if is_asked else None
+    calls_torch = not made or is_safe_in_torch(call, made)
+    calls_torch = calls_torch and call.name != "rnn_sigmoid"
+    theirs = outcome(applied(name, made), False) if calls_torch else None
     names = [mistake.argument for mistake in made] + ["input"] * ("data" in call.arguments)
     for ours in outcomes:
         if isinstance(ours, Exception):
-            assert says_what_is_wrong(ours, names, theirs), f"{type(ours).__name__}: {ours}"
+            assert is_clear(ours, names, theirs), f"{type(ours).__name__}: {ours}"
             if isinstance(theirs, tuple):
                 assert any(may_reject(call, m) for m in made), f"torch accepts it: {ours}"
         elif isinstance(theirs, tuple):
@@ -547,14 +547,14 @@ def check(name: str, made: list[Mistake]) -> None:
         elif theirs is not None:
             assert any(may_accept(call, m) for m in made), f"torch rejects it: {theirs}"
     if any(m.part == "parameters" and m.argument in ATTRIBUTES for m in made):
-        return  # the short way without gradients does not read all attributes
+        return  # the fast path without gradients does not read all attributes
     assert type(outcomes[0]) is type(outcomes[1])
     if isinstance(outcomes[0], Exception) and "jagged" not in str(made):
         assert str(outcomes[0]) == str(outcomes[1])
 
 
 def applied(name: str, made: list[Mistake]) -> Call:
-    """The call with these mistakes."""
+    """Returns the call with these mistakes."""
     call = copy.deepcopy(CALLS[name])
     for mistake in made:
         mistake.apply(call)
@@ -566,7 +566,7 @@ def check_all(name: str, choices: Iterable[list[Mistake]]) -> None:
     for made in choices:
         try:
             applied(name, made)
-        except Exception:  # such a tensor does not exist
+        except Exception:  # this tensor cannot be created
             continue
         try:
             check(name, made)
@@ -576,9 +576,9 @@ def check_all(name: str, choices: Iterable[list[Mistake]]) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_one_mistake(name: str) -> None:
+def test_each_mistake_raises_a_clear_error_or_matches_torch(name: str) -> None:
     chosen = list(mistakes(CALLS[name]))
-    if CALLS[name].build is not None and " " in name:  # the module is that of another call
+    if CALLS[name].build is not None and " " in name:  # another call tests the same module
         chosen = [m for m in chosen if m.part != "build"]
         if name.endswith("deep"):
             last = ("l1", "l1_reverse")
@@ -589,7 +589,7 @@ def test_one_mistake(name: str) -> None:
     check_all(name, ([mistake] for mistake in chosen))
 
 
-def test_two_mistakes() -> None:
+def test_two_mistakes_raise_a_clear_error_or_match_torch() -> None:
     generator = random.Random(5)
     for name, call in CALLS.items():
         every = list(mistakes(call))
@@ -597,13 +597,13 @@ def test_two_mistakes() -> None:
         while len(pairs) < 20:
             pair = generator.sample(every, 2)
             names = {mistake.argument for mistake in pair}
-            one_bias = "bias" in names and names & {"bias_ih", "bias_hh"}  # counts as two
+            one_bias = "bias" in names and names & {"bias_ih", "bias_hh"}  # one mistake, not two
             if len(names) == 2 and not one_bias:
                 pairs.append(pair)
         check_all(name, pairs)
 
 
-def test_right_calls() -> None:
+def test_correct_calls_match_torch() -> None:
     for name in CALLS:
         assert isinstance(outcome(applied(name, []), True), tuple)
         check(name, [])
@@ -617,7 +617,7 @@ def message(call: Callable[[], Any]) -> str:
 
 
 @pytest.mark.parametrize("is_recorded", [True, False])
-def test_sentences(is_recorded: bool) -> None:
+def test_messages_name_argument_expected_and_actual(is_recorded: bool) -> None:
     zeros = torch.zeros
     gru = fastrnn.GRU(5, 3, num_layers=2)
     gru.num_layers = 0
@@ -657,8 +657,8 @@ def test_sentences(is_recorded: bool) -> None:
         assert [message(call) for call in expected.values()] == list(expected)
 
 
-def test_errors_of_others_are_left_alone() -> None:
-    """Error of a subclass, with its own message and traceback."""
+def test_errors_of_subclasses_are_unchanged() -> None:
+    """The error of a subclass keeps its message and traceback."""
 
     class Broken(fastrnn.GRU):
         def check_forward_args(self, *args: Any) -> None:
@@ -669,8 +669,8 @@ def test_errors_of_others_are_left_alone() -> None:
             Broken(3, 4)(torch.zeros(5, 2, 3))
 
 
-def test_compiled() -> None:
-    """The compiler hands a wrong call back to Python, where it ends in the same sentence."""
+def test_compiled_calls_raise_the_eager_message() -> None:
+    """Dynamo falls back to Python for a wrong call, and Python raises the same message."""
     torch._dynamo.reset()
     for module, x, hx in (
         (fastrnn.GRUCell(5, 3), torch.zeros(2, 5), torch.zeros(3)),

@@ -1,4 +1,4 @@
-"""`fastrnn.explain` and ``FASTRNN_VERBOSE``: the backend of a call, and reasons against others."""
+"""`fastrnn.explain` and ``FASTRNN_VERBOSE``: the backend of a call, and why others are skipped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_kernels_have_a_plan_per_layer() -> None:
     assert len(lines) == 1 + len(found.skipped) + 2
 
 
-def test_gradients_count() -> None:
+def test_recorded_gradients_change_the_backend() -> None:
     module = build("gru", 3, 4, 2)
     assert explained(module, torch.randn(X)).backend == stacked_kernels.NAME
     found = explained(module, torch.randn(X), recorded=True)
@@ -62,7 +62,7 @@ def test_packed_sequences_have_plans() -> None:
     assert found.plans == [_C.plan("gru", 4, 3, 3, 4, threads=torch.get_num_threads())]
 
 
-def test_what_torch_computes() -> None:
+def test_calls_that_torch_computes_are_named() -> None:
     wide = build("gru", 3, 4, dtype=torch.complex64)
     found = explained(wide, torch.randn(X, dtype=torch.complex64))
     assert found.backend == torch_builtin.NAME
@@ -78,7 +78,7 @@ def test_what_torch_computes() -> None:
     assert found.skipped[torch_builtin.NAME] == "torch has no rnn_sigmoid"
 
 
-def test_transforms_count() -> None:
+def test_transforms_change_the_backend() -> None:
     module = build("gru", 3, 4)
     found: list[fastrnn.Explanation] = []
 
@@ -91,7 +91,7 @@ def test_transforms_count() -> None:
     assert "torch.func" in found[0].skipped[kernels.NAME]
 
 
-def test_autocast_counts() -> None:
+def test_autocast_changes_the_backend() -> None:
     module = build("lstm", 3, 4)
     with torch.autocast("cpu"):
         assert explained(module, torch.randn(X).bfloat16()).backend == kernels.NAME
@@ -101,7 +101,7 @@ def test_autocast_counts() -> None:
     assert found.backend == torch_step.NAME
 
 
-def test_it_neither_computes_nor_draws() -> None:
+def test_explain_neither_computes_nor_draws_random_numbers() -> None:
     module = build("lstm", 3, 4, 2, dropout=0.5)
     state = torch.get_rng_state()
     x = torch.randn(X)
@@ -110,7 +110,7 @@ def test_it_neither_computes_nor_draws() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_wrong_calls_raise_what_the_call_raises() -> None:
+def test_wrong_calls_raise_the_same_error() -> None:
     module = build("lstm", 3, 4)
     for wrong in (torch.randn(5, 2, 7), torch.randn(3), None):
         errors = []
@@ -123,7 +123,7 @@ def test_wrong_calls_raise_what_the_call_raises() -> None:
         fastrnn.explain(nn.Linear(3, 4), torch.randn(X))
 
 
-def test_the_choice_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explained_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     for backend in choose.PRIORITY:
         run = backend.run
@@ -145,7 +145,7 @@ def test_the_choice_is_that_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None
             assert set(ran) == {found.backend}
 
 
-def test_captured_calls_have_the_operator() -> None:
+def test_captured_calls_use_the_operator() -> None:
     module = build("gru", 3, 4).requires_grad_(False)
     found: list[fastrnn.Explanation] = []
 
@@ -187,12 +187,12 @@ def test_verbose_prints_each_choice() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "0"])
-def test_silent_otherwise(value: str) -> None:
+def test_nothing_is_printed_by_default(value: str) -> None:
     assert run_python(REDIRECTED, FASTRNN_VERBOSE=value) == ""
 
 
-def test_an_override_is_obeyed_everywhere() -> None:
-    """Also where a module would take its quick path or torch's step."""
+def test_override_also_replaces_the_fast_path_and_torchs_step() -> None:
+    """A watcher disables the fast path of modules and the shortcut of `RNNCell`."""
     seen: list[str] = []
 
     class Counted:

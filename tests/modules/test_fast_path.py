@@ -1,4 +1,4 @@
-"""The fast path of a module: what the operator rejects is explained, a failure is not retried."""
+"""The fast path: rejected arguments take the general path, and a failure is not retried."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     ],
     ids=str,
 )
-def test_a_failure_is_not_retried(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_failure_is_not_retried(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     layer, step = build("gru", 3, 4), make_step("gru", 3, 4)
     monkeypatch.setattr(layer, "_run_general_path", lambda *_: pytest.fail("retried"))
     monkeypatch.setattr(run, "_run_step_general_path", lambda *_: pytest.fail("retried"))
@@ -61,7 +61,7 @@ def test_a_failure_is_not_retried(monkeypatch: pytest.MonkeyPatch, error: Except
     ],
     ids=str,
 )
-def test_a_rejected_call_takes_the_general_path(
+def test_rejection_takes_the_general_path(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     layer, step, x = build("gru", 3, 4), make_step("gru", 3, 4), torch.randn(X)
@@ -71,7 +71,7 @@ def test_a_rejected_call_takes_the_general_path(
     assert torch.equal(step(x[0]), expected[1])
 
 
-def test_the_rejection_is_the_cause_of_the_error() -> None:
+def test_rejection_is_the_cause_of_the_error() -> None:
     module = build("lstm", 3, 4)
     for wrong in (torch.randn(5, 2, 7), torch.zeros(5, 2, 3, dtype=torch.int64)):
         error = raised(lambda wrong=wrong: module(wrong))
@@ -79,13 +79,13 @@ def test_the_rejection_is_the_cause_of_the_error() -> None:
         assert str(error.__cause__).startswith("fastrnn: x must ")
 
 
-def test_the_rejection_of_a_step_is_the_cause_of_the_error() -> None:
+def test_rejection_of_a_step_is_the_cause_of_the_error() -> None:
     error = raised(lambda: make_step("lstm", 3, 4)(torch.randn(2, 7)))
     assert str(error).startswith("input has inconsistent input_size")
     assert str(error.__cause__).startswith("fastrnn: x must ")
 
 
-def test_a_failure_of_torch_s_step_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_torchs_step_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step("rnn_tanh", 3, 4)
     failure = RuntimeError("a bug")
 
@@ -99,8 +99,8 @@ def test_a_failure_of_torch_s_step_is_not_retried(monkeypatch: pytest.MonkeyPatc
     assert str(error).startswith("input has inconsistent input_size")
 
 
-def test_parameters_of_another_kind_take_the_general_path() -> None:
-    """An attribute that no longer fits the weights: the operator rejects it, names decide."""
+def test_attributes_that_do_not_fit_take_the_general_path() -> None:
+    """The operator rejects the attribute ``bias``; the general path reads the names of weights."""
     module, x = build("gru", 3, 4), torch.randn(X)
     expected, _ = module(x)
     module.bias = False
@@ -111,8 +111,8 @@ def test_parameters_of_another_kind_take_the_general_path() -> None:
     assert torch.equal(without(x)[0], expected)
 
 
-def test_memory_that_torch_lacks_is_a_failure() -> None:
-    """The message of the operator itself begins as `raise_unless_rejected` expects."""
+def test_lack_of_memory_is_a_failure() -> None:
+    """The operator's own message begins as `raise_unless_rejected` expects."""
     x = torch.zeros(1).expand(1, 1 << 40, 1)
     error = raised(lambda: build("gru", 1, 4)(x, torch.zeros(1).expand(1, 1 << 40, 4)))
     assert str(error).startswith("fastrnn: the call failed: ")

@@ -62,7 +62,7 @@ def make_input(
 def make_states(
     module: nn.Module, batch: int | None, dtype: torch.dtype, device: str = "cpu"
 ) -> Any:
-    """Random initial states for this module; without a batch dimension for None."""
+    """Returns random initial states of this module, without a batch dimension if batch is None."""
     generator = torch.Generator().manual_seed(6)
     count = module.num_layers * (2 if module.bidirectional else 1)
     sizes = [module.proj_size or module.hidden_size]
@@ -78,7 +78,7 @@ def make_states(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_shapes_and_dtypes(
+def test_every_shape_and_dtype_matches_torch(
     cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
 ) -> None:
     steps, batch, input_size, hidden_size = shape
@@ -91,18 +91,20 @@ def test_shapes_and_dtypes(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_options(cell: str, options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+def test_constructor_options_match_torch(
+    cell: str, options: dict[str, Any], dtype: torch.dtype, device: str
+) -> None:
     check_every_form(build(cell, 5, 6, dtype=dtype, device=device, **options), dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("options", PROJECTIONS, ids=str)
-def test_projection(options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+def test_projection_matches_torch(options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
     check_every_form(build("lstm", 5, 6, dtype=dtype, device=device, **options), dtype, device)
 
 
 def check_every_form(module: nn.Module, dtype: torch.dtype, device: str) -> None:
-    """Padded, unbatched and packed input, with and without initial states."""
+    """Checks padded, unbatched and packed input, with and without initial states."""
     shape = (3, 7, 5) if module.batch_first else (7, 3, 5)
     check(module, make_input(shape, dtype, device))
     check(module, make_input(shape, dtype, device), make_states(module, 3, dtype, device))
@@ -118,8 +120,8 @@ def check_every_form(module: nn.Module, dtype: torch.dtype, device: str) -> None
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
-def test_more_steps_than_gate_rows(cell: str, bidirectional: bool, device: str) -> None:
-    """The gradient of w_hh has one way for few rows and one for many."""
+def test_more_rows_than_gate_rows_match_torch(cell: str, bidirectional: bool, device: str) -> None:
+    """The gradient of w_hh is computed by another method for so many rows."""
     module = build(cell, 2, 2, bidirectional=bidirectional, device=device)
     check(
         module,
@@ -129,8 +131,8 @@ def test_more_steps_than_gate_rows(cell: str, bidirectional: bool, device: str) 
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_strided_inputs(cell: str, device: str) -> None:
-    """Views that are not contiguous, expanded ones included, compute what their copies compute."""
+def test_strided_inputs_match_their_copies(cell: str, device: str) -> None:
+    """Covers views that are not contiguous, including expanded ones."""
     module = build(cell, 4, 6, device=device)
     base = make_input((3, 9, 8), torch.float32, device).detach()
     for view in (
@@ -146,7 +148,7 @@ def test_strided_inputs(cell: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_strided_states_and_weights(cell: str, device: str) -> None:
+def test_strided_states_and_weights_match_their_copies(cell: str, device: str) -> None:
     module = build(cell, 4, 6, num_layers=2, device=device)
     x = make_input((3, 5, 4), torch.float32, device)
     dense = make_states(module, 5, torch.float32, device)
@@ -165,8 +167,8 @@ def test_strided_states_and_weights(cell: str, device: str) -> None:
 
 @pytest.mark.parametrize("cell", TORCH_CELLS)
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True}], ids=str)
-def test_dropout_repeats_torch(cell: str, options: dict[str, Any]) -> None:
-    """The same seed drops the same outputs as torch.nn, and dropout is read at each call."""
+def test_dropout_matches_torch_for_the_same_seed(cell: str, options: dict[str, Any]) -> None:
+    """The same outputs as in torch.nn are zeroed, and ``dropout`` is read at each call."""
     module = build(cell, 3, 8, num_layers=3, dropout=0.5, dtype=torch.float64, **options)
     x = make_input((5, 4, 3), torch.float64)
     with_dropout = check(module, x, seed=11)
@@ -181,7 +183,7 @@ def test_dropout_repeats_torch(cell: str, options: dict[str, Any]) -> None:
     assert torch.equal(without["out0"], check(module, x)["out0"])
 
 
-def test_dropout_sigmoid() -> None:
+def test_dropout_acts_on_a_sigmoid_rnn() -> None:
     module = build("rnn_sigmoid", 3, 4, num_layers=2, dropout=0.9, dtype=torch.float64)
     x = make_input((5, 4, 3), torch.float64)
     check(module, x, seed=11)
@@ -191,7 +193,7 @@ def test_dropout_sigmoid() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cell", CELLS)
-def test_cells(cell: str, bias: bool, dtype: torch.dtype, device: str) -> None:
+def test_cells_match_torch(cell: str, bias: bool, dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(3)
     module = make_step(cell, 5, 7, bias=bias, dtype=dtype, device=device)
     for shape in ((3, 5), (1, 5), (0, 5), (5,)):
@@ -204,7 +206,7 @@ def test_cells(cell: str, bias: bool, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_cells_in_a_loop_are_the_layer(cell: str) -> None:
+def test_loop_of_cells_matches_the_layer(cell: str) -> None:
     layer = build(cell, 3, 4, dtype=torch.float64)
     step = make_step(cell, 3, 4, dtype=torch.float64)
     step.load_state_dict(
@@ -220,14 +222,14 @@ def test_cells_in_a_loop_are_the_layer(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_long_sequence(cell: str, device: str) -> None:
-    """Gradients through 2000 steps, and a state of the right size at the end."""
+def test_long_sequence_has_gradients_and_a_final_state(cell: str, device: str) -> None:
+    """Runs forward and backward over 2000 steps."""
     module = build(cell, 2, 3, device=device)
     check(module, make_input((2000, 1, 2), torch.float32, device))
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_grad_and_inference_mode_compute_the_same(cell: str) -> None:
+def test_no_grad_and_inference_mode_give_the_same_results(cell: str) -> None:
     module = build(cell, 3, 4, num_layers=2, bidirectional=True)
     x = make_input((5, 2, 3), torch.float32)
     expected = module(x)[0]
@@ -260,7 +262,7 @@ def test_meta_tensors_have_the_right_shapes(cell: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_half_types_accumulate_in_float(cell: str, dtype: torch.dtype) -> None:
-    """Over many steps the error stays at the rounding of one output, it does not pile up."""
+    """Over many steps the error stays at one rounding of the output and does not grow."""
     module = build(cell, 4, 64, dtype=dtype)
     x = make_input((50, 2, 4), dtype).detach()
     truth = build(cell, 4, 64, dtype=torch.float64)
@@ -271,8 +273,8 @@ def test_half_types_accumulate_in_float(cell: str, dtype: torch.dtype) -> None:
     assert worst < 4 * torch.finfo(dtype).eps
 
 
-def test_functional_forms() -> None:
-    """Both overloads of every function against torch._VF, with keywords and without."""
+def test_both_forms_of_every_function_match_torch() -> None:
+    """Compares with torch._VF, with keyword and with positional arguments."""
     functions = fastrnn.functional
     for cell in CELLS:
         module = build(cell, 3, 4, num_layers=2, bidirectional=True, dtype=torch.float64)
@@ -355,7 +357,7 @@ def _lstm(**changes: Any) -> Any:
     ],
     ids=str,
 )
-def test_functional_says_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
+def test_functional_names_the_wrong_shape(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         _lstm(**changes)
 
@@ -403,8 +405,8 @@ def test_complex_runs_through_a_composite() -> None:
 
 @pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_bias(cell: str, missing: str) -> None:
-    """A bias that is None counts as zeros; torch's cells take one as well."""
+def test_single_missing_bias_counts_as_zeros(cell: str, missing: str) -> None:
+    """torch's cells accept a single bias that is None as well."""
     x = torch.randn(5, 2, 3)
     for options in ({}, {"num_layers": 2, "bidirectional": True}):
         module, expected = (build(cell, 3, 4, **options) for _ in range(2))
@@ -426,7 +428,7 @@ def test_one_bias(cell: str, missing: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_biases_that_are_all_none(cell: str) -> None:
+def test_biases_that_are_all_none_count_as_zeros(cell: str) -> None:
     module, expected = build(cell, 3, 4), build(cell, 3, 4, bias=False)
     module.bias_ih_l0 = module.bias_hh_l0 = None
     expected.load_state_dict(module.state_dict())
@@ -435,7 +437,7 @@ def test_biases_that_are_all_none(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_weight_that_is_none_is_named(cell: str) -> None:
+def test_error_names_a_weight_that_is_none(cell: str) -> None:
     module, step = build(cell, 3, 4), make_step(cell, 3, 4)
     module.weight_hh_l0 = None
     step.weight_hh = None

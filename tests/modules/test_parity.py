@@ -1,9 +1,9 @@
-"""The contract of torch.nn's recurrent modules, row by row: every caller sees what torch shows.
+"""The behaviour of torch.nn's recurrent modules, feature by feature, compared with torch itself.
 
-One class a row, in this order: order of the constructor's arguments, ValueError, TypeError,
+One class per feature, in this order: order of the constructor's arguments, ValueError, TypeError,
 warning, state_dict, attributes, methods, extra_repr, inputs, errors of the input, of the hidden
-states, of the cells, of devices, dtypes, autocast, torch.nn.utils, subclassing. Where torch falls
-short is in test_torch_gaps. Errors are compared with torch's own by calling both.
+states, of the cells, of devices, dtypes, autocast, torch.nn.utils, subclassing. Errors are compared
+by calling both libraries. test_torch_gaps covers what torch does not support.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ STEPS = ["RNNCell", "LSTMCell", "GRUCell"]
 
 
 def assert_same_error(call: Callable[[Any], Any], message: str | None = None) -> None:
-    """``call(namespace)`` raises the same in fastrnn as in torch.nn; ``message`` is part of it.
+    """Asserts that ``call(namespace)`` raises the same error in both; ``message`` is part of it.
 
-    With and without gradients, since calls without go a shorter way.
+    Calls with and without gradients, because calls without gradients take the fast path.
     """
     for is_recorded in (True, False):
         with torch.set_grad_enabled(is_recorded):
@@ -45,7 +45,7 @@ def assert_same_error(call: Callable[[Any], Any], message: str | None = None) ->
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """A layer of fastrnn and its twin of torch.nn."""
+    """Returns a layer of fastrnn and the same layer of torch.nn."""
     ours = getattr(fastrnn, name)(3, 4, num_layers=2, bidirectional=True)
     return ours, torch_twin(ours)
 
@@ -66,7 +66,7 @@ class TestConstructor:
         assert fastrnn.LSTM(*arguments).weight_hr_l0.dtype == torch.float64
 
     @pytest.mark.parametrize("name", ["RNN", "GRU"])
-    def test_positional_device_and_dtype_as_documented_or_as_read(self, name: str) -> None:
+    def test_positional_device_is_accepted_before_and_after_proj_size(self, name: str) -> None:
         start = [3, 4, 1, *(["tanh"] if name == "RNN" else []), True, False, 0.0, False]
         cls = getattr(fastrnn, name)
         for end in (("cpu", torch.float64), (None, torch.float64), (0, "cpu", torch.float64)):
@@ -190,7 +190,7 @@ class TestStateDict:
         assert (ours.bias_ih is None) != bias
 
     def compare(self, name: str, options: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
-        """Also: the same seed gives the same initial parameters."""
+        """Also checks that the same seed gives the same initial parameters."""
         torch.manual_seed(5)
         ours = getattr(fastrnn, name)(**options)
         torch.manual_seed(5)
@@ -235,7 +235,7 @@ class TestAttributes:
         assert type(ours).__constants__ == type(theirs).__constants__
 
     @pytest.mark.parametrize("name", LAYERS)
-    def test_every_public_and_private_name_of_torch_is_there(self, name: str) -> None:
+    def test_modules_have_every_attribute_of_torch(self, name: str) -> None:
         ours, theirs = getattr(fastrnn, name), getattr(nn, name)
         assert [n for n in dir(theirs) if not hasattr(ours, n)] == []
         assert "forward" in vars(ours)
@@ -261,7 +261,7 @@ class TestAttributes:
 
 class TestMethods:
     @pytest.mark.parametrize("name", LAYERS)
-    def test_flatten_parameters_does_nothing_and_tolerates_anything(self, name: str) -> None:
+    def test_flatten_parameters_does_nothing_and_never_raises(self, name: str) -> None:
         module, _ = pair(name)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -352,7 +352,7 @@ class TestMethods:
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_setstate_reads_old_pickles(self, name: str) -> None:
-        """From before proj_size, before _flat_weights, with tensors in all_weights."""
+        """Old pickles lack proj_size or _flat_weights, or hold tensors in all_weights."""
         module, _ = pair(name)
         expected = module(torch.ones(5, 2, 3))[0]
         state = module.__getstate__()
@@ -409,8 +409,8 @@ class TestExtraRepr:
 
 
 class TestInputs:
-    """Values and gradients of every form of input are compared in test_modules and
-    test_properties; here what is particular."""
+    """Special cases. test_modules and test_properties compare values and gradients of every form
+    of input."""
 
     def test_states_as_list_or_tuple(self) -> None:
         module = fastrnn.LSTM(3, 4)
@@ -446,7 +446,7 @@ class TestInputs:
         check(module, torch.randn(5, 0, 3, requires_grad=True))
 
     def test_packed_keeps_the_callers_order(self) -> None:
-        """States go in and come out in the order of the unsorted sequences."""
+        """Initial and final states are in the order of the unsorted sequences."""
         module = fastrnn.GRU(3, 4, dtype=torch.float64)
         x = torch.randn(6, 3, 3, dtype=torch.float64)
         h0 = torch.randn(1, 3, 4, dtype=torch.float64)
@@ -460,7 +460,7 @@ class TestInputs:
     @pytest.mark.parametrize("layers", [1, 2])
     @pytest.mark.parametrize("name", LAYERS)
     def test_views(self, name: str, layers: int, is_recorded: bool) -> None:
-        """Transposed, expanded, strided input and states, with and without gradients."""
+        """Covers transposed, expanded and strided input and states, with and without gradients."""
         module = getattr(fastrnn, name)(3, 4, layers)
         x, h = torch.randn(5, 2, 3), torch.randn(layers, 2, 4)
         views = (
@@ -658,7 +658,7 @@ class TestDtypes:
 
 
 class TestAutocast:
-    """The rest is in test_autocast."""
+    """test_autocast has further tests."""
 
     def test_hidden_of_another_dtype(self) -> None:
         module = fastrnn.LSTM(3, 4)
@@ -669,7 +669,7 @@ class TestAutocast:
         assert output.dtype == torch.bfloat16
         assert module.weight_hh_l0.grad.dtype == torch.float32
 
-    def test_float64_is_left_alone(self) -> None:
+    def test_float64_is_not_cast(self) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output, _ = fastrnn.GRU(3, 4, dtype=torch.float64)(torch.ones(5, 2, 3).double())
         assert output.dtype == torch.float64
@@ -694,7 +694,7 @@ class TestAutocast:
 
 
 class TestNnUtils:
-    """Gradients reach Parameters that computed tensors replace."""
+    """Gradients reach the Parameters from which weights are computed."""
 
     def compare(self, prepare: Callable[[nn.Module], Any], name: str) -> None:
         ours = getattr(fastrnn, name)(3, 4, 2, dtype=torch.float64)
@@ -704,7 +704,7 @@ class TestNnUtils:
             torch.manual_seed(1)
             prepare(module)
         assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
-        for _ in range(2):  # a second call finds what the first one left
+        for _ in range(2):  # the second call uses the state that the first one left
             got, expected = run(ours, x), run(theirs, x)
             assert got.keys() == expected.keys()
             for key, value in expected.items():
@@ -796,7 +796,7 @@ class TestSubclassing:
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_mixin_between_base_and_module(self, name: str) -> None:
-        """As in: class Base(nn.RNNBase) with its own __init__, class LSTM(Base, nn.LSTM)."""
+        """Covers class Base(nn.RNNBase) with an __init__, and class LSTM(Base, fastrnn.LSTM)."""
 
         class Base(nn.RNNBase):
             def __init__(self, *args: Any, extra: int = 7, **kwargs: Any) -> None:
@@ -840,7 +840,7 @@ class TestSubclassing:
 
     @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
     def test_attributes_copied_from_the_class(self, name: str) -> None:
-        """As wrappers do that build a class from another one's dictionary."""
+        """Some wrappers build a class from the dictionary of another class."""
         cls = getattr(fastrnn, name)
         copied = type(name, cls.__bases__, {**vars(cls)})
         assert "forward" in vars(copied)
@@ -861,7 +861,7 @@ def check_subclass(module: nn.Module) -> None:
 
 
 def test_package_imports_with_torch_alone() -> None:
-    """Optional packages stay optional: importing fastrnn loads none of them."""
+    """Importing fastrnn loads no optional package."""
     code = (
         "import sys, torch; before = set(sys.modules); import fastrnn; "
         "new = {n.partition('.')[0] for n in set(sys.modules) - before}; "

@@ -1,4 +1,4 @@
-"""``quantize_dynamic`` makes of fastrnn's modules what it makes of torch's, or says so."""
+"""``quantize_dynamic`` converts fastrnn's modules like torch's, or a warning names them."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Model(nn.Module):
 
 
 def quantize(model: nn.Module, spec: Any, **options: Any) -> Any:
-    """By `quantize_dynamic`, with a warning made an error."""
+    """Runs `quantize_dynamic`; a warning is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "quantize_dynamic leaves")
         return torch.ao.quantization.quantize_dynamic(model, spec, **options)
 
 
-def said(model: nn.Module, spec: Any, **options: Any) -> tuple[nn.Module, str]:
+def quantize_with_one_warning(model: nn.Module, spec: Any, **options: Any) -> tuple[nn.Module, str]:
     """Returns the result of `quantize_dynamic` after checking its one warning from this file."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -80,7 +80,7 @@ class TestMapping:
         restored.load_state_dict(theirs.state_dict())
         assert torch.equal(restored(x), theirs(x))
 
-    def test_as_torch_quantizes_its_own(self, name: str, dtype: torch.dtype) -> None:
+    def test_quantized_module_matches_torchs(self, name: str, dtype: torch.dtype) -> None:
         shape = (2, 4) if name in STEPS else (5, 2, 4)
         self.compare(name, dtype, self.pair(name), torch.randn(shape))
 
@@ -95,10 +95,10 @@ class TestMapping:
             self.compare(name, dtype, pair, torch.randn(5, 2, 4))
 
 
-class TestWeightsAsComputed:
+class TestComputedWeights:
     @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
     def test_parametrized(self, name: str) -> None:
-        """torch refuses its own module here; the values are what counts."""
+        """Checks only the values, because torch cannot quantize its own module here."""
         module = getattr(fastrnn, name)(4, 8)
         plain = copy.deepcopy(module)
         weight = next(n for n, _ in module.named_parameters() if n.startswith("weight_hh"))
@@ -115,7 +115,7 @@ class TestWeightsAsComputed:
             result, expected = result[0], expected[0]
         assert torch.equal(result, expected)
 
-    def test_hooks_stay(self) -> None:
+    def test_hooks_are_kept(self) -> None:
         model = Model(fastrnn.LSTM(4, 8))
         calls = []
         model.recurrent.register_forward_hook(lambda *_: calls.append(1))
@@ -131,7 +131,7 @@ class TestWeightsAsComputed:
         assert type(quantized.recurrent) is dynamic.LSTM
 
 
-class TestRefusals:
+class TestUnsupportedOptions:
     @pytest.mark.parametrize(
         ("module", "lacking"),
         [
@@ -141,17 +141,17 @@ class TestRefusals:
             (fastrnn.RNNCell(4, 8, nonlinearity="sigmoid"), "nonlinearity='sigmoid'"),
         ],
     )
-    def test_what_torch_lacks(self, module: nn.Module, lacking: str) -> None:
+    def test_options_without_a_quantized_form_raise(self, module: nn.Module, lacking: str) -> None:
         with pytest.raises(NotImplementedError, match=f"{lacking} cannot be quantized"):
             quantize(Model(module), {type(module)}, mapping=fastrnn.quantization_mapping())
 
 
-class TestNothingIsLeftOutInSilence:
+class TestWarnings:
     @pytest.mark.parametrize("name", [*LAYERS, *STEPS])
     def test_without_the_mapping(self, name: str) -> None:
         own, twin = getattr(fastrnn, name), getattr(nn, name)
         for spec in ({twin, nn.Linear}, {own}, {"recurrent"}, None):
-            quantized, message = said(Model(own(4, 8)), spec)
+            quantized, message = quantize_with_one_warning(Model(own(4, 8)), spec)
             assert type(quantized.recurrent) is own
             assert message == (
                 f"quantize_dynamic leaves a fastrnn.{name} in floating point: torch looks for its "
@@ -161,13 +161,15 @@ class TestNothingIsLeftOutInSilence:
 
     def test_mapping_with_torchs_class(self) -> None:
         mapping = fastrnn.quantization_mapping()
-        _, message = said(Model(fastrnn.LSTM(4, 8)), {nn.LSTM}, mapping=mapping)
+        _, message = quantize_with_one_warning(
+            Model(fastrnn.LSTM(4, 8)), {nn.LSTM}, mapping=mapping
+        )
         assert "Name fastrnn.LSTM" in message
 
     @pytest.mark.parametrize("spec", [{nn.RNN}, {fastrnn.RNN}])
     def test_rnn(self, spec: Any) -> None:
         mapping = fastrnn.quantization_mapping()
-        _, message = said(Model(fastrnn.RNN(4, 8)), spec, mapping=mapping)
+        _, message = quantize_with_one_warning(Model(fastrnn.RNN(4, 8)), spec, mapping=mapping)
         assert message.endswith("fastrnn.RNN in floating point: torch has no quantized RNN")
 
     def test_subclass(self) -> None:
@@ -176,16 +178,18 @@ class TestNothingIsLeftOutInSilence:
 
         mapping = fastrnn.quantization_mapping()
         for spec in ({fastrnn.GRU, "recurrent"}, {Mine}, {nn.GRU}):
-            _, message = said(Model(Mine(4, 8)), spec, mapping=mapping)
+            _, message = quantize_with_one_warning(Model(Mine(4, 8)), spec, mapping=mapping)
             assert message.endswith("a Mine in floating point: torch does not look for subclasses")
 
-    def test_the_model_itself(self) -> None:
+    def test_model_that_is_a_layer(self) -> None:
         mapping = fastrnn.quantization_mapping()
-        quantized, message = said(fastrnn.LSTM(4, 8), {fastrnn.LSTM}, mapping=mapping)
+        quantized, message = quantize_with_one_warning(
+            fastrnn.LSTM(4, 8), {fastrnn.LSTM}, mapping=mapping
+        )
         assert type(quantized) is fastrnn.LSTM
         assert "not the model itself" in message
 
-    def test_no_word_where_nothing_was_asked(self) -> None:
+    def test_no_warning_without_a_request(self) -> None:
         quantized = quantize(Model(fastrnn.LSTM(4, 8)), {nn.Linear, nn.GRU})
         assert type(quantized.recurrent) is fastrnn.LSTM
         assert type(quantized.decoder) is dynamic.Linear
@@ -232,7 +236,7 @@ class TestStatic:
             quantized(x)
 
     @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
-    def test_one_warning_where_prepare_qat_calls_prepare(self) -> None:
+    def test_prepare_qat_warns_once(self) -> None:
         model = self.Model(fastrnn.GRU(4, 8), around=False).train()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -243,7 +247,7 @@ class TestStatic:
         ]
 
     @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
-    def test_no_warning_where_the_caller_replaces_the_class(self) -> None:
+    def test_no_warning_if_the_caller_replaces_the_class(self) -> None:
         class Observed(nn.Module):
             @classmethod
             def from_float(cls, module: Any) -> Observed:
@@ -259,7 +263,7 @@ class TestStatic:
         assert type(prepared.recurrent) is Observed
 
     @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
-    def test_with_the_remedy(self) -> None:
+    def test_remedy_in_the_warning_works(self) -> None:
         model = self.Model(fastrnn.LSTM(4, 8), around=True).eval()
         model.recurrent.qconfig = None
         with warnings.catch_warnings(record=True) as caught:

@@ -1,10 +1,10 @@
-"""Where torch.nn's recurrent modules fall short and fastrnn must not: one class a shortcoming.
+"""Limitations of torch.nn's recurrent modules that fastrnn does not have: one class each.
 
-In this order: subclasses that Dynamo breaks on, loops of small operations, limits of cuDNN, forward
-mode and vmap, export with any length, scripting of subclasses, dropout that does not repeat, calls
-that are not checked. (Conveniences that torch lacks, such as resets inside a sequence, are options
-of their own and not there yet.) The first contract, what torch does, is in test_parity; more of
-compiling, exporting and scripting in test_compile, test_export and test_script.
+In this order: subclasses that break Dynamo's graph, loops of small operations, limits of cuDNN,
+forward mode and vmap, export with any length, scripting of subclasses, dropout that is not
+reproducible, missing checks. test_parity covers the behaviour that both libraries share;
+test_compile, test_export and test_script have more tests of
+compiling, exporting and scripting.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ every_cell = pytest.mark.parametrize("cell", CELLS)
 
 
 class Derived(fastrnn.LSTM):
-    """Features that torch cannot compile or script in subclasses of ``torch.nn.LSTM``."""
+    """A subclass with features that torch cannot compile or script in one of ``torch.nn.LSTM``."""
 
 
 class TestSubclassesThatDynamoBreaksOn:
-    """torch breaks the graph at any subclass of its layers and compiles each length again."""
+    """torch breaks the graph at any subclass of its layers and recompiles for each length."""
 
     @pytest.mark.parametrize("make", [fastrnn.RNN, fastrnn.LSTM, fastrnn.GRU, Derived])
     def test_one_graph_forward_and_backward(self, make: type[nn.Module]) -> None:
@@ -81,19 +81,19 @@ class TestLoopsOfSmallOperations:
     @pytest.mark.parametrize("is_training", [False, True], ids=["inference", "training"])
     @pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
     @every_cell
-    def test_one_operator_walks_through_time(
+    def test_one_operator_runs_all_steps(
         self, cell: str, is_packed: bool, is_training: bool
     ) -> None:
         few, many = (self.counts(cell, steps, is_packed, is_training) for steps in (4, 40))
         assert few == many
         assert many["fastrnn.recurrent_forward"] == 1
         assert many["fastrnn.recurrent_gradients"] == int(is_training)
-        with reference_math():  # what the counter shows of a loop
+        with reference_math():  # the number of operators of a loop
             assert self.counts(cell, 40, is_packed, is_training).total() > 40
 
     @every_cell
-    def test_packed_rows_are_the_only_ones(self, cell: str) -> None:
-        """No row of padding is computed: so many rows in, so many out."""
+    def test_only_packed_rows_are_computed(self, cell: str) -> None:
+        """Padding is never computed: there are as many output rows as input rows."""
         module = build(cell, 3, 4)
         packed = pack_padded_sequence(torch.randn(9, 3, 3), [9, 2, 1])
         assert packed.data.shape[0] == 12
@@ -116,7 +116,7 @@ class TestLimitsOfCudnn:
 
     @every_cell
     def test_many_steps(self, cell: str, device: str) -> None:
-        """More than 16 bits count; the end of one long walk is that of two halves."""
+        """Runs more steps than 16 bits can count, and compares with two halves."""
         module = build(cell, 1, 2, dtype=torch.float64, device=device)
         x = torch.randn(70_000, 1, 1, dtype=torch.float64, device=device)
         with torch.no_grad():
@@ -139,11 +139,11 @@ class TestLimitsOfCudnn:
 
 
 class TestForwardModeAndVmap:
-    """torch's LSTM has no forward mode on the CPU in float32, and no layer can be mapped over."""
+    """In torch, LSTM has no forward mode in float32 on the CPU, and no layer supports vmap."""
 
     @every_cell
     def test_jvp(self, cell: str) -> None:
-        """Along the input itself, beside a difference quotient in float64."""
+        """Compares the derivative along the input with a difference quotient in float64."""
         module = build(cell, 3, 4)
         x = torch.randn(5, 2, 3)
 
@@ -185,7 +185,7 @@ class TestForwardModeAndVmap:
 
 
 class TestExportWithAnyLength:
-    """torch exports no layer whose number of steps is free."""
+    """torch cannot export a layer with a dynamic number of steps."""
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_saved_and_loaded(self, name: str, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ class TestExportWithAnyLength:
 
 
 class TestScriptingOfSubclasses:
-    """torch.jit cannot find ``forward`` where a subclass inherits it."""
+    """torch.jit does not find a ``forward`` that a subclass inherits."""
 
     @pytest.mark.parametrize("way", ["script", "trace"])
     def test_inside_a_model(self, way: str) -> None:
@@ -211,8 +211,8 @@ class TestScriptingOfSubclasses:
         assert torch.equal(scripted(x)[0], model(x)[0])
 
 
-class TestDropoutRepeats:
-    """cuDNN's does not follow torch's generator."""
+class TestReproducibleDropout:
+    """cuDNN's dropout does not use torch's generator."""
 
     @every_cell
     def test_same_seed_same_result(self, cell: str, device: str) -> None:
@@ -229,7 +229,7 @@ class TestDropoutRepeats:
         assert not torch.equal(first[0], other[0])
 
     @every_cell
-    def test_without_dropout_all_is_deterministic(self, cell: str, device: str) -> None:
+    def test_results_without_dropout_are_deterministic(self, cell: str, device: str) -> None:
         module = build(cell, 9, 33, bidirectional=True, device=device)
         x = torch.randn(20, 7, 9, device=device, requires_grad=True)
         results = []
@@ -241,19 +241,19 @@ class TestDropoutRepeats:
             assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
-class TestCallsThatAreNotChecked:
-    """One sentence that names what is wrong, before anything is computed."""
+class TestMissingChecks:
+    """fastrnn raises one sentence that names the mistake before it computes anything."""
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_packed_input_size(self, name: str) -> None:
-        """torch checks this for all but an LSTM."""
+        """torch checks the size for every module except LSTM."""
         packed = pack_padded_sequence(torch.zeros(5, 2, 7), [5, 3])
         error = raised(lambda: getattr(fastrnn, name)(3, 4)(packed))
         assert str(error) == str(raised(lambda: nn.GRU(3, 4)(packed)))
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_packed_states(self, name: str) -> None:
-        """torch checks these for all but an LSTM."""
+        """torch checks the states for every module except LSTM."""
         packed = pack_padded_sequence(torch.zeros(5, 2, 3), [5, 3])
         error = raised(lambda: getattr(fastrnn, name)(3, 4)(packed, states(name, 1, 3, 4)))
         which = "[0]" if name == "LSTM" else ""
@@ -262,7 +262,7 @@ class TestCallsThatAreNotChecked:
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_dtype_of_states(self, name: str) -> None:
-        """torch's own messages speak of mat1 and mat2."""
+        """torch's messages name only mat1 and mat2."""
         hx = states(name, 1, 2, 4, dtype=torch.float64)
         with pytest.raises(
             RuntimeError,
@@ -273,7 +273,7 @@ class TestCallsThatAreNotChecked:
 
     @pytest.mark.parametrize("name", ["RNN", "GRU"])
     def test_positional_projection(self, name: str) -> None:
-        """torch constructs such a module, which fails when it is called."""
+        """torch creates the module, and calling it fails."""
         start = [3, 4, 1, *(["tanh"] if name == "RNN" else []), True, False, 0.0, False]
         with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
             getattr(fastrnn, name)(*start, 2)

@@ -1,7 +1,7 @@
-"""torch's utilities for weights work on fastrnn's modules as on torch's.
+"""torch's utilities for weights work on fastrnn's modules as on torch.nn's.
 
-Each is applied to a module of either library. Then both run, twice, with changed weights between:
-with gradients, and without, where calls go a shorter way that must not meet old weights.
+Each utility is applied to a module of each library. Then both modules run twice, and the weights
+change in between. Calls without gradients take the fast path, which must not use old weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import fastrnn
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 STEPS = ["RNNCell", "LSTMCell", "GRUCell"]
-#: one layer, whose calls without gradients take the shortest way, and two
+#: one layer, whose calls without gradients take the fast path, and two layers
 DEPTHS = [1, 2]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ Change = Callable[[Module], Any]  # returns the module to go on with, or None fo
 
 @pytest.fixture(params=[*((name, depth) for name in LAYERS for depth in DEPTHS), *STEPS], ids=str)
 def pair(request: pytest.FixtureRequest) -> tuple[Module, Module]:
-    """fastrnn's module and torch's with the same weights, in float64; I = H = 4."""
+    """Returns fastrnn's module and torch's with the same weights, in float64; I = H = 4."""
     torch.manual_seed(17)
     if isinstance(request.param, str):
         module = getattr(fastrnn, request.param)(4, 4, dtype=torch.float64)
@@ -45,7 +45,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Module, Module]:
 
 
 def weight_hh(module: Module) -> str:
-    """The name of the recurrent weight that the last layer has."""
+    """Returns the name of the last layer's recurrent weight."""
     return (
         "weight_hh" if isinstance(module, nn.RNNCellBase) else f"weight_hh_l{module.num_layers - 1}"
     )
@@ -62,7 +62,7 @@ def example(module: Module) -> Tensor:
 
 
 def outputs(module: Module) -> tuple[Tensor, ...]:
-    """All outputs, flat, of a call without gradients."""
+    """Returns all outputs of a call without gradients, in a flat list."""
     with torch.no_grad():
         result = module(example(module))
     if isinstance(result, Tensor):
@@ -72,7 +72,7 @@ def outputs(module: Module) -> tuple[Tensor, ...]:
 
 
 def assert_same(ours: Module, theirs: Module) -> dict[str, Tensor]:
-    """The same outputs, with gradients and without, in training and not; the same gradients."""
+    """Compares outputs and gradients, with and without gradients, in training and evaluation."""
     assert type(ours).__name__ == type(theirs).__name__
     result = {}
     for is_training in (True, False):
@@ -86,7 +86,7 @@ def assert_same(ours: Module, theirs: Module) -> dict[str, Tensor]:
 
 
 def compare(pair: tuple[Module, Module], change: Change) -> tuple[Module, Module]:
-    """Applies ``change`` to both and compares them before it, after it and with other values."""
+    """Applies ``change`` to both. Compares before it, after it, and after the weights change."""
     ours, theirs = pair
     before = assert_same(ours, theirs)
     changed = []
@@ -109,7 +109,7 @@ def first_of(result: dict[str, Tensor]) -> Tensor:
 
 
 def scale(modules: list[Module]) -> None:
-    """Other weights, in place, as an optimizer makes them."""
+    """Changes the weights in place, as an optimizer does."""
     with torch.no_grad():
         for module in modules:
             for parameter in module.parameters():
@@ -162,8 +162,8 @@ class TestComputedWeights:
         compare(changed, lambda m: nn.utils.remove_spectral_norm(m, weight_hh(m)))
 
     def test_spectral_norm(self, pair: tuple[Module, Module]) -> None:
-        # torch.nn makes four steps of the power iteration a call, fastrnn the one it should:
-        # so many that both have arrived
+        # torch.nn runs four steps of the power iteration per call, fastrnn the intended one.
+        # Enough calls for both to converge.
         def change(module: Module) -> None:
             parametrizations.spectral_norm(module, weight_hh(module), n_power_iterations=500)
 
@@ -175,7 +175,7 @@ class TestComputedWeights:
         assert_same_in_double(w.T @ w, torch.eye(4, dtype=torch.float64))
         compare((ours, theirs), unparametrize)
 
-    def test_a_weight_is_computed_once_a_call(self, pair: tuple[Module, Module]) -> None:
+    def test_computed_weight_is_computed_once_per_call(self, pair: tuple[Module, Module]) -> None:
         class Counting(nn.Module):
             calls = 0
 
@@ -229,7 +229,7 @@ class TestSharedWeights:
         assert_same(*others)
 
 
-class TestOptimizersTools:
+class TestOptimizerUtilities:
     def gradients(self, pair: tuple[Module, Module]) -> None:
         for module in pair:
             result = module(example(module))
@@ -293,7 +293,7 @@ class TestCopies:
         self.compare(pair, reload)
 
     def test_saved_module_by_allowed_classes_alone(self, pair: tuple[Module, Module]) -> None:
-        """torch names the classes that ``weights_only=True`` must allow for a whole module."""
+        """A whole module loads with ``weights_only=True`` if its class is allowed."""
         ours, theirs = pair
         buffer = saved(ours)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
@@ -306,7 +306,7 @@ class TestCopies:
     def compare(self, pair: tuple[Module, Module], duplicate: Change) -> None:
         ours, _ = pair
         copies = compare(pair, duplicate)
-        # the originals have not seen what was done to the copies, nor the other way round
+        # changes of the copies do not affect the originals, nor the reverse
         for copied, original in zip(copies[0].parameters(), ours.parameters(), strict=True):
             assert not torch.equal(copied, original)
         assert_same(*pair)
@@ -330,7 +330,7 @@ class TestStateDicts:
         for source, target in (pair, pair[::-1]):
             outputs(target)
             scale([source])
-            file = tmp_path / f"{id(source)}.pt"  # not twice one that weights may be mapped to
+            file = tmp_path / f"{id(source)}.pt"  # one file per load: weights may be mapped to it
             torch.save(source.state_dict(), file)
             state = torch.load(file, weights_only=True, mmap=mmap)
             loaded = target.load_state_dict(state, assign=assign)
@@ -353,7 +353,7 @@ class TestStateDicts:
     def test_swapped_tensors(
         self, pair: tuple[Module, Module], assign: bool, request: pytest.FixtureRequest
     ) -> None:
-        """torch.nn's layers refuse this, since they hold weak references to their weights."""
+        """torch.nn's layers raise, because they hold weak references to their weights."""
         ours, theirs = pair
         state = {name: value.clone() * 2 for name, value in theirs.state_dict().items()}
         theirs.load_state_dict(state)
@@ -410,7 +410,7 @@ class TestFunctionalCall:
         assert_same(*pair)
 
     def test_stacked_weights(self, pair: tuple[Module, Module]) -> None:
-        """An ensemble by `stack_module_state` and `vmap`, which torch's own modules refuse."""
+        """Runs an ensemble by `stack_module_state` and `vmap`, which torch.nn does not support."""
         ours = [pair[0], copy.deepcopy(pair[0])]
         scale(ours[1:])
         params, buffers = torch.func.stack_module_state(ours)
@@ -470,7 +470,7 @@ class TestConversions:
 
         compare(pair, change)
 
-    def test_a_new_parameter(self, pair: tuple[Module, Module]) -> None:
+    def test_new_parameter_is_used(self, pair: tuple[Module, Module]) -> None:
         def change(module: Module) -> None:
             name = weight_hh(module)
             outputs(module)
@@ -478,8 +478,8 @@ class TestConversions:
 
         compare(pair, change)
 
-    def test_a_parameter_registered_anew(self, pair: tuple[Module, Module]) -> None:
-        """Registering goes past ``__setattr__``; the next call finds it all the same."""
+    def test_parameter_registered_again_is_used(self, pair: tuple[Module, Module]) -> None:
+        """``register_parameter`` bypasses ``__setattr__``, but the next call uses the parameter."""
         ours, theirs = pair
         for module in pair:
             name = weight_hh(module)
@@ -503,8 +503,8 @@ class TestWithoutInitialisation:
         assert_same(*pair)
 
     @pytest.mark.parametrize("name", LAYERS)
-    def test_skip_init_refuses_layers(self, name: str) -> None:
-        """It looks for "device" among the names of the arguments, which torch's layers hide."""
+    def test_skip_init_rejects_layers(self, name: str) -> None:
+        """skip_init looks for an argument named "device", which torch's layers hide in *args."""
         for namespace in (fastrnn, nn):
             with pytest.raises(RuntimeError, match="must support a 'device' arg"):
                 nn.utils.skip_init(getattr(namespace, name), 4, 4)

@@ -1,7 +1,7 @@
-"""Every way that torch differentiates or batches a function, on every cell, layer and step.
+"""Every way in which torch differentiates or batches a function, for every cell, layer and step.
 
-First and second derivatives of layers by themselves are proved in test_autograd; here are forward
-mode, ``torch.func``, batched derivatives, what replaces saved tensors, and mixed precision.
+test_autograd checks first and second derivatives of layers. This file covers forward mode,
+``torch.func``, batched derivatives, checkpointing, hooks on saved tensors, and mixed precision.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 F64 = torch.float64
 
-# arguments of Case beside the cell
+# arguments of Case besides the cell
 FORMS: dict[str, dict[str, Any]] = {
     "step": {"step": True},
     "padded": {},
@@ -62,7 +62,7 @@ every_cell = pytest.mark.parametrize("cell", CELLS)
 
 
 def assert_all_close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """With something in it: nothing is all zero that ought not to be."""
+    """Asserts that all values agree, and that not all of them are zero."""
     assert len(got) == len(expected) > 0
     for value, truth in zip(got, expected, strict=True):
         assert_same_in_double(value, truth)
@@ -70,7 +70,7 @@ def assert_all_close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def is_torchs_step(cell: str, form: dict[str, Any]) -> bool:
-    """Whether torch itself computes and differentiates this, as it does in float32 and float64."""
+    """Whether torch's own step computes and differentiates this case in float32 and float64."""
     return "step" in form and cell in ("rnn_tanh", "rnn_relu")
 
 
@@ -86,7 +86,7 @@ class TestDoubleBackward:
 
     @every_cell
     def test_fifth_derivative(self, cell: str) -> None:
-        """Of one number, along one line; the composite gives any order."""
+        """Differentiates along one line. The composite supports any order."""
         case = Case(cell)
         start, way = case.plain(), directions_like(case.inputs)
 
@@ -105,7 +105,7 @@ class TestDoubleBackward:
 
     @every_cell
     def test_gradient_penalty_reaches_the_weights(self, cell: str) -> None:
-        """As in training: backward() through a gradient, accumulated into .grad."""
+        """Calls backward() on a gradient, as in training, and checks .grad."""
         grads = []
         for _ in range(2):
             module = build(cell, 3, 4, dtype=F64)
@@ -122,7 +122,7 @@ class TestDoubleBackward:
 class TestForwardMode:
     @every_subject
     def test_finite_differences(self, cell: str, form: dict[str, Any], device: str) -> None:
-        """Dual tensors, one tangent at a time and batched."""
+        """Checks dual tensors, with single and with batched tangents."""
         case = Case(cell, **form, device=device)
         assert gradcheck(
             case,
@@ -146,7 +146,7 @@ class TestForwardMode:
 
     @every_subject
     def test_jvp_and_vjp_agree(self, cell: str, form: dict[str, Any]) -> None:
-        """w . (J v) = (w J) . v, of which the right side comes from the kernels."""
+        """Checks w . (J v) = (w J) . v; the kernels compute the right side."""
         case = Case(cell, **form)
         primals = case.plain()
         tangents = directions_like(primals)
@@ -160,7 +160,7 @@ class TestForwardMode:
 
     @every_cell
     def test_linearize(self, cell: str) -> None:
-        """Which traces, and like torch's own layers no tracing can read ``batch_sizes``."""
+        """linearize traces, so it cannot read ``batch_sizes``, as for torch's own layers."""
         case = Case(cell, {"num_layers": 2, "bidirectional": True})
         primals = case.plain()
         tangents = directions_like(primals)
@@ -170,7 +170,7 @@ class TestForwardMode:
 
     @every_subject
     def test_jacobians(self, cell: str, form: dict[str, Any]) -> None:
-        """Columns by forward mode, rows by reverse mode, each at once or one by one."""
+        """Computes columns by forward mode and rows by reverse mode, batched or one by one."""
         case = Case(cell, **form)
         (x, *rest) = case.plain()
 
@@ -188,7 +188,7 @@ class TestForwardMode:
 
     @every_cell
     def test_dual_gradients(self, cell: str) -> None:
-        """A tangent of the gradient that comes in, when nothing else has one."""
+        """Only the incoming gradient has a tangent."""
         case = Case(cell)
         outputs = case(*case.inputs)
         primals, tangents = directions_like(outputs), directions_like(outputs)
@@ -201,7 +201,7 @@ class TestForwardMode:
 
     @every_cell
     def test_single_precision(self, cell: str) -> None:
-        """torch's own LSTM has no forward mode in float32."""
+        """Checks float32, for which torch's LSTM has no forward mode."""
         case, wide = Case(cell, dtype=torch.float32), Case(cell)
         primals = case.plain()
         tangents = directions_like(primals)
@@ -230,8 +230,8 @@ class TestFunc:
         )
 
     @every_cell
-    def test_what_kernels_compute(self, cell: str) -> None:
-        """The forward pass; the gradient only where nobody may differentiate it again."""
+    def test_kernels_compute_the_forward_pass(self, cell: str) -> None:
+        """They compute the gradient only if it cannot be differentiated again."""
         case = Case(cell)
 
         def kernels(call: Callable[[], Any]) -> tuple[int, int]:
@@ -278,8 +278,8 @@ class TestFunc:
         assert_all_close(functionalize(case)(*case.plain()), case(*case.plain()))
 
     @every_cell
-    def test_functional_call_with_some_of_the_weights(self, cell: str) -> None:
-        """The others are the module's own, and each gets its gradient."""
+    def test_functional_call_with_some_weights_has_all_gradients(self, cell: str) -> None:
+        """The other weights are the module's own. Each weight gets its gradient."""
         module = build(cell, 3, 4, num_layers=2)
         x = torch.randn(5, 2, 3)
         other = torch.randn_like(module.weight_hh_l1).requires_grad_()
@@ -297,7 +297,7 @@ class TestFunc:
 class TestVmap:
     @every_subject
     @pytest.mark.parametrize("over", ["input", "states", "weights", "all"])
-    def test_is_the_loop(self, cell: str, form: dict[str, Any], over: str) -> None:
+    def test_matches_a_loop(self, cell: str, form: dict[str, Any], over: str) -> None:
         case = Case(cell, **form)
         own = case.plain()
         last_state = 1 + case.states
@@ -308,7 +308,7 @@ class TestVmap:
             "all": range(len(own)),
         }
         mapped = [index in ranges[over] for index in range(len(own))]
-        # along another dimension than the first one, as a caller may
+        # maps over another dimension than the first
         several = [
             torch.randn(*t.shape, 4, dtype=F64) if m else t
             for t, m in zip(own, mapped, strict=True)
@@ -322,7 +322,7 @@ class TestVmap:
 
     @every_cell
     def test_twice(self, cell: str) -> None:
-        """Every input through every model."""
+        """Runs every input through every model."""
         case = Case(cell)
         x, *rest = case.plain()
         xs, scales = torch.randn(3, *x.shape, dtype=F64), torch.tensor([0.5, 2.0], dtype=F64)
@@ -364,7 +364,7 @@ class TestVmap:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @every_cell
     def test_under_autocast(self, cell: str, dtype: torch.dtype) -> None:
-        """The dtype that autocast asks for, and the precision of the kernels."""
+        """Results have autocast's dtype and the precision of the kernels."""
         module = build(cell, 2, 3)
         xs = torch.randn(3, 40, 2, 2)
         with torch.autocast("cpu", dtype=dtype):
@@ -393,8 +393,8 @@ class TestEnsembles:
 
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     @every_cell
-    def test_is_the_loop(self, cell: str, options: dict[str, Any]) -> None:
-        """As torch's tutorial has it: parameters stacked, a skeleton without memory."""
+    def test_matches_a_loop(self, cell: str, options: dict[str, Any]) -> None:
+        """Stacks parameters and uses a skeleton on "meta", as in torch's tutorial."""
         models = self.models(cell, options, 4)
         parameters, buffers = stack_module_state(models)
         skeleton = copy.deepcopy(models[0]).to("meta")
@@ -420,7 +420,7 @@ class TestEnsembles:
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     @every_cell
     def test_products_are_grouped(self, cell: str, options: dict[str, Any]) -> None:
-        """As many matrix products, forward and backward, for eight models as for two."""
+        """Eight models need as many matrix products, forward and backward, as two."""
 
         def counts(count: int) -> tuple[int, int]:
             parameters, _ = stack_module_state(self.models(cell, options, count))
@@ -456,7 +456,7 @@ class TestEnsembles:
 
 class TestPerSampleGradients:
     @every_subject
-    def test_are_those_of_a_loop(self, cell: str, form: dict[str, Any]) -> None:
+    def test_match_a_loop(self, cell: str, form: dict[str, Any]) -> None:
         case = Case(cell, **form)
         x, *rest = case.plain()
         every = tuple(range(len(case.inputs)))
@@ -470,7 +470,7 @@ class TestPerSampleGradients:
 
     @every_cell
     def test_sum_to_the_gradient_of_the_batch(self, cell: str) -> None:
-        """Rows of one batch, each a sample."""
+        """Each row of one batch is a sample."""
         module = build(cell, 2, 3, num_layers=2, dtype=F64)
         parameters = {name: p.detach() for name, p in module.named_parameters()}
         x = torch.randn(4, 5, 2, dtype=F64)
@@ -512,7 +512,7 @@ class TestEngine:
 
     @every_subject
     def test_retained_graph(self, cell: str, form: dict[str, Any]) -> None:
-        """The same numbers again, also after a derivative that went by the composite."""
+        """A second backward gives the same values, also after a derivative by the composite."""
         case = Case(cell, **form)
         loss = case.loss(*case.inputs)
         first = torch.autograd.grad(loss, case.inputs, retain_graph=True)
@@ -527,7 +527,7 @@ class TestEngine:
     @pytest.mark.filterwarnings("ignore:Error detected in")
     @every_subject
     def test_anomaly_mode(self, cell: str, form: dict[str, Any]) -> None:
-        """Lets good gradients pass and names the layer whose backward made a NaN."""
+        """Anomaly mode accepts finite gradients and names the layer whose backward made a NaN."""
         case = Case(cell, **form)
         expected = torch.autograd.grad(case.loss(*case.inputs), case.inputs)
         with torch.autograd.detect_anomaly(check_nan=True):
@@ -542,7 +542,7 @@ class TestEngine:
 
     @every_subject
     def test_saved_tensor_hooks(self, cell: str, form: dict[str, Any]) -> None:
-        """Saved tensors may come back as other tensors, also for second derivatives."""
+        """Hooks may replace saved tensors by other tensors, also for second derivatives."""
         case = Case(cell, **form)
 
         def derivatives() -> list[Tensor]:
@@ -558,7 +558,7 @@ class TestEngine:
         with torch.autograd.graph.save_on_cpu():
             got = derivatives()
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-        # arrays have lost their strides, which products are free to add in another order for
+        # arrays lose their strides, and products of other strides may sum in another order
         with torch.autograd.graph.saved_tensors_hooks(to_array, torch.from_numpy):
             assert_all_close(derivatives(), expected)
 
@@ -596,8 +596,8 @@ class TestEngine:
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     @every_cell
-    def test_checkpoint_saves_nothing_else(self, cell: str) -> None:
-        """The layer's own saved tensors are not kept between forward and backward."""
+    def test_checkpoint_saves_no_tensors_of_the_layer(self, cell: str) -> None:
+        """The layer's saved tensors are freed between forward and backward."""
         module = build(cell, 2, 3)
         x = torch.randn(50, 2, 2, requires_grad=True)
         sizes: list[int] = []
@@ -615,7 +615,7 @@ class TestEngine:
 
     @every_cell
     def test_hooks_on_tensors_and_gradients(self, cell: str) -> None:
-        """A hook on the output changes the gradient that comes in; one on a weight sees its own."""
+        """A hook on the output changes the incoming gradient; one on a weight gets its gradient."""
         module = build(cell, 2, 3, dtype=F64)
         x = torch.randn(4, 2, 2, dtype=F64)
         expected = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
@@ -630,12 +630,12 @@ class TestEngine:
 
 
 class TestMixedPrecision:
-    LOSS_FALLS = 0.5  # from its first value; it falls further than that for each cell
+    LOSS_FALLS = 0.5  # bound on last loss / first loss; every cell stays below it
 
     def train(
         self, module: nn.Module, step: Callable[[Tensor], Tensor], dtype: torch.dtype, rounds: int
     ) -> list[float]:
-        """Learns a sum from its inputs, as torch's recipe for mixed precision writes it."""
+        """Learns to sum the inputs with mixed precision, as in torch's recipe."""
         torch.manual_seed(0)
         device = next(module.parameters()).device.type
         head = nn.Linear(8, 1, device=device)
@@ -657,7 +657,7 @@ class TestMixedPrecision:
             scaler.step(optimizer)
             scaler.update()
             losses.append(loss.item())
-        assert scaler.get_scale() == 2.0**10  # no step was left out
+        assert scaler.get_scale() == 2.0**10  # no step was skipped
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters)
         return losses
 
@@ -685,7 +685,7 @@ class TestMixedPrecision:
 
     @pytest.mark.parametrize("make", [build, make_step], ids=["layer", "step"])
     @every_cell
-    def test_scaler_leaves_out_a_step_that_overflowed(
+    def test_scaler_skips_a_step_that_overflowed(
         self, cell: str, make: Callable[..., nn.Module], device: str
     ) -> None:
         module = make(cell, 4, 8, device=device)
@@ -695,7 +695,7 @@ class TestMixedPrecision:
         with torch.autocast(device, dtype=torch.float16):
             x = torch.ones(*((16, 4) if make is make_step else (5, 16, 4)), device=device)
             result = module(x)
-            # a state of float32 cannot overflow
+            # a float32 state cannot overflow
             loss = (result if isinstance(result, Tensor) else result[0]).half().float().sum()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -708,20 +708,20 @@ class TestMixedPrecision:
     def test_create_graph_inside_autocast(
         self, cell: str, form: dict[str, Any], dtype: torch.dtype
     ) -> None:
-        """A gradient that is taken inside autocast, of what was computed outside, stays exact."""
+        """A gradient inside autocast keeps the precision of values computed outside."""
         case = Case(cell, **form, dtype=torch.float32)
         expected = torch.autograd.grad(case.loss(*case.inputs), case.inputs, create_graph=True)
         loss = case.loss(*case.inputs)
         with torch.autocast("cpu", dtype=dtype):
             got = torch.autograd.grad(loss, case.inputs, create_graph=True)
-        if is_torchs_step(cell, form):  # whose products autocast rounds
+        if is_torchs_step(cell, form):  # autocast rounds the products of torch's step
             torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
         else:
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
     @every_cell
     def test_double_backward_of_half_types(self, cell: str) -> None:
-        """The first derivative is as exact with a graph as without: added in float32."""
+        """With create_graph=True the first derivative is still accumulated in float32."""
         module = build(cell, 2, 3, dtype=torch.bfloat16)
         x = torch.randn(40, 2, 2, dtype=torch.bfloat16, requires_grad=True)
         inputs = [x, *module.parameters()]

@@ -56,7 +56,7 @@ def test_forward_of_steps(device: str, cell: str) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
 def test_backward(cell: str, options: dict[str, Any]) -> None:
-    """All gradients; the initial state's among them, since the kernels compute it always."""
+    """Requests all gradients. The kernels always compute that of the initial state."""
     module = build(cell, 5, 7, **options)
     x = torch.randn(6, 3, 5, requires_grad=True)
     states = 4 if "num_layers" in options else 1
@@ -65,7 +65,7 @@ def test_backward(cell: str, options: dict[str, Any]) -> None:
     assert count(lambda: module(x, h0)[0].sum().backward()) == expected
 
 
-def test_backward_counts_what_is_wanted() -> None:
+def test_backward_counts_only_requested_gradients() -> None:
     module = build("gru", 5, 7)
     rows, gates = 6 * 3, 3 * 7
     of_x, of_h = 2 * rows * gates * 5, 2 * rows * gates * 7

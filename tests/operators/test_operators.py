@@ -1,4 +1,4 @@
-"""Wrong calls of the operators and of `fastrnn._C`: one sentence as an exception, never a crash."""
+"""Wrong calls of the operators and of `fastrnn._C` raise one sentence and never crash."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def arguments(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Random arguments of `recurrent_layer`; proj 0 is a projection to nothing."""
+    """Returns random arguments of `recurrent_layer`; proj 0 is a projection to size 0."""
     gates = CELLS[cell].gates * hidden
     size = hidden if proj is None else proj
     shapes: list[tuple[int, ...]] = [(gates, inputs), (gates, size)]
@@ -58,7 +58,7 @@ def forward(given: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def gradients(given: dict[str, Any], **changed: Any) -> tuple[Tensor, ...]:
-    """All gradients by the operator for the CPU, with arguments changed at the last moment."""
+    """Computes all gradients by the CPU operator, after changing some of its arguments."""
     y, h_n, c_n, saved = forward(given)
     c_n = None if given["c0"] is None else c_n
     directions = given["h0"].shape[0]
@@ -78,8 +78,8 @@ ZEROS = [sizes for sizes in itertools.product((0, T), (0, B), (0, I), (0, H)) if
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
-def test_sizes_of_zero(cell: str, dtype: torch.dtype) -> None:
-    """Steps, rows, inputs and units of zero, by every operator: all that is returned is written."""
+def test_sizes_of_zero_return_written_results(cell: str, dtype: torch.dtype) -> None:
+    """Every operator runs with zero steps, rows, inputs or units and writes all its results."""
     for sizes, directions, bias in itertools.product(ZEROS, (1, 2), (False, True)):
         given = arguments(cell, *sizes, None, directions, bias, dtype)
         steps, batch, _, hidden = sizes
@@ -94,12 +94,12 @@ def test_sizes_of_zero(cell: str, dtype: torch.dtype) -> None:
             assert torch.equal(found, expected)
         results = [*outputs, *gradients(given)]
         assert not any(t.isnan().any() for t in results)
-        if sizes[:2] != (T, B):  # no rows: every gradient of a weight is zero
+        if sizes[:2] != (T, B):  # without rows the gradient of every weight is zero
             assert not any(t.any() for t in results[8:])
 
 
 @pytest.mark.parametrize("sizes", ZEROS, ids=str)
-def test_sizes_of_zero_in_a_stack(sizes: tuple[int, ...]) -> None:
+def test_stack_with_sizes_of_zero_matches_layers(sizes: tuple[int, ...]) -> None:
     steps, batch, _, hidden = sizes
     first = arguments("lstm", *sizes)
     second = arguments("lstm", steps, batch, hidden, hidden)
@@ -122,8 +122,8 @@ def test_sizes_of_zero_in_a_stack(sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("steps", [0, T])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_projection_to_nothing(directions: int, steps: int, bias: bool) -> None:
-    """No projection is one tensor fewer in weights; a size of 0 beside w_hr is a mistake."""
+def test_projection_to_size_0_raises(directions: int, steps: int, bias: bool) -> None:
+    """Without a projection there is no w_hr; a w_hr of size 0 is an error."""
     given = arguments("lstm", steps, proj=0, directions=directions, bias=bias)
     sentence = "h0 must have a size of 1 or more with a projection, got 0"
     for call in (forward, lambda given: torch.ops.fastrnn.recurrent_layer(**given)):
@@ -139,7 +139,7 @@ def test_a_projection_to_nothing(directions: int, steps: int, bias: bool) -> Non
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
-def test_functional_with_a_projection_to_nothing(with_gradient: bool) -> None:
+def test_functional_with_a_projection_to_size_0_raises(with_gradient: bool) -> None:
     given = arguments("lstm", proj=0)
     weights = [w.requires_grad_(with_gradient) for w in given["weights"]]
     with pytest.raises(RuntimeError):
@@ -152,7 +152,7 @@ def test_functional_with_a_projection_to_nothing(with_gradient: bool) -> None:
 
 
 def shrunk(t: Tensor, size: int = 0) -> Tensor:
-    """A copy whose storage has been resized since."""
+    """Returns a copy whose storage has been resized."""
     t = t.clone()
     t.untyped_storage().resize_(size)
     return t
@@ -171,7 +171,7 @@ def shrunk(t: Tensor, size: int = 0) -> Tensor:
     ids=["sparse", "mkldnn", "quantized", "nested", "jagged"],
 )
 @pytest.mark.parametrize("name", ["x", "h0", "weights"])
-def test_layouts_without_rows(name: str, change: Callable[[Tensor], Tensor]) -> None:
+def test_tensors_that_are_not_dense_raise(name: str, change: Callable[[Tensor], Tensor]) -> None:
     given = arguments()
     value = given[name]
     given[name] = [change(value[0]), *value[1:]] if name == "weights" else change(value)
@@ -190,7 +190,7 @@ def test_layouts_without_rows(name: str, change: Callable[[Tensor], Tensor]) -> 
     [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint16, torch.complex32],
     ids=str,
 )
-def test_dtypes_without_kernels(dtype: torch.dtype) -> None:
+def test_dtypes_without_kernels_raise(dtype: torch.dtype) -> None:
     given = arguments()
     wrong = torch.zeros(T, B, I).to(dtype)
     with pytest.raises(RuntimeError, match="x must be float16, bfloat16, float32 or float64, got"):
@@ -202,7 +202,7 @@ def test_dtypes_without_kernels(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["x", "h0", "c0", "weights"])
-def test_memory_that_has_gone(name: str) -> None:
+def test_shrunk_storage_raises(name: str) -> None:
     given = arguments()
     value = given[name]
     for size in (0, 8):
@@ -211,7 +211,7 @@ def test_memory_that_has_gone(name: str) -> None:
             forward({**given, name: gone or shrunk(value, size)})
 
 
-def test_gradients_of_memory_that_has_gone() -> None:
+def test_gradients_of_shrunk_storage_raise() -> None:
     given = arguments()
     y, h_n, c_n, saved = forward(given)
     for name, t in {"y": y, "d_y": y, "d_h_n": h_n, "d_c_n": c_n, "saved": saved}.items():
@@ -219,8 +219,8 @@ def test_gradients_of_memory_that_has_gone() -> None:
             gradients(given, **{name: shrunk(t, 4)})
 
 
-def test_memory_that_overlaps_itself() -> None:
-    """Reading it is no mistake: the result is that of a copy."""
+def test_overlapping_memory_matches_a_copy() -> None:
+    """The elements of an expanded tensor share memory, which is valid for reading."""
     given = arguments()
     overlapping = {
         "x": torch.randn(1, 1, I).expand(T, B, I),
@@ -266,7 +266,7 @@ def test_saved_must_be_what_forward_returned() -> None:
             gradients(given, saved=other)
 
 
-def test_an_expanded_list_of_batch_sizes() -> None:
+def test_expanded_batch_sizes_match_a_copy() -> None:
     given = arguments()
     rows = {**given, "x": given["x"].flatten(0, 1)}
     found = forward({**rows, "batch_sizes": torch.tensor([B]).expand(T)})
@@ -289,13 +289,13 @@ def test_an_expanded_list_of_batch_sizes() -> None:
     ],
     ids=str,
 )
-def test_batch_sizes_of_no_batch(sizes: list[int]) -> None:
+def test_invalid_batch_sizes_raise(sizes: list[int]) -> None:
     given = arguments()
     with pytest.raises(RuntimeError, match=r"must start with the batch size|rows that batch_sizes"):
         forward({**given, "x": given["x"].flatten(0, 1), "batch_sizes": torch.tensor(sizes)})
 
 
-def test_weights_of_a_wrong_number() -> None:
+def test_wrong_number_of_weights_raises() -> None:
     given = arguments()
     for count in (0, 1, 6, 9):
         weights = (given["weights"] * 3)[:count]
@@ -336,8 +336,8 @@ HUGE = 1 << 40
     ],
     ids=["steps", "steps beyond 2^59", "batch", "inputs", "units", "nothing"],
 )
-def test_sizes_beyond_memory(changed: dict[str, Any]) -> None:
-    """Tensors without memory can have such sizes; the size they need never overflows."""
+def test_sizes_beyond_memory_raise(changed: dict[str, Any]) -> None:
+    """Expanded tensors can have such sizes. The required memory must not overflow an integer."""
     given = arguments()
     if "w_ih" in changed:
         given["weights"] = [changed["w_ih"], *given["weights"][1:]]
@@ -346,7 +346,7 @@ def test_sizes_beyond_memory(changed: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match=r"^fastrnn: ") as info:
         forward(given)
     assert "message above" not in str(info.value) or torch.__version__ < "2.13"
-    assert "/" not in str(info.value)  # no file of the machine that compiled this
+    assert "/" not in str(info.value)  # no path of the machine that compiled the library
 
 
 def test_torch_reports_how_much_memory_it_lacks() -> None:
@@ -356,11 +356,11 @@ def test_torch_reports_how_much_memory_it_lacks() -> None:
     given["weights"] = arguments(inputs=1)["weights"]
     with pytest.raises(RuntimeError) as info:
         forward(given)
-    if torch.__version__ >= "2.13":  # before, torch's C interface kept the message to itself
+    if torch.__version__ >= "2.13":  # torch's C interface must pass the message on
         assert f"you tried to allocate {HUGE * H * 4} bytes" in str(info.value)
 
 
-def test_any_number_of_steps_of_no_rows() -> None:
+def test_many_steps_without_rows_work() -> None:
     y, h_n, *_ = forward(arguments(steps=HUGE, batch=0))
     assert y.shape == (HUGE, 0, H)
     assert h_n.shape == (1, 0, H)
@@ -416,7 +416,7 @@ def faked(mode: FakeTensorMode, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_fake_kernel_rejects_what_the_real_one_rejects(name: str) -> None:
+def test_fake_kernel_rejects_the_same_arguments(name: str) -> None:
     given = {**arguments(), **WRONG[name]}
     with pytest.raises(RuntimeError, match=r"^fastrnn: "):
         forward(given)
@@ -459,7 +459,7 @@ def test_fake_gradients_have_the_shapes_of_the_real_ones(
     ],
     ids=lambda changed: f"{next(iter(changed))}{list(next(iter(changed.values())).shape)}",
 )
-def test_fake_gradients_reject_what_the_real_ones_reject(changed: dict[str, Any]) -> None:
+def test_fake_gradients_reject_the_same_arguments(changed: dict[str, Any]) -> None:
     given = arguments()
     with pytest.raises(RuntimeError, match=r"^fastrnn: "):
         gradients(given, **changed)
@@ -467,14 +467,14 @@ def test_fake_gradients_reject_what_the_real_ones_reject(changed: dict[str, Any]
         gradients(faked(mode, given), **faked(mode, changed))
 
 
-def test_tensors_of_two_devices() -> None:
+def test_tensors_on_two_devices_raise() -> None:
     given = arguments()
     for name in ("x", "h0", "c0"):
         with pytest.raises(RuntimeError, match="must be on the device of the input, got another"):
             forward({**given, name: given[name].to("meta")})
 
 
-def test_one_direction_is_not_two() -> None:
+def test_operators_check_the_number_of_directions() -> None:
     for directions, other in ((1, "recurrent_bidirectional_gradients"), (2, "recurrent_gradients")):
         given = arguments(directions=directions)
         y, h_n, c_n, saved = forward(given)
@@ -540,7 +540,7 @@ BEYOND = [-(2**63), -1, 2**31, 2**62, 2**63 - 1]
     "steps batch input_size hidden_size proj_size threads directions layers".split(),
 )
 @pytest.mark.parametrize("value", BEYOND)
-def test_plans_of_impossible_sizes(name: str, value: int) -> None:
+def test_plans_of_impossible_sizes_raise(name: str, value: int) -> None:
     sizes = {"steps": 9, "batch": 2, "input_size": 3, "hidden_size": 4, name: value}
     with pytest.raises(ValueError, match=rf"^{name} must be at (least|most) \d+, got {value}$"):
         _C.plan("lstm", **sizes)
@@ -549,7 +549,7 @@ def test_plans_of_impossible_sizes(name: str, value: int) -> None:
             _C.cuda_plan("lstm", **sizes)
 
 
-def test_plans_of_the_largest_sizes() -> None:
+def test_plans_of_the_largest_sizes_work() -> None:
     most = 2**31 - 1
     for steps, batch, inputs, hidden in itertools.product((1, most), repeat=4):
         for training, dtype in itertools.product((False, True), ("bfloat16", "float64")):
@@ -565,13 +565,13 @@ def test_plans_of_the_largest_sizes() -> None:
 
 @pytest.mark.parametrize("name", ["capability", "multiprocessors", "shared_bytes"])
 @pytest.mark.parametrize("value", BEYOND)
-def test_plans_for_impossible_gpus(name: str, value: int) -> None:
+def test_plans_for_impossible_gpus_raise(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at"):
         _C.cuda_plan("lstm", 9, 2, 3, 4, **{name: value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0, 1e300])
-def test_impossible_times(value: float) -> None:
+def test_impossible_times_raise(value: float) -> None:
     with pytest.raises(ValueError, match=r"^seconds must be from 1e-06 to 60, got "):
         _C.fma_peak(1, value)
     for call in ((value, 1.0), (1.0, value)):
@@ -580,12 +580,12 @@ def test_impossible_times(value: float) -> None:
 
 
 @pytest.mark.parametrize("threads", [-1, 0, 4097, 10**6, 2**62])
-def test_peak_of_impossible_threads(threads: int) -> None:
+def test_peak_of_impossible_threads_raises(threads: int) -> None:
     with pytest.raises(ValueError, match=r"^threads must be at (least 1|most 4096), got"):
         _C.fma_peak(threads, 0.01)
 
 
-def test_peak_where_the_system_grants_no_threads() -> None:
+def test_peak_raises_if_the_system_grants_no_threads() -> None:
     code = """
 import resource, fastrnn
 from fastrnn import _C
@@ -600,7 +600,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize("threads", BEYOND)
-def test_impossible_bounds_of_threads(threads: int) -> None:
+def test_impossible_bounds_of_threads_raise(threads: int) -> None:
     with pytest.raises(ValueError, match="threads must be at"):
         _C.set_max_threads(threads)
     assert _C.max_threads() == 0
@@ -610,12 +610,12 @@ def test_impossible_bounds_of_threads(threads: int) -> None:
     ("text", "cpus"),
     [("1e300 1", 1 << 20), ("inf 1", 1 << 20), ("1 1e-300", 1 << 20), ("nan nan", 0), ("-5 3", 0)],
 )
-def test_impossible_quotas(tmp_path: Path, text: str, cpus: int) -> None:
+def test_extreme_quotas_are_clamped_or_ignored(tmp_path: Path, text: str, cpus: int) -> None:
     (tmp_path / "membership").write_text("0::/\n", encoding="utf-8")
     (tmp_path / "cpu.max").write_text(text, encoding="utf-8")
     assert _C._testing.quota_cpus(str(tmp_path / "membership"), str(tmp_path)) == cpus
 
 
 @pytest.mark.parametrize("endless", ["/dev/zero", "/dev/urandom"])
-def test_quotas_of_endless_files(endless: str) -> None:
+def test_endless_quota_files_are_ignored(endless: str) -> None:
     assert _C._testing.quota_cpus(endless, "/nowhere") == 0

@@ -1,13 +1,15 @@
-"""The examples in the documentation run."""
+"""The examples in the documentation and in docstrings run, and links lead to files."""
 
 from __future__ import annotations
 
 import copy
+import doctest
 import pickle
 import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ EXAMPLES = [
 
 
 @pytest.fixture(autouse=True)
-def switches_as_they_were() -> Iterator[None]:
+def restored_switches() -> Iterator[None]:
     switches = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
     before = [switch.fp32_precision for switch in switches]
     yield
@@ -62,12 +64,19 @@ def test_the_navigation_lists_every_page() -> None:
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example(code: str) -> None:
+def test_example_runs(code: str) -> None:
     exec(compile(code, "an example", "exec"), {})
 
 
-def test_loops_by_class() -> None:
-    """The page's statements on `isinstance`, the base classes and `patch` hold."""
+@pytest.mark.parametrize("module", [fastrnn, fastrnn.functional], ids=lambda m: m.__name__)
+def test_docstring_example_runs(module: ModuleType) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_class_checks_are_as_documented() -> None:
+    """Checks what docs/differences.md states about `isinstance`, base classes and `patch`."""
     assert not isinstance(fastrnn.LSTM(3, 4), nn.LSTM)
     assert isinstance(fastrnn.LSTM(3, 4), nn.RNNBase)
     assert isinstance(fastrnn.LSTMCell(3, 4), nn.RNNCellBase)
@@ -76,7 +85,7 @@ def test_loops_by_class() -> None:
         assert isinstance(nn.LSTM(3, 4), fastrnn.LSTM)
 
 
-def test_what_raises_here() -> None:
+def test_stricter_calls_raise_as_documented() -> None:
     x, state = torch.randn(5, 2, 3), torch.zeros(2, 1, 2, 4)
     with pytest.raises(TypeError, match="hx"):
         fastrnn.LSTM(3, 4)(x, state)
@@ -88,16 +97,16 @@ def test_what_raises_here() -> None:
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_types_under_autocast(name: str) -> None:
-    """Of the results, on the CPU: those of torch.nn."""
+def test_types_under_autocast_match_torch(name: str) -> None:
+    """Checks the types of the results on the CPU."""
     x = torch.randn(5, 2, 3)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = getattr(fastrnn, name)(3, 4)(x), getattr(nn, name)(3, 4)(x)
     assert [t.dtype for t in tree_leaves(ours)] == [t.dtype for t in tree_leaves(theirs)]
 
 
-def test_in_place_and_biases_in_torch() -> None:
-    """torch.nn raises the errors that the page lists."""
+def test_permissive_calls_fail_in_torch_as_documented() -> None:
+    """In-place changes and a missing bias raise in torch.nn and work here."""
     x = torch.randn(5, 2, 3)
     output, _ = nn.LSTM(3, 4)(x)
     with pytest.raises(RuntimeError, match="inplace"):

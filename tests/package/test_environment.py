@@ -1,4 +1,4 @@
-"""Environment variables: a bad value is one clear error, and docs/environment.md has them all."""
+"""Environment variables: an invalid value raises one error, and docs/environment.md lists all."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), BAD)
-def test_a_bad_value_ends_the_import(name: str, value: str, expected: str) -> None:
+def test_invalid_value_raises_at_import(name: str, value: str, expected: str) -> None:
     printed = run_python(IMPORT, **{name: value})
     assert printed.startswith(f"ValueError fastrnn: {name} must be {expected}")
     assert printed.endswith(f", got '{value}'.")
 
 
-def test_an_instruction_set_of_other_machines_is_an_error() -> None:
+def test_instruction_set_of_other_cpus_raises() -> None:
     lacking = [name for name in ("avx512", "avx2", "sve") if name not in _C.available_isas()]
     printed = run_python(IMPORT, FASTRNN_ISA=lacking[0])
     assert f"{', '.join(_C.available_isas())}, got '{lacking[0]}'." in printed
 
 
 @pytest.mark.parametrize("name", sorted({name for name, *_ in BAD}))
-def test_an_empty_value_is_the_default(name: str) -> None:
+def test_empty_value_is_the_default(name: str) -> None:
     assert run_python(IMPORT, **{name: ""}) == run_python(IMPORT)
 
 
-def test_good_values_are_obeyed() -> None:
+def test_valid_values_are_used() -> None:
     good = {"FASTRNN_ISA": "baseline", "FASTRNN_THREADS": "007", "FASTRNN_POISON": "0"}
     assert run_python(IMPORT, **good) == "imported baseline 7"
     for size in ("32", "64"):
         assert run_python(IMPORT, FASTRNN_WIDEN_BYTES=size).startswith("imported")
 
 
-def test_a_bad_value_that_comes_later_raises_where_it_is_used(
+def test_value_that_becomes_invalid_raises_at_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FASTRNN_ISA", "typo")
@@ -78,7 +78,7 @@ def test_a_bad_value_that_comes_later_raises_where_it_is_used(
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
-def test_the_page_has_every_variable() -> None:
+def test_page_lists_every_variable() -> None:
     """The page lists exactly the variables that the source reads."""
     patterns = (
         r'getenv\("(\w+)"\)',
@@ -105,11 +105,11 @@ def test_the_page_has_every_variable() -> None:
     rows = re.findall(r"^\| (`[^|]+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert {name for name in found if name.startswith("FASTRNN_")} >= {"FASTRNN_SCHEDULE"}
-    elsewhere = {"NVCC_APPEND_FLAGS", "MAX_JOBS"}  # nvcc and torch read them
+    elsewhere = {"NVCC_APPEND_FLAGS", "MAX_JOBS"}  # read by nvcc and torch
     assert found == listed - elsewhere
 
 
-# --- one wheel serves one CUDA major -------------------------------------------------------------
+# --- CUDA versions -------------------------------------------------------------------------------
 
 
 def warned(monkeypatch: pytest.MonkeyPatch, built: str | None, here: str | None) -> list[str]:
@@ -122,7 +122,7 @@ def warned(monkeypatch: pytest.MonkeyPatch, built: str | None, here: str | None)
     return [str(warning.message) for warning in caught]
 
 
-def test_another_cuda_major_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_cuda_major_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     (sentence,) = warned(monkeypatch, "12.8", "13.0")
     assert sentence == (
         "fastrnn was built for CUDA 12.8 and torch has CUDA 13.0: fastrnn runs on the CPU only. "
@@ -134,7 +134,7 @@ def test_another_cuda_major_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -
     ("built", "here"),
     [(None, "13.0"), (None, None), ("12.8", None), ("13.0", "13.2"), ("12.8", "12.6")],
 )
-def test_any_other_pair_is_silent(
+def test_compatible_cuda_versions_do_not_warn(
     monkeypatch: pytest.MonkeyPatch, built: str | None, here: str | None
 ) -> None:
     assert warned(monkeypatch, built, here) == []
@@ -145,19 +145,19 @@ def test_any_other_pair_is_silent(
 
 @pytest.fixture
 def restored_precision() -> Iterator[None]:
-    """Starts from cuDNN's default; the two switches are one to the older way of setting them."""
+    """Sets cuDNN's default. The older setting changes both switches at once."""
     cudnn: Any = torch.backends.cudnn
     allowed = cudnn.allow_tf32
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     cudnn.allow_tf32 = True
     yield
-    cudnn.allow_tf32 = allowed  # sets a flag of its own too
+    cudnn.allow_tf32 = allowed  # sets a separate flag as well
     cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 @pytest.mark.usefixtures("restored_precision")
-def test_cpp_reads_cudnn_s_switch_for_tf32() -> None:
-    """By the address that C++ gets, and not the switch of matrix products."""
+def test_cpp_reads_cudnns_tf32_switch() -> None:
+    """Calls the function at the address that C++ gets. The switch of matmul has no effect."""
     ask = ctypes.CFUNCTYPE(ctypes.c_int)(_library._tf32_address())
     assert ask() == 1  # cuDNN's default
     torch.backends.cudnn.allow_tf32 = False

@@ -1,4 +1,4 @@
-"""The arrows of the architecture: an #include or import that points up or sideways fails here.
+"""Layers of the architecture: no #include or import may lead to a higher or neighbouring layer.
 
 cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
 Python: ops <- backends <- engine <- functional, modules <- convert, quantization <- tools
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "fastrnn"
 
-# The room of a file in csrc/, and the rooms that its includes may lead to (its own among them).
+# For each part of csrc/, the parts that its files may include.
 MAY_INCLUDE = {
     "cells": {"cells"},
     "problem": {"problem", "cells"},
@@ -29,7 +29,7 @@ MAY_INCLUDE = {
     "bindings": {"bindings", "slots", "cpu", "cuda", "problem", "cells"},
 }
 
-# Headers from outside, besides those of C++ itself, that a room may use.
+# External headers, besides those of C++ itself, that a part may include.
 STABLE_TORCH = r"torch/csrc/stable/.+|torch/headeronly/.+|torch/csrc/inductor/aoti_torch/.+"
 CUDA_TOOLKIT = r"cuda(_\w+)?\.h|cublas_v2\.h"
 OUTSIDE = {
@@ -40,12 +40,12 @@ OUTSIDE = {
     "torch_cuda": f"{STABLE_TORCH}|{CUDA_TOOLKIT}",
     "bindings": r"pybind11/.+|unistd\.h|sys/syscall\.h",
 }
-# Headers of C++ have no dot in their name; cells compile for CUDA and on vector types, where hardly
-# any of them exist.
+# Headers of C++ have no dot in their name. Cells are compiled for CUDA and for vector types, which
+# support few of these headers.
 CELLS_STANDARD = {"cmath", "cstdint", "cstring", "type_traits", "utility"}
 
-# The packages and modules of fastrnn in their order: an import leads to the same group or to one
-# on an earlier line. Those on one line do not see each other.
+# The packages and modules of fastrnn in order. An import may lead to the same group or to a group
+# on an earlier line. Groups on the same line must not import each other.
 PYTHON_ORDER = [
     {"_C"},
     {"_library", "_torch_internals"},
@@ -76,10 +76,10 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 
 def room_of(source: str) -> str:
-    """The room of a file whose path is relative to csrc/."""
+    """Returns the part of csrc/ that a file (relative to csrc/) belongs to."""
     path = PurePosixPath(source)
     if len(path.parts) == 1:
-        raise AssertionError(f"csrc/{source} lies in no room")
+        raise AssertionError(f"csrc/{source} belongs to no part of csrc/")
     room = path.parts[0]
     if source == "torch/slots.h":  # numbers and names that fastrnn._C exports
         return "slots"
@@ -87,13 +87,13 @@ def room_of(source: str) -> str:
 
 
 def includes(text: str) -> list[tuple[str, str]]:
-    """Returns ('<' or '"', what is included) for each #include of a text."""
+    """Returns ('<' or '"', file name) for each #include of a text."""
     found = re.findall(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)[>"]', text, re.MULTILINE)
     return [(mark, name) for mark, name in found]
 
 
 def wrong_include(source: str, mark: str, name: str, existing: set[str]) -> str:
-    """Says what is wrong with one include of a file in csrc/, "" if nothing is."""
+    """Returns the error for one include of a file in csrc/, "" if it is allowed."""
     room = room_of(source)
     if mark == '"':
         if name not in existing:
@@ -109,7 +109,7 @@ def wrong_include(source: str, mark: str, name: str, existing: set[str]) -> str:
 
 
 def group_of(module: str) -> str:
-    """fastrnn -> "", fastrnn.modules.rnn -> "modules"."""
+    """Returns "" for fastrnn and "modules" for fastrnn.modules.rnn."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -121,13 +121,13 @@ def rank(group: str) -> int:
 
 
 def names_of(path: str) -> list[str]:
-    """modules/rnn.py -> ["fastrnn", "modules", "rnn"]; __init__.py stands for its folder."""
+    """Returns ["fastrnn", "modules", "rnn"] for modules/rnn.py; __init__.py is its folder."""
     parts = ["fastrnn", *PurePosixPath(path).with_suffix("").parts]
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
 def imports(path: str, text: str, groups: set[str]) -> list[str]:
-    """The absolute names of the modules that a Python file imports, wherever in it."""
+    """Returns the absolute names of all modules that a Python file imports anywhere."""
     own = names_of(path)
     package = own if path.endswith("__init__.py") else own[:-1]
     found: list[str] = []
@@ -146,7 +146,7 @@ def imports(path: str, text: str, groups: set[str]) -> list[str]:
 
 
 def wrong_import(path: str, module: str) -> str:
-    """Says what is wrong with one import of a file of the package, "" if nothing is."""
+    """Returns the error for one import of a file of the package, "" if it is allowed."""
     own = group_of(".".join(names_of(path)))
     top = module.split(".")[0]
     if top == "fastrnn":
@@ -164,7 +164,7 @@ def wrong_import(path: str, module: str) -> str:
 GROUPS = {group for groups in PYTHON_ORDER for group in groups}
 
 
-def test_there_is_something_to_read() -> None:
+def test_files_are_found() -> None:
     assert {"problem/layer.h", "bindings/module.cpp", "cells/registry.h"} <= set(SOURCES)
     assert {"__init__.py", "ops/operators.py", "functional.py"} <= set(MODULES)
 
@@ -209,7 +209,7 @@ def test_every_part_of_the_package_has_a_place() -> None:
         ("torch/slots.h", '#include "torch/arguments.h"'),
     ],
 )
-def test_a_wrong_include_is_seen(source: str, line: str) -> None:
+def test_wrong_include_is_found(source: str, line: str) -> None:
     existing = {"problem/layer.h", "cpu/api.h", "cuda/api.h", "torch/arguments.h"}
     [(mark, name)] = includes(line)
     assert "must not include" in wrong_include(source, mark, name, existing)
@@ -233,6 +233,6 @@ def test_a_wrong_include_is_seen(source: str, line: str) -> None:
         ("tools/charlm/train.py", "import pandas"),
     ],
 )
-def test_a_wrong_import_is_seen(path: str, line: str) -> None:
+def test_wrong_import_is_found(path: str, line: str) -> None:
     [module] = imports(path, line, GROUPS)
     assert "must not import" in wrong_import(path, module)

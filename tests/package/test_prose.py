@@ -1,4 +1,4 @@
-"""The check of prose finds what it is for, where it is for, and nothing else."""
+"""The prose check finds its phrases in prose, and only there."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_marker_keeps_a_line(linter: ModuleType) -> None:
     assert linter.check("a.md", "anew <!-- prose: keep -->\n") == []
 
 
-def test_list_of_files_leaves_out_generated_files(linter: ModuleType) -> None:
+def test_generated_files_are_not_listed(linter: ModuleType) -> None:
     if not (SCRIPT.parents[1] / ".git").exists():
         pytest.skip("not a checkout")
     paths = linter.files()

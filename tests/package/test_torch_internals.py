@@ -1,4 +1,4 @@
-"""torch's private names: all are there, and nothing else in the package uses one."""
+"""torch's private names: all exist, and only fastrnn/_torch_internals.py uses them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIBRARY = [
 
 
 @pytest.mark.parametrize("name", _torch_internals.__all__)
-def test_name_is_there(name: str) -> None:
+def test_name_exists(name: str) -> None:
     assert getattr(_torch_internals, name) is not None
 
 
@@ -34,7 +34,7 @@ def test_each_name_is_listed() -> None:
     assert public == set(_torch_internals.__all__)
 
 
-def test_they_answer_as_expected() -> None:
+def test_functions_return_the_expected_values() -> None:
     assert _torch_internals.forward_ad._current_level == -1
     assert not _torch_internals.is_any_autocast_enabled()
     with torch.autocast("cpu"):
