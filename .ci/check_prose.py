@@ -44,11 +44,19 @@ RULES: dict[str, str] = {
     r"\bin turns\b": "interleaved",
     r"\bha(?:s|ve) but one\b": "has only one",
     r"\bsaid in one sentence\b": "reported in one sentence",
+    r"\b(?:no|any|some)body\b": "name the caller, thread or user",
+    r"\bits like\b": "and similar ones",
+    r"\bleft alone\b": "unchanged",
+    r"\btold apart\b": "distinguished",
+    r"\bhad better\b": "must, should",
+    r"\bin vain\b": "needlessly",
+    r"\bto and fro\b": "back and forth",
     rf"\b{_UNIT} an? {_WHOLE}\b": "per, not a: '60 ns per step'",
 }
 _RULES = [(re.compile(pattern, re.IGNORECASE), advice) for pattern, advice in RULES.items()]
-_WHAT = re.compile(r"\s*What\b(?![^.?!]*\?)")  # a question may begin with What
-WHAT_ADVICE = "begin a docstring with a verb or a noun"
+# "What ..." as a relative clause, or an attribute without its noun; a question may begin with What
+_BEGINNING = re.compile(r"\s*(What|Who|Whose|Which|Of)\b(?![^.?!]*\?)")
+BEGINNING_ADVICE = "begin a docstring with a verb or a noun"
 
 Line = tuple[int, str]  # line number, prose
 
@@ -130,8 +138,8 @@ def check(path: str, text: str) -> list[str]:
         ]
     if path.endswith((".py", ".pyi")):
         for node in docstrings(text):
-            if _WHAT.match(node.value):
-                found.append((node.lineno, "What ...", WHAT_ADVICE))
+            if match := _BEGINNING.match(node.value):
+                found.append((node.lineno, f"{match[1]} ...", BEGINNING_ADVICE))
     return [
         f'{path}:{number}: "{words}": {advice}'
         for number, words, advice in sorted(set(found))

@@ -42,7 +42,7 @@ class TorchFacts(NamedTuple):
     """The names and rules that torch, autocast and ONNX have for a cell.
 
     Attributes:
-        mode: the cell's name in a module's ``mode``, that of torch where torch has the cell.
+        mode: the value of a module's ``mode`` for this cell; torch's value if torch has the cell.
         torch_function: torch's own layer, in ``torch._VF``; None if torch does not have it.
         torch_step: torch's own single step; None if torch does not have it.
         keeps_state_dtype: whether autocast on the CPU keeps the type of a wider state.
@@ -77,7 +77,7 @@ TORCH: dict[str, TorchFacts] = {
 
 
 def torch_facts(cell: str) -> TorchFacts:
-    """Returns the facts about a cell. Neither torch nor ONNX has a cell that `TORCH` lacks."""
+    """Returns the facts about a cell. torch and ONNX have no cells besides those in `TORCH`."""
     return TORCH.get(cell) or TorchFacts(cell.upper(), None, None, False, None, (), {})
 
 

@@ -12,7 +12,7 @@ WHOLE_STACK = False
 
 def unsupported(call: LayerCall) -> str:
     if not call.is_step and is_in_onnx_export() and is_tracing():
-        return "torch.onnx.export: {cell} needs dynamo=True, torch and its older exporter lack it"
+        return "torch.onnx.export: {cell} needs dynamo=True, because torch does not have this cell"
     return ""
 
 

@@ -66,7 +66,7 @@ class RecurrentBase(nn.RNNBase):
             is_in_torch = BY_MODE[mode].torch.torch_function is not None
             super().__init__(mode if is_in_torch else "RNN_TANH", *args, **kwargs)
             if not is_in_torch:
-                self._become(mode)
+                self._change_cell(mode)
             if not checks.is_bool(self.bidirectional):  # torch.nn would raise at the first call
                 name = type(self.bidirectional).__name__
                 raise TypeError(f"bidirectional should be of type bool, got: {name}")
@@ -74,8 +74,8 @@ class RecurrentBase(nn.RNNBase):
             checks.explain_constructor(type(self).__name__, _ARGUMENTS, args, kwargs)
             raise
 
-    def _become(self, mode: str) -> None:
-        """Turns an RNN of torch, which has one gate, into a cell that torch does not have."""
+    def _change_cell(self, mode: str) -> None:
+        """Changes a new RNN of torch, which has one gate, to a cell that torch does not have."""
         self.mode = mode
         gates = BY_MODE[mode].gates
         if gates > 1:

@@ -362,7 +362,7 @@ class GRU(OneState):
             return self._run(input, hx)
 
 
-#: for each cell its class and the arguments that select it
+#: for each cell, its class and the constructor arguments that select it
 LAYERS: dict[str, tuple[type[Scriptable], dict[str, Any]]] = {
     "rnn_tanh": (RNN, {}),
     "rnn_relu": (RNN, {"nonlinearity": "relu"}),

@@ -1,8 +1,8 @@
 """Wrong calls raise one clear sentence, and calls that torch.nn accepts give the same results.
 
 A call is a module or function with its arguments; a mistake replaces one argument by a bad value.
-The tables below apply every mistake by itself, then two at a time, and hold the outcome against
-that of torch.nn for the same call.
+The tests make every single mistake of the tables below, and random pairs of mistakes, and compare
+the outcome with that of torch.nn for the same call.
 """
 
 from __future__ import annotations

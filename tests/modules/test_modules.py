@@ -121,7 +121,7 @@ def check_every_form(module: nn.Module, dtype: torch.dtype, device: str) -> None
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_more_rows_than_gate_rows_match_torch(cell: str, bidirectional: bool, device: str) -> None:
-    """The gradient of w_hh is computed by another method for so many rows."""
+    """With more rows than gate rows, the gradient of w_hh is computed by another method."""
     module = build(cell, 2, 2, bidirectional=bidirectional, device=device)
     check(
         module,

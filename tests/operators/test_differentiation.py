@@ -231,7 +231,7 @@ class TestFunc:
 
     @every_cell
     def test_kernels_compute_the_forward_pass(self, cell: str) -> None:
-        """They compute the gradient only if it cannot be differentiated again."""
+        """The kernels compute the gradient only if it cannot be differentiated again."""
         case = Case(cell)
 
         def kernels(call: Callable[[], Any]) -> tuple[int, int]:
