@@ -303,7 +303,11 @@ class RecurrentBase(nn.RNNBase):
         if self.proj_size:
             slots |= PROJECTION
         if torch.is_grad_enabled():
-            if NoneType in map(type, weights):
+            if (
+                NoneType in map(type, weights)
+                or type(h0) is not Tensor
+                or not (c0 is None or type(c0) is Tensor)
+            ):
                 return None
             named = Weights(weights, slots)  # type: ignore[arg-type]
             y, h_n, c_n = kernel_layer(LayerCall(spec, input, None, h0, c0, named))
