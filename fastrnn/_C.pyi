@@ -33,7 +33,7 @@ class Plan(TypedDict, total=False):
     packed: bool
     together: int
     shared: bool
-    recurrent_format: Literal["native", "float16"]
+    recurrent_format: str
     input: Literal["fused", "ahead"]
     chunk_rows: int
     stacked: bool
@@ -72,7 +72,7 @@ def plan(
     threads: int = 1,
     training: bool = False,
     directions: int = 1,
-    half_weights: bool = False,
+    weight_format: str = "native",
     layers: int = 1,
 ) -> Plan: ...
 def cuda_plan(
@@ -96,6 +96,7 @@ def fma_peak(threads: int, seconds: float) -> float: ...
 def raise_interruption(message: str) -> None: ...
 def cells() -> dict[str, CellFacts]: ...
 def weight_slots() -> list[str]: ...
+def weight_formats() -> list[str]: ...
 def output_slots() -> dict[str, list[str]]: ...
 
 class _testing:
@@ -117,7 +118,7 @@ class _testing:
         proj_size: int = 0,
         dtype: str = "float32",
         threads: int = 1,
-        half_weights: bool = False,
+        weight_format: str = "native",
     ) -> bool: ...
     @staticmethod
     def fresh_buffers() -> int: ...

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.spec import BY_MODE, CellSpec
+from fastrnn.spec import BY_MODE, WEIGHT_FORMATS, CellSpec
 
 #: dtypes that a layer can compute with, by the kernels or by torch
 _DTYPES = (
@@ -422,14 +422,15 @@ def check_options(spec: CellSpec, values: dict[str, Any]) -> None:
 
 
 def check_weight_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
-    """Returns ``weight_dtype`` if it is None or ``torch.float16``.
+    """Returns ``weight_dtype`` if it is None or a dtype in which the CPU can hold w_hh.
 
     Raises:
         ValueError: it is something else.
     """
-    if weight_dtype is None or weight_dtype is torch.float16:
+    if any(weight_dtype is known for known in WEIGHT_FORMATS):
         return weight_dtype
-    raise ValueError(f"weight_dtype must be None or torch.float16, got {describe(weight_dtype)}")
+    known = " or ".join(map(str, WEIGHT_FORMATS))
+    raise ValueError(f"weight_dtype must be {known}, got {describe(weight_dtype)}")
 
 
 def is_bool(value: Any) -> bool:

@@ -131,7 +131,7 @@ def _plan(call: LayerCall, index: int, width: int, directions: int) -> Mapping[s
             *sizes,
             **options,
             threads=torch.get_num_threads(),
-            half_weights=call.options.half_weights,
+            weight_format=_C.weight_formats()[call.options.weight_format],
             layers=remaining,
         )
     about: Any = torch.cuda.get_device_properties(x.device)

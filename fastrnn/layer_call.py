@@ -22,12 +22,13 @@ class Options(NamedTuple):
     Attributes:
         num_layers: L.
         dropout: probability that an output between two layers is zeroed; 0 for no dropout.
-        half_weights: whether the CPU may round w_hh to float16 if no gradient is recorded.
+        weight_format: number of the format in which the CPU may hold w_hh if no gradient is
+            recorded; 0 for the dtype of w_hh.
     """
 
     num_layers: int = 1
     dropout: float = 0.0
-    half_weights: bool = False
+    weight_format: int = 0
 
 
 DEFAULTS = Options()
@@ -44,7 +45,7 @@ class LayerCall(NamedTuple):
             single step.
         c0: [L*D,B,H] initial cell state of an LSTM, else None; [B,H] for a single step.
         weights: the weights of each layer and direction.
-        options: number of layers, dropout and float16 weights.
+        options: number of layers, dropout and weight format.
     """
 
     spec: CellSpec

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastrnn import _C
@@ -221,3 +222,10 @@ class Weights(NamedTuple):
                 own[slot] = self.flat[first + position]
             result.append(DirectionWeights(*own))
         return result
+
+
+#: number of the format in which the CPU may hold w_hh, by weight_dtype
+WEIGHT_FORMATS: dict[torch.dtype | None, int] = {
+    None: 0,
+    **{getattr(torch, name): n for n, name in enumerate(_C.weight_formats()) if n > 0},
+}

@@ -101,12 +101,12 @@ def layer_call(
     batch_sizes: Tensor | None,
     spec: CellSpec,
     num_layers: int = 1,
-    half_weights: bool = False,
+    weight_format: int = 0,
 ) -> LayerCall:
     """The call of a stack of layers, or of one step (h0 [B,R])."""
     states = h0.shape[0] if h0.dim() == 3 else 1
     named = Weights(weights, slots_by_count(len(weights) // states))
-    options = Options(num_layers, 0.0, half_weights)
+    options = Options(num_layers, 0.0, weight_format)
     return LayerCall(spec, x, batch_sizes, h0, c0, named, options)
 
 

@@ -27,5 +27,7 @@ void check_range(const char* name, double value, double least, double most);
 LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
                     std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
                     std::int64_t directions);
+// Raises ValueError if there is no such format. In bindings/plans.cpp.
+WeightFormat weight_format_named(const std::string& name);
 
 }  // namespace fastrnn::bindings

@@ -140,6 +140,12 @@ std::vector<std::string> weight_slots() {
   return {std::begin(fastrnn::kWeightSlotNames), std::end(fastrnn::kWeightSlotNames)};
 }
 
+std::vector<std::string> weight_formats() {
+  std::vector<std::string> names;
+  for (const WeightFormatInfo& info : kWeightFormats) names.emplace_back(info.name);
+  return names;
+}
+
 py::dict output_slots() {
   py::dict all;
   all["recurrent_forward"] = std::vector<std::string>(std::begin(fastrnn::kForwardOutputNames),
@@ -176,6 +182,8 @@ PYBIND11_MODULE(_C, m) {
         "GFLOP/s of float32 multiply-adds on registers, all threads at once.");
   m.def("cells", &cells, "The contract of each cell in the registry.");
   m.def("weight_slots", &weight_slots, "Names of the weight slots of the operators, by number.");
+  m.def("weight_formats", &weight_formats,
+        "Names of the formats in which the CPU can hold w_hh, by number.");
   m.def("output_slots", &output_slots,
         "Names of the results that the argument outputs of an operator asks for, by number.");
   m.def("raise_interruption", &raise_interruption, py::arg("message"),

@@ -77,19 +77,19 @@ py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t bat
 py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
               std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
               const std::string& dtype, std::int64_t threads, bool training,
-              std::int64_t directions, bool half_weights, std::int64_t layers) {
+              std::int64_t directions, const std::string& weight_format, std::int64_t layers) {
   const fastrnn::LayerShape shape =
       shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
   const int bytes = element_bytes(dtype);
+  const WeightFormat allowed = weight_format_named(weight_format);
   check_size("threads", threads, 1);
   check_size("layers", layers, 1);
   py::dict result;
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
   const fastrnn::cpu::Plan chosen =
       // half types: in float32
-      fastrnn::cpu::make_plan(
-          shape, pass, std::max(bytes, 4), int(threads), int(directions),
-          half_weights && dtype == "float32" ? WeightFormat::kFloat16 : WeightFormat::kNative);
+      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
+                              dtype == "float32" ? allowed : WeightFormat::kNative);
   result["schedule"] = "persistent";
   result["isa"] = chosen.isa;
   result["vector_lanes"] = chosen.vector_lanes;
@@ -105,7 +105,8 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;
   result["stacked"] = false;
-  if (layers > 1 && directions == 1 && !training && !half_weights && bytes >= 4) {
+  if (layers > 1 && directions == 1 && !training && allowed == WeightFormat::kNative &&
+      bytes >= 4) {
     fastrnn::LayerShape upper = shape;
     upper.input_size = shape.output_size();
     fastrnn::cpu::Plan pair[2];
@@ -135,11 +136,20 @@ LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t ba
   return {info.kind, sequence, input_size, hidden_size, proj_size};
 }
 
+WeightFormat weight_format_named(const std::string& name) {
+  std::string known;
+  for (int i = 0; i < kWeightFormatCount; ++i) {
+    if (name == kWeightFormats[i].name) return WeightFormat(i);
+    known += std::string(known.empty() ? "" : ", ") + kWeightFormats[i].name;
+  }
+  throw py::value_error("weight_format must be one of " + known + ", got '" + name + "'");
+}
+
 void define_plans(py::module_& m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32",
         py::arg("threads") = 1, py::arg("training") = false, py::arg("directions") = 1,
-        py::arg("half_weights") = false, py::arg("layers") = 1,
+        py::arg("weight_format") = "native", py::arg("layers") = 1,
         "How the CPU would walk a layer of this shape through time (training: its backward pass).");
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("steps"), py::arg("batch"),
         py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,

@@ -119,14 +119,13 @@ bool panels_outlive_calls(LayerShape shape, int threads, WeightFormat allowed_fo
 bool panels_outlive_calls_of(const std::string& cell, std::int64_t steps, std::int64_t batch,
                              std::int64_t input_size, std::int64_t hidden_size,
                              std::int64_t proj_size, const std::string& dtype, int threads,
-                             bool half_weights) {
+                             const std::string& weight_format) {
   check_size("input_size", input_size, 1);
   check_size("threads", threads, 1);
   const LayerShape shape = shape_of(cell, steps, batch, input_size, hidden_size, proj_size, 1);
-  if (dtype == "float64")
-    return panels_outlive_calls<double>(shape, threads, WeightFormat::kNative);
-  return panels_outlive_calls<float>(shape, threads,
-                                     half_weights ? WeightFormat::kFloat16 : WeightFormat::kNative);
+  const WeightFormat allowed = weight_format_named(weight_format);
+  return dtype == "float64" ? panels_outlive_calls<double>(shape, threads, allowed)
+                            : panels_outlive_calls<float>(shape, threads, allowed);
 }
 
 }  // namespace
@@ -143,7 +142,7 @@ void define_testing(py::module_& m) {
         "in ms and the time in ms that a rank slept.");
   m.def("panels_outlive_calls", &panels_outlive_calls_of, py::arg("cell"), py::arg("steps"),
         py::arg("batch"), py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
-        py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("half_weights") = false,
+        py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("weight_format") = "native",
         "Whether forward, with panels that were packed once, gives the bits of a call that packs "
         "its own, also after the weights have changed.");
   m.def("fresh_buffers", &cpu::fresh_buffers,

@@ -15,6 +15,7 @@ struct WeightFormatInfo {
 
 // By WeightFormat.
 constexpr WeightFormatInfo kWeightFormats[] = {{"native", 0}, {"float16", 2}};
+constexpr int kWeightFormatCount = int(sizeof(kWeightFormats) / sizeof(kWeightFormats[0]));
 
 constexpr const WeightFormatInfo& weight_format_info(WeightFormat format) {
   return kWeightFormats[int(format)];

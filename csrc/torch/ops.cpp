@@ -52,13 +52,12 @@ Tensor for_saved(const std::vector<int64_t>& sizes, ScalarType dtype, const Tens
 
 template <class T>
 void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
-         bool half_weights) {
+         WeightFormat weight_format) {
   const Rows rows(x);
   LayerForward<T, T> problems[cpu::kMaxDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
     problems[d] = forward_problem<T, T>(layer, d, rows, outputs);
-    if (half_weights && layer.dtype == ScalarType::Float)
-      problems[d].recurrent_format = WeightFormat::kFloat16;
+    if (layer.dtype == ScalarType::Float) problems[d].recurrent_format = weight_format;
   }
   cpu::forward(problems, int(layer.directions), threads(), parallel_for);
 }
@@ -75,16 +74,19 @@ void run(const LayerArguments& layer, const BackwardInputs& inputs,
 FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                               std::vector<Tensor> weights, int64_t slots,
                               std::optional<Tensor> batch_sizes, StringHandle cell_handle,
-                              int64_t outputs, bool half_weights) {
+                              int64_t outputs, int64_t weight_format) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
+    FASTRNN_CHECK(weight_format >= 0 && weight_format < kWeightFormatCount,
+                  "weight_format must be the number of a format, got ", weight_format, ".");
+    const auto format = WeightFormat(weight_format);
     const ScalarType compute = accumulate_type(checked_dtype("x", x));
     const LayerArguments layer("x", x, h0, c0, weights, slots, batch_sizes, cell, compute);
     check_input(layer, x);
     const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
     const Tensor input = layer.to_compute(x);
-    compute == ScalarType::Double ? run<double>(layer, input, results, half_weights)
-                                  : run<float>(layer, input, results, half_weights);
+    compute == ScalarType::Double ? run<double>(layer, input, results, format)
+                                  : run<float>(layer, input, results, format);
     return results.tensors(layer);
   });
 }
@@ -92,8 +94,7 @@ FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
 ThreeTensors recurrent_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
                              std::vector<Tensor> weights, int64_t slots,
                              std::optional<Tensor> batch_sizes, StringHandle cell) {
-  auto [y, h_n, c_n, saved] =
-      recurrent_forward(x, h0, c0, weights, slots, batch_sizes, cell, 0, false);
+  auto [y, h_n, c_n, saved] = recurrent_forward(x, h0, c0, weights, slots, batch_sizes, cell, 0, 0);
   return {y, h_n, c_n};
 }
 

@@ -87,11 +87,12 @@ void run_in(ScalarType dtype, const Arguments&... arguments) {
 FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                               std::vector<Tensor> weights, int64_t slots,
                               std::optional<Tensor> batch_sizes, StringHandle cell_handle,
-                              int64_t outputs, bool half_weights) {
+                              int64_t outputs, int64_t weight_format) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
     const DeviceGuard guard = on_device_of("x", x);
-    FASTRNN_CHECK(!half_weights, "half_weights is for the CPU, got tensors on a CUDA device.");
+    FASTRNN_CHECK(weight_format == 0,
+                  "weight_format is for the CPU, got tensors on a CUDA device.");
     const LayerArguments layer("x", x, h0, c0, weights, slots, batch_sizes, cell,
                                checked_dtype("x", x));
     check_input(layer, x);
@@ -104,8 +105,7 @@ FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
 ThreeTensors recurrent_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
                              std::vector<Tensor> weights, int64_t slots,
                              std::optional<Tensor> batch_sizes, StringHandle cell) {
-  auto [y, h_n, c_n, saved] =
-      recurrent_forward(x, h0, c0, weights, slots, batch_sizes, cell, 0, false);
+  auto [y, h_n, c_n, saved] = recurrent_forward(x, h0, c0, weights, slots, batch_sizes, cell, 0, 0);
   return {y, h_n, c_n};
 }
 

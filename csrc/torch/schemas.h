@@ -4,11 +4,12 @@
 
 namespace fastrnn {
 
-// One layer, or one step of one direction (then x is [B, I], h0 and c0 are [B, *]). half_weights
-// lets the CPU round w_hh of float32 to float16 where that is faster; CUDA raises an error.
+// One layer, or one step of one direction (then x is [B, I], h0 and c0 are [B, *]).
+// weight_format, the number of a WeightFormat, lets the CPU hold w_hh of float32 in that format
+// where it is faster; CUDA raises an error unless it is 0, the native format.
 constexpr const char* kForwardSchema =
     "recurrent_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, "
-    "Tensor? batch_sizes, str cell, int outputs, bool half_weights=False) "
+    "Tensor? batch_sizes, str cell, int outputs, int weight_format=0) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)";
 // The same without `saved`, for graphs that are captured, by TorchScript, torch.export and
 // torch.compile, and run later: its autograd (fastrnn/ops/autograd.py) decides whether to save.

@@ -14,7 +14,7 @@ WHOLE_STACK = True
 
 
 def unsupported(call: LayerCall) -> str:
-    num_layers, dropout, half_weights = call.options
+    num_layers, dropout, weight_format = call.options
     if num_layers == 1:
         return "there is a single layer"
     x = call.x
@@ -28,8 +28,8 @@ def unsupported(call: LayerCall) -> str:
         return "the layers are bidirectional"
     if dropout != 0:
         return "there is dropout between the layers"
-    if half_weights:
-        return "the stacked kernels have no float16 weights"
+    if weight_format:
+        return "the stacked kernels hold the weights in {dtype} only"
     if records_gradient(call):
         return "a gradient is recorded"
     return kernels.unsupported(call)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrnn import checks
 from fastrnn.engine.run import run
 from fastrnn.layer_call import LayerCall, Options, Results
-from fastrnn.spec import CellSpec, Weights, slots_of
+from fastrnn.spec import WEIGHT_FORMATS, CellSpec, Weights, slots_of
 
 _PADDED = (
     "input",
@@ -96,7 +96,7 @@ def _checked_run(spec: CellSpec, cx: Tensor | None, values: dict[str, Any]) -> R
     batch_sizes: Tensor | None = values["batch_sizes"]
     num_layers: int = values["num_layers"]
     directions = 2 if values["bidirectional"] else 1
-    half_weights = checks.check_weight_dtype(values["weight_dtype"]) is not None
+    weight_format = WEIGHT_FORMATS[checks.check_weight_dtype(values["weight_dtype"])]
     if batch_sizes is None:
         _check(x.dim() == 3, f"input must have 3 dimensions, got {x.dim()}")
         batch = x.shape[0] if values["batch_first"] else x.shape[1]
@@ -150,7 +150,7 @@ def _checked_run(spec: CellSpec, cx: Tensor | None, values: dict[str, Any]) -> R
             hx,
             cx,
             Weights(params, slots_of(values["has_biases"], size != hidden)),
-            Options(num_layers, values["dropout"] if values["train"] else 0.0, half_weights),
+            Options(num_layers, values["dropout"] if values["train"] else 0.0, weight_format),
         ),
         values["batch_first"],
     )

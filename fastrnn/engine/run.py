@@ -54,7 +54,7 @@ def run_stack(call: LayerCall, backend: Backend) -> Results:
     if num_layers == 1 or backend.WHOLE_STACK:
         return backend.run(call)
     spec, x, batch_sizes, h0, c0, (flat, slots), options = call
-    layer_options = DEFAULTS._replace(half_weights=options.half_weights)
+    layer_options = DEFAULTS._replace(weight_format=options.weight_format)
     count = len(flat) // num_layers
     directions = size(h0, 0) // num_layers
     h_n, c_n = [], []

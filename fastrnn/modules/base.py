@@ -18,7 +18,15 @@ from fastrnn.engine.run import run
 from fastrnn.layer_call import DEFAULTS, LayerCall, Options
 from fastrnn.modules.quantization_warning import warn_if_left_float
 from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
-from fastrnn.spec import BIASES, BY_MODE, MATRICES, PROJECTION, Weights, slots_of_names
+from fastrnn.spec import (
+    BIASES,
+    BY_MODE,
+    MATRICES,
+    PROJECTION,
+    WEIGHT_FORMATS,
+    Weights,
+    slots_of_names,
+)
 from fastrnn.tracing import check_scriptable, is_tracing, leaf_call, without_tracing
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
@@ -89,7 +97,7 @@ class RecurrentBase(nn.RNNBase):
     @property
     @torch.jit.unused
     def weight_dtype(self) -> torch.dtype | None:
-        """The dtype in which the CPU may hold w_hh: ``torch.float16``, or None for its own dtype.
+        """The dtype in which the CPU may hold w_hh, or None for its own dtype.
 
         It can be changed at any time. docs/float16_weights.md describes when it takes effect and
         what it costs.
@@ -250,7 +258,7 @@ class RecurrentBase(nn.RNNBase):
                 self.num_layers,
                 # not read unless needed: Dynamo would make a float an input of compiled code
                 self.dropout if self.num_layers > 1 and self.training else 0.0,
-                self._weight_dtype is not None,
+                WEIGHT_FORMATS[self._weight_dtype],
             )
         output, h_n, c_n = run(
             LayerCall(spec, input, batch_sizes, h0, c0, weights, options),

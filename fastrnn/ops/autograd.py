@@ -182,7 +182,7 @@ _apply_eagerly: Any = unbound_apply(EagerLayerFunction)
 def kernel_layer(call: LayerCall) -> Results:
     """Runs one layer or one step by the kernels. Differentiable if a gradient is recorded."""
     is_recorded = records_gradient(call)
-    if torch.compiler.is_compiling() and (is_recorded or not call.options.half_weights):
+    if torch.compiler.is_compiling() and (is_recorded or not call.options.weight_format):
         # If Dynamo traced the Function, create_graph=True would lose the graph of its backward.
         return captured_layer(call)
     if not is_recorded:

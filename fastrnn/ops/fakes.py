@@ -189,13 +189,13 @@ def _forward_fake(
     batch_sizes: Tensor | None,
     cell: str,
     outputs: int,
-    half_weights: bool = False,
+    weight_format: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = _FakeArguments("x", x, h0, c0, weights, slots, batch_sizes, cell)
     layer.expect_input(x)
     _expect(
-        x.device.type != "cuda" or not half_weights,
-        "half_weights is for the CPU, got tensors on a CUDA device",
+        x.device.type != "cuda" or weight_format == 0,
+        "weight_format is for the CPU, got tensors on a CUDA device",
     )
     y = x.new_empty(layer.outputs)
     h_n = x.new_empty(h0.shape)

@@ -117,11 +117,13 @@ def records_gradient(call: LayerCall) -> bool:
 def infer_layer(call: LayerCall) -> Results:
     """Runs one layer by the kernels, without a gradient."""
     spec, x, batch_sizes, h0, c0, (weights, slots), options = call
-    # while a graph is captured, only calls with half_weights reach this line
+    # while a graph is captured, only calls with a weight_format reach this line
     run = forward_op if torch.compiler.is_compiling() else interruptible_forward
     outputs = spec.inference_outputs
-    if options.half_weights and x.device.type == "cpu":
-        y, h_n, c_n, _ = run(x, h0, c0, weights, slots, batch_sizes, spec.name, outputs, True)
+    if options.weight_format and x.device.type == "cpu":
+        y, h_n, c_n, _ = run(
+            x, h0, c0, weights, slots, batch_sizes, spec.name, outputs, options.weight_format
+        )
     else:
         y, h_n, c_n, _ = run(x, h0, c0, weights, slots, batch_sizes, spec.name, outputs)
     return decode_layer(call, y, h_n, c_n)

@@ -116,7 +116,9 @@ def test_several_threads_match_one_thread(isa: str, threads: int, bidirectional:
     x = torch.randn(STEPS, 1, 5)
     alone = outputs(module, x)
     torch.set_num_threads(threads)
-    assert _C.plan("lstm", STEPS, 1, 5, 150, threads=threads, half_weights=True)["threads"] > 1
+    assert (
+        _C.plan("lstm", STEPS, 1, 5, 150, threads=threads, weight_format="float16")["threads"] > 1
+    )
     together = outputs(module, x)
     twin = with_rounded_weights(module)
     assert_agrees(together, alone, exact_call(twin, x, call=outputs))
@@ -191,14 +193,14 @@ def test_infinite_and_nan_weights_propagate(isa: str) -> None:
 
 
 def planned(*arguments: Any, **options: Any) -> bool:
-    plan = _C.plan(*arguments, **{"half_weights": True, **options})
+    plan = _C.plan(*arguments, **{"weight_format": "float16", **options})
     return plan["recurrent_format"] == "float16"
 
 
 def test_plan_uses_float16_weights_for_long_single_sequences(isa: str) -> None:
     assert planned("lstm", 100, 1, 256, 256)
     assert planned("lstm", 100, 1, 256, 256, threads=2, directions=2)
-    assert not planned("lstm", 100, 1, 256, 256, half_weights=False)
+    assert not planned("lstm", 100, 1, 256, 256, weight_format="native")
     assert not planned("lstm", 100, 2, 256, 256)
     assert planned("lstm", 24, 1, 256, 256)
     assert not planned("lstm", 23, 1, 256, 256)
@@ -337,7 +339,8 @@ def test_functions_accept_weight_dtype(isa: str) -> None:
         assert not torch.equal(call(module, x), half)
 
 
-def test_operator_with_half_weights_passes_opcheck() -> None:
+def test_operator_with_float16_weights_passes_opcheck() -> None:
+    number = _C.weight_formats().index("float16")
     spec = specs.CELLS["gru"]
     module = build("gru", 5, HIDDEN)
     weights = [w.detach() for w in module.parameters()]
@@ -345,9 +348,22 @@ def test_operator_with_half_weights_passes_opcheck() -> None:
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     arguments = (x, h0, None, weights, 15, None, spec.name, spec.inference_outputs)
     operator = torch.ops.fastrnn.recurrent_forward.default
-    torch.library.opcheck(operator, (*arguments, True), test_utils=checks)
-    y, _, _ = by_kernels(x, h0, None, weights, None, spec, half_weights=True)
-    assert torch.equal(y, operator(*arguments, half_weights=True)[0])
+    torch.library.opcheck(operator, (*arguments, number), test_utils=checks)
+    y, _, _ = by_kernels(x, h0, None, weights, None, spec, weight_format=number)
+    assert torch.equal(y, operator(*arguments, weight_format=number)[0])
+
+
+def test_unknown_weight_formats_are_rejected() -> None:
+    names = _C.weight_formats()
+    x, h0 = torch.randn(STEPS, 1, 5), torch.randn(1, 1, HIDDEN)
+    weights = [w.detach() for w in build("gru", 5, HIDDEN).parameters()]
+    for number in (-1, len(names)):
+        with pytest.raises(RuntimeError, match=f"weight_format must be .*, got {number}"):
+            torch.ops.fastrnn.recurrent_forward(
+                x, h0, None, weights, 15, None, "gru", 0, weight_format=number
+            )
+    with pytest.raises(ValueError, match=f"must be one of {', '.join(names)}, got 'int8'"):
+        _C.plan("gru", STEPS, 1, 5, HIDDEN, weight_format="int8")
 
 
 @needs_widening

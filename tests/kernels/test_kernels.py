@@ -194,7 +194,9 @@ def test_shared_blocks_match_reference(isa: str, threads: int, cell: str) -> Non
     Case(CELLS[cell], 18, 15, hidden, hidden).check(torch.float32)
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "float64"}, {"half_weights": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "float64"}, {"weight_format": "float16"}], ids=str
+)
 @pytest.mark.parametrize("sizes", [(30, 1, 5, 150), (12, 16, 33, 70)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("cell", CELLS)
@@ -203,7 +205,7 @@ def test_panels_serve_calls_after_the_weights_changed(
 ) -> None:
     plan = _C.plan(cell, *sizes, threads=threads, **options)
     assert plan["packed"]
-    is_half = "half_weights" in options and sizes[1] == 1 and isa != "baseline"
+    is_half = "weight_format" in options and sizes[1] == 1 and isa != "baseline"
     assert (plan["recurrent_format"] == "float16") == is_half
     assert _C._testing.panels_outlive_calls(cell, *sizes, threads=threads, **options)
     if CELLS[cell].states == 2:

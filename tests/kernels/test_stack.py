@@ -178,5 +178,5 @@ def test_plan_runs_two_layers_together_if_their_weights_are_small() -> None:
     assert not stacked(64, layers=1)
     assert not stacked(64, directions=2)
     assert not stacked(64, training=True)
-    assert not stacked(64, half_weights=True)
+    assert not stacked(64, weight_format="float16")
     assert not stacked(64, dtype="bfloat16")
