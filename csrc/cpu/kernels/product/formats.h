@@ -31,7 +31,7 @@ struct RecurrentFormats {
 #if FASTRNN_VECTOR_BYTES >= 32
 template <>
 struct RecurrentFormats<float> {
-  using List = FormatList<NativeFormat<float>, Float16Format>;
+  using List = FormatList<NativeFormat<float>, HalfFormat<Float16>>;
 };
 #endif
 

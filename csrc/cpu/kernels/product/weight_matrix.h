@@ -11,7 +11,7 @@
 //                            C [rows, *] += A [rows, K] B, B [K][b_stride] a panel, whose vector i
 //                            is added at column[i] of a row of C
 //
-// native.h and float16.h are formats; formats.h lists those of an instruction set.
+// native.h and half.h have formats; formats.h lists those of an instruction set.
 #pragma once
 
 #include "cpu/kernels/product/native.h"
