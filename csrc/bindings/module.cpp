@@ -139,6 +139,13 @@ std::vector<std::string> weight_slots() {
   return {std::begin(fastrnn::kWeightSlotNames), std::end(fastrnn::kWeightSlotNames)};
 }
 
+py::dict sequence_slots() {
+  py::dict all;
+  for (int slot = fastrnn::kFirstSequenceSlot; slot < fastrnn::kSequenceSlotsEnd; ++slot)
+    all[fastrnn::kSequenceSlotNames[slot - fastrnn::kFirstSequenceSlot]] = slot;
+  return all;
+}
+
 py::dict output_slots() {
   py::dict all;
   all["recurrent_forward"] = std::vector<std::string>(std::begin(fastrnn::kForwardOutputNames),
@@ -175,6 +182,8 @@ PYBIND11_MODULE(_C, m) {
         "GFLOP/s of float32 multiply-adds on registers, all threads at once.");
   m.def("cells", &cells, "The contract of each cell in the registry.");
   m.def("weight_slots", &weight_slots, "Names of the weight slots of the operators, by number.");
+  m.def("sequence_slots", &sequence_slots,
+        "Numbers of the sequence slots of the operators, by name.");
   m.def("output_slots", &output_slots,
         "Names of the results that the argument outputs of an operator asks for, by number.");
   m.def("raise_interruption", &raise_interruption, py::arg("message"),
