@@ -6,11 +6,12 @@ slow down every call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fastrnn.spec import CellSpec, Weights
+from fastrnn.spec import FIRST_SEQUENCE_SLOT, CellSpec, Weights
 
 #: y [T,B,D*R] or [N,D*R]; h_n [L*D,B,R]; c_n [L*D,B,H] or None
 Results = tuple[Tensor, Tensor, Tensor | None]
@@ -34,13 +35,60 @@ class Options(NamedTuple):
 DEFAULTS = Options()
 
 
+class SequenceMembers(NamedTuple):
+    """The tensors that describe the sequences of a batch, in the order of csrc/torch/slots.h.
+
+    Attributes:
+        batch_sizes: [T] number of active rows at each step, descending; None if padded.
+    """
+
+    batch_sizes: Tensor | None = None
+
+    def pack(self) -> SequenceTensors:
+        """Returns the members as an operator takes them."""
+        slots = 0
+        flat = []
+        for index, member in enumerate(self):
+            if member is not None:
+                slots |= 1 << (FIRST_SEQUENCE_SLOT + index)
+                flat.append(member)
+        return SequenceTensors(tuple(flat), slots) if flat else PADDED
+
+
+class SequenceTensors(NamedTuple):
+    """The members of a `SequenceMembers` that are not None: ``flat`` holds those of ``slots``.
+
+    ``flat`` is None if there are none, because an operator takes None faster than an empty list.
+    """
+
+    flat: Sequence[Tensor] | None
+    slots: int
+
+    def named(self) -> SequenceMembers:
+        if self.flat is None:
+            return _NO_MEMBERS
+        rest = iter(self.flat)
+        first = FIRST_SEQUENCE_SLOT
+        return SequenceMembers(
+            *[
+                next(rest) if self.slots >> (first + index) & 1 else None
+                for index in range(len(SequenceMembers._fields))
+            ]
+        )
+
+
+_NO_MEMBERS = SequenceMembers()
+#: a padded batch
+PADDED = SequenceTensors(None, 0)
+
+
 class LayerCall(NamedTuple):
     """One call of a layer. The caller has checked the shapes.
 
     Attributes:
         spec: the cell.
         x: [T,B,I], or packed rows [N,I] together with ``batch_sizes``; [B,I] for a single step.
-        batch_sizes: [T] number of active rows at each step, descending; None if padded.
+        sequence: the tensors that describe the sequences of the batch.
         h0: [L*D,B,R] initial hidden state, R = P with a projection and H without; [B,R] for a
             single step.
         c0: [L*D,B,H] initial cell state of an LSTM, else None; [B,H] for a single step.
@@ -50,11 +98,16 @@ class LayerCall(NamedTuple):
 
     spec: CellSpec
     x: Tensor
-    batch_sizes: Tensor | None
+    sequence: SequenceTensors
     h0: Tensor
     c0: Tensor | None
     weights: Weights
     options: Options = DEFAULTS
+
+    @property
+    def batch_sizes(self) -> Tensor | None:
+        """See `SequenceMembers`."""
+        return self.sequence.named().batch_sizes
 
     @property
     def is_step(self) -> bool:

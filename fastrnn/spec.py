@@ -174,6 +174,10 @@ class DirectionWeights(NamedTuple):
 
 WEIGHT_SLOTS = DirectionWeights._fields
 
+#: bits from here on represent the sequence slots of csrc/torch/slots.h, bits below weight slots
+FIRST_SEQUENCE_SLOT = 16
+WEIGHT_BITS = (1 << FIRST_SEQUENCE_SLOT) - 1
+
 #: masks of weight slots: bit i represents slot i
 MATRICES = 0b00011
 BIASES = 0b01100
@@ -198,8 +202,8 @@ def slots_of_names(names: Sequence[str]) -> int:
 
 
 def present(slots: int) -> tuple[int, ...]:
-    """Returns the slots of a mask, in order."""
-    return _PRESENT[slots]
+    """Returns the weight slots of a mask, in order."""
+    return _PRESENT[slots & WEIGHT_BITS]
 
 
 class Weights(NamedTuple):
@@ -213,7 +217,7 @@ class Weights(NamedTuple):
 
     def directions(self) -> list[DirectionWeights]:
         """Returns the weights of each layer and direction by name."""
-        slots = _PRESENT[self.slots]
+        slots = present(self.slots)
         count = len(slots)
         result = []
         for first in range(0, len(self.flat), count):

@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn.engine import choose
-from fastrnn.layer_call import LayerCall, Options, Results
+from fastrnn.layer_call import LayerCall, Options, Results, SequenceMembers
 from fastrnn.modules.rnn import LAYERS
 from fastrnn.ops import kernel_layer
 from fastrnn.reference import reference_layer, reference_step
 from fastrnn.spec import CELLS as SPECS
-from fastrnn.spec import CellSpec, Weights, slots_of
+from fastrnn.spec import FIRST_SEQUENCE_SLOT, CellSpec, Weights, slots_of
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -88,6 +88,10 @@ class _Reference:
         return reference_step(call) if call.is_step else reference_layer(call)
 
 
+#: the bit of batch_sizes in an operator's ``slots``
+PACKED = 1 << FIRST_SEQUENCE_SLOT
+
+
 def slots_by_count(count: int) -> int:
     """Returns the weight slots of a direction with this number of weights."""
     return slots_of(has_biases=count >= 4, has_projection=count in (3, 5))
@@ -107,7 +111,8 @@ def layer_call(
     states = h0.shape[0] if h0.dim() == 3 else 1
     named = Weights(weights, slots_by_count(len(weights) // states))
     options = Options(num_layers, 0.0, weight_format)
-    return LayerCall(spec, x, batch_sizes, h0, c0, named, options)
+    sequence = SequenceMembers(batch_sizes).pack()
+    return LayerCall(spec, x, sequence, h0, c0, named, options)
 
 
 def by_kernels(*args: Any, **options: Any) -> Results:

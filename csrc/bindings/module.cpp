@@ -146,6 +146,13 @@ std::vector<std::string> weight_formats() {
   return names;
 }
 
+py::dict sequence_slots() {
+  py::dict all;
+  for (int slot = fastrnn::kFirstSequenceSlot; slot < fastrnn::kSequenceSlotsEnd; ++slot)
+    all[fastrnn::kSequenceSlotNames[slot - fastrnn::kFirstSequenceSlot]] = slot;
+  return all;
+}
+
 py::dict output_slots() {
   py::dict all;
   all["recurrent_forward"] = std::vector<std::string>(std::begin(fastrnn::kForwardOutputNames),
@@ -184,6 +191,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("weight_slots", &weight_slots, "Names of the weight slots of the operators, by number.");
   m.def("weight_formats", &weight_formats,
         "Names of the formats in which the CPU can hold w_hh, by number.");
+  m.def("sequence_slots", &sequence_slots,
+        "Numbers of the sequence slots of the operators, by name.");
   m.def("output_slots", &output_slots,
         "Names of the results that the argument outputs of an operator asks for, by number.");
   m.def("raise_interruption", &raise_interruption, py::arg("message"),

@@ -63,41 +63,43 @@ std::string slot_names(int64_t slots) {
 }
 
 void check_slots(int64_t slots) {
-  FASTRNN_CHECK(slots >> kWeightSlots == 0 && has_slot(slots, kWIh) && has_slot(slots, kWHh),
-                "slots must hold w_ih and w_hh and no bit beyond w_hr, got ", slots, ".");
+  const bool is_known = slots >> kSequenceSlotsEnd == 0 &&
+                        count_between(slots, kWeightSlots, kFirstSequenceSlot) == 0;
+  FASTRNN_CHECK(is_known && has_slot(slots, kWIh) && has_slot(slots, kWHh),
+                "slots must hold w_ih and w_hh and no bit of an unknown slot, got ", slots, ".");
   FASTRNN_CHECK(has_slot(slots, kBIh) == has_slot(slots, kBHh),
                 "slots must hold both biases or none, got ", slots, ".");
 }
 
 }  // namespace
 
-LayerArguments::LayerArguments(const char* sequence_name, const Tensor& sequence, const Tensor& h0_,
+LayerArguments::LayerArguments(const char* data_name, const Tensor& data, const Tensor& h0_,
                                const std::optional<Tensor>& c0_, const std::vector<Tensor>& weights,
-                               int64_t slots, const std::optional<Tensor>& batch_sizes,
+                               int64_t slots, const std::optional<std::vector<Tensor>>& sequence,
                                const std::string& cell_name, ScalarType compute_type)
     : cell(find_cell(cell_name)),
-      dtype(checked_dtype(sequence_name, sequence)),
+      dtype(checked_dtype(data_name, data)),
       compute(compute_type),
-      code(dtype_code(sequence)),
-      place(sequence),
-      packed(batch_sizes.has_value()),
+      code(dtype_code(data)),
+      place(data),
+      packed(has_slot(slots, kBatchSizes)),
       single(!packed && h0_.dim() == 2),
       h0(h0_),
       c0(c0_) {
   FASTRNN_CHECK(single || h0.dim() == 3, "h0 must be [D, B, R], got ", h0.dim(), " dimensions.");
   const int64_t dims = packed || single ? 2 : 3;
-  FASTRNN_CHECK(sequence.dim() == dims, sequence_name, " must have ", dims, " dimensions ",
+  FASTRNN_CHECK(data.dim() == dims, data_name, " must have ", dims, " dimensions ",
                 packed   ? "with batch_sizes"
                 : single ? "with a 2-D h0"
                          : "without batch_sizes",
-                ", got ", sequence.dim(), ".");
+                ", got ", data.dim(), ".");
   directions = single ? 1 : h0.size(0);
   batch = h0.size(single ? 0 : 1);
   FASTRNN_CHECK(directions == 1 || directions == 2, "h0 must have 1 or 2 directions, got ",
                 directions, ".");
-  check_memory(sequence_name, sequence, value_bytes(dtype));
+  check_memory(data_name, data, value_bytes(dtype));
   read_weights(weights, slots);
-  read_steps(sequence_name, sequence, batch_sizes);
+  read_sequence(data_name, data, slots, sequence);
   check_products();
 }
 
@@ -150,42 +152,53 @@ void LayerArguments::read_weights(const std::vector<Tensor>& weights, int64_t sl
   }
 }
 
-void LayerArguments::read_steps(const char* name, const Tensor& sequence,
-                                const std::optional<Tensor>& batch_sizes) {
-  if (!packed) {
-    steps = single ? 1 : sequence.size(0);
-    const int64_t own_batch = sequence.size(single ? 0 : 1);
-    FASTRNN_CHECK(own_batch == batch, name, " must have the batch ", batch, " of h0, got ",
-                  own_batch, ".");
-    rows = checked_product(steps, batch);
-    step_rows.assign(batch > 0 ? steps : 0, batch);  // T may be anything where nothing has rows
-  } else {
-    FASTRNN_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
-                      dtype_code(*batch_sizes) == aoti_torch_dtype_int64(),
-                  "batch_sizes must be a 1-D int64 tensor on the CPU, got another.");
-    check_memory("batch_sizes", *batch_sizes, value_bytes(ScalarType::Long));
-    const Tensor sizes = as_contiguous(*batch_sizes);
-    steps = sizes.size(0);
-    const auto* values = static_cast<const int64_t*>(sizes.const_data_ptr());
-    step_rows.assign(values, values + steps);
-    rows = 0;
-    int64_t before = batch;
-    for (int64_t t = 0; t < steps; ++t) {
-      FASTRNN_CHECK(step_rows[t] > 0 && step_rows[t] <= before && (t > 0 || step_rows[0] == batch),
-                    "batch_sizes must start with the batch size ", batch,
-                    ", be positive and not increase, got ", step_rows[t], " at step ", t, ".");
-      before = step_rows[t];
-      rows = std::min(rows + step_rows[t], kMostValues);
-    }
-    FASTRNN_CHECK(rows == sequence.size(0), name, " must have the ", rows,
-                  " rows that batch_sizes add up to, got ", sequence.size(0), ".");
-  }
+void LayerArguments::read_sequence(const char* data_name, const Tensor& data, int64_t slots,
+                                   const std::optional<std::vector<Tensor>>& sequence) {
+  const int64_t count = sequence ? int64_t(sequence->size()) : 0;
+  FASTRNN_CHECK(count_sequence_slots(slots) == count, "sequence must hold ",
+                count_sequence_slots(slots), " tensors, one per slot, got ", count, ".");
+  if (packed)
+    read_packed(data_name, data, sequence->front());  // the first slot
+  else
+    read_padded(data_name, data);
   step_offset.reserve(step_rows.size());
   int64_t offset = 0;
   for (const int64_t size : step_rows) {
     step_offset.push_back(offset);
     offset += size;
   }
+}
+
+void LayerArguments::read_padded(const char* data_name, const Tensor& data) {
+  steps = single ? 1 : data.size(0);
+  const int64_t own_batch = data.size(single ? 0 : 1);
+  FASTRNN_CHECK(own_batch == batch, data_name, " must have the batch ", batch, " of h0, got ",
+                own_batch, ".");
+  rows = checked_product(steps, batch);
+  step_rows.assign(batch > 0 ? steps : 0, batch);  // T may be anything where nothing has rows
+}
+
+void LayerArguments::read_packed(const char* data_name, const Tensor& data,
+                                 const Tensor& batch_sizes) {
+  FASTRNN_CHECK(batch_sizes.dim() == 1 && batch_sizes.is_cpu() &&
+                    dtype_code(batch_sizes) == aoti_torch_dtype_int64(),
+                "batch_sizes must be a 1-D int64 tensor on the CPU, got another.");
+  check_memory("batch_sizes", batch_sizes, value_bytes(ScalarType::Long));
+  const Tensor sizes = as_contiguous(batch_sizes);
+  steps = sizes.size(0);
+  const auto* values = static_cast<const int64_t*>(sizes.const_data_ptr());
+  step_rows.assign(values, values + steps);
+  rows = 0;
+  int64_t before = batch;
+  for (int64_t t = 0; t < steps; ++t) {
+    FASTRNN_CHECK(step_rows[t] > 0 && step_rows[t] <= before && (t > 0 || step_rows[0] == batch),
+                  "batch_sizes must start with the batch size ", batch,
+                  ", be positive and not increase, got ", step_rows[t], " at step ", t, ".");
+    before = step_rows[t];
+    rows = std::min(rows + step_rows[t], kMostValues);
+  }
+  FASTRNN_CHECK(rows == data.size(0), data_name, " must have the ", rows,
+                " rows that batch_sizes add up to, got ", data.size(0), ".");
 }
 
 // Of outputs, workspaces and what is saved; a chunk of rows has 4 times the batch at most.

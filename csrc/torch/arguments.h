@@ -90,10 +90,10 @@ struct LayerArguments {
   Tensor h0;
   std::optional<Tensor> c0;
 
-  // sequence: x (forward) or y (backward), [T,B,*] or packed [N,*].
-  LayerArguments(const char* sequence_name, const Tensor& sequence, const Tensor& h0_,
+  // data: x (forward) or y (backward), [T,B,*] or packed [N,*].
+  LayerArguments(const char* data_name, const Tensor& data, const Tensor& h0_,
                  const std::optional<Tensor>& c0_, const std::vector<Tensor>& weights,
-                 int64_t slots, const std::optional<Tensor>& batch_sizes,
+                 int64_t slots, const std::optional<std::vector<Tensor>>& sequence,
                  const std::string& cell_name, ScalarType compute_type);
 
   int64_t out() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
@@ -133,8 +133,10 @@ struct LayerArguments {
 
  private:
   void read_weights(const std::vector<Tensor>& weights, int64_t slots);
-  void read_steps(const char* name, const Tensor& sequence,
-                  const std::optional<Tensor>& batch_sizes);
+  void read_sequence(const char* data_name, const Tensor& data, int64_t slots,
+                     const std::optional<std::vector<Tensor>>& sequence);
+  void read_padded(const char* data_name, const Tensor& data);
+  void read_packed(const char* data_name, const Tensor& data, const Tensor& batch_sizes);
   void check_products() const;
 };
 

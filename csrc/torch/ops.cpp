@@ -73,7 +73,7 @@ void run(const LayerArguments& layer, const BackwardInputs& inputs,
 
 FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                               std::vector<Tensor> weights, int64_t slots,
-                              std::optional<Tensor> batch_sizes, StringHandle cell_handle,
+                              std::optional<std::vector<Tensor>> sequence, StringHandle cell_handle,
                               int64_t outputs, int64_t weight_format) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
@@ -81,7 +81,7 @@ FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                   "weight_format must be the number of a format, got ", weight_format, ".");
     const auto format = WeightFormat(weight_format);
     const ScalarType compute = accumulate_type(checked_dtype("x", x));
-    const LayerArguments layer("x", x, h0, c0, weights, slots, batch_sizes, cell, compute);
+    const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, compute);
     check_input(layer, x);
     const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
     const Tensor input = layer.to_compute(x);
@@ -93,8 +93,8 @@ FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
 
 ThreeTensors recurrent_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
                              std::vector<Tensor> weights, int64_t slots,
-                             std::optional<Tensor> batch_sizes, StringHandle cell) {
-  auto [y, h_n, c_n, saved] = recurrent_forward(x, h0, c0, weights, slots, batch_sizes, cell, 0, 0);
+                             std::optional<std::vector<Tensor>> sequence, StringHandle cell) {
+  auto [y, h_n, c_n, saved] = recurrent_forward(x, h0, c0, weights, slots, sequence, cell, 0, 0);
   return {y, h_n, c_n};
 }
 
@@ -113,7 +113,7 @@ void run(const std::vector<LayerArguments>& layers, const Tensor& x,
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> recurrent_stack(
     Tensor x, std::vector<Tensor> h0, std::vector<Tensor> c0, std::vector<Tensor> weights,
-    int64_t slots, std::optional<Tensor> batch_sizes, StringHandle cell_handle) {
+    int64_t slots, std::optional<std::vector<Tensor>> sequence, StringHandle cell_handle) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
     const ScalarType dtype = checked_dtype("x", x);
@@ -135,7 +135,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> recurrent_stack(
       layers.emplace_back(
           "x", input, h0[i], c0.empty() ? std::nullopt : std::optional(c0[i]),
           std::vector<Tensor>(weights.begin() + i * each, weights.begin() + (i + 1) * each), slots,
-          batch_sizes, cell, dtype);
+          sequence, cell, dtype);
       FASTRNN_CHECK(layers[i].directions == 1, "h0 must hold states of one direction, got ",
                     layers[i].directions, ".");
       check_input(layers[i], input);
@@ -222,10 +222,10 @@ Gradients gradients_of(int64_t directions, const std::optional<Tensor>& d_y,
                        const std::optional<Tensor>& d_h_n, const std::optional<Tensor>& d_c_n,
                        const Tensor& x, const Tensor& h0, const std::optional<Tensor>& c0,
                        const std::vector<Tensor>& weights, int64_t slots,
-                       const std::optional<Tensor>& batch_sizes, const Tensor& y,
+                       const std::optional<std::vector<Tensor>>& sequence, const Tensor& y,
                        const Tensor& saved, const std::string& cell, int64_t outputs) {
   const ScalarType compute = accumulate_type(checked_dtype("x", x));
-  const LayerArguments layer("x", x, h0, c0, weights, slots, batch_sizes, cell, compute);
+  const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, compute);
   FASTRNN_CHECK(layer.directions == directions, "h0 must hold the states of ", directions,
                 " direction(s), got ", layer.directions, ".");
   check_input(layer, x);
@@ -257,12 +257,13 @@ FourTensors four(const std::vector<Tensor>& tensors, size_t first) {
 EightTensors recurrent_gradients(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
                                  std::optional<Tensor> d_c_n, Tensor x, Tensor h0,
                                  std::optional<Tensor> c0, std::vector<Tensor> weights,
-                                 int64_t slots, std::optional<Tensor> batch_sizes, Tensor y,
-                                 Tensor saved, StringHandle cell_handle, int64_t outputs) {
+                                 int64_t slots, std::optional<std::vector<Tensor>> sequence,
+                                 Tensor y, Tensor saved, StringHandle cell_handle,
+                                 int64_t outputs) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
     auto [first, d_weights] = gradients_of(1, d_y, d_h_n, d_c_n, x, h0, c0, weights, slots,
-                                           batch_sizes, y, saved, cell, outputs);
+                                           sequence, y, saved, cell, outputs);
     return std::tuple_cat(first, four(d_weights, 0));
   });
 }
@@ -270,12 +271,12 @@ EightTensors recurrent_gradients(std::optional<Tensor> d_y, std::optional<Tensor
 TwelveTensors recurrent_bidirectional_gradients(
     std::optional<Tensor> d_y, std::optional<Tensor> d_h_n, std::optional<Tensor> d_c_n, Tensor x,
     Tensor h0, std::optional<Tensor> c0, std::vector<Tensor> weights, int64_t slots,
-    std::optional<Tensor> batch_sizes, Tensor y, Tensor saved, StringHandle cell_handle,
+    std::optional<std::vector<Tensor>> sequence, Tensor y, Tensor saved, StringHandle cell_handle,
     int64_t outputs) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
     auto [first, d_weights] = gradients_of(2, d_y, d_h_n, d_c_n, x, h0, c0, weights, slots,
-                                           batch_sizes, y, saved, cell, outputs);
+                                           sequence, y, saved, cell, outputs);
     return std::tuple_cat(first, four(d_weights, 0), four(d_weights, 4));
   });
 }
@@ -301,11 +302,16 @@ ThreeTensors stored_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
                           StringHandle cell) {
   return guarded([&] {
     namespace detail = torch::stable::detail;
-    const int64_t slots = slots_of(weights);
+    int64_t slots = slots_of(weights);
+    std::optional<std::vector<Tensor>> sequence;
+    if (batch_sizes) {
+      slots |= int64_t(1) << kBatchSizes;
+      sequence = {*batch_sizes};
+    }
     // the call consumes the arguments, the string among them, and leaves the results
     std::array<StableIValue, 7> stack{
-        detail::from(x),     detail::from(h0),          detail::from(c0),  detail::from(weights),
-        detail::from(slots), detail::from(batch_sizes), detail::from(cell)};
+        detail::from(x),     detail::from(h0),       detail::from(c0),  detail::from(weights),
+        detail::from(slots), detail::from(sequence), detail::from(cell)};
     check_torch(
         torch_call_dispatcher("fastrnn::recurrent_layer", "", stack.data(), TORCH_ABI_VERSION));
     return ThreeTensors(detail::to<Tensor>(stack[0]), detail::to<Tensor>(stack[1]),

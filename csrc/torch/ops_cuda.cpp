@@ -86,14 +86,14 @@ void run_in(ScalarType dtype, const Arguments&... arguments) {
 
 FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                               std::vector<Tensor> weights, int64_t slots,
-                              std::optional<Tensor> batch_sizes, StringHandle cell_handle,
+                              std::optional<std::vector<Tensor>> sequence, StringHandle cell_handle,
                               int64_t outputs, int64_t weight_format) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
     const DeviceGuard guard = on_device_of("x", x);
     FASTRNN_CHECK(weight_format == 0,
                   "weight_format is for the CPU, got tensors on a CUDA device.");
-    const LayerArguments layer("x", x, h0, c0, weights, slots, batch_sizes, cell,
+    const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell,
                                checked_dtype("x", x));
     check_input(layer, x);
     const ForwardOutputs results(layer, has_slot(outputs, kSaved), x);
@@ -104,20 +104,20 @@ FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
 
 ThreeTensors recurrent_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
                              std::vector<Tensor> weights, int64_t slots,
-                             std::optional<Tensor> batch_sizes, StringHandle cell) {
-  auto [y, h_n, c_n, saved] = recurrent_forward(x, h0, c0, weights, slots, batch_sizes, cell, 0, 0);
+                             std::optional<std::vector<Tensor>> sequence, StringHandle cell) {
+  auto [y, h_n, c_n, saved] = recurrent_forward(x, h0, c0, weights, slots, sequence, cell, 0, 0);
   return {y, h_n, c_n};
 }
 
 FourTensors recurrent_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
                                std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
                                std::vector<Tensor> weights, int64_t slots,
-                               std::optional<Tensor> batch_sizes, Tensor y, Tensor saved,
+                               std::optional<std::vector<Tensor>> sequence, Tensor y, Tensor saved,
                                StringHandle cell_handle) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
     const DeviceGuard guard = on_device_of("y", y);
-    const LayerArguments layer("y", y, h0, c0, weights, slots, batch_sizes, cell,
+    const LayerArguments layer("y", y, h0, c0, weights, slots, sequence, cell,
                                checked_dtype("y", y));
     check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
     const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);

@@ -1,5 +1,5 @@
-// The operators' schemas. `slots` and `outputs`: see torch/slots.h. Compiled code and stored graphs
-// know a schema by the operator's name: a schema that changes gets a new name.
+// The operators' schemas. `slots`, `sequence` and `outputs`: see torch/slots.h. Compiled code and
+// stored graphs know a schema by the operator's name: a schema that changes gets a new name.
 #pragma once
 
 namespace fastrnn {
@@ -9,13 +9,13 @@ namespace fastrnn {
 // where it is faster; CUDA raises an error unless it is 0, the native format.
 constexpr const char* kForwardSchema =
     "recurrent_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, "
-    "Tensor? batch_sizes, str cell, int outputs, int weight_format=0) "
+    "Tensor[]? sequence, str cell, int outputs, int weight_format=0) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)";
 // The same without `saved`, for graphs that are captured, by TorchScript, torch.export and
 // torch.compile, and run later: its autograd (fastrnn/ops/autograd.py) decides whether to save.
 constexpr const char* kLayerSchema =
     "recurrent_layer(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, "
-    "Tensor? batch_sizes, str cell) -> (Tensor y, Tensor h_n, Tensor c_n)";
+    "Tensor[]? sequence, str cell) -> (Tensor y, Tensor h_n, Tensor c_n)";
 // recurrent_layer under the name and schema that graphs stored before 0.2 hold.
 constexpr const char* kStoredLayerSchema =
     "layer(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, str cell) "
@@ -24,23 +24,23 @@ constexpr const char* kStoredLayerSchema =
 // and c_n hold one tensor [1, B, *] per layer; weights holds those of layer 0, then of layer 1, ...
 constexpr const char* kStackSchema =
     "recurrent_stack(Tensor x, Tensor[] h0, Tensor[] c0, Tensor[] weights, int slots, "
-    "Tensor? batch_sizes, str cell) -> (Tensor y, Tensor[] h_n, Tensor[] c_n)";
+    "Tensor[]? sequence, str cell) -> (Tensor y, Tensor[] h_n, Tensor[] c_n)";
 // CUDA only: the time loop of backward, without the products after it.
 constexpr const char* kBackwardSchema =
     "recurrent_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor h0, Tensor? c0, "
-    "Tensor[] weights, int slots, Tensor? batch_sizes, Tensor y, Tensor saved, str cell) "
+    "Tensor[] weights, int slots, Tensor[]? sequence, Tensor y, Tensor saved, str cell) "
     "-> (Tensor d_pre, Tensor d_h_all, Tensor d_h0, Tensor d_c0)";
 // CPU only: the time loop of backward and the products after it in one call. w_hr has no result of
 // its own. (Layers of two directions have an operator of their own, so that one direction does not
 // pay for the results of the second.)
 constexpr const char* kGradientsSchema =
     "recurrent_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor h0, "
-    "Tensor? c0, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor y, Tensor saved, "
+    "Tensor? c0, Tensor[] weights, int slots, Tensor[]? sequence, Tensor y, Tensor saved, "
     "str cell, int outputs) -> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, "
     "Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh)";
 constexpr const char* kBidirectionalGradientsSchema =
     "recurrent_bidirectional_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, "
-    "Tensor h0, Tensor? c0, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor y, "
+    "Tensor h0, Tensor? c0, Tensor[] weights, int slots, Tensor[]? sequence, Tensor y, "
     "Tensor saved, str cell, int outputs) "
     "-> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, "
     "Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, "

@@ -1,8 +1,11 @@
 // Numbers of the operators' optional arguments and of their results. No torch in here: fastrnn._C
 // exports the names, and fastrnn/spec.py has the same table.
 //
-// `int slots` of an operator: bit i says that every direction has weight slot i. The list `weights`
-// holds, for each direction, the tensors that are there in the order of their slots.
+// `int slots` of an operator: bit i says that every direction has weight slot i, or that the batch
+// has sequence slot i. The list `weights` holds, for each direction, the tensors that are there in
+// the order of their slots; the list `sequence` holds those that describe the sequences of the
+// batch (null if there are none: passing an empty list takes longer). Stored graphs contain the
+// bits: the number of a slot never changes.
 //
 // `int outputs` of an operator: bit i asks for its result i. A result that is not asked for, or
 // that the layer does not have, is an empty placeholder where leaving it out saves work. (An
@@ -17,6 +20,11 @@ enum WeightSlot : int { kWIh, kWHh, kBIh, kBHh, kWHr, kWeightSlots };
 inline constexpr const char* kWeightSlotNames[kWeightSlots] = {"w_ih", "w_hh", "b_ih", "b_hh",
                                                                "w_hr"};
 
+enum SequenceSlot : int { kBatchSizes = 16, kSequenceSlotsEnd };
+inline constexpr int kFirstSequenceSlot = kBatchSizes;
+inline constexpr const char* kSequenceSlotNames[kSequenceSlotsEnd - kFirstSequenceSlot] = {
+    "batch_sizes"};
+
 // Results of recurrent_forward.
 enum ForwardOutput : int { kY, kHN, kCN, kSaved, kForwardOutputs };
 inline constexpr const char* kForwardOutputNames[kForwardOutputs] = {"y", "h_n", "c_n", "saved"};
@@ -29,9 +37,16 @@ inline constexpr const char* kGradientOutputNames[kGradientOutputs] = {
 inline constexpr int kGradientsPerDirection = kGradientOutputs - kDWIh;
 
 constexpr bool has_slot(std::int64_t mask, int slot) { return mask >> slot & 1; }
-// Slots below `end` that are present: the number of tensors before slot `end` in a direction.
+// Slots from `first` on and below `end` that are present.
+constexpr int count_between(std::int64_t mask, int first, int end) {
+  return __builtin_popcountll((std::uint64_t(mask) & ((std::uint64_t(1) << end) - 1)) >> first);
+}
+// The number of tensors before slot `end` in a direction, or in `sequence`.
 constexpr int count_slots(std::int64_t mask, int end = kWeightSlots) {
-  return __builtin_popcountll(std::uint64_t(mask) & ((std::uint64_t(1) << end) - 1));
+  return count_between(mask, 0, end);
+}
+constexpr int count_sequence_slots(std::int64_t mask, int end = kSequenceSlotsEnd) {
+  return count_between(mask, kFirstSequenceSlot, end);
 }
 
 }  // namespace fastrnn

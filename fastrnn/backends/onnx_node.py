@@ -44,10 +44,10 @@ def run(call: LayerCall) -> Results:
         RuntimeError: the input is packed or the LSTM has a projection.
     """
     check_projection(call)
-    spec, x, batch_sizes, h0, c0, weights, _ = call
+    spec, x, sequence, h0, c0, weights, _ = call
     node_type = spec.torch.onnx_type
     assert node_type is not None, "see unsupported"
-    if batch_sizes is not None:
+    if sequence.flat:
         raise RuntimeError(
             "torch.onnx.export: ONNX has no packed sequences, expected a padded input, got a "
             "PackedSequence"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrnn import autocast
 from fastrnn._torch_internals import are_transforms_active, is_any_autocast_enabled
-from fastrnn.layer_call import LayerCall, Results
+from fastrnn.layer_call import PADDED, LayerCall, Results
 from fastrnn.ops import HALF, records_gradient
 from fastrnn.spec import CellSpec, Weights
 from fastrnn.tracing import is_capturing
@@ -39,7 +39,7 @@ def unsupported(call: LayerCall) -> str:
         return _FOR_OTHERS
     if torch.compiler.is_compiling() or is_capturing():
         return "a graph is captured or compiled"
-    if call.batch_sizes is not None or x.shape[0] != 1:
+    if call.sequence.flat or x.shape[0] != 1:
         return "there is more than one step"
     if x.device.type != "cpu":
         return "it is for the CPU"
@@ -95,7 +95,7 @@ def unsupported_step(spec: CellSpec, x: Tensor, h: Tensor, weights: Weights) -> 
         return _FOR_OTHERS
     if x.shape[0] * (flat[0].numel() + flat[1].numel()) <= _SMALL_RNN_STEP:
         return ""
-    return "" if records_gradient(LayerCall(spec, x, None, h, None, weights)) else _FASTER
+    return "" if records_gradient(LayerCall(spec, x, PADDED, h, None, weights)) else _FASTER
 
 
 def run(call: LayerCall) -> Results:

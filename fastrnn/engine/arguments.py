@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrnn import checks
 from fastrnn.engine.run import run
-from fastrnn.layer_call import LayerCall, Options, Results
+from fastrnn.layer_call import LayerCall, Options, Results, SequenceMembers
 from fastrnn.spec import WEIGHT_FORMATS, CellSpec, Weights, slots_of
 
 _PADDED = (
@@ -146,7 +146,7 @@ def _checked_run(spec: CellSpec, cx: Tensor | None, values: dict[str, Any]) -> R
         LayerCall(
             spec,
             x,
-            batch_sizes,
+            SequenceMembers(batch_sizes).pack(),
             hx,
             cx,
             Weights(params, slots_of(values["has_biases"], size != hidden)),

@@ -14,7 +14,7 @@ from fastrnn._torch_internals import is_any_autocast_enabled
 from fastrnn.backends import Backend, torch_step
 from fastrnn.engine import choose
 from fastrnn.engine.checks import check_alike, check_layers, check_step
-from fastrnn.layer_call import DEFAULTS, LayerCall, Results
+from fastrnn.layer_call import DEFAULTS, PADDED, LayerCall, Results
 from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
 from fastrnn.spec import CellSpec, Weights
 from fastrnn.tracing import is_capturing, size, without_tracing
@@ -53,7 +53,7 @@ def run_stack(call: LayerCall, backend: Backend) -> Results:
     num_layers = call.options.num_layers
     if num_layers == 1 or backend.WHOLE_STACK:
         return backend.run(call)
-    spec, x, batch_sizes, h0, c0, (flat, slots), options = call
+    spec, x, sequence, h0, c0, (flat, slots), options = call
     layer_options = DEFAULTS._replace(weight_format=options.weight_format)
     count = len(flat) // num_layers
     directions = size(h0, 0) // num_layers
@@ -64,9 +64,7 @@ def run_stack(call: LayerCall, backend: Backend) -> Results:
         states = slice(index * directions, (index + 1) * directions)
         c = None if c0 is None else c0[states]
         weights = Weights(flat[index * count : (index + 1) * count], slots)
-        x, h, c = backend.run(
-            LayerCall(spec, x, batch_sizes, h0[states], c, weights, layer_options)
-        )
+        x, h, c = backend.run(LayerCall(spec, x, sequence, h0[states], c, weights, layer_options))
         h_n.append(h)
         if c is not None:
             c_n.append(c)
@@ -87,9 +85,9 @@ def run_step(
             try:
                 return step(x, h, *weights.flat), None
             except RuntimeError:
-                _explain_step(LayerCall(spec, x, None, h, c, weights))
+                _explain_step(LayerCall(spec, x, PADDED, h, c, weights))
                 raise
-        return _run_step_general_path(LayerCall(spec, x, None, h, c, weights))
+        return _run_step_general_path(LayerCall(spec, x, PADDED, h, c, weights))
     rejection = None
     try:
         if choose.may_use_fast_path() and type(x) is Tensor and x.dtype not in HALF:
@@ -97,7 +95,7 @@ def run_step(
             flat, slots = weights
             if not (x.is_meta or flat[0].is_meta):
                 if torch.is_grad_enabled():
-                    _, h_n, c_n = kernel_layer(LayerCall(spec, x, None, h, c, weights))
+                    _, h_n, c_n = kernel_layer(LayerCall(spec, x, PADDED, h, c, weights))
                     return h_n, c_n
                 _, h_n, c_n, _ = forward_op(
                     x, h, c, flat, slots, None, spec.name, spec.inference_outputs
@@ -107,7 +105,7 @@ def run_step(
         raise_unless_rejected(error)
         rejection = error
     try:
-        return _run_step_general_path(LayerCall(spec, x, None, h, c, weights))
+        return _run_step_general_path(LayerCall(spec, x, PADDED, h, c, weights))
     except Exception as error:
         if rejection is not None:
             error.__cause__ = rejection

@@ -15,7 +15,14 @@ from fastrnn import checks
 from fastrnn.backends import torch_step
 from fastrnn.engine import choose
 from fastrnn.engine.run import run
-from fastrnn.layer_call import DEFAULTS, LayerCall, Options
+from fastrnn.layer_call import (
+    DEFAULTS,
+    PADDED,
+    LayerCall,
+    Options,
+    SequenceMembers,
+    SequenceTensors,
+)
 from fastrnn.modules.quantization_warning import warn_if_left_float
 from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
 from fastrnn.spec import (
@@ -248,7 +255,7 @@ class RecurrentBase(nn.RNNBase):
         return hx.unsqueeze(1)
 
     def _compute(
-        self, input: Tensor, hx: Hidden, batch_sizes: Tensor | None, weights: Weights
+        self, input: Tensor, hx: Hidden, sequence: SequenceTensors, weights: Weights
     ) -> tuple[Tensor, Hidden]:
         spec = BY_MODE[self.mode]
         h0, c0 = self._states(hx) if spec.has_cell_state else (hx, None)
@@ -261,8 +268,8 @@ class RecurrentBase(nn.RNNBase):
                 WEIGHT_FORMATS[self._weight_dtype],
             )
         output, h_n, c_n = run(
-            LayerCall(spec, input, batch_sizes, h0, c0, weights, options),
-            self.batch_first and batch_sizes is None,
+            LayerCall(spec, input, sequence, h0, c0, weights, options),
+            self.batch_first and sequence.named().batch_sizes is None,
         )
         return output, h_n if c0 is None else (h_n, c_n)
 
@@ -318,7 +325,7 @@ class RecurrentBase(nn.RNNBase):
             ):
                 return None
             named = Weights(weights, slots)  # type: ignore[arg-type]
-            y, h_n, c_n = kernel_layer(LayerCall(spec, input, None, h0, c0, named))
+            y, h_n, c_n = kernel_layer(LayerCall(spec, input, PADDED, h0, c0, named))
         else:
             y, h_n, c_n, _ = forward_op(
                 input, h0, c0, weights, slots, None, spec.name, spec.inference_outputs
@@ -366,7 +373,7 @@ class RecurrentBase(nn.RNNBase):
         else:
             hx = self._add_batch(hx, is_batched)
         without_tracing(self.check_forward_args, input, hx, None)
-        output, hidden = self._compute(input, hx, None, weights)
+        output, hidden = self._compute(input, hx, PADDED, weights)
         if is_batched:
             return output, hidden
         output = output.squeeze(batch_dim)
@@ -398,7 +405,8 @@ class RecurrentBase(nn.RNNBase):
             self._check_packed_by_shapes(data, hx, batch_sizes)
         else:
             without_tracing(self.check_forward_args, data, hx, batch_sizes)
-        output, hidden = self._compute(data, hx, batch_sizes, weights)
+        sequence = SequenceMembers(batch_sizes).pack()
+        output, hidden = self._compute(data, hx, sequence, weights)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden(hidden, unsorted_indices)
 

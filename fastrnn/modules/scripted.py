@@ -32,6 +32,10 @@ def run_layers(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs stacked layers like `fastrnn.engine.run.run_stack`; c_n is empty if there is none."""
+    sequence: list[Tensor] | None = None
+    if batch_sizes is not None:
+        sequence = [batch_sizes]
+        slots |= 1 << 16
     count = len(weights) // num_layers
     directions = h0.size(0) // num_layers
     h_n: list[Tensor] = []
@@ -46,7 +50,7 @@ def run_layers(
             None if c0 is None else c0[first : first + directions],
             weights[index * count : (index + 1) * count],
             slots,
-            batch_sizes,
+            sequence,
             cell,
         )
         h_n.append(h)

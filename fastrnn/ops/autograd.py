@@ -19,7 +19,7 @@ from fastrnn._torch_internals import (
     lazy_clone,
     unbound_apply,
 )
-from fastrnn.layer_call import LayerCall, Results
+from fastrnn.layer_call import PADDED, LayerCall, Results, SequenceTensors
 from fastrnn.ops.gradients import Gradients, gradients
 from fastrnn.ops.operators import (
     OPERATORS,
@@ -30,35 +30,42 @@ from fastrnn.ops.operators import (
     layer_op,
     records_gradient,
 )
-from fastrnn.spec import CELLS, CellSpec, Weights
+from fastrnn.spec import CELLS, WEIGHT_BITS, CellSpec, Weights
 
 #: the results of ``recurrent_layer``: y, h_n, c_n
 _Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 class LayerFunction(torch.autograd.Function):
-    r"""One layer with its gradient; inputs: spec, slots, batch_sizes, x, h0, c0, \*weights."""
+    r"""One layer with its gradient; inputs: spec, slots, sequence, x, h0, c0, \*weights."""
 
     @staticmethod
     def forward(
         spec: CellSpec,
         slots: int,
-        batch_sizes: Tensor | None,
+        sequence: SequenceTensors,
         x: Tensor,
         h0: Tensor,
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = interruptible_forward(
-            x, h0, c0, weights, slots, batch_sizes, spec.name, spec.training_outputs
+            x,
+            h0,
+            c0,
+            weights,
+            slots | sequence.slots,
+            sequence.flat,
+            spec.name,
+            spec.training_outputs,
         )
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        spec, slots, batch_sizes, x, h0, c0, *weights = inputs
+        spec, slots, sequence, x, h0, c0, *weights = inputs
         y, _, c_n, saved = output
-        _save_for_backward(ctx, x, h0, c0, batch_sizes, spec, slots, weights, y, saved)
+        _save_for_backward(ctx, x, h0, c0, sequence, spec, slots, weights, y, saved)
         ctx.mark_non_differentiable(*([c_n, saved] if c0 is None else [saved]))
 
     @staticmethod
@@ -83,16 +90,23 @@ class EagerLayerFunction(torch.autograd.Function):
         ctx: Any,
         spec: CellSpec,
         slots: int,
-        batch_sizes: Tensor | None,
+        sequence: SequenceTensors,
         x: Tensor,
         h0: Tensor,
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor | None, ...]:
         y, h_n, c_n, saved = interruptible_forward(
-            x, h0, c0, weights, slots, batch_sizes, spec.name, spec.training_outputs
+            x,
+            h0,
+            c0,
+            weights,
+            slots | sequence.slots,
+            sequence.flat,
+            spec.name,
+            spec.training_outputs,
         )
-        _save_for_backward(ctx, x, h0, c0, batch_sizes, spec, slots, weights, y, saved)
+        _save_for_backward(ctx, x, h0, c0, sequence, spec, slots, weights, y, saved)
         y = None if h0.dim() == 2 else lazy_clone(y)
         return (y, h_n) if c0 is None else (y, h_n, c_n)
 
@@ -108,7 +122,7 @@ def _save_for_backward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    batch_sizes: Tensor | None,
+    sequence: SequenceTensors,
     spec: CellSpec,
     slots: int,
     weights: Sequence[Tensor],
@@ -119,18 +133,14 @@ def _save_for_backward(
 
     Only tensors are passed to ``save_for_backward``, as tools that draw autograd graphs expect.
     """
-    if batch_sizes is None:
-        if c0 is None:
-            ctx.save_for_backward(x, h0, y, saved, *weights)
-        else:
-            ctx.save_for_backward(x, h0, y, saved, c0, *weights)
-    elif c0 is None:
-        ctx.save_for_backward(x, h0, y, saved, batch_sizes, *weights)
+    flat = sequence.flat or ()
+    if c0 is None:
+        ctx.save_for_backward(x, h0, y, saved, *flat, *weights)
     else:
-        ctx.save_for_backward(x, h0, y, saved, c0, batch_sizes, *weights)
+        ctx.save_for_backward(x, h0, y, saved, c0, *flat, *weights)
     ctx.set_materialize_grads(False)
     ctx.spec, ctx.slots = spec, slots
-    ctx.has_c0, ctx.is_packed = c0 is not None, batch_sizes is not None
+    ctx.has_c0, ctx.sequence_slots = c0 is not None, sequence.slots
 
 
 def _saved_tensors(ctx: Any) -> Sequence[Tensor]:
@@ -152,7 +162,7 @@ def _saved_tensors(ctx: Any) -> Sequence[Tensor]:
     return saved
 
 
-_BEFORE_X = 3  # the inputs before x: spec, slots and batch_sizes
+_BEFORE_X = 3  # the inputs before x: spec, slots and sequence
 
 
 def _backward_of(
@@ -163,8 +173,11 @@ def _backward_of(
         return (None,) * len(ctx.needs_input_grad)
     x, h0, y, saved, *rest = _saved_tensors(ctx)
     c0 = rest.pop(0) if ctx.has_c0 else None
-    batch_sizes = rest.pop(0) if ctx.is_packed else None
-    call = LayerCall(ctx.spec, x, batch_sizes, h0, c0, Weights(rest, ctx.slots))
+    sequence, sequence_slots = PADDED, ctx.sequence_slots
+    if sequence_slots:
+        count = sequence_slots.bit_count()
+        sequence, rest = SequenceTensors(rest[:count], sequence_slots), rest[count:]
+    call = LayerCall(ctx.spec, x, sequence, h0, c0, Weights(rest, ctx.slots))
     needs = ctx.needs_input_grad[_BEFORE_X:]
     d_outputs = (d_y, d_h_n, d_c_n)
     if is_any_autocast_enabled() and autocast.acts_on(x):  # forward has already cast the tensors
@@ -187,26 +200,40 @@ def kernel_layer(call: LayerCall) -> Results:
         return captured_layer(call)
     if not is_recorded:
         return infer_layer(call)
-    spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
+    spec, x, sequence, h0, c0, (weights, slots), _ = call
     if are_transforms_active():
         apply: Any = LayerFunction.apply
     elif x.is_cpu:
         return _eager_layer(call)
     else:
         apply = _apply
-    y, h_n, c_n, _ = apply(spec, slots, batch_sizes, x, h0, c0, *weights)
+    y, h_n, c_n, _ = apply(spec, slots, sequence, x, h0, c0, *weights)
     return decode_layer(call, y, h_n, c_n)
 
 
 def _eager_layer(call: LayerCall) -> Results:
     """Runs one layer or one step by `EagerLayerFunction`."""
-    spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
+    spec, x, sequence, h0, c0, (weights, slots), _ = call
     if c0 is None:
-        y, h_n = _apply_eagerly(spec, slots, batch_sizes, x, h0, None, *weights)
+        y, h_n = _apply_eagerly(spec, slots, sequence, x, h0, None, *weights)
         c_n = None
     else:
-        y, h_n, c_n = _apply_eagerly(spec, slots, batch_sizes, x, h0, c0, *weights)
+        y, h_n, c_n = _apply_eagerly(spec, slots, sequence, x, h0, c0, *weights)
     return h_n if y is None else y, h_n, c_n
+
+
+def _call_of(
+    spec: CellSpec,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    slots: int,
+    sequence: list[Tensor] | None,
+) -> LayerCall:
+    """Returns the call that the arguments of ``recurrent_layer`` describe."""
+    own = SequenceTensors(sequence, slots & ~WEIGHT_BITS)
+    return LayerCall(spec, x, own, h0, c0, Weights(weights, slots & WEIGHT_BITS))
 
 
 def _layer_autograd(
@@ -215,19 +242,19 @@ def _layer_autograd(
     c0: Tensor | None,
     weights: list[Tensor],
     slots: int,
-    batch_sizes: Tensor | None,
+    sequence: list[Tensor] | None,
     cell: str,
 ) -> _Tensors:
     """Runs ``recurrent_layer`` under autograd: the code of the dispatch key "Autograd"."""
     spec = CELLS.get(cell)  # the kernel raises for an unknown cell
-    if spec is not None and records_gradient(
-        LayerCall(spec, x, batch_sizes, h0, c0, Weights(weights, slots))
-    ):
-        apply: Any = LayerFunction.apply
-        y, h_n, c_n, _ = apply(spec, slots, batch_sizes, x, h0, c0, *weights)
-    else:
-        with AutoDispatchBelowAutograd():
-            y, h_n, c_n = layer_op(x, h0, c0, weights, slots, batch_sizes, cell)
+    if spec is not None:
+        call = _call_of(spec, x, h0, c0, weights, slots, sequence)
+        if records_gradient(call):
+            apply: Any = LayerFunction.apply
+            y, h_n, c_n, _ = apply(spec, call.weights.slots, call.sequence, x, h0, c0, *weights)
+            return y, h_n, c_n
+    with AutoDispatchBelowAutograd():
+        y, h_n, c_n = layer_op(x, h0, c0, weights, slots, sequence, cell)
     return y, h_n, c_n
 
 
@@ -237,7 +264,7 @@ def _layer_autocast(
     c0: Tensor | None,
     weights: list[Tensor],
     slots: int,
-    batch_sizes: Tensor | None,
+    sequence: list[Tensor] | None,
     cell: str,
 ) -> _Tensors:
     """Runs ``recurrent_layer`` under autocast, with the types of `fastrnn.autocast`."""
@@ -245,12 +272,10 @@ def _layer_autocast(
     is_cast = autocast.acts_on(x)  # False if autocast is enabled only on the weights' device
     with ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
         if spec is None or not is_cast:
-            return layer_op(x, h0, c0, weights, slots, batch_sizes, cell)  # type: ignore[no-any-return]
-        call = LayerCall(spec, x, batch_sizes, h0, c0, Weights(weights, slots))
+            return layer_op(x, h0, c0, weights, slots, sequence, cell)  # type: ignore[no-any-return]
+        call = _call_of(spec, x, h0, c0, weights, slots, sequence)
         cast = autocast.cast_call(call)
-        y, h_n, c_n = layer_op(
-            cast.x, cast.h0, cast.c0, cast.weights.flat, slots, batch_sizes, cell
-        )
+        y, h_n, c_n = layer_op(cast.x, cast.h0, cast.c0, cast.weights.flat, slots, sequence, cell)
         y, h_n, c_cast = autocast.cast_results(call, decode_layer(call, y, h_n, c_n))
         return y, h_n, c_n if c_cast is None else c_cast
 

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.layer_call import SequenceMembers
 from fastrnn.ops.operators import DTYPES, HALF, accumulate_dtype
+from fastrnn.ops.sequence import check_sequence, is_packed
 from fastrnn.spec import (
     BIASES,
     CELLS,
+    FIRST_SEQUENCE_SLOT,
     FORWARD_OUTPUTS,
     GRADIENT_OUTPUTS,
     MATRICES,
@@ -23,6 +26,8 @@ from fastrnn.spec import (
     present,
 )
 
+_KNOWN_SLOTS = (1 << len(WEIGHT_SLOTS)) - 1
+_KNOWN_SLOTS |= ((1 << len(SequenceMembers._fields)) - 1) << FIRST_SEQUENCE_SLOT
 _SAVED = 1 << FORWARD_OUTPUTS.index("saved")
 _FIRST_WEIGHT = GRADIENT_OUTPUTS.index("d_w_ih")
 _PER_DIRECTION = len(GRADIENT_OUTPUTS) - _FIRST_WEIGHT
@@ -48,33 +53,33 @@ class _FakeArguments:
     def __init__(
         self,
         name: str,
-        sequence: Tensor,
+        data: Tensor,
         h0: Tensor,
         c0: Tensor | None,
         weights: Sequence[Tensor],
         slots: int,
-        batch_sizes: Tensor | None,
+        sequence: Sequence[Tensor] | None,
         cell: str,
     ) -> None:
         _expect(cell in CELLS, f"cell must be one of {', '.join(CELLS)}, got '{cell}'")
         self.spec = spec = CELLS[cell]
-        self.sequence = sequence
-        self.accumulate = accumulate_dtype(sequence.dtype)
+        self.data = data
+        self.accumulate = accumulate_dtype(data.dtype)
         _expect(
-            sequence.dtype in DTYPES,
-            f"{name} must be float16, bfloat16, float32 or float64, got {sequence.dtype}",
+            data.dtype in DTYPES,
+            f"{name} must be float16, bfloat16, float32 or float64, got {data.dtype}",
         )
-        packed = batch_sizes is not None
+        packed = is_packed(slots)
         single = not packed and h0.dim() == 2
         _expect(single or h0.dim() == 3, f"h0 must be [D, B, R], got {h0.dim()} dimensions")
         dims = 2 if packed or single else 3
-        _expect(sequence.dim() == dims, f"{name} must have {dims} dimensions, got {sequence.dim()}")
+        _expect(data.dim() == dims, f"{name} must have {dims} dimensions, got {data.dim()}")
         self.directions = 1 if single else h0.shape[0]
         _expect(self.directions in (1, 2), f"h0 must have 1 or 2 directions, got {self.directions}")
         *_, batch, size = h0.shape
         _expect(
-            slots >> len(WEIGHT_SLOTS) == 0 and slots & MATRICES == MATRICES,
-            f"slots must hold w_ih and w_hh and no bit beyond w_hr, got {slots}",
+            slots & ~_KNOWN_SLOTS == 0 and slots & MATRICES == MATRICES,
+            f"slots must hold w_ih and w_hh and no bit of an unknown slot, got {slots}",
         )
         _expect(slots & BIASES in (0, BIASES), f"slots must hold both biases or none, got {slots}")
         names = [WEIGHT_SLOTS[slot] for slot in present(slots)]
@@ -115,29 +120,18 @@ class _FakeArguments:
                 _expect_sizes("b_hh", own.b_hh, (rows,))
             if own.w_hr is not None:
                 _expect_sizes("w_hr", own.w_hr, (size, self.hidden))
-        if batch_sizes is None:
-            _expect(
-                sequence.shape[-2] == batch,
-                f"{name} must have the batch {batch} of h0, got {sequence.shape[-2]}",
-            )
-        else:
-            _expect(
-                batch_sizes.dim() == 1
-                and batch_sizes.device.type == "cpu"
-                and batch_sizes.dtype == torch.int64,
-                "batch_sizes must be a 1-D int64 tensor on the CPU, got another",
-            )
-        self.rows = tuple(sequence.shape[:-1])
+        check_sequence(name, data, batch, sequence, slots)
+        self.rows = tuple(data.shape[:-1])
         self.outputs = (*self.rows, self.directions * size)
 
     def expect_like(self, name: str, t: Tensor) -> None:
         _expect(
-            t.device == self.sequence.device,
+            t.device == self.data.device,
             f"{name} must be on the device of the input, got another",
         )
         _expect(
-            t.dtype == self.sequence.dtype,
-            f"{name} must have the dtype {self.sequence.dtype} of the input, got {t.dtype}",
+            t.dtype == self.data.dtype,
+            f"{name} must have the dtype {self.data.dtype} of the input, got {t.dtype}",
         )
 
     def expect_input(self, x: Tensor) -> None:
@@ -163,7 +157,7 @@ class _FakeArguments:
         if self.spec.saved > 0:
             _expect_sizes("saved", saved, self.saved_sizes(self.rows))
             _expect(
-                saved.dtype == self.accumulate and saved.device == self.sequence.device,
+                saved.dtype == self.accumulate and saved.device == self.data.device,
                 "saved must be the result of recurrent_forward, got another tensor",
             )
         _expect(
@@ -186,12 +180,12 @@ def _forward_fake(
     c0: Tensor | None,
     weights: list[Tensor],
     slots: int,
-    batch_sizes: Tensor | None,
+    sequence: list[Tensor] | None,
     cell: str,
     outputs: int,
     weight_format: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layer = _FakeArguments("x", x, h0, c0, weights, slots, batch_sizes, cell)
+    layer = _FakeArguments("x", x, h0, c0, weights, slots, sequence, cell)
     layer.expect_input(x)
     _expect(
         x.device.type != "cuda" or weight_format == 0,
@@ -227,12 +221,12 @@ def _backward_fake(
     c0: Tensor | None,
     weights: list[Tensor],
     slots: int,
-    batch_sizes: Tensor | None,
+    sequence: list[Tensor] | None,
     y: Tensor,
     saved: Tensor,
     cell: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layer = _FakeArguments("y", y, h0, c0, weights, slots, batch_sizes, cell)
+    layer = _FakeArguments("y", y, h0, c0, weights, slots, sequence, cell)
     layer.expect_backward(d_y, d_h_n, d_c_n, c0, y, saved)
     return _backward_results(layer, h0, c0, y)
 
@@ -247,13 +241,13 @@ def _gradients_fake(
     c0: Tensor | None,
     weights: list[Tensor],
     slots: int,
-    batch_sizes: Tensor | None,
+    sequence: list[Tensor] | None,
     y: Tensor,
     saved: Tensor,
     cell: str,
     outputs: int,
 ) -> tuple[Tensor, ...]:
-    layer = _FakeArguments("x", x, h0, c0, weights, slots, batch_sizes, cell)
+    layer = _FakeArguments("x", x, h0, c0, weights, slots, sequence, cell)
     _expect(
         layer.directions == directions,
         f"h0 must hold the states of {directions} direction(s), got {layer.directions}",
@@ -277,7 +271,7 @@ def _stack_fake(
     c0: list[Tensor],
     weights: list[Tensor],
     slots: int,
-    batch_sizes: Tensor | None,
+    sequence: list[Tensor] | None,
     cell: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     layers = len(h0)
@@ -299,7 +293,7 @@ def _stack_fake(
             h0[i].dim() == 2 or h0[i].shape[0] == 1, "h0 must hold states of one direction, got 2"
         )
         c = c0[i] if c0 else None
-        y, h, c_next, _ = _forward_fake(y, h0[i], c, own, slots, batch_sizes, cell, 0)
+        y, h, c_next, _ = _forward_fake(y, h0[i], c, own, slots, sequence, cell, 0)
         h_n.append(h)
         if c0:
             c_n.append(c_next)
@@ -312,10 +306,10 @@ def _layer_fake(
     c0: Tensor | None,
     weights: list[Tensor],
     slots: int,
-    batch_sizes: Tensor | None,
+    sequence: list[Tensor] | None,
     cell: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h_n, c_n, _ = _forward_fake(x, h0, c0, weights, slots, batch_sizes, cell, 0)
+    y, h_n, c_n, _ = _forward_fake(x, h0, c0, weights, slots, sequence, cell, 0)
     return y, h_n, c_n
 
 

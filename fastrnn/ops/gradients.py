@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastrnn._torch_internals import are_transforms_active, forward_ad, is_batched
-from fastrnn.layer_call import LayerCall
+from fastrnn.layer_call import LayerCall, SequenceTensors
 from fastrnn.ops.composite import composite_layer
 from fastrnn.ops.operators import backward_op, decode, gradient_ops
 from fastrnn.ops.sequence import is_traced, previous_states
@@ -83,11 +83,11 @@ def cpu_gradients(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, y: Tensor, saved: Tensor
 ) -> Gradients:
     """Computes the gradients by one operator of the CPU."""
-    spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
+    spec, x, (sequence, bits), h0, c0, (weights, slots), _ = call
     directions = h0.shape[0] if h0.dim() == 3 else 1
     outputs, indices = _select_results(slots, directions, needs)
     results = gradient_ops[directions](
-        *d_outputs, x, h0, c0, weights, slots, batch_sizes, y, saved, spec.name, outputs
+        *d_outputs, x, h0, c0, weights, slots | bits, sequence, y, saved, spec.name, outputs
     )
     found = decode(results, indices)
     if slots & PROJECTION:
@@ -137,11 +137,11 @@ def gradients_by_torch(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, y: Tensor, saved: Tensor
 ) -> Gradients:
     """Computes the gradients by the CUDA time loop and torch's matrix products."""
-    spec, x, batch_sizes, h0, c0, weights, _ = call
+    spec, x, sequence, h0, c0, weights, _ = call
     need_x, need_h0, need_c0, *need_weights = needs
     flat, slots = weights
     d_pre, d_h_all, d_h0, d_c0 = backward_op(
-        *d_outputs, h0, c0, flat, slots, batch_sizes, y, saved, spec.name
+        *d_outputs, h0, c0, flat, slots | sequence.slots, sequence.flat, y, saved, spec.name
     )
     rows, width = d_pre.shape[1:]
     hidden = width // spec.pre
@@ -177,7 +177,7 @@ def gradients_by_torch(
                 _side(pre, spec.ranges_h, hidden),
                 y_own,
                 _cast(h0[direction], pre),
-                batch_sizes,
+                sequence,
                 direction == 1,
             )
             d_w_hh = _cast(d_w_hh, w.w_hh)
@@ -244,7 +244,7 @@ def _weight_gradient(side: Side, inputs: Tensor) -> Tensor:
 
 
 def _recurrent_gradient(
-    side: Side, y: Tensor, h0: Tensor, batch_sizes: Tensor | None, backwards: bool
+    side: Side, y: Tensor, h0: Tensor, sequence: SequenceTensors, backwards: bool
 ) -> Tensor:
     """Returns d_w_hh [G*H,R]: `_weight_gradient` whose inputs are the states before each row.
 
@@ -252,21 +252,20 @@ def _recurrent_gradient(
         side: the hidden side of the gradient of the pre-activations.
         y: [N,R] outputs of this direction.
         h0: [B,R] initial state.
-        batch_sizes: [T] of packed rows, or None.
+        sequence: the tensors that describe the sequences of the batch.
         backwards: whether this direction runs backwards in time.
     """
     batch = h0.shape[0]
     later = y.shape[0] - batch
-    if batch_sizes is not None:
-        return _weight_gradient(side, previous_states(y, h0, batch_sizes, backwards))
+    if sequence.flat:
+        return _weight_gradient(side, previous_states(y, h0, sequence, backwards))
     if later == 0:
         return _weight_gradient(side, h0)
     gate_rows = sum(part.shape[1] for part, _ in side)
     if later <= gate_rows or is_traced(y):
         # Copying y costs less than a second pass over d_w. Compiled code always copies, so that it
         # does not depend on T*B.
-        h_prev = torch.cat([y[batch:], h0] if backwards else [h0, y[:later]])
-        return _weight_gradient(side, h_prev)
+        return _weight_gradient(side, previous_states(y, h0, sequence, backwards))
     if backwards:
         rows_later, rows_first, h_later = slice(0, later), slice(later, None), y[batch:]
     else:

@@ -116,31 +116,32 @@ def records_gradient(call: LayerCall) -> bool:
 
 def infer_layer(call: LayerCall) -> Results:
     """Runs one layer by the kernels, without a gradient."""
-    spec, x, batch_sizes, h0, c0, (weights, slots), options = call
+    spec, x, (sequence, bits), h0, c0, (weights, slots), options = call
+    slots |= bits
     # while a graph is captured, only calls with a weight_format reach this line
     run = forward_op if torch.compiler.is_compiling() else interruptible_forward
     outputs = spec.inference_outputs
     if options.weight_format and x.device.type == "cpu":
         y, h_n, c_n, _ = run(
-            x, h0, c0, weights, slots, batch_sizes, spec.name, outputs, options.weight_format
+            x, h0, c0, weights, slots, sequence, spec.name, outputs, options.weight_format
         )
     else:
-        y, h_n, c_n, _ = run(x, h0, c0, weights, slots, batch_sizes, spec.name, outputs)
+        y, h_n, c_n, _ = run(x, h0, c0, weights, slots, sequence, spec.name, outputs)
     return decode_layer(call, y, h_n, c_n)
 
 
 def captured_layer(call: LayerCall) -> Results:
     """Runs one layer as an operator of a graph; at run time it saves values if needed."""
-    spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
-    y, h_n, c_n = layer_op(x, h0, c0, weights, slots, batch_sizes, spec.name)
+    spec, x, (sequence, bits), h0, c0, (weights, slots), _ = call
+    y, h_n, c_n = layer_op(x, h0, c0, weights, slots | bits, sequence, spec.name)
     return decode_layer(call, y, h_n, c_n)
 
 
 def infer_stack(call: LayerCall) -> Results:
     """Runs stacked layers of one direction in one call, two at the same time if that is faster."""
-    spec, x, batch_sizes, h0, c0, (weights, slots), _ = call
+    spec, x, (sequence, bits), h0, c0, (weights, slots), _ = call
     c0s = [] if c0 is None else list(c0.split(1))
     y, h_n, c_n = _interruptible_stack(
-        x, list(h0.split(1)), c0s, weights, slots, batch_sizes, spec.name
+        x, list(h0.split(1)), c0s, weights, slots | bits, sequence, spec.name
     )
     return y, torch.cat(h_n), None if c0 is None else torch.cat(c_n)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from support import (
@@ -18,10 +20,12 @@ from support import (
 from tolerance import assert_same_in_double
 
 from fastrnn import _C
+from fastrnn.layer_call import SequenceMembers
 from fastrnn.modules.scripted import script_slots
 from fastrnn.ops.gradients import BEFORE_PROJECTION
 from fastrnn.spec import (
     BY_MODE,
+    FIRST_SEQUENCE_SLOT,
     FORWARD_OUTPUTS,
     GRADIENT_OUTPUTS,
     WEIGHT_SLOTS,
@@ -42,6 +46,8 @@ def test_every_cell_of_the_kernels_has_its_facts() -> None:
 
 def test_slots_match_the_operators() -> None:
     assert list(WEIGHT_SLOTS) == _C.weight_slots()
+    numbers = itertools.count(FIRST_SEQUENCE_SLOT)
+    assert dict(zip(SequenceMembers._fields, numbers, strict=False)) == _C.sequence_slots()
     assert _C.output_slots() == {
         "recurrent_forward": list(FORWARD_OUTPUTS),
         "recurrent_gradients": list(GRADIENT_OUTPUTS),

@@ -35,6 +35,7 @@ from tolerance import Change, assert_agrees, assert_is_between
 from torch import Tensor, nn
 
 from fastrnn.backends import torch_step
+from fastrnn.layer_call import SequenceMembers, SequenceTensors
 from fastrnn.modules import base
 from fastrnn.ops import autograd, gradients, operators
 from fastrnn.spec import CELLS as SPECS
@@ -101,7 +102,7 @@ class Kernels:
         c0: Tensor | None,
         weights: Sequence[Tensor],
         slots: int,
-        batch_sizes: Tensor | None,
+        sequence: Sequence[Tensor] | None,
         cell: str,
         outputs: int,
     ) -> tuple[Tensor, ...]:
@@ -125,7 +126,7 @@ class Kernels:
         calls, kept = [], []
         for d in range(directions):
             call, tensors = self._call(
-                spec.name, d, h0, c0, Weights(weights, slots), batch_sizes, rows[0]
+                spec.name, d, h0, c0, Weights(weights, slots), sequence, rows[0]
             )
             set_rows(call, "x", x_rows)
             set_rows(call, "y", y[:, d * out :])
@@ -149,7 +150,7 @@ class Kernels:
         c0: Tensor | None,
         weights: Sequence[Tensor],
         slots: int,
-        batch_sizes: Tensor | None,
+        sequence: Sequence[Tensor] | None,
         y: Tensor,
         saved: Tensor,
         cell: str,
@@ -172,7 +173,7 @@ class Kernels:
         calls, kept = [], []
         for d in range(directions):
             call, tensors = self._call(
-                spec.name, d, h0, c0, Weights(weights, slots), batch_sizes, y.shape[0]
+                spec.name, d, h0, c0, Weights(weights, slots), sequence, y.shape[0]
             )
             set_rows(call, "y", y_rows[:, d * out :])
             if saved.numel() > 0:
@@ -200,13 +201,14 @@ class Kernels:
         h0: Tensor,
         c0: Tensor | None,
         weights: Weights,
-        batch_sizes: Tensor | None,
+        sequence: Sequence[Tensor] | None,
         steps: int,
     ) -> tuple[Call, list[Tensor]]:
         """Returns the arguments of both passes, and tensors that must outlive the call."""
         directions, batch, out = h0.shape
         w = weights.directions()[direction]
         hidden = w.w_ih.shape[0] // SPECS[cell].gates
+        batch_sizes = SequenceTensors(sequence, weights.slots).named().batch_sizes
         step_rows = torch.full((steps,), batch)
         if batch_sizes is not None:
             step_rows = batch_sizes.contiguous()
@@ -544,9 +546,10 @@ def both_passes(
 ) -> dict[str, Tensor]:
     x, h0, c0, weights = layer
     slots = slots_by_count(len(weights) // h0.shape[0])
-    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots, sizes, cell, -1)
+    sequence, bits = SequenceMembers(sizes).pack()
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots | bits, sequence, cell, -1)
     d_c_n = c_n if c0 is not None else None
-    given = (h0, c0, weights, slots, sizes, y, saved, cell)
+    given = (h0, c0, weights, slots | bits, sequence, y, saved, cell)
     d_results = kernels.backward(y, h_n, d_c_n, *given)
     names = "y h_n c_n saved d_pre d_h_all d_h0 d_c0".split()
     return dict(zip(names, [y, h_n, c_n, saved, *d_results], strict=True))
@@ -617,13 +620,14 @@ def test_missing_barrier_is_found(
     sizes = torch.tensor([20, 18, 18, 5, 2])
     x, h0, c0, weights = random_layer(cell, (int(sizes.sum()),), 20, 70, proj=proj)
     slots = slots_by_count(len(weights) // h0.shape[0])
-    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots, sizes, cell, -1)
+    sequence, bits = SequenceMembers(sizes).pack()
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots | bits, sequence, cell, -1)
     d_c_n = c_n if c0 is not None else None
-    given = (h0, c0, weights, slots, sizes, y, saved, cell)
+    given = (h0, c0, weights, slots | bits, sequence, y, saved, cell)
 
     def result() -> Tensor:
         if not backward:
-            return kernels.forward(x, h0, c0, weights, slots, sizes, cell, 0)[0]
+            return kernels.forward(x, h0, c0, weights, slots | bits, sequence, cell, 0)[0]
         return kernels.backward(y, h_n, d_c_n, *given)[0]
 
     expected = result()

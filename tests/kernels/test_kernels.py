@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import by_kernels, by_reference, layer_call, run_python, slots_by_count
+from support import PACKED, by_kernels, by_reference, layer_call, run_python, slots_by_count
 from tolerance import Change, Exact, assert_agrees
 from torch import Tensor
 
 from fastrnn import _C
+from fastrnn.layer_call import SequenceMembers
 from fastrnn.ops.gradients import cpu_gradients
 from fastrnn.ops.sequence import previous_states, previous_states_by_index
 from fastrnn.spec import CELLS, CellSpec
@@ -106,6 +107,11 @@ class Case:
     def check(self, dtype: torch.dtype) -> None:
         ours, theirs = (self.compute(layer, dtype) for layer in (by_kernels, by_reference))
         assert_agrees(ours, theirs, self.exact(dtype))
+
+
+def packed(sizes: list[Any]) -> dict[str, Any]:
+    """The arguments of an operator for packed rows."""
+    return {"slots": ALL | PACKED, "sequence": [torch.tensor(sizes)]}
 
 
 #: all weight slots but w_hr; all results of recurrent_forward
@@ -223,8 +229,9 @@ def gradients_of(case: Case, needs: list[bool]) -> list[Tensor | None]:
         case.x,
         case.h0,
         case.c0,
-        *call.weights,
-        case.batch_sizes,
+        case.weights,
+        call.weights.slots | call.sequence.slots,
+        call.sequence.flat,
         case.spec.name,
         case.spec.training_outputs,
     )
@@ -258,7 +265,8 @@ def test_previous_states_of_packed_rows_match_a_loop(sizes: list[int], backwards
         states = torch.cat([step, states[size:]])
     truth = torch.cat(expected[::-1] if backwards else expected)
     batch_sizes = torch.tensor(sizes)
-    assert torch.equal(previous_states(y, h0, batch_sizes, backwards), truth)
+    sequence = SequenceMembers(batch_sizes).pack()
+    assert torch.equal(previous_states(y, h0, sequence, backwards), truth)
     assert torch.equal(previous_states_by_index(y, h0, batch_sizes, backwards), truth)
 
 
@@ -522,7 +530,7 @@ def test_forward_operator_rejects_wrong_tensors() -> None:
             "c0": case.c0,
             "weights": case.weights,
             "slots": ALL,
-            "batch_sizes": None,
+            "sequence": None,
             "cell": "lstm",
             "outputs": SAVE,
         }
@@ -551,12 +559,12 @@ def test_forward_operator_rejects_wrong_tensors() -> None:
         {"weights": [case.weights[0], case.weights[1], case.weights[2][:3], case.weights[3]]},
         {"cell": "elman"},
         {"cell": "gru"},
-        {"batch_sizes": torch.tensor([2, 2, 2])},
-        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2, 1, 3])},
-        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2, 2, 1])},
-        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([3, 3])},
-        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2.0, 2.0, 2.0])},
-        {"x": case.x.flatten(0, 1), "batch_sizes": torch.tensor([2, 2, 2, 0])},
+        {**packed([2, 2, 2])},
+        {"x": case.x.flatten(0, 1), **packed([2, 1, 3])},
+        {"x": case.x.flatten(0, 1), **packed([2, 2, 1])},
+        {"x": case.x.flatten(0, 1), **packed([3, 3])},
+        {"x": case.x.flatten(0, 1), **packed([2.0, 2.0, 2.0])},
+        {"x": case.x.flatten(0, 1), **packed([2, 2, 2, 0])},
     ]
     for changed in rejected:
         with pytest.raises(RuntimeError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build, exact_call, layer_call, reference_math
+from support import CELLS, PACKED, build, exact_call, layer_call, reference_math
 from tolerance import assert_agrees, assert_same_in_double
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -119,7 +119,7 @@ def test_stack_operator_rejects_wrong_tensors() -> None:
     stack = torch.ops.fastrnn.recurrent_stack
 
     def call(**changed: Any) -> Any:
-        given = {"x": x, "h0": h, "c0": [], "weights": w, "slots": 3, "batch_sizes": None}
+        given = {"x": x, "h0": h, "c0": [], "weights": w, "slots": 3, "sequence": None}
         return stack(**{**given, "cell": "gru", **changed})
 
     y, h_n, c_n = call()
@@ -140,7 +140,7 @@ def test_stack_operator_rejects_wrong_tensors() -> None:
         {"x": x.half(), "h0": [s.half() for s in h], "weights": [v.half() for v in w]},
         {"x": x[:, :, :2]},
         {"cell": "lstm"},
-        {"batch_sizes": torch.tensor([2, 2])},
+        {"slots": 3 | PACKED, "sequence": [torch.tensor([2, 2])]},
     ):
         with pytest.raises(RuntimeError):
             call(**changed)

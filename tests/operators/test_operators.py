@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import run_python
+from support import PACKED, run_python
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -47,9 +47,14 @@ def arguments(
         "c0": torch.randn(directions, batch, hidden, **new) if has_c0 else None,
         "weights": [torch.randn(shape, **new) for _ in range(directions) for shape in shapes],
         "slots": slots_of(bias, proj is not None),
-        "batch_sizes": None,
+        "sequence": None,
         "cell": cell,
     }
+
+
+def packed(batch_sizes: Tensor) -> dict[str, Any]:
+    """The arguments for packed rows of a layer with biases."""
+    return {"slots": 0b1111 | PACKED, "sequence": [batch_sizes]}
 
 
 def forward(given: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -179,9 +184,9 @@ def test_tensors_that_are_not_dense_raise(name: str, change: Callable[[Tensor], 
         forward(given)
     with pytest.raises(RuntimeError, match="tensors must be dense"):
         torch.ops.fastrnn.recurrent_layer(**given)
-    del given["slots"]
+    del given["slots"], given["sequence"]
     with pytest.raises(RuntimeError, match="tensors must be dense"):
-        torch.ops.fastrnn.layer(**given)
+        torch.ops.fastrnn.layer(**given, batch_sizes=None)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -269,8 +274,8 @@ def test_saved_must_be_what_forward_returned() -> None:
 def test_expanded_batch_sizes_match_a_copy() -> None:
     given = arguments()
     rows = {**given, "x": given["x"].flatten(0, 1)}
-    found = forward({**rows, "batch_sizes": torch.tensor([B]).expand(T)})
-    expected = forward({**rows, "batch_sizes": torch.tensor([B] * T)})
+    found = forward({**rows, **packed(torch.tensor([B]).expand(T))})
+    expected = forward({**rows, **packed(torch.tensor([B] * T))})
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -292,7 +297,7 @@ def test_expanded_batch_sizes_match_a_copy() -> None:
 def test_invalid_batch_sizes_raise(sizes: list[int]) -> None:
     given = arguments()
     with pytest.raises(RuntimeError, match=r"must start with the batch size|rows that batch_sizes"):
-        forward({**given, "x": given["x"].flatten(0, 1), "batch_sizes": torch.tensor(sizes)})
+        forward({**given, "x": given["x"].flatten(0, 1), **packed(torch.tensor(sizes))})
 
 
 def test_wrong_number_of_weights_raises() -> None:
@@ -399,10 +404,13 @@ WRONG: dict[str, dict[str, Any]] = {
     "another cell": {"cell": "gru"},
     "batch_sizes of two dimensions": {
         "x": torch.zeros(T * B, I),
-        "batch_sizes": torch.zeros(1, 1, dtype=torch.int64),
+        **packed(torch.zeros(1, 1, dtype=torch.int64)),
     },
-    "batch_sizes of floats": {"x": torch.zeros(T * B, I), "batch_sizes": torch.zeros(T)},
-    "batch_sizes of padded rows": {"batch_sizes": torch.zeros(T, dtype=torch.int64)},
+    "batch_sizes of floats": {"x": torch.zeros(T * B, I), **packed(torch.zeros(T))},
+    "batch_sizes of padded rows": packed(torch.zeros(T, dtype=torch.int64)),
+    "a sequence slot without its tensor": {"x": torch.zeros(T * B, I), "slots": 0b1111 | PACKED},
+    "a tensor without its sequence slot": {"sequence": [torch.full((T,), B)]},
+    "an unknown sequence slot": {**packed(torch.full((T,), B)), "slots": 0b1111 | 1 << 40},
 }
 
 
@@ -423,7 +431,7 @@ def test_fake_kernel_rejects_the_same_arguments(name: str) -> None:
     with FakeTensorMode() as mode, pytest.raises(RuntimeError, match="fastrnn: "):
         forward(faked(mode, given))
     stack = (given["x"], [given["h0"]], [c for c in [given["c0"]] if c is not None])
-    rest = (given["weights"], given["slots"], given["batch_sizes"], given["cell"])
+    rest = (given["weights"], given["slots"], given["sequence"], given["cell"])
     with pytest.raises(RuntimeError, match=r"^fastrnn: "):
         torch.ops.fastrnn.recurrent_stack(*stack, *rest)
 
