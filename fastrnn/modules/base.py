@@ -284,7 +284,7 @@ class RecurrentBase(nn.RNNBase):
         checks the arguments. If it rejects them, `_run` tries the general path, which supports them
         or raises an error in torch's words.
         """
-        weights, names = self._flat_weights, self._flat_weights_names
+        weights, parameters = self._flat_weights, self._parameters
         if not (
             choose.may_use_fast_path()  # first, so that compiled code does not guard on the rest
             and type(input) is Tensor
@@ -293,7 +293,11 @@ class RecurrentBase(nn.RNNBase):
             and not self._overrides_checks
             and input.dim() == 3
             and not input.is_meta  # the operator checks no sizes of meta tensors
-            and all(map(is_, map(self._parameters.get, names), weights))
+            # nearly always in this order; looking up each name takes longer
+            and (
+                (len(parameters) == len(weights) and all(map(is_, parameters.values(), weights)))
+                or all(map(is_, map(parameters.get, self._flat_weights_names), weights))
+            )
         ):
             return None
         batch_first = self.batch_first
@@ -301,10 +305,9 @@ class RecurrentBase(nn.RNNBase):
             input = input.transpose(0, 1)
         steps, batch, _ = input.shape
         spec = BY_MODE[self.mode]
-        if steps == 0 or (
-            steps == 1
-            and input.dtype in HALF
-            and torch_step.is_faster_in_half(spec, batch, weights)
+        if steps < 2 and (
+            steps == 0
+            or (input.dtype in HALF and torch_step.is_faster_in_half(spec, batch, weights))
         ):
             return None
         if hx is not None:
@@ -312,7 +315,8 @@ class RecurrentBase(nn.RNNBase):
         elif spec.has_cell_state:
             h0, c0 = self._zero_states(input, batch)
         else:
-            h0, c0 = self._zero_states(input, batch), None
+            directions = 2 if self.bidirectional else 1
+            h0, c0 = input.new_zeros(directions, batch, self.hidden_size), None
         # If these attributes no longer fit the weights, the operator raises.
         slots = MATRICES | BIASES if self.bias else MATRICES
         if self.proj_size:
