@@ -34,9 +34,10 @@ class Microkernel:
     chains: str = ""  # function in tile_shape.h: number of chains for m rows and n vectors
 
 
-# An instance name<types, M> has one vector.
+# An instance name<types, M> has one vector; further arguments do not matter.
 MICROKERNELS = {
     "tile": Microkernel(("float", "double"), rows="tile_rows", chains="tile_chains"),
+    "prefetching_tile": Microkernel(),
     "dot": Microkernel(),
     "half_tile": Microkernel(),
 }

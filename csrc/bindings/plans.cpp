@@ -104,6 +104,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["input"] = chosen.input_fused ? "fused" : "ahead";
   result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;
+  result["prefetch"] = chosen.prefetch;
   result["stacked"] = false;
   if (layers > 1 && directions == 1 && !training && allowed == WeightFormat::kNative &&
       bytes >= 4) {

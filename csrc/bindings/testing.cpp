@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -16,6 +17,7 @@
 #include "cpu/api.h"
 #include "cpu/panels.h"
 #include "cpu/runtime/buffer_cache.h"
+#include "cpu/runtime/cache.h"
 #include "cpu/runtime/thread_budget.h"
 
 namespace py = pybind11;
@@ -128,6 +130,11 @@ bool panels_outlive_calls_of(const std::string& cell, std::int64_t steps, std::i
                             : panels_outlive_calls<float>(shape, threads, allowed);
 }
 
+void set_l2_kb(const std::optional<int>& kilobytes) {
+  if (kilobytes) check_size("kilobytes", *kilobytes, 0);
+  cpu::set_slow_cache_boundary(kilobytes ? std::int64_t(*kilobytes) * 1024 : -1);
+}
+
 }  // namespace
 
 void define_testing(py::module_& m) {
@@ -145,6 +152,9 @@ void define_testing(py::module_& m) {
         py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("weight_format") = "native",
         "Whether forward, with panels that were packed once, gives the bits of a call that packs "
         "its own, also after the weights have changed.");
+  m.def("set_l2_kb", &set_l2_kb, py::arg("kilobytes"),
+        "Makes plans for an L2 of this size before a slow L3; 0: for a fast L3; None: for this "
+        "machine.");
   m.def("fresh_buffers", &cpu::fresh_buffers,
         "Number of CPU buffers that were allocated since the process started.");
 }

@@ -29,6 +29,8 @@ struct Plan {
   bool input_fused;         // x_t w_ih^T is computed in the step; false: for many steps ahead
   bool shared;              // a rank that has finished its blocks of a step takes blocks of others
   std::int64_t chunk_rows;  // rows of x that are projected ahead at once, if not fused
+  bool prefetch;  // panels are loaded into the private cache while those before them are used
+  std::int64_t gradient_depth;    // rows of x and d_pre per block of the products after backward
   WeightFormat recurrent_format;  // of the panels of w_hh in forward
 };
 

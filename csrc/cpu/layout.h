@@ -90,7 +90,7 @@ struct PanelLayout {
 struct ForwardLayout {
   std::int64_t h;              // [2, B, R]  h of the last step and of this one
   std::int64_t unprojected_h;  // [B, H]     h before projection
-  std::int64_t gates_x;        // [chunk_rows, unit_blocks, Q*U]  pre-activations projected ahead
+  std::int64_t gates_x;        // [unit_blocks, chunk_rows, Q*U]  pre-activations projected ahead
   std::int64_t size;
 
   ForwardLayout(const LayerShape& shape, const Plan& plan, const PanelLayout& panels) {
@@ -125,17 +125,21 @@ struct BackwardLayout {
   }
 };
 
-// Memory of a rank for the products of the gradients: copies of A [kRows, kDepth] and B [kDepth,
-// kColumns], which fit in the private cache of a core. Rows of A are kPitch apart: a power of two
+// Memory of a rank for the products of the gradients: copies of A [kRows, depth] and B [depth,
+// kColumns], which fit in the private cache of a core. Rows of A are `pitch` apart: a power of two
 // would map all rows to the same cache sets.
 struct GradientLayout {
-  static constexpr std::int64_t kRows = 240, kDepth = 256, kColumns = 256, kPitch = kDepth + 16;
-  static constexpr std::int64_t kRank = kRows * kPitch + kDepth * kColumns;
+  static constexpr std::int64_t kRows = 240, kColumns = 256;
+  std::int64_t depth, pitch;
   std::int64_t size;
 
-  GradientLayout(const LayerShape&, const Plan& plan) : size(plan.threads * kRank) {}
-  std::int64_t a(int rank) const { return rank * kRank; }
-  std::int64_t b(int rank) const { return a(rank) + kRows * kPitch; }
+  GradientLayout(const LayerShape&, const Plan& plan)
+      : depth(plan.gradient_depth), pitch(depth + 16), size(plan.threads * rank_size()) {}
+  std::int64_t a(int rank) const { return rank * rank_size(); }
+  std::int64_t b(int rank) const { return a(rank) + kRows * pitch; }
+
+ private:
+  std::int64_t rank_size() const { return kRows * pitch + depth * kColumns; }
 };
 
 }  // namespace fastrnn::cpu

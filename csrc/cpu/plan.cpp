@@ -1,6 +1,8 @@
 // Turns the shape of a layer into a plan.
 #include "cpu/plan.h"
 
+#include "cpu/runtime/cache.h"
+
 namespace fastrnn::cpu {
 namespace {
 
@@ -41,7 +43,12 @@ int pick_row_groups(const LayerShape& shape, Pass pass, const Isa& isa, int elem
   const std::int64_t vectors = divide_up(shape.hidden_size, isa.vector_bytes / element_bytes);
   const std::int64_t rows = shape.sequence.batch / threads;
   if (rows >= 1 && vectors < threads) return threads;  // too few units to split
-  const bool cached = step_weights(shape, pass) * element_bytes <= kPrivateCacheBytes;
+  const std::int64_t bytes = step_weights(shape, pass) * element_bytes;
+  // Before a slow L3 no number of rows pays for reading all weights from there. (Backward reads
+  // them in parts that all rows use.)
+  if (const std::int64_t cache = slow_cache_boundary(); cache > 0 && pass == Pass::kForward)
+    return rows >= kMinRowsPerThreadCached && bytes <= cache ? threads : 1;
+  const bool cached = bytes <= kPrivateCacheBytes;
   const bool cheap = pass == Pass::kBackward || cached;
   return rows >= (cheap ? kMinRowsPerThreadCached : kMinRowsPerThread) ? threads : 1;
 }
@@ -98,11 +105,40 @@ WeightFormat pick_recurrent_format(const LayerShape& shape, Pass pass, const Isa
 
 // The step computes x_t w_ih^T in its own tile if enough rows share the weights and the weights
 // stay cached.
-bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups) {
+bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups, int unit_groups) {
   // Rows of several steps are not contiguous for a part of the batch.
   if (row_groups > 1) return true;
-  return shape.sequence.batch >= kFusedBatch &&
-         step_weights(shape, Pass::kForward) * element_bytes <= kSharedCacheBytes;
+  if (shape.sequence.batch < kFusedBatch) return false;
+  const std::int64_t bytes = step_weights(shape, Pass::kForward) * element_bytes;
+  if (const std::int64_t cache = slow_cache_boundary(); cache > 0) {
+    const std::int64_t share = bytes / unit_groups;
+    return share <= cache ||
+           (shape.sequence.batch >= kFusedSlowBatch && 2 * share <= kFusedSlowCaches * cache);
+  }
+  return bytes <= kSharedCacheBytes;
+}
+
+// About a hundred rows reuse each loaded weight well, and their gates stay in the cache.
+std::int64_t pick_chunk_rows(const LayerShape& shape) {
+  const std::int64_t batch = shape.sequence.batch;
+  const std::int64_t rows = slow_cache_boundary() > 0 ? kSlowChunkRows
+                            : batch > 16              ? 4 * batch
+                                                      : 96;
+  return std::max(batch, rows);
+}
+
+// Where the panels of a rank come from a slow L3 in each step, the next one is loaded while this
+// one is used.
+bool pick_prefetch(const LayerShape& shape, Pass pass, const Plan& plan) {
+  const std::int64_t cache = slow_cache_boundary();
+  return cache > 0 && plan.packed && plan.recurrent_format == WeightFormat::kNative &&
+         step_weights(shape, pass) * plan.element_bytes / plan.unit_groups > cache;
+}
+
+// Blocks that fill the private cache are added to the result least often.
+std::int64_t pick_gradient_depth(int element_bytes) {
+  const std::int64_t steps = slow_cache_boundary() / element_bytes / 512;
+  return steps >= 1024 ? 1024 : steps >= 512 ? 512 : 256;
 }
 
 // Runs a layer and the one above it at the same time, each on half of the threads, for the same
@@ -149,11 +185,11 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
       pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
   plan.recurrent_format = pick_recurrent_format(shape, pass, isa, element_bytes, allowed_format);
   plan.packed = plan.recurrent_format != WeightFormat::kNative || pick_packed(shape, pass);
-  plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups);
+  plan.input_fused = pick_input_fused(shape, element_bytes, plan.row_groups, plan.unit_groups);
   plan.shared = pass == Pass::kForward && pick_shared(shape, plan);
-  // About a hundred rows reuse each loaded weight well, and their gates stay in the cache.
-  plan.chunk_rows = std::max<std::int64_t>(
-      shape.sequence.batch, shape.sequence.batch > 16 ? 4 * shape.sequence.batch : 96);
+  plan.chunk_rows = pick_chunk_rows(shape);
+  plan.prefetch = pick_prefetch(shape, pass, plan);
+  plan.gradient_depth = pick_gradient_depth(element_bytes);
   return plan;
 }
 

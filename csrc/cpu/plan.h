@@ -50,6 +50,13 @@ constexpr std::int64_t kFollowParts = 8;
 // that is loaded.
 constexpr std::int64_t kFusedBatch = 4;
 
+// Before a slow L3 (cpu/runtime/cache.h): rows per step from which computing the input product in
+// the step is faster although its weights do not stay in the private cache, and the number of
+// private caches that the weights of a rank may fill then.
+constexpr std::int64_t kFusedSlowBatch = 48, kFusedSlowCaches = 5;  // halves of a cache
+// Before a slow L3: rows that are projected ahead at once.
+constexpr std::int64_t kSlowChunkRows = 96;
+
 // Multiply-adds of a whole call.
 std::int64_t call_work(const LayerShape& shape, Pass pass);
 int pick_threads(const LayerShape& shape, Pass pass, int max_threads);
@@ -65,7 +72,10 @@ bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_
                   const Plan& upper_plan);
 std::int64_t pick_follow_rows(const LayerShape& upper, const Plan& plan);
 bool pick_shared(const LayerShape& shape, const Plan& plan);
-bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups);
+bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups, int unit_groups);
+std::int64_t pick_chunk_rows(const LayerShape& shape);
+bool pick_prefetch(const LayerShape& shape, Pass pass, const Plan& plan);
+std::int64_t pick_gradient_depth(int element_bytes);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                    int max_threads, int directions, WeightFormat allowed_format);

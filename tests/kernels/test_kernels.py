@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -217,6 +217,89 @@ def test_panels_serve_calls_after_the_weights_changed(
     if CELLS[cell].states == 2:
         sizes += (30,)
         assert _C._testing.panels_outlive_calls(cell, *sizes, threads=threads, **options)
+
+
+# --- plans for a slow L3 -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def l2_kb() -> Iterator[Callable[[int | None], None]]:
+    yield _C._testing.set_l2_kb
+    _C._testing.set_l2_kb(None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((5, 50, 70, 129), {}),
+        ((7, 13, 300, 150), {"directions": 2}),
+        ((6, 26, 40, 300), {"packed": True}),
+        ((4, 9, 33, 64), {"bias": False}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_plans_for_a_slow_l3_match_reference(
+    isa: str,
+    threads: int,
+    cell: str,
+    sizes: tuple[int, ...],
+    options: dict[str, Any],
+    l2_kb: Callable[[int | None], None],
+) -> None:
+    l2_kb(4)
+    assert _C.plan(cell, *sizes, threads=threads)["prefetch"]
+    Case(CELLS[cell], *sizes, **options).check(torch.float32)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_plans_for_a_slow_l3_change_no_bits_of_wide_layers(
+    isa: str, cell: str, l2_kb: Callable[[int | None], None]
+) -> None:
+    case = Case(CELLS[cell], 3, 48, 320, 320)
+    l2_kb(0)
+    expected = case.compute(by_kernels, torch.float32)
+    for kilobytes in (16, 2048):
+        l2_kb(kilobytes)
+        found = case.compute(by_kernels, torch.float32)
+        for name in expected.keys() & {"y", "h_n", "c_n", "d_h0", "d_c0"}:
+            assert torch.equal(expected[name], found[name]), name
+
+
+@pytest.mark.parametrize("kilobytes", [16, 2048])
+def test_projection_with_plans_for_a_slow_l3_matches_reference(
+    isa: str, kilobytes: int, l2_kb: Callable[[int | None], None]
+) -> None:
+    l2_kb(kilobytes)
+    Case(CELLS["lstm"], 8, 14, 60, 130, proj=70).check(torch.float32)
+
+
+def test_gradients_of_many_rows_in_deep_blocks_match_reference(
+    l2_kb: Callable[[int | None], None],
+) -> None:
+    l2_kb(2048)
+    Case(CELLS["gru"], 90, 30, 20, 24).check(torch.float32)
+
+
+def test_plan_for_a_slow_l3_splits_units_and_prefetches(
+    l2_kb: Callable[[int | None], None],
+) -> None:
+    def plan(*sizes: int, **options: Any) -> dict[str, Any]:
+        return _C.plan("lstm", *sizes, threads=2, **options)
+
+    l2_kb(0)
+    fast = plan(25, 64, 1024, 1024)
+    assert (fast["row_groups"], fast["input"], fast["prefetch"]) == (2, "fused", False)
+    l2_kb(2048)
+    large = plan(25, 64, 1024, 1024)
+    assert (large["unit_groups"], large["input"], large["prefetch"]) == (2, "ahead", True)
+    assert large["chunk_rows"] == 96
+    middle = plan(25, 64, 500, 500)
+    assert (middle["unit_groups"], middle["input"], middle["prefetch"]) == (2, "fused", True)
+    small = plan(25, 64, 128, 128)
+    assert (small["row_groups"], small["input"], small["prefetch"]) == (2, "fused", False)
+    backward = plan(25, 64, 1024, 1024, training=True)
+    assert (backward["row_groups"], backward["prefetch"]) == (2, True)
 
 
 # --- gradient products after the backward time loop ----------------------------------------------

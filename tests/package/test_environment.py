@@ -34,6 +34,8 @@ BAD = [
     ("FASTRNN_THREADS", "-1", "a whole number from 0 (no bound) to 2147483647"),
     ("FASTRNN_THREADS", "1.5", "a whole number from 0 (no bound) to 2147483647"),
     ("FASTRNN_THREADS", "9" * 40, "a whole number from 0 (no bound) to 2147483647"),
+    ("FASTRNN_L2_KB", "2M", "a whole number from 0 (a fast L3) to 1048576"),
+    ("FASTRNN_L2_KB", "1048577", "a whole number from 0 (a fast L3) to 1048576"),
     ("FASTRNN_POISON", "yes", "0 or 1"),
     ("FASTRNN_WIDEN_BYTES", "16", "32 or 64"),
     ("FASTRNN_VERBOSE", "yes", "0 or 1"),

@@ -16,17 +16,30 @@ void reject_setting(const char* name, const std::string& expected, const std::st
                               value + "'.");
 }
 
-int threads_setting() {
-  const std::string value = setting("FASTRNN_THREADS");
-  constexpr int kMost = std::numeric_limits<int>::max();
-  long long threads = 0;
+namespace {
+
+// value: digits. note: what 0 means.
+int whole_number(const char* name, const std::string& value, int most, const std::string& note) {
+  long long number = 0;
   for (const char digit : value) {
-    threads = threads * 10 + (digit - '0');
-    if (digit < '0' || digit > '9' || threads > kMost)
-      reject_setting("FASTRNN_THREADS",
-                     "a whole number from 0 (no bound) to " + std::to_string(kMost), value);
+    number = number * 10 + (digit - '0');
+    if (digit < '0' || digit > '9' || number > most)
+      reject_setting(name, "a whole number from 0 (" + note + ") to " + std::to_string(most),
+                     value);
   }
-  return int(threads);
+  return int(number);
+}
+
+}  // namespace
+
+int threads_setting() {
+  return whole_number("FASTRNN_THREADS", setting("FASTRNN_THREADS"),
+                      std::numeric_limits<int>::max(), "no bound");
+}
+
+int l2_kb_setting() {
+  const std::string value = setting("FASTRNN_L2_KB");
+  return value.empty() ? -1 : whole_number("FASTRNN_L2_KB", value, 1 << 20, "a fast L3");
 }
 
 bool poison_setting() {
@@ -59,6 +72,7 @@ std::string isa_setting() {
 void check_settings() {
   isa_setting();
   threads_setting();
+  l2_kb_setting();
   poison_setting();
   widen_bytes_setting();
 }

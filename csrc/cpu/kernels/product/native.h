@@ -27,12 +27,21 @@ struct NativeFormat {
   }
 
   void multiply(int rows, int vectors, std::int64_t k_count, const T* a, std::int64_t a_stride,
-                const T* b, std::int64_t b_stride, T* c, std::int64_t c_stride,
-                const int* column) const {
+                const T* b, std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column,
+                Prefetch prefetch = {}) const {
     const auto tile = tile_function<T>(rows, vectors);
-    for (std::int64_t k = 0; k < k_count; k += kTilePiece)
-      tile(std::min(kTilePiece, k_count - k), a + k, a_stride, b + k * b_stride, b_stride, c,
-           c_stride, column);
+    const auto prefetching =
+        prefetch.step > 0 ? prefetching_tile_function<T>(rows, vectors) : nullptr;
+    for (std::int64_t k = 0; k < k_count; k += kTilePiece) {
+      const std::int64_t depth = std::min(kTilePiece, k_count - k);
+      if (prefetching != nullptr && prefetch.next < prefetch.end) {
+        prefetching(depth, a + k, a_stride, b + k * b_stride, b_stride, c, c_stride, column,
+                    prefetch.next, prefetch.step);
+        prefetch.next += depth * prefetch.step;
+      } else {
+        tile(depth, a + k, a_stride, b + k * b_stride, b_stride, c, c_stride, column);
+      }
+    }
   }
 
   // The same product with units first ... first + units - 1 of the caller's matrix.

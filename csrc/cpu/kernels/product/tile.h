@@ -20,9 +20,13 @@ using TileFunction = void (*)(std::int64_t k_count, const T* a, std::int64_t a_s
                               std::int64_t b_stride, T* c, std::int64_t c_stride,
                               const int* column);
 
-template <class T, int M, int N>
-void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
-          std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column) {
+// kPrefetches: each step along K also loads the cache line at `next` into the private cache, and
+// moves `next` on by next_step bytes.
+template <class T, int M, int N, bool kPrefetches>
+FASTRNN_INLINE void tile_body(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
+                              std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column,
+                              [[maybe_unused]] const char* next,
+                              [[maybe_unused]] std::int64_t next_step) {
   using P = Pack<T>;
   using Vector = typename P::Vector;
   constexpr int V = P::kLanes;
@@ -47,6 +51,10 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
   for (; k + kChains <= k_count; k += kChains) {
 #pragma GCC unroll 16
     for (int chain = 0; chain < kChains; ++chain) {
+      if constexpr (kPrefetches) {
+        __builtin_prefetch(next, 0, kPrivateCacheHint);
+        next += next_step;
+      }
       if constexpr (kHoldRows) {
         Vector value[M];
 #pragma GCC unroll 16
@@ -97,6 +105,12 @@ void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
   }
 }
 
+template <class T, int M, int N>
+void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
+          std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column) {
+  tile_body<T, M, N, false>(k_count, a, a_stride, b, b_stride, c, c_stride, column, nullptr, 0);
+}
+
 // tile<T, m, n> for m = 1 ... tile_rows(n).
 template <class T, int N, std::size_t... M>
 constexpr std::array<TileFunction<T>, sizeof...(M)> tile_table(std::index_sequence<M...>) {
@@ -114,13 +128,56 @@ FASTRNN_INLINE TileFunction<T> tile_function(int m, int n) {
   return kTables[n - 1][m - 1];
 }
 
+// The same product, which loads memory that is needed later.
+template <class T>
+using PrefetchingTile = void (*)(std::int64_t k_count, const T* a, std::int64_t a_stride,
+                                 const T* b, std::int64_t b_stride, T* c, std::int64_t c_stride,
+                                 const int* column, const char* next, std::int64_t next_step);
+
+template <class T, int M, int N>
+void prefetching_tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
+                      std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column,
+                      const char* next, std::int64_t next_step) {
+  tile_body<T, M, N, true>(k_count, a, a_stride, b, b_stride, c, c_stride, column, next, next_step);
+}
+
+template <class T, int N, std::size_t... M>
+constexpr std::array<PrefetchingTile<T>, sizeof...(M)> prefetching_table(
+    std::index_sequence<M...>) {
+  return {{prefetching_tile<T, int(M) + 1, N>...}};
+}
+
+// The prefetching tile of m rows and n vectors, or null where there is none. Weights that exceed a
+// private cache are in wide panels of float32, with vectors of at least 32 bytes.
+template <class T>
+FASTRNN_INLINE PrefetchingTile<T> prefetching_tile_function(int m, int n) {
+  if constexpr (sizeof(T) == 4 && FASTRNN_VECTOR_BYTES >= 32) {
+    static constexpr auto kThree =
+        prefetching_table<T, 3>(std::make_index_sequence<tile_rows(3)>{});
+    static constexpr auto kFour = prefetching_table<T, 4>(std::make_index_sequence<tile_rows(4)>{});
+    if (n == 3) return kThree[m - 1];
+    if (n == 4) return kFour[m - 1];
+  }
+  return nullptr;
+}
+
+// Memory that a product loads into the private cache on the side.
+struct Prefetch {
+  const char* next = nullptr;
+  const char* end = nullptr;
+  std::int64_t step = 0;  // bytes per step along K; 0: nothing
+};
+
 // Calls each(first, count) for the tiles of rows [begin, end): as few tiles of at most `most` rows
 // as possible, of nearly equal heights.
+FASTRNN_INLINE std::int64_t tile_count(std::int64_t begin, std::int64_t end, int most) {
+  return end > begin ? (end - begin + most - 1) / most : 0;
+}
 template <class Each>
 FASTRNN_INLINE void for_each_tile(std::int64_t begin, std::int64_t end, int most, Each&& each) {
   const std::int64_t rows = end - begin;
   if (rows <= 0) return;
-  const std::int64_t tiles = (rows + most - 1) / most;
+  const std::int64_t tiles = tile_count(begin, end, most);
   for (std::int64_t i = 0, first = begin; i < tiles; ++i) {
     const std::int64_t count = rows / tiles + (i < rows % tiles ? 1 : 0);
     each(first, int(count));

@@ -29,6 +29,9 @@ constexpr int kTileRows = 12;
 // Largest number of terms per sum along K, which limits rounding error.
 constexpr std::int64_t kTilePiece = 256;
 
+constexpr int kCacheLine = 64;        // bytes
+constexpr int kPrivateCacheHint = 2;  // of __builtin_prefetch: into L2, not into L1
+
 // Number of independent accumulators per element along K, so that small tiles do not wait for the
 // latency of an addition.
 constexpr int tile_chains(int m, int n) { return m * n >= 8 ? 1 : m * n >= 4 ? 2 : 4; }

@@ -41,17 +41,52 @@ class WeightMatrix {
   // C [rows, *] += A [rows, K] (this block), vector i of the block at columns.at[i]. Vectors of a
   // last block with one gate that hold no unit may be skipped.
   void multiply(std::int64_t block, int rows, const T* a, std::int64_t a_stride, T* c,
-                std::int64_t c_stride, const Columns& columns) const {
+                std::int64_t c_stride, const Columns& columns,
+                [[maybe_unused]] const Prefetch& prefetch = {}) const {
     const int vectors = source_.gates > 1 ? source_.gates * vectors_
                                           : int(divide_up(units_of(block), Pack<T>::kLanes));
     if (has_panel(block)) {
-      format_.multiply(rows, vectors, source_.k_count, a, a_stride, panel(block), panel_width(), c,
-                       c_stride, columns.at);
+      if constexpr (kPrefetches)
+        format_.multiply(rows, vectors, source_.k_count, a, a_stride, panel(block), panel_width(),
+                         c, c_stride, columns.at, prefetch);
+      else
+        format_.multiply(rows, vectors, source_.k_count, a, a_stride, panel(block), panel_width(),
+                         c, c_stride, columns.at);
     } else if constexpr (!Format::kNeedsPanels) {
       format_.multiply_unpacked(source_, block * block_units(), units_of(block), vectors, rows, a,
                                 a_stride, c, c_stride, columns.at);
     }
   }
+
+  // The part of that product with terms k_begin ... k_end - 1. All parts in ascending order, cut at
+  // multiples of kTilePiece, give the sums of multiply, bit for bit.
+  void multiply_part(std::int64_t block, std::int64_t k_begin, std::int64_t k_end, int rows,
+                     const T* a, std::int64_t a_stride, T* c, std::int64_t c_stride,
+                     const Columns& columns, const Prefetch& prefetch) const {
+    static_assert(kPrefetches, "only panels of the type itself are multiplied in parts");
+    format_.multiply(rows,
+                     source_.gates > 1 ? source_.gates * vectors_
+                                       : int(divide_up(units_of(block), Pack<T>::kLanes)),
+                     k_end - k_begin, a + k_begin, a_stride, panel(block) + k_begin * panel_width(),
+                     panel_width(), c, c_stride, columns.at, prefetch);
+  }
+
+  // What each of `products` products in a row has to load of a panel that is needed after them:
+  // the index-th part of its terms k_begin ... k_end - 1.
+  Prefetch panel_part(std::int64_t block, std::int64_t index, std::int64_t products,
+                      std::int64_t k_begin, std::int64_t k_end) const {
+    if (!kPrefetches || !packed_ || products < 1) return {};
+    const std::int64_t row_bytes = panel_width() * std::int64_t(sizeof(Value));
+    const std::int64_t bytes = (k_end - k_begin) * row_bytes;
+    const char* first = reinterpret_cast<const char*>(panel(block)) + k_begin * row_bytes;
+    return {first + bytes * index / products, first + bytes * (index + 1) / products,
+            std::min<std::int64_t>(divide_up(row_bytes, products), kCacheLine)};
+  }
+  Prefetch panel_part(std::int64_t block, std::int64_t index, std::int64_t products) const {
+    return panel_part(block, index, products, 0, source_.k_count);
+  }
+
+  std::int64_t k_count() const { return source_.k_count; }
 
   // Largest number of rows for multiply.
   int tile_height() const {
@@ -59,6 +94,8 @@ class WeightMatrix {
   }
 
  private:
+  static constexpr bool kPrefetches = Format::kFormat == WeightFormat::kNative;
+
   std::int64_t block_units() const { return std::int64_t(vectors_) * Pack<T>::kLanes; }
   std::int64_t units_of(std::int64_t block) const {
     return std::min(block_units(), source_.units - block * block_units());

@@ -124,9 +124,18 @@ class ForwardWalk {
   }
 
   // C += x[row...] w_ih^T for one block.
-  void add_input(std::int64_t block, std::int64_t row, int count, T* c, std::int64_t c_stride) {
+  void add_input(std::int64_t block, std::int64_t row, int count, T* c, std::int64_t c_stride,
+                 const Prefetch& prefetch) {
     panels_.w_ih.multiply(block, count, problem_.x + row * problem_.x_stride, problem_.x_stride, c,
-                          c_stride, columns_x_);
+                          c_stride, columns_x_, prefetch);
+  }
+
+  // While the index-th of `tiles` tiles is multiplied with a panel, loads its part of the panel
+  // that is multiplied next.
+  template <class Matrix>
+  Prefetch part_of(const Matrix& matrix, std::int64_t next_block, std::int64_t index,
+                   std::int64_t tiles) const {
+    return plan_.prefetch ? matrix.panel_part(next_block, index, tiles) : Prefetch{};
   }
 
   // Computes gates_x of this rank's blocks for the steps from k on that fit in a chunk (at least
@@ -137,22 +146,25 @@ class ForwardWalk {
     const RowRange chunk = shape_.sequence.rows_between(k, end);
     await_input(end);
     chunk_first_row_ = chunk.first;
+    const std::int64_t last_row = chunk.first + chunk.count;
+    const int height = panels_.w_ih.tile_height();
+    const std::int64_t tiles = tile_count(chunk.first, last_row, height);
     for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      for_each_tile(chunk.first, chunk.first + chunk.count, panels_.w_ih.tile_height(),
-                    [&](std::int64_t row, int count) {
-                      T* c = gates_x(block, row);
-                      for (int m = 0; m < count; ++m)
-                        copy_row(panels_.bias(block), c + m * gates_x_stride());
-                      add_input(block, row, count, c, gates_x_stride());
-                    });
+      const std::int64_t next = std::min(block + 1, blocks_.end - 1);
+      std::int64_t index = 0;
+      for_each_tile(chunk.first, last_row, height, [&](std::int64_t row, int count) {
+        T* c = gates_x(block, row);
+        for (int m = 0; m < count; ++m) copy_row(panels_.bias(block), c + m * width_);
+        add_input(block, row, count, c, width_, part_of(panels_.w_ih, next, index++, tiles));
+      });
     }
     return end;
   }
 
-  std::int64_t gates_x_stride() const { return panel_layout_.unit_blocks * width_; }
+  // Rows of a block are contiguous, as a tile reads them.
   T* gates_x(std::int64_t block, std::int64_t row) const {
-    return scratch_ + layout_.gates_x + (row - chunk_first_row_) * gates_x_stride() +
-           block * width_;
+    return scratch_ + layout_.gates_x +
+           (block * plan_.chunk_rows + row - chunk_first_row_) * width_;
   }
   void copy_row(const T* from, T* to) const {
     for (std::int64_t i = 0; i < width_; i += kLanes) Vec::load(from + i).store(to + i);
@@ -188,21 +200,25 @@ class ForwardWalk {
       waited = true;
     };
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
+    const std::int64_t tiles = tile_count(rows_.begin, end, tile_height_);
     for_each_block(parity, wait, [&](std::int64_t block) {
+      const std::int64_t next =
+          parity != 0 ? std::max(block - 1, blocks_.begin) : std::min(block + 1, blocks_.end - 1);
+      std::int64_t index = 0;
       for_each_tile(rows_.begin, end, tile_height_, [&](std::int64_t row, int count) {
         T* c = scratch;
-        std::int64_t c_stride = width_;
         if (plan_.input_fused) {
           for (int m = 0; m < count; ++m) copy_row(panels_.bias(block), c + m * width_);
-          add_input(block, at.first + row, count, c, width_);
+          add_input(block, at.first + row, count, c, width_,
+                    part_of(panels_.w_ih, next, index, tiles));
         } else {
           c = gates_x(block, at.first + row);
-          c_stride = gates_x_stride();
         }
         wait();  // the input product needs no other rank; wait for h only afterwards
-        panels_.w_hh.multiply(block, count, h_before + row * output_size_, output_size_, c,
-                              c_stride, columns_h_);
-        pointwise(at, block, row, count, parity, c, c_stride);
+        panels_.w_hh.multiply(block, count, h_before + row * output_size_, output_size_, c, width_,
+                              columns_h_, part_of(panels_.w_hh, next, index, tiles));
+        pointwise(at, block, row, count, parity, c);
+        ++index;
       });
     });
     wait();
@@ -212,10 +228,11 @@ class ForwardWalk {
   // The cell's forward step for a tile of `count` rows, `first` the first one, one vector of units
   // after the other.
   void pointwise(const StepRows& at, std::int64_t block, std::int64_t first, int count, int parity,
-                 const T* pre_tile, std::int64_t tile_stride) {
+                 const T* pre_tile) {
     // Local copies: the compiler must assume that the stores below change any member.
     const std::int64_t hidden = shape_.hidden_size, unit_block = panel_layout_.unit_block;
     const std::int64_t y_stride = problem_.y_stride, ending = at.first_ending;
+    const std::int64_t tile_stride = width_;
     const std::int64_t row = at.first + first;
     const bool projected = shape_.proj_size > 0, save = problem_.saved != nullptr;
     for (int u = 0; u < plan_.unit_vectors; ++u) {

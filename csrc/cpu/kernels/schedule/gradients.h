@@ -26,6 +26,8 @@ class GradientWalk {
         team_(team),
         rank_(rank),
         ranks_(plan.threads),
+        depth_(layout.depth),
+        pitch_(layout.pitch),
         a_(workspace + layout.a(rank)),
         b_(workspace + layout.b(rank)) {}
 
@@ -44,9 +46,7 @@ class GradientWalk {
   static constexpr int kLanes = Vec::kLanes;
   static constexpr std::int64_t kU = kTileVectors * kLanes;  // columns of a panel
   static constexpr std::int64_t kCopyRows = 12;
-  static constexpr std::int64_t kRows = GradientLayout::kRows, kDepth = GradientLayout::kDepth,
-                                kColumns = GradientLayout::kColumns,
-                                kPitch = GradientLayout::kPitch;
+  static constexpr std::int64_t kRows = GradientLayout::kRows, kColumns = GradientLayout::kColumns;
 
   // Gates whose columns of d_pre are contiguous.
   struct Run {
@@ -88,14 +88,14 @@ class GradientWalk {
         const std::int64_t to = run.gate * hidden_ + m, from = run.pre * hidden_ + m;
         std::int64_t k = 0;
         do {
-          const std::int64_t depth = std::min(kDepth, rows_ - k);
+          const std::int64_t depth = std::min(depth_, rows_ - k);
           if (team_.gives_up(rank_, depth * count * columns)) return;
           copy_transposed(problem_.d_pre + k * width_ + from, depth, count,
                           d_b == nullptr ? nullptr : d_b + to, k == 0);
           for (std::int64_t j = 0; d_w != nullptr && j < columns; j += kColumns) {
             const std::int64_t wide = std::min(kColumns, columns - j);
             copy_panels([&](std::int64_t i) { return input_row(k + i) + j; }, depth, wide);
-            multiply(a_, kPitch, count, depth, {b_, depth * kU, kU}, wide, d_w + to * columns + j,
+            multiply(a_, pitch_, count, depth, {b_, depth * kU, kU}, wide, d_w + to * columns + j,
                      columns, k > 0);
           }
           k += depth;
@@ -112,8 +112,8 @@ class GradientWalk {
       const std::int64_t wide = std::min(kColumns, columns - j);
       bool add = problem_.add_to_x;
       for (const Run& run : runs) {
-        for (std::int64_t k = 0; k < run.count * hidden_; k += kDepth) {
-          const std::int64_t depth = std::min(kDepth, run.count * hidden_ - k);
+        for (std::int64_t k = 0; k < run.count * hidden_; k += depth_) {
+          const std::int64_t depth = std::min(depth_, run.count * hidden_ - k);
           const T* w = problem_.w_ih + (run.gate * hidden_ + k) * problem_.w_ih_stride + j;
           // For few rows a copy costs more than it gains: whole panels are read unpacked.
           const std::int64_t lie = own.end - own.begin < kCopyRows ? wide / kU * kU : 0;
@@ -138,16 +138,20 @@ class GradientWalk {
   void copy_transposed(const T* from, std::int64_t depth, std::int64_t count, T* sums, bool first) {
     std::int64_t k = 0;
     for (; k + kLanes <= depth; k += kLanes)
-      transpose_rows(from + k * width_, width_, kLanes, count, a_ + k, kPitch);
+      transpose_rows(from + k * width_, width_, kLanes, count, a_ + k, pitch_);
     for (; k < depth; ++k)
-      for (std::int64_t m = 0; m < count; ++m) a_[m * kPitch + k] = from[k * width_ + m];
+      for (std::int64_t m = 0; m < count; ++m) a_[m * pitch_ + k] = from[k * width_ + m];
     if (sums == nullptr) return;
     for (std::int64_t m = 0; m < count; m += kLanes) {
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, count - m);
-      Vec sum = Vec(T(0));  // partial sums, to limit rounding error
-      for (std::int64_t i = 0; i < depth; ++i) sum = sum + Vec::load(from + i * width_ + m, lanes);
-      if (!first) sum = Vec::load(sums + m, lanes) + sum;
-      sum.store(sums + m, lanes);
+      Vec total = first ? Vec(T(0)) : Vec::load(sums + m, lanes);
+      for (std::int64_t i = 0; i < depth;) {
+        const std::int64_t end = std::min(i + kTilePiece, depth);
+        Vec sum = Vec(T(0));  // partial sums, to limit rounding error
+        for (; i < end; ++i) sum = sum + Vec::load(from + i * width_ + m, lanes);
+        total = total + sum;
+      }
+      total.store(sums + m, lanes);
     }
   }
 
@@ -175,8 +179,8 @@ class GradientWalk {
     std::int64_t panel_step, stride;
   };
 
-  // C [rows, columns] = A B, or += if `add`. Each sum has at most kDepth terms, which limits
-  // rounding error.
+  // C [rows, columns] = A B, or += if `add`. Each sum has at most kTilePiece terms, which
+  // limits rounding error.
   void multiply(const T* a, std::int64_t a_stride, std::int64_t rows, std::int64_t depth,
                 const Panels& b, std::int64_t columns, T* c, std::int64_t c_stride,
                 bool add) const {
@@ -188,9 +192,10 @@ class GradientWalk {
       for_each_tile(0, rows, tile_rows(vectors), [&](std::int64_t row, int count) {
         T* to = c + row * c_stride + j;
         for (int i = 0; i < count * kU; i += kLanes) Vec(T(0)).store(scratch + i);
-        tile_function<T>(count, vectors)(depth, a + row * a_stride, a_stride,
-                                         b.first + j / kU * b.panel_step, b.stride, scratch, kU,
-                                         kColumn);
+        for (std::int64_t k = 0; k < depth; k += kTilePiece)
+          tile_function<T>(count, vectors)(std::min(kTilePiece, depth - k), a + row * a_stride + k,
+                                           a_stride, b.first + j / kU * b.panel_step + k * b.stride,
+                                           b.stride, scratch, kU, kColumn);
         for (int m = 0; m < count; ++m) {
           for (int n = 0; n < vectors; ++n) {
             Vec sum = Vec::load(scratch + m * kU + n * kLanes);
@@ -209,6 +214,7 @@ class GradientWalk {
   const std::int64_t hidden_, width_, rows_;
   Team& team_;
   const int rank_, ranks_;
+  const std::int64_t depth_, pitch_;
   T* const a_;
   T* const b_;
   std::int64_t step_ = 0;
