@@ -172,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &fastrnn::cpu::available_isas,
         "Instruction sets that were compiled in and run here, worst first.");
   m.def("cpu_capability", &fastrnn::cpu::isa_in_use, "The instruction set in use.");
+  m.def("cpu_vendor", &fastrnn::cpu::cpu_vendor, "Vendor of this CPU: amd, intel or other.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Forces an instruction set; None goes back to FASTRNN_ISA or the best.");
   m.def("usable_cpus", &fastrnn::cpu::usable_cpus,

@@ -55,6 +55,10 @@ FASTRNN_EXPORT bool set_isa(const std::string& name);
 // All instruction sets of this library.
 FASTRNN_EXPORT std::vector<std::string> compiled_isas();
 
+// Vendor of this CPU: "amd", "intel" or "other". For rules whose constants were measured on CPUs of
+// one vendor.
+FASTRNN_EXPORT const char* cpu_vendor();
+
 // Throws std::invalid_argument if an environment variable of these kernels has an invalid value
 // (cpu/runtime/settings.h). Most of them take effect at first use.
 FASTRNN_EXPORT void check_settings();

@@ -1,6 +1,8 @@
 // Turns the shape of a layer into a plan.
 #include "cpu/plan.h"
 
+#include <cstring>
+
 #include "cpu/runtime/cache.h"
 
 namespace fastrnn::cpu {
@@ -88,7 +90,13 @@ bool pick_packed(const LayerShape& shape, Pass pass) {
   const std::int64_t units_per_row = steps == 1                      ? Rule::kUnitsPerRowOneStep
                                      : batch >= Rule::kManySequences ? Rule::kUnitsPerRowBatched
                                                                      : Rule::kUnitsPerRow;
-  return steps * batch * units_per_row >= std::min(shape.output_size(), Rule::kMaxUnits);
+  const std::int64_t units = std::min(shape.output_size(), Rule::kMaxUnits);
+  // Intel CPUs read rows faster: one sequence must be longer to pay for packing several gates.
+  const bool reads_rows_fast = std::strcmp(cpu_vendor(), "intel") == 0;
+  if (reads_rows_fast && batch == 1 && steps > 1 && cell_info(shape.cell).gates > 1 &&
+      steps * Rule::kSquaredUnitsPerStep < units * units)
+    return false;
+  return steps * batch * units_per_row >= units;
 }
 
 // float16 is faster for one sequence, whose steps wait for w_hh. Each row of a larger batch would

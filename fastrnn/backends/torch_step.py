@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn import autocast
+from fastrnn import _C, autocast
 from fastrnn._torch_internals import are_transforms_active, is_any_autocast_enabled
 from fastrnn.layer_call import PADDED, LayerCall, Results
 from fastrnn.ops import HALF, records_gradient
@@ -19,8 +19,10 @@ NAME = "torch's step"
 WHOLE_STACK = False
 
 # Bounds on the work of a step: B times the number of values in w_ih and w_hh. Measured on an AMD
-# EPYC (Zen 5).
-_SMALL_RNN_STEP = 1 << 15  # torch's step up to here, for an RNN; no bound if a gradient is recorded
+# EPYC (Zen 5); MKL's products are faster on an Intel Xeon (Emerald Rapids).
+# torch's step up to here, for an RNN in float32 or float64; no bound if a gradient is recorded
+_SMALL_RNN_STEP = 1 << (15 if _C.cpu_vendor() == "amd" else 20)
+_SMALL_AUTOCAST_STEP = 1 << 15  # torch's step up to here, for an RNN in a half type or autocast
 _SMALL_HALF_STEP = 1 << 11  # torch's step up to here, for a GRU or LSTM in a half type
 _LARGE_HALF_STEP = 1 << 18  # torch's step above, for every cell in a half type or under autocast
 
@@ -66,8 +68,13 @@ def is_faster_in_half(spec: CellSpec, batch: int, weights: Sequence[Tensor | Non
     if work > _LARGE_HALF_STEP:
         return True
     if spec.gates == 1:
-        return bool(work <= _SMALL_RNN_STEP)
+        return bool(work <= _SMALL_AUTOCAST_STEP)
     return w_ih.dtype in HALF and work <= _SMALL_HALF_STEP
+
+
+def is_small_rnn_step(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether torch computes an RNN's step on the CPU faster, in float32 or float64."""
+    return x.shape[0] * (weights[0].numel() + weights[1].numel()) <= _SMALL_RNN_STEP
 
 
 def unsupported_step(spec: CellSpec, x: Tensor, h: Tensor, weights: Weights) -> str:
@@ -93,7 +100,7 @@ def unsupported_step(spec: CellSpec, x: Tensor, h: Tensor, weights: Weights) -> 
         return "" if is_faster_in_half(spec, x.shape[0], flat) else _FASTER
     if spec.gates != 1:
         return _FOR_OTHERS
-    if x.shape[0] * (flat[0].numel() + flat[1].numel()) <= _SMALL_RNN_STEP:
+    if is_small_rnn_step(x, flat):
         return ""
     return "" if records_gradient(LayerCall(spec, x, PADDED, h, None, weights)) else _FASTER
 

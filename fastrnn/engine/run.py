@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -81,26 +82,18 @@ def run_step(
     """
     if spec.gates == 1:
         if not choose.is_watched() and not torch_step.unsupported_step(spec, x, h, weights):
-            step: Any = spec.torch.torch_step
-            try:
-                return step(x, h, *weights.flat), None
-            except RuntimeError:
-                _explain_step(LayerCall(spec, x, PADDED, h, c, weights))
-                raise
+            return run_torch_step(spec, x, h, weights), None
         return _run_step_general_path(LayerCall(spec, x, PADDED, h, c, weights))
     rejection = None
     try:
-        if choose.may_use_fast_path() and type(x) is Tensor and x.dtype not in HALF:
-            # the operator checks no sizes of meta tensors
-            flat, slots = weights
-            if not (x.is_meta or flat[0].is_meta):
-                if torch.is_grad_enabled():
-                    _, h_n, c_n = kernel_layer(LayerCall(spec, x, PADDED, h, c, weights))
-                    return h_n, c_n
-                _, h_n, c_n, _ = forward_op(
-                    x, h, c, flat, slots, None, spec.name, spec.inference_outputs
-                )
-                return h_n, None if c is None else c_n
+        # the operator checks no sizes of meta tensors
+        if (
+            choose.may_use_fast_path()
+            and type(x) is Tensor
+            and not (x.is_meta or weights.flat[0].is_meta)
+            and x.dtype not in HALF
+        ):
+            return run_step_unchecked(spec, x, h, c, weights.flat, weights.slots)
     except Exception as error:
         raise_unless_rejected(error)
         rejection = error
@@ -109,6 +102,30 @@ def run_step(
     except Exception as error:
         if rejection is not None:
             error.__cause__ = rejection
+        raise
+
+
+def run_step_unchecked(
+    spec: CellSpec, x: Tensor, h: Tensor, c: Tensor | None, flat: Sequence[Tensor], slots: int
+) -> tuple[Tensor, Tensor | None]:
+    """Runs one step by the kernels; only the operator checks the arguments.
+
+    The caller has checked `choose.may_use_fast_path`, and that no tensor is a meta tensor.
+    """
+    if torch.is_grad_enabled():
+        _, h_n, c_n = kernel_layer(LayerCall(spec, x, PADDED, h, c, Weights(flat, slots)))
+        return h_n, c_n
+    _, h_n, c_n, _ = forward_op(x, h, c, flat, slots, None, spec.name, spec.inference_outputs)
+    return h_n, None if c is None else c_n
+
+
+def run_torch_step(spec: CellSpec, x: Tensor, h: Tensor, weights: Weights) -> Tensor:
+    """Runs torch's own step of an RNN. Explains its errors."""
+    step: Any = spec.torch.torch_step
+    try:
+        return step(x, h, *weights.flat)  # type: ignore[no-any-return]
+    except RuntimeError:
+        _explain_step(LayerCall(spec, x, PADDED, h, None, weights))
         raise
 
 

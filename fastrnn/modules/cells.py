@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor, nn
 
 from fastrnn import checks
 from fastrnn._torch_internals import is_scripting
-from fastrnn.engine.run import run_step
+from fastrnn.backends import torch_step
+from fastrnn.engine import choose
+from fastrnn.engine.run import run_step, run_step_unchecked, run_torch_step
 from fastrnn.modules.quantization_warning import warn_if_left_float
 from fastrnn.modules.scripted import script_slots
+from fastrnn.ops import HALF, raise_unless_rejected
 from fastrnn.spec import CELLS, MATRICES, CellSpec, Weights, slots_of
 from fastrnn.tracing import check_scriptable, leaf_call
 
@@ -19,6 +23,7 @@ __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 _Device = torch.device | str | int | None
 
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _ALL = slots_of(has_biases=True, has_projection=False)
 
 
@@ -50,21 +55,19 @@ class CellBase(nn.RNNCellBase):
     def _weights(self) -> Weights:
         """Returns the weights to compute with."""
         parameters = self._parameters
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = []
-        for name in names:
+        for name in _NAMES:
             # The dictionary is faster; weights of parametrizations and pruning are not in it.
             weight = parameters[name] if name in parameters else getattr(self, name)
             if weight is not None:
                 weights.append(weight)
-        if len(weights) == len(names):
+        if len(weights) == len(_NAMES):
             return Weights(weights, _ALL)
         return self._without_none()
 
     def _without_none(self) -> Weights:
         """Replaces a bias that is None by zeros, or drops both if both are None."""
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        w_ih, w_hh, b_ih, b_hh = [getattr(self, name) for name in names]
+        w_ih, w_hh, b_ih, b_hh = [getattr(self, name) for name in _NAMES]
         for name, weight in (("weight_ih", w_ih), ("weight_hh", w_hh)):
             if weight is None:
                 raise RuntimeError(f"{self._label}: {name} must be a tensor, got None.")
@@ -73,6 +76,54 @@ class CellBase(nn.RNNCellBase):
         zeros = w_hh.new_zeros(w_hh.shape[0])
         biases = [zeros if b_ih is None else b_ih, zeros if b_hh is None else b_hh]
         return Weights([w_ih, w_hh, *biases], _ALL)
+
+    def _run_fast_path(
+        self, spec: CellSpec, input: Tensor, h: Tensor | None, c: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Fast path: runs a batched step without the general checks. None if it does not apply.
+
+        Here only the operator, or torch's step, checks the arguments. If the operator rejects them,
+        the general path supports them or raises an error in torch's words. An LSTM passes both
+        states or none.
+        """
+        parameters = self._parameters
+        if not (
+            choose.may_use_fast_path()  # first, so that compiled code does not guard on the rest
+            and type(input) is Tensor
+            and input.dim() == 2
+            and (h is None or (type(h) is Tensor and h.dim() == 2))
+            and (c is None or type(c) is Tensor)
+            and tuple(parameters) == _NAMES  # neither parametrized nor pruned
+        ):
+            return None
+        flat: Any = list(parameters.values())
+        slots = _ALL
+        if flat[2] is None and flat[3] is None:
+            flat, slots = flat[:2], MATRICES
+        if NoneType in map(type, flat) or flat[0].is_meta or flat[1].is_meta or input.is_meta:
+            return None
+        if input.dtype in HALF:
+            return None
+        if h is None:
+            h = self._zeros(input)
+            c = h if spec.has_cell_state else None
+        elif spec.has_cell_state != (c is not None):
+            return None
+        if (
+            spec.gates == 1
+            and spec.torch.torch_step is not None
+            and input.is_cpu
+            and (
+                (torch.is_grad_enabled() and flat[0].requires_grad)
+                or torch_step.is_small_rnn_step(input, flat)
+            )
+        ):
+            return run_torch_step(spec, input, h, Weights(flat, slots)), None
+        try:
+            return run_step_unchecked(spec, input, h, c, flat, slots)
+        except Exception as error:
+            raise_unless_rejected(error)
+        return None
 
     def _check_dims(self, input: Tensor) -> bool:
         """Whether the input is batched; raises unless it is 1-D or 2-D."""
@@ -113,10 +164,13 @@ class CellBase(nn.RNNCellBase):
         return h_n if input.dim() == 2 else h_n.squeeze(0)
 
     def _one_state(self, spec: CellSpec, input: Tensor, hx: Tensor | None) -> Tensor:
-        node = leaf_call(self, input, hx)
-        if node is not None:
-            return node  # type: ignore[no-any-return]
         try:
+            quick = self._run_fast_path(spec, input, hx, None)
+            if quick is not None:
+                return quick[0]
+            node = leaf_call(self, input, hx)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
             is_batched = self._check_dims(input)
             if hx is not None and hx.dim() != input.dim():
                 raise checks.wrong_dims_error(self._label, "hx", "hidden", hx, input.dim())
@@ -266,10 +320,18 @@ class LSTMCell(CellBase):
         return h_n.squeeze(0), c_n.squeeze(0)
 
     def _two_states(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        node = leaf_call(self, input, hx)
-        if node is not None:
-            return node  # type: ignore[no-any-return]
         try:
+            states: Any = (None, None) if hx is None else hx
+            if hx is None or (
+                type(states) in (tuple, list) and len(states) == 2 and states[0] is not None
+            ):
+                h, c = states
+                quick = self._run_fast_path(CELLS["lstm"], input, h, c)
+                if quick is not None:
+                    return quick  # type: ignore[return-value]
+            node = leaf_call(self, input, hx)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
             is_batched = self._check_dims(input)
             if hx is not None:
                 if not isinstance(hx, (tuple, list)):

@@ -455,7 +455,11 @@ def test_plan_packs_weights_from_a_number_of_rows_on() -> None:
     assert (packed(3, 8, 64), packed(4, 8, 64)) == (False, True)
     assert (packed(1, 63, 64), packed(1, 64, 64)) == (False, True)
     assert (packed(12, 1, 640, proj=64), packed(13, 1, 640, proj=64)) == (False, True)
-    assert (packed(102, 1, 2000), packed(103, 1, 2000)) == (False, True)
+    # One sequence of an LSTM or GRU on an Intel CPU needs R^2 / 750 steps as well.
+    least = 350 if _C.cpu_vendor() == "intel" else 103
+    assert (packed(least - 1, 1, 2000), packed(least, 1, 2000)) == (False, True)
+    assert _C.plan("rnn_tanh", 103, 1, 64, 2000)["packed"]
+    assert packed(52, 2, 512)
     assert not packed(1, 64, 64, training=True)
     assert packed(15, 1, 64, training=True)
 

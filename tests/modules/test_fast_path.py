@@ -9,9 +9,10 @@ import pytest
 import torch
 from support import build, make_step, raised
 from torch import nn
+from torch.nn.utils import prune
 
 from fastrnn.engine import run
-from fastrnn.modules import base
+from fastrnn.modules import base, cells
 from fastrnn.spec import CELLS
 
 X = (5, 2, 3)
@@ -117,3 +118,33 @@ def test_lack_of_memory_is_a_failure() -> None:
     error = raised(lambda: build("gru", 1, 4)(x, torch.zeros(1).expand(1, 1 << 40, 4)))
     assert str(error).startswith("fastrnn: the call failed: ")
     assert error.__cause__ is None
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_sigmoid", "lstm", "gru"])
+def test_step_of_plain_tensors_skips_the_general_path(
+    monkeypatch: pytest.MonkeyPatch, cell: str
+) -> None:
+    """Also without biases and without states; the result is that of the general path."""
+    for bias in (True, False):
+        step, x, state = make_step(cell, 3, 4, bias=bias), torch.randn(2, 3), torch.randn(2, 4)
+        hx = (state, state) if cell == "lstm" else state
+        with monkeypatch.context() as general:
+            general.setattr(step, "_run_fast_path", lambda *_: None)
+            expected = step(x, hx), step(x)
+        with monkeypatch.context() as fast:
+            fast.setattr(cells, "leaf_call", lambda *_: pytest.fail("general path"))
+            found = step(x, hx), step(x)
+        torch.testing.assert_close(found, expected)
+
+
+def test_step_follows_a_weight_that_is_no_parameter() -> None:
+    step, x = make_step("gru", 3, 4), torch.randn(2, 3)
+    prune.random_unstructured(step, "weight_hh", 0.5)
+    expected = nn.GRUCell.forward(step, x)  # type: ignore[arg-type]
+    torch.testing.assert_close(step(x), expected)
+
+
+def test_step_rejects_states_of_none() -> None:
+    step, x, h = make_step("lstm", 3, 4), torch.randn(2, 3), torch.zeros(2, 4)
+    for hx in ((None, None), (None, h), (h, None)):
+        assert "hx[" in str(raised(lambda hx=hx: step(x, hx)))
