@@ -21,7 +21,7 @@ WHOLE_STACK = False
 # Bounds on the work of a step: B times the number of values in w_ih and w_hh. Measured on an AMD
 # EPYC (Zen 5); MKL's products are faster on an Intel Xeon (Emerald Rapids).
 # torch's step up to here, for an RNN in float32 or float64; no bound if a gradient is recorded
-_SMALL_RNN_STEP = 1 << (15 if _C.cpu_vendor() == "amd" else 20)
+_SMALL_RNN_STEP = 1 << (20 if _C.cpu_vendor() == "intel" else 15)
 _SMALL_AUTOCAST_STEP = 1 << 15  # torch's step up to here, for an RNN in a half type or autocast
 _SMALL_HALF_STEP = 1 << 11  # torch's step up to here, for a GRU or LSTM in a half type
 _LARGE_HALF_STEP = 1 << 18  # torch's step above, for every cell in a half type or under autocast
