@@ -14,19 +14,21 @@ from fastrnn.explanation import Explanation, explain
 from fastrnn.modules import *
 from fastrnn.modules import cells as _cells
 from fastrnn.modules import rnn as _rnn
-from fastrnn.quantization import quantization_mapping
+from fastrnn.quantization import QuantizedRecurrent, quantization_mapping, quantize
 
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
     "ConversionReport",
     "Explanation",
+    "QuantizedRecurrent",
     "__version__",
     "convert",
     "explain",
     "functional",
     "patch",
     "quantization_mapping",
+    "quantize",
     "unpatch",
 ]
 __all__ += _cells.__all__

@@ -1,18 +1,85 @@
-"""Dynamic quantization of fastrnn's modules by torch's own quantized modules."""
+"""int8 inference: by fastrnn's own kernels, and by torch's quantized modules."""
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from fastrnn.modules import GRU, LSTM, GRUCell, LSTMCell, RNNCell
+from fastrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastrnn.modules.base import RecurrentBase
+from fastrnn.modules.quantized import QuantizedRecurrent
 
-__all__ = ["quantization_mapping"]
+__all__ = ["QuantizedRecurrent", "quantization_mapping", "quantize"]
+
+_LAYERS = (RNN, LSTM, GRU)
 
 _CLASSES = (LSTM, GRU, LSTMCell, GRUCell, RNNCell)
+
+
+def quantize(module: nn.Module) -> nn.Module:
+    """Returns a copy of a module whose fastrnn layers have int8 weights, for inference on the CPU.
+
+        quantized = fastrnn.quantize(model)
+        with torch.inference_mode():
+            output, hidden = quantized(input)
+
+    Replaces every `fastrnn.RNN`, `LSTM` and `GRU` in the module, or the module itself, by a
+    `QuantizedRecurrent`, which is called in the same way. All other modules are copied. Nothing is
+    calibrated. docs/int8.md describes the rounding, its error and its speed.
+
+    The copy is in eval mode and cannot be trained. A weight that a parametrization or pruning
+    computes is quantized with its current value. Hooks of the layers are not copied. A UserWarning
+    names subclasses of fastrnn's layers, which keep their class and their float weights.
+
+    To load a stored copy, quantize a module with the same options and load its ``state_dict``.
+
+    Args:
+        module: any module with fastrnn layers on the CPU. `fastrnn.convert` turns torch's layers
+            into fastrnn's.
+
+    Raises:
+        TypeError: ``module`` is not a ``torch.nn.Module``.
+        ValueError: it holds no fastrnn layer, or a weight is not finite.
+        NotImplementedError: a layer has a projection.
+        RuntimeError: a weight is not on the CPU.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"quantize: module must be a torch.nn.Module, got {type(module).__name__}.")
+    replacements: dict[int, QuantizedRecurrent] = {}
+    for name, part in module.named_modules():
+        if not isinstance(part, RecurrentBase):
+            continue
+        if _is_plain(part):
+            replacements[id(part)] = QuantizedRecurrent(part)
+        else:
+            warnings.warn(
+                f"fastrnn.quantize: {name or '(the module itself)'} keeps its float weights: its "
+                f"class {type(part).__name__} is a subclass and may rely on them",
+                stacklevel=2,
+            )
+    if not replacements:
+        raise ValueError(
+            "quantize: module must hold a fastrnn.RNN, LSTM or GRU, got none. fastrnn.convert "
+            "turns torch's layers into fastrnn's."
+        )
+    # deepcopy takes the copies of these layers from its memo
+    memo: dict[int, Any] = dict(replacements)
+    result: nn.Module = copy.deepcopy(module, memo)
+    return result.eval()
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's class is fastrnn's own, perhaps with parametrized weights."""
+    cls = type(layer)
+    if parametrize.is_parametrized(layer) and len(cls.__bases__) == 1:
+        cls = cls.__bases__[0]
+    return cls in _LAYERS
 
 
 def quantization_mapping() -> dict[Callable[..., Any], Any]:

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/api.h"
+#include "cpu/int8.h"
 #include "cpu/panels.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/cache.h"
@@ -135,6 +136,35 @@ void set_l2_kb(const std::optional<int>& kilobytes) {
   cpu::set_slow_cache_boundary(kilobytes ? std::int64_t(*kilobytes) * 1024 : -1);
 }
 
+// sum_k bytes q - zero_points sums of the kernels in use, as the bytes of int32 [rows, gates, 16].
+py::bytes int8_sums(const std::string& bytes, const std::vector<std::int32_t>& zero_points,
+                    const std::string& panel, int gates) {
+  const auto rows = std::int64_t(zero_points.size());
+  const std::int64_t width = gates * kInt8Units;
+  if (gates != 1 && gates != 3 && gates != 4)
+    throw py::value_error("gates must be 1, 3 or 4, got " + std::to_string(gates));
+  const std::int64_t quads = std::int64_t(panel.size()) / (width * kInt8Depth);
+  check_size("the number of zero points", rows, 1);
+  check_size("the number of columns", quads * kInt8Depth, 1, kInt8MostColumns);
+  if (std::int64_t(panel.size()) != quads * width * kInt8Depth ||
+      std::int64_t(bytes.size()) != rows * quads * kInt8Depth)
+    throw py::value_error("panel must hold whole columns, and bytes as many columns per row");
+  for (const std::int32_t zero_point : zero_points) check_size("a zero point", zero_point, 0, 255);
+  std::vector<std::int32_t> sums(std::size_t(width), 0);
+  for (std::size_t i = 0; i < panel.size(); ++i)
+    sums[i / kInt8Depth % std::size_t(width)] += static_cast<std::int8_t>(panel[i]);
+  std::vector<std::int32_t> out(std::size_t(rows * width));
+  cpu::int8_sums(reinterpret_cast<const std::uint8_t*>(bytes.data()), zero_points.data(), rows,
+                 reinterpret_cast<const std::int8_t*>(panel.data()), sums.data(), quads, gates,
+                 out.data());
+  return py::bytes(reinterpret_cast<const char*>(out.data()), out.size() * sizeof(out[0]));
+}
+
+void set_int8_kernels(const std::optional<std::string>& name) {
+  if (!cpu::set_int8_kernels(name.value_or("")))
+    throw py::value_error("name must be one of available_int8_kernels(), got '" + *name + "'");
+}
+
 }  // namespace
 
 void define_testing(py::module_& m) {
@@ -155,6 +185,15 @@ void define_testing(py::module_& m) {
   m.def("set_l2_kb", &set_l2_kb, py::arg("kilobytes"),
         "Makes plans for an L2 of this size before a slow L3; 0: for a fast L3; None: for this "
         "machine.");
+  m.def("available_int8_kernels", &cpu::available_int8_kernels,
+        "Int8 kernels that this machine can run, the slowest first.");
+  m.def("int8_kernels_in_use", &cpu::int8_kernels_in_use, "The int8 kernels in use.");
+  m.def("set_int8_kernels", &set_int8_kernels, py::arg("name"),
+        "Forces int8 kernels; None restores the fastest ones of the instruction set in use.");
+  m.def("int8_sums", &int8_sums, py::arg("bytes"), py::arg("zero_points"), py::arg("panel"),
+        py::arg("gates"),
+        "Integer sums of the int8 kernels in use for rows of bytes and one block of a panel, as "
+        "the bytes of int32 [rows, gates, 16].");
   m.def("fresh_buffers", &cpu::fresh_buffers,
         "Number of CPU buffers that were allocated since the process started.");
 }

@@ -2,6 +2,8 @@
 // instruction set in use on a team of threads.
 #include <stdexcept>
 
+#include "cpu/int8.h"
+#include "cpu/isa/int8.h"
 #include "cpu/panels.h"
 #include "cpu/plan.h"
 #include "cpu/runtime/buffer_cache.h"
@@ -76,6 +78,22 @@ struct GradientPass {
                 int rank) const {
     walks.of[int(problem.shape.cell)].gradients(problem, plan, GradientLayout(problem.shape, plan),
                                                 workspace, team, rank);
+  }
+};
+
+struct Int8Pass {
+  using Value = char;
+  using Problem = Int8Forward;
+
+  const Int8Kernels& kernels;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    return Int8Layout(shape, plan).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, char* workspace, Team& team,
+                int rank) const {
+    kernels.forward[int(problem.shape.cell)](problem, plan, Int8Layout(problem.shape, plan),
+                                             workspace, team, rank);
   }
 };
 
@@ -179,6 +197,37 @@ void run(const PassOf& pass, const typename PassOf::Problem* problems, int count
     Job<PassOf>(pass, problems + done, plan.together, plans).run(parallel_for);
 }
 
+// Ranks share the units of a direction. Two directions run at the same time if there are threads
+// for both: no rank, or only half of them, then waits for the others.
+Plan int8_plan(const LayerShape& shape, int threads, int directions) {
+  // As many multiply-adds as kMinStepWork in float32 take four times as little time here.
+  constexpr std::int64_t kMinInt8StepWork = 4 * kMinStepWork;
+  // Rows of x whose pre-activations stay in a private cache together with the weights.
+  constexpr std::int64_t kChunkRows = 96;
+  const int bound = max_threads();
+  if (bound > 0) threads = std::min(threads, bound);
+  Plan plan{};
+  plan.isa = isa().name;
+  plan.element_bytes = 1;
+  plan.vector_lanes = int(kInt8Units);
+  plan.together = directions > 1 && threads > 1 ? 2 : 1;
+  const std::int64_t work = call_work(shape, Pass::kForward);
+  const std::int64_t steps = std::max<std::int64_t>(shape.sequence.steps, 1);
+  const std::int64_t most = std::max<std::int64_t>(
+      std::min<std::int64_t>({threads / plan.together, kMaxTeam, int8_blocks(shape.hidden_size)}),
+      1);
+  plan.threads = work < kMinCallWork
+                     ? 1
+                     : int(std::clamp<std::int64_t>(work / steps / kMinInt8StepWork, 1, most));
+  if (work < 4 * kMinCallWork) plan.together = 1;
+  plan.row_groups = 1;
+  plan.unit_groups = plan.threads;
+  plan.unit_vectors = 1;
+  plan.packed = true;
+  plan.chunk_rows = std::max(shape.sequence.batch, kChunkRows);
+  return plan;
+}
+
 // Runs two layers of a stack at the same time. Returns false, having done nothing, if that is
 // slower or too few threads are free.
 template <class T>
@@ -245,6 +294,18 @@ void gradients(const LayerGradients<T>* directions, int count, int threads,
                ParallelFor parallel_for) {
   run(GradientPass<T>{isa().walks<T>()}, directions, count, WeightFormat::kNative, threads,
       parallel_for);
+}
+
+void int8_forward(const Int8Forward* directions, int count, int threads, ParallelFor parallel_for) {
+  const LayerShape& shape = directions[0].shape;
+  if (is_forked() && call_work(shape, Pass::kForward) < kMinForkedWork) threads = 1;
+  Plan plan = int8_plan(shape, threads, count);
+  const int wanted = plan.threads * plan.together;
+  const ThreadReservation reservation = reserve_threads(wanted, threads);
+  if (reservation.threads() < wanted) plan = int8_plan(shape, reservation.threads(), count);
+  const Plan plans[kMaxDirections] = {plan, plan};
+  for (int done = 0; done < count; done += plan.together)
+    Job<Int8Pass>({int8_kernels()}, directions + done, plan.together, plans).run(parallel_for);
 }
 
 std::int64_t panel_size(const LayerShape& shape, const Plan& plan) {

@@ -17,21 +17,6 @@ inline int64_t checked_product(int64_t a, int64_t b) {
   return a * b;
 }
 
-// A storage may have been resized after a tensor was made in it.
-inline void check_memory(const char* name, const Tensor& t, int64_t value_bytes) {
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  int64_t offset = 0, bytes = 0;
-  check_torch(aoti_torch_get_storage_offset(t.get(), &offset));
-  check_torch(aoti_torch_get_storage_size(t.get(), &bytes));
-  int64_t values = offset + 1;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] == 0) return;
-    values += (sizes[i] - 1) * strides[i];
-  }
-  FASTRNN_CHECK(values <= bytes / value_bytes, name, " must have memory for all of its ", values,
-                " values, got a storage of ", bytes, " bytes.");
-}
 template <class Expected>
 void check_sizes(const char* name, const Tensor& t, const Expected& expected) {
   const auto sizes = t.sizes();
@@ -44,14 +29,6 @@ void check_sizes(const char* name, const Tensor& t, const Expected& expected) {
 inline void check_sizes(const char* name, const Tensor& t,
                         std::initializer_list<int64_t> expected) {
   check_sizes<std::initializer_list<int64_t>>(name, t, expected);
-}
-
-const CellInfo* find_cell(const std::string& name) {
-  std::string known;
-  for (const CellInfo& info : kCells)
-    if (name == info.name) return &info;
-  for (const CellInfo& info : kCells) known += (known.empty() ? "" : ", ") + std::string(info.name);
-  throw_error("cell must be one of ", known, ", got '", name, "'.");
 }
 
 std::string slot_names(int64_t slots) {
@@ -72,6 +49,48 @@ void check_slots(int64_t slots) {
 }
 
 }  // namespace
+
+void check_memory(const char* name, const Tensor& t, int64_t value_bytes) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t offset = 0, bytes = 0;
+  check_torch(aoti_torch_get_storage_offset(t.get(), &offset));
+  check_torch(aoti_torch_get_storage_size(t.get(), &bytes));
+  int64_t values = offset + 1;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return;
+    values += (sizes[i] - 1) * strides[i];
+  }
+  FASTRNN_CHECK(values <= bytes / value_bytes, name, " must have memory for all of its ", values,
+                " values, got a storage of ", bytes, " bytes.");
+}
+
+const CellInfo* find_cell(const std::string& name) {
+  std::string known;
+  for (const CellInfo& info : kCells)
+    if (name == info.name) return &info;
+  for (const CellInfo& info : kCells) known += (known.empty() ? "" : ", ") + std::string(info.name);
+  throw_error("cell must be one of ", known, ", got '", name, "'.");
+}
+
+std::vector<int64_t> packed_step_rows(const Tensor& batch_sizes, int64_t batch) {
+  FASTRNN_CHECK(batch_sizes.dim() == 1 && batch_sizes.is_cpu() &&
+                    dtype_code(batch_sizes) == aoti_torch_dtype_int64(),
+                "batch_sizes must be a 1-D int64 tensor on the CPU, got another.");
+  check_memory("batch_sizes", batch_sizes, value_bytes(ScalarType::Long));
+  const Tensor sizes = as_contiguous(batch_sizes);
+  const int64_t steps = sizes.size(0);
+  const auto* values = static_cast<const int64_t*>(sizes.const_data_ptr());
+  std::vector<int64_t> rows(values, values + steps);
+  int64_t before = batch;
+  for (int64_t t = 0; t < steps; ++t) {
+    FASTRNN_CHECK(rows[t] > 0 && rows[t] <= before && (t > 0 || rows[0] == batch),
+                  "batch_sizes must start with the batch size ", batch,
+                  ", be positive and not increase, got ", rows[t], " at step ", t, ".");
+    before = rows[t];
+  }
+  return rows;
+}
 
 LayerArguments::LayerArguments(const char* data_name, const Tensor& data, const Tensor& h0_,
                                const std::optional<Tensor>& c0_, const std::vector<Tensor>& weights,
@@ -180,23 +199,10 @@ void LayerArguments::read_padded(const char* data_name, const Tensor& data) {
 
 void LayerArguments::read_packed(const char* data_name, const Tensor& data,
                                  const Tensor& batch_sizes) {
-  FASTRNN_CHECK(batch_sizes.dim() == 1 && batch_sizes.is_cpu() &&
-                    dtype_code(batch_sizes) == aoti_torch_dtype_int64(),
-                "batch_sizes must be a 1-D int64 tensor on the CPU, got another.");
-  check_memory("batch_sizes", batch_sizes, value_bytes(ScalarType::Long));
-  const Tensor sizes = as_contiguous(batch_sizes);
-  steps = sizes.size(0);
-  const auto* values = static_cast<const int64_t*>(sizes.const_data_ptr());
-  step_rows.assign(values, values + steps);
+  step_rows = packed_step_rows(batch_sizes, batch);
+  steps = int64_t(step_rows.size());
   rows = 0;
-  int64_t before = batch;
-  for (int64_t t = 0; t < steps; ++t) {
-    FASTRNN_CHECK(step_rows[t] > 0 && step_rows[t] <= before && (t > 0 || step_rows[0] == batch),
-                  "batch_sizes must start with the batch size ", batch,
-                  ", be positive and not increase, got ", step_rows[t], " at step ", t, ".");
-    before = step_rows[t];
-    rows = std::min(rows + step_rows[t], kMostValues);
-  }
+  for (const int64_t count : step_rows) rows = std::min(rows + count, kMostValues);
   FASTRNN_CHECK(rows == data.size(0), data_name, " must have the ", rows,
                 " rows that batch_sizes add up to, got ", data.size(0), ".");
 }

@@ -140,6 +140,13 @@ struct LayerArguments {
   void check_products() const;
 };
 
+// Checks that a tensor's storage holds all of its values: it may have been resized afterwards.
+void check_memory(const char* name, const Tensor& t, int64_t value_bytes);
+// Returns the cell of this name.
+const CellInfo* find_cell(const std::string& name);
+// Returns the checked number of rows of each step of a packed batch of `batch` sequences.
+std::vector<int64_t> packed_step_rows(const Tensor& batch_sizes, int64_t batch);
+
 // Checks the last dimension of x.
 void check_input(const LayerArguments& layer, const Tensor& x);
 

@@ -330,6 +330,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kGradientsSchema);
   m.def(fastrnn::kBidirectionalGradientsSchema);
   m.def(fastrnn::kStackSchema);
+  m.def(fastrnn::kInt8Schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

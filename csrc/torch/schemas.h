@@ -45,5 +45,12 @@ constexpr const char* kBidirectionalGradientsSchema =
     "-> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, "
     "Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, "
     "Tensor d_w_ih_reverse, Tensor d_w_hh_reverse, Tensor d_b_ih_reverse, Tensor d_b_hh_reverse)";
+// CPU only: inference of one layer with int8 weights, without gradients. x, h0 and c0 are float32.
+// weights holds 7 tensors per direction (problem/int8_layer.h): panels [ceil(H/16), ceil(K/4), G,
+// 16, 4] of w_ih and of w_hh, then scales_ih, scales_hh (float32) and sums_ih, sums_hh (int32)
+// [ceil(H/16), G, 16], and the bias [ceil(H/16), Q, 16].
+constexpr const char* kInt8Schema =
+    "recurrent_int8(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
+    "str cell) -> (Tensor y, Tensor h_n, Tensor c_n)";
 
 }  // namespace fastrnn

@@ -1,0 +1,33 @@
+// The int8 kernels of one instruction set: a row of the table in cpu/isa/int8_dispatch.cpp.
+#pragma once
+
+#include "cpu/kernels/int8/forward.h"
+
+#if !defined(FASTRNN_INT8_OWNER)
+#define FASTRNN_INT8_OWNER FASTRNN_ISA
+#endif
+#define FASTRNN_INT8_QUOTED_NAME(name) #name
+#define FASTRNN_INT8_QUOTED(name) FASTRNN_INT8_QUOTED_NAME(name)
+
+FASTRNN_KERNELS_BEGIN
+
+template <class Cell, bool kBounded>
+void int8_forward_rank(const Int8Forward& problem, const Plan& plan, const Int8Layout& layout,
+                       char* workspace, Team& team, int rank) {
+  Int8Walk<Cell, kBounded>(problem, plan, layout, workspace, team, rank).run();
+}
+
+extern const Int8Kernels kInt8Kernels;
+const Int8Kernels kInt8Kernels = {
+    FASTRNN_INT8_QUOTED(FASTRNN_ISA),
+    FASTRNN_INT8_QUOTED(FASTRNN_INT8_OWNER),
+    {
+#define FASTRNN_CELL(kind, name, type) \
+  int8_forward_rank<type, Int8Layout::has_bounded_state(CellKind::kind)>,
+        FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+    },
+    int8_sums_of,
+};
+
+FASTRNN_KERNELS_END
