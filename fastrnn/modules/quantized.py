@@ -63,6 +63,7 @@ class QuantizedRecurrent(nn.Module):
         self.bias = layer.bias
         self.batch_first = layer.batch_first
         self.bidirectional = layer.bidirectional
+        self._names = [[key + suffix for key in Int8Weights._fields] for suffix in self._suffixes()]
         widest = max(self.input_size, self.hidden_size * self._directions)
         if widest > MOST_COLUMNS:
             raise ValueError(
@@ -215,6 +216,17 @@ class QuantizedRecurrent(nn.Module):
         self, name: str, t: Any, width: int | None = None, dtype: torch.dtype | None = None
     ) -> None:
         """Raises unless a tensor can be computed with."""
+        if (  # nearly always
+            type(t) is Tensor
+            and t.dtype == torch.float32
+            and t.is_cpu
+            and t.layout == torch.strided
+            and not t.requires_grad
+            and (dtype is None or dtype == torch.float32)
+            and (width is not None or t.shape[-1:] == (self.input_size,))
+            and not t.is_nested
+        ):
+            return
         if not isinstance(t, Tensor):
             expected = "a tensor or a PackedSequence" if name == "input" else "a tensor"
             self._raise(name, expected, describe(t), TypeError)
@@ -251,22 +263,19 @@ class QuantizedRecurrent(nn.Module):
             )
             return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
         directions, spec = self._directions, BY_MODE[self.mode]
-        suffixes = self._suffixes()
+        buffers: Any = self._buffers  # faster than nn.Module.__getattr__
+        if self.num_layers == 1:
+            weights = [buffers[name] for names in self._names for name in names]
+            return int8_layer(spec, x, h0, c0, weights, batch_sizes)
         h_n, c_n = [], []
         for layer in range(self.num_layers):
             states = slice(layer * directions, (layer + 1) * directions)
-            weights = [
-                getattr(self, key + suffix)
-                for suffix in suffixes[states]
-                for key in Int8Weights._fields
-            ]
+            weights = [buffers[name] for names in self._names[states] for name in names]
             c = None if c0 is None else c0[states]
             x, h, c = int8_layer(spec, x, h0[states], c, weights, batch_sizes)
             h_n.append(h)
             if c is not None:
                 c_n.append(c)
-        if self.num_layers == 1:
-            return x, h_n[0], c_n[0] if c_n else None
         return x, torch.cat(h_n), torch.cat(c_n) if c_n else None
 
 
