@@ -136,7 +136,7 @@ class QuantizedRecurrent(nn.Module):
         blocks, quads, gates, _, _ = panels.shape
         integers = panels.permute(2, 0, 3, 1, 4).reshape(gates, blocks * UNITS, quads * DEPTH)
         by_gate = scales.permute(1, 0, 2).reshape(gates, blocks * UNITS, 1)
-        rows = (integers.float() * by_gate)[:, : self.hidden_size, :columns]
+        rows: Tensor = (integers.float() * by_gate)[:, : self.hidden_size, :columns]
         return rows.reshape(gates * self.hidden_size, columns)
 
     def forward(self, input: Any, hx: _State = None) -> Any:
@@ -198,7 +198,7 @@ class QuantizedRecurrent(nn.Module):
         if has_cell_state:
             if not isinstance(hx, (tuple, list)) or len(hx) != 2:
                 self._raise("hx", "a tuple of two tensors, h and c", describe(hx), TypeError)
-            names = ("hx[0]", "hx[1]")
+            names: tuple[str, ...] = ("hx[0]", "hx[1]")
         else:
             names, hx = ("hx",), (hx,)
         states = []
@@ -267,16 +267,17 @@ class QuantizedRecurrent(nn.Module):
         if self.num_layers == 1:
             weights = [buffers[name] for names in self._names for name in names]
             return int8_layer(spec, x, h0, c0, weights, batch_sizes)
-        h_n, c_n = [], []
+        last_h: list[Tensor] = []
+        last_c: list[Tensor] = []
         for layer in range(self.num_layers):
             states = slice(layer * directions, (layer + 1) * directions)
             weights = [buffers[name] for names in self._names[states] for name in names]
             c = None if c0 is None else c0[states]
             x, h, c = int8_layer(spec, x, h0[states], c, weights, batch_sizes)
-            h_n.append(h)
+            last_h.append(h)
             if c is not None:
-                c_n.append(c)
-        return x, torch.cat(h_n), torch.cat(c_n) if c_n else None
+                last_c.append(c)
+        return x, torch.cat(last_h), torch.cat(last_c) if last_c else None
 
 
 def _check_weight(name: str, weight: Tensor) -> None:
