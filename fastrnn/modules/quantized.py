@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -136,8 +136,9 @@ class QuantizedRecurrent(nn.Module):
         blocks, quads, gates, _, _ = panels.shape
         integers = panels.permute(2, 0, 3, 1, 4).reshape(gates, blocks * UNITS, quads * DEPTH)
         by_gate = scales.permute(1, 0, 2).reshape(gates, blocks * UNITS, 1)
-        rows: Tensor = (integers.float() * by_gate)[:, : self.hidden_size, :columns]
-        return rows.reshape(gates * self.hidden_size, columns)
+        rows = (integers.float() * by_gate)[:, : self.hidden_size, :columns]
+        result: Tensor = rows.reshape(gates * self.hidden_size, columns)
+        return result
 
     def forward(self, input: Any, hx: _State = None) -> Any:
         """Runs the layers over ``input`` from the state ``hx``, like the original layer.
@@ -198,9 +199,9 @@ class QuantizedRecurrent(nn.Module):
         if has_cell_state:
             if not isinstance(hx, (tuple, list)) or len(hx) != 2:
                 self._raise("hx", "a tuple of two tensors, h and c", describe(hx), TypeError)
-            names: tuple[str, ...] = ("hx[0]", "hx[1]")
+            names = ["hx[0]", "hx[1]"]
         else:
-            names, hx = ("hx",), (hx,)
+            names, hx = ["hx"], (hx,)
         states = []
         for name, state in zip(names, hx, strict=True):
             self._check_tensor(name, state, width=self.hidden_size, dtype=x.dtype)
@@ -250,7 +251,7 @@ class QuantizedRecurrent(nn.Module):
 
     def _raise(
         self, name: str, expected: str, actual: str, kind: type[Exception] = RuntimeError
-    ) -> None:
+    ) -> NoReturn:
         raise kind(f"{self._get_name()}: {name} must be {expected}, got {actual}.")
 
     def _run(
@@ -267,17 +268,17 @@ class QuantizedRecurrent(nn.Module):
         if self.num_layers == 1:
             weights = [buffers[name] for names in self._names for name in names]
             return int8_layer(spec, x, h0, c0, weights, batch_sizes)
-        last_h: list[Tensor] = []
-        last_c: list[Tensor] = []
+        final_h: list[Tensor] = []
+        final_c: list[Tensor] = []
         for layer in range(self.num_layers):
             states = slice(layer * directions, (layer + 1) * directions)
             weights = [buffers[name] for names in self._names[states] for name in names]
             c = None if c0 is None else c0[states]
             x, h, c = int8_layer(spec, x, h0[states], c, weights, batch_sizes)
-            last_h.append(h)
+            final_h.append(h)
             if c is not None:
-                last_c.append(c)
-        return x, torch.cat(last_h), torch.cat(last_c) if last_c else None
+                final_c.append(c)
+        return x, torch.cat(final_h), torch.cat(final_c) if final_c else None
 
 
 def _check_weight(name: str, weight: Tensor) -> None:

@@ -4,6 +4,5 @@
 #define FASTRNN_TARGET "avx2,fma,f16c"
 #define FASTRNN_VECTOR_BYTES 32
 #define FASTRNN_REGISTERS 16
-#include "cpu/kernels/int8/table.h"
 #include "cpu/kernels/table.h"
 #endif

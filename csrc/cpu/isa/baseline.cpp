@@ -6,5 +6,4 @@
 #else
 #define FASTRNN_REGISTERS 16
 #endif
-#include "cpu/kernels/int8/table.h"
 #include "cpu/kernels/table.h"

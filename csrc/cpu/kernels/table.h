@@ -2,6 +2,7 @@
 // table.
 #pragma once
 
+#include "cpu/kernels/int8/table.h"
 #include "cpu/kernels/peak.h"
 #include "cpu/kernels/product/formats.h"
 #include "cpu/kernels/schedule/backward.h"
