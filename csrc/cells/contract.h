@@ -23,9 +23,10 @@
 //   kBackwardReadsNextH  backward reads next_state[0]
 //   kDirectPath          h reaches h' around the recurrent product: backward writes d_state[0].
 //                        Otherwise backward leaves it alone.
+//   kBoundedState        |h'| is at most max(1, |h|): h can be rounded with one scale for all steps
 //   kProjects            a layer may multiply h' by w_hr (an LSTM's projection). The recurrent
-//   state
-//                        then has R columns, so such a cell must not read h and has no direct path.
+//                        state then has R columns, so such a cell must not read h and has no direct
+//                        path.
 //
 // A schedule loads only what the flags name; the other entries of an array are zero.
 #pragma once

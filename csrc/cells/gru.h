@@ -19,6 +19,7 @@ struct Gru {
   static constexpr bool kBackwardReadsH = true;
   static constexpr bool kBackwardReadsNextH = false;
   static constexpr bool kDirectPath = true;
+  static constexpr bool kBoundedState = true;  // h' is between n and h
   static constexpr bool kProjects = false;
 
   // r = sigmoid(pre_r)   z = sigmoid(pre_z)   n = tanh(xn + r hn)   h' = n + z (h - n)

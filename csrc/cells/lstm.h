@@ -19,6 +19,7 @@ struct Lstm {
   static constexpr bool kBackwardReadsH = false;
   static constexpr bool kBackwardReadsNextH = false;
   static constexpr bool kDirectPath = false;
+  static constexpr bool kBoundedState = true;  // h' = o tanh(c')
   static constexpr bool kProjects = true;
 
   // i = sigmoid(pre_i)  f = sigmoid(pre_f)  g = tanh(pre_g)  o = sigmoid(pre_o)

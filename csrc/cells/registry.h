@@ -29,15 +29,17 @@ struct CellInfo {
   int pre;           // Q, per unit
   int saved;         // S, per unit and step
   int states;        // 1: h; 2: h and c
+  bool bounded;      // |h'| <= max(1, |h|)
   bool projects;     // may have a projection
   const int* pre_x;  // [G]
   const int* pre_h;  // [G]
 };
 
 inline constexpr CellInfo kCells[] = {
-#define FASTRNN_CELL(kind, name, type)                                                          \
-  CellInfo{CellKind::kind,  name,        type::kGates, type::kPre, type::kSaved, type::kStates, \
-           type::kProjects, type::kPreX, type::kPreH},
+#define FASTRNN_CELL(kind, name, type)                                          \
+  CellInfo{CellKind::kind, name,          type::kGates,        type::kPre,      \
+           type::kSaved,   type::kStates, type::kBoundedState, type::kProjects, \
+           type::kPreX,    type::kPreH},
     FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
 };

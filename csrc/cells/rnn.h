@@ -8,7 +8,8 @@
 namespace fastrnn::cells {
 
 // f as apply(x), and the gradient d f'(x) at x for a gradient d at y = f(x), computed from y.
-struct Tanh {  // f' = 1 - y^2
+struct Tanh {                               // f' = 1 - y^2
+  static constexpr bool kIsBounded = true;  // |f| <= 1
   template <class A>
   static FASTRNN_HD A apply(A x) {
     return tanh(x);
@@ -22,6 +23,7 @@ struct Tanh {  // f' = 1 - y^2
 // f' = 0 where y <= 0, else 1. Selects instead of multiplying: as in torch, a NaN y passes d on,
 // and 0 drops an infinite d.
 struct Relu {
+  static constexpr bool kIsBounded = false;
   template <class A>
   static FASTRNN_HD A apply(A x) {
     return relu(x);
@@ -33,7 +35,8 @@ struct Relu {
   }
 };
 
-struct Sigmoid {  // f' = y (1 - y)
+struct Sigmoid {                            // f' = y (1 - y)
+  static constexpr bool kIsBounded = true;  // |f| <= 1
   template <class A>
   static FASTRNN_HD A apply(A x) {
     return sigmoid(x);
@@ -57,6 +60,7 @@ struct Rnn {
   static constexpr bool kBackwardReadsH = false;
   static constexpr bool kBackwardReadsNextH = true;
   static constexpr bool kDirectPath = false;
+  static constexpr bool kBoundedState = F::kIsBounded;
   static constexpr bool kProjects = false;
 
   // h' = f(a)

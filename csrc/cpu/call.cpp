@@ -84,6 +84,7 @@ struct GradientPass {
 struct Int8Pass {
   using Value = char;
   using Problem = Int8Forward;
+  static constexpr Pass kPass = Pass::kForward;
 
   const Int8Kernels& kernels;
 
@@ -181,52 +182,32 @@ ThreadReservation reserve_threads(int wanted, int threads) {
   return ThreadReservation(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
 }
 
-template <class PassOf>
-void run(const PassOf& pass, const typename PassOf::Problem* problems, int count,
-         WeightFormat allowed_format, int threads, ParallelFor parallel_for) {
-  constexpr int kBytes = sizeof(typename PassOf::Value);
-  const LayerShape& shape = problems[0].shape;
-  if (is_forked() && call_work(shape, PassOf::kPass) < kMinForkedWork) threads = 1;
-  Plan plan = make_plan(shape, PassOf::kPass, kBytes, threads, count, allowed_format);
+// plan_for(threads): the plan for up to so many threads.
+template <class PassOf, class PlanFor>
+void run(const PassOf& pass, const typename PassOf::Problem* problems, int count, int threads,
+         ParallelFor parallel_for, const PlanFor& plan_for) {
+  if (is_forked() && call_work(problems[0].shape, PassOf::kPass) < kMinForkedWork) threads = 1;
+  Plan plan = plan_for(threads);
   const int wanted = plan.threads * plan.together;
   const ThreadReservation reservation = reserve_threads(wanted, threads);
-  if (reservation.threads() < wanted)
-    plan = make_plan(shape, PassOf::kPass, kBytes, reservation.threads(), count, allowed_format);
+  if (reservation.threads() < wanted) plan = plan_for(reservation.threads());
   const Plan plans[kMaxDirections] = {plan, plan};
   for (int done = 0; done < count; done += plan.together)
     Job<PassOf>(pass, problems + done, plan.together, plans).run(parallel_for);
 }
 
-// Ranks share the units of a direction. Two directions run at the same time if there are threads
-// for both: no rank, or only half of them, then waits for the others.
-Plan int8_plan(const LayerShape& shape, int threads, int directions) {
-  // Minimum multiply-adds per thread and step. LSTM of 128 units, batch 1, on an Intel Xeon with
-  // VNNI: 1.3 us per step on one thread and no less on two; of 256 units: 1.2 times as fast on two.
-  constexpr std::int64_t kMinInt8StepWork = 16 * kMinStepWork;
-  // Rows of x whose pre-activations stay in a private cache together with the weights.
-  constexpr std::int64_t kChunkRows = 96;
+template <class PassOf>
+void run(const PassOf& pass, const typename PassOf::Problem* problems, int count,
+         WeightFormat allowed_format, int threads, ParallelFor parallel_for) {
+  run(pass, problems, count, threads, parallel_for, [&](int granted) {
+    return make_plan(problems[0].shape, PassOf::kPass, sizeof(typename PassOf::Value), granted,
+                     count, allowed_format);
+  });
+}
+
+int bounded_threads(int threads) {
   const int bound = max_threads();
-  if (bound > 0) threads = std::min(threads, bound);
-  Plan plan{};
-  plan.isa = isa().name;
-  plan.element_bytes = 1;
-  plan.vector_lanes = int(kInt8Units);
-  plan.together = directions > 1 && threads > 1 ? 2 : 1;
-  const std::int64_t work = call_work(shape, Pass::kForward);
-  const std::int64_t steps = std::max<std::int64_t>(shape.sequence.steps, 1);
-  const std::int64_t most = std::max<std::int64_t>(
-      std::min<std::int64_t>({threads / plan.together, kMaxTeam, int8_blocks(shape.hidden_size)}),
-      1);
-  plan.threads = work < kMinCallWork
-                     ? 1
-                     : int(std::clamp<std::int64_t>(work / steps / kMinInt8StepWork, 1, most));
-  if (work < 16 * kMinCallWork) plan.together = 1;
-  plan.row_groups = 1;
-  plan.unit_groups = plan.threads;
-  plan.unit_vectors = 1;
-  plan.packed = true;
-  plan.chunk_rows = std::max(shape.sequence.batch, kChunkRows);
-  return plan;
+  return std::max(bound > 0 ? std::min(threads, bound) : threads, 1);
 }
 
 // Runs two layers of a stack at the same time. Returns false, having done nothing, if that is
@@ -249,9 +230,7 @@ bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor paralle
 
 Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads, int directions,
                WeightFormat allowed_format) {
-  const int bound = max_threads();
-  if (bound > 0) threads = std::min(threads, bound);
-  return make_plan_for(shape, pass, isa(), element_bytes, std::max(threads, 1), directions,
+  return make_plan_for(shape, pass, isa(), element_bytes, bounded_threads(threads), directions,
                        allowed_format);
 }
 
@@ -298,15 +277,9 @@ void gradients(const LayerGradients<T>* directions, int count, int threads,
 }
 
 void int8_forward(const Int8Forward* directions, int count, int threads, ParallelFor parallel_for) {
-  const LayerShape& shape = directions[0].shape;
-  if (is_forked() && call_work(shape, Pass::kForward) < kMinForkedWork) threads = 1;
-  Plan plan = int8_plan(shape, threads, count);
-  const int wanted = plan.threads * plan.together;
-  const ThreadReservation reservation = reserve_threads(wanted, threads);
-  if (reservation.threads() < wanted) plan = int8_plan(shape, reservation.threads(), count);
-  const Plan plans[kMaxDirections] = {plan, plan};
-  for (int done = 0; done < count; done += plan.together)
-    Job<Int8Pass>({int8_kernels()}, directions + done, plan.together, plans).run(parallel_for);
+  run(Int8Pass{int8_kernels()}, directions, count, threads, parallel_for, [&](int granted) {
+    return make_int8_plan(directions[0].shape, isa(), bounded_threads(granted), count);
+  });
 }
 
 std::int64_t panel_size(const LayerShape& shape, const Plan& plan) {

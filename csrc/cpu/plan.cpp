@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/runtime/cache.h"
+#include "problem/int8_layer.h"
 
 namespace fastrnn::cpu {
 namespace {
@@ -121,7 +122,7 @@ bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups
   if (const std::int64_t cache = slow_cache_boundary(); cache > 0) {
     const std::int64_t share = bytes / unit_groups;
     return share <= cache ||
-           (shape.sequence.batch >= kFusedSlowBatch && 2 * share <= kFusedSlowCaches * cache);
+           (shape.sequence.batch >= kFusedSlowBatch && 2 * share <= kFusedSlowHalfCaches * cache);
   }
   return bytes <= kSharedCacheBytes;
 }
@@ -198,6 +199,32 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
   plan.chunk_rows = pick_chunk_rows(shape);
   plan.prefetch = pick_prefetch(shape, pass, plan);
   plan.gradient_depth = pick_gradient_depth(element_bytes);
+  return plan;
+}
+
+// Ranks share the units of a direction. Two directions run at the same time if there are threads
+// for both: no rank, or only half of them, then waits for the others.
+Plan make_int8_plan(const LayerShape& shape, const Isa& isa, int max_threads, int directions) {
+  const std::int64_t work = call_work(shape, Pass::kForward);
+  Plan plan{};
+  plan.isa = isa.name;
+  plan.element_bytes = 1;
+  plan.vector_lanes = int(kInt8Units);
+  plan.threads = 1;
+  plan.together = 1;
+  if (work >= kMinCallWork) {
+    const int teams = directions > 1 && max_threads > 1 ? 2 : 1;
+    const std::int64_t most =
+        std::min<std::int64_t>({max_threads / teams, kMaxTeam, int8_blocks(shape.hidden_size)});
+    const std::int64_t step_work = work / std::max<std::int64_t>(shape.sequence.steps, 1);
+    plan.threads = int(std::clamp<std::int64_t>(step_work / kMinInt8StepWork, 1, most));
+    if (work >= kMinInt8TogetherWork) plan.together = teams;
+  }
+  plan.row_groups = 1;
+  plan.unit_groups = plan.threads;
+  plan.unit_vectors = 1;
+  plan.packed = true;
+  plan.chunk_rows = std::max(shape.sequence.batch, kInt8ChunkRows);
   return plan;
 }
 

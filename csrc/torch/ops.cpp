@@ -8,15 +8,10 @@
 
 #include "torch/problems.h"
 #include "torch/schemas.h"
+#include "torch/thread_pool.h"
 
 namespace fastrnn {
 namespace {
-
-void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  check_torch(torch_parallel_for(0, n, 1, body, context));
-}
-
-int threads() { return int(torch::stable::get_num_threads()); }
 
 int64_t bytes_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
   int64_t bytes = dtype == ScalarType::Double ? 8 : 4;

@@ -6,13 +6,10 @@
 #include "cpu/int8.h"
 #include "torch/arguments.h"
 #include "torch/schemas.h"
+#include "torch/thread_pool.h"
 
 namespace fastrnn {
 namespace {
-
-void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  check_torch(torch_parallel_for(0, n, 1, body, context));
-}
 
 // The tensors of a direction, by their order.
 enum Int8Weight : int {
@@ -177,8 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_int8(Tensor x, Tensor h0, std::opti
       problems[d].h_n = static_cast<float*>(h_n.data_ptr()) + offset;
       if (layer.c0) problems[d].c_n = static_cast<float*>(c_n.data_ptr()) + offset;
     }
-    cpu::int8_forward(problems, int(layer.directions), int(torch::stable::get_num_threads()),
-                      parallel_for);
+    cpu::int8_forward(problems, int(layer.directions), threads(), parallel_for);
     return std::tuple(y, h_n, c_n);
   });
 }

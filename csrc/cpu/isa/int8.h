@@ -24,7 +24,7 @@ struct Int8Layout {
   Int8Layout(const LayerShape& shape, const Plan& plan) {
     const CellInfo& cell = cell_info(shape.cell);
     const std::int64_t rows = shape.sequence.total_rows(), batch = shape.sequence.batch;
-    const std::int64_t own = has_bounded_state(shape.cell) ? 0 : plan.threads * batch;
+    const std::int64_t own = cell.bounded ? 0 : plan.threads * batch;
     x_row = padded(shape.input_size);
     h_row = padded(shape.hidden_size);
     WorkspaceBuilder builder;  // its unit is a byte here; a part starts at a multiple of 32
@@ -40,9 +40,6 @@ struct Int8Layout {
     gates_x = add(int8_blocks(shape.hidden_size) * plan.chunk_rows * cell.pre * kInt8Units * 4);
     size = builder.size();
   }
-
-  // Whether |h| never exceeds max(1, |h0|), so that a fixed scale serves all steps.
-  static constexpr bool has_bounded_state(CellKind kind) { return kind != CellKind::kRnnRelu; }
 
  private:
   static std::int64_t padded(std::int64_t bytes) { return divide_up(bytes, 64) * 64; }

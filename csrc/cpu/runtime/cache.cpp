@@ -1,9 +1,9 @@
 #include "cpu/runtime/cache.h"
 
-#include <atomic>
-#if defined(__x86_64__)
 #include <unistd.h>
-#endif
+
+#include <atomic>
+#include <string>
 
 #include "cpu/runtime/settings.h"
 
@@ -16,8 +16,8 @@ namespace {
 std::int64_t first_choice() {
   const std::int64_t kilobytes = l2_kb_setting();
   if (kilobytes >= 0) return kilobytes * 1024;
-#if defined(__x86_64__) && defined(_SC_LEVEL2_CACHE_SIZE)
-  if (__builtin_cpu_is("intel")) {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  if (cpu_vendor() == std::string("intel")) {
     const std::int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
     if (bytes >= kMinPrivateBytes) return bytes;
   }

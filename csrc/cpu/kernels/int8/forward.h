@@ -6,8 +6,8 @@
 // reads all of h.
 //
 // h is rounded with a fixed scale per sequence, 1/127 of max(1, |h0|), which no later h exceeds:
-// the rank that computes a unit also rounds it. With ReLU, h has no bound: each rank rounds all
-// rows of h itself, with the scale that the row needs.
+// the rank that computes a unit also rounds it. Where the cell's state has no such bound (ReLU),
+// each rank rounds all rows of h itself, with the scale that the row needs.
 #pragma once
 
 // First: it compiles the cells for the instruction set.
@@ -17,7 +17,7 @@
 
 FASTRNN_KERNELS_BEGIN
 
-template <class Cell, bool kBounded>
+template <class Cell>
 class Int8Walk {
  public:
   Int8Walk(const Int8Forward& problem, const Plan& plan, const Int8Layout& layout, char* workspace,
@@ -65,6 +65,7 @@ class Int8Walk {
   using Vec = Pack<float>;
   static constexpr int kLanes = Vec::kLanes;
   static constexpr int kGates = Cell::kGates;
+  static constexpr bool kBounded = Cell::kBoundedState;
   static constexpr int kTileHeight = int8_tile_rows<kGates>();
   static constexpr std::int64_t kGateWidth = kGates * kInt8Units;     // of scales and sums
   static constexpr std::int64_t kPreWidth = Cell::kPre * kInt8Units;  // of gates_x and bias

@@ -11,10 +11,10 @@
 
 FASTRNN_KERNELS_BEGIN
 
-template <class Cell, bool kBounded>
+template <class Cell>
 void int8_forward_rank(const Int8Forward& problem, const Plan& plan, const Int8Layout& layout,
                        char* workspace, Team& team, int rank) {
-  Int8Walk<Cell, kBounded>(problem, plan, layout, workspace, team, rank).run();
+  Int8Walk<Cell>(problem, plan, layout, workspace, team, rank).run();
 }
 
 extern const Int8Kernels kInt8Kernels;
@@ -22,8 +22,7 @@ const Int8Kernels kInt8Kernels = {
     FASTRNN_INT8_QUOTED(FASTRNN_ISA),
     FASTRNN_INT8_QUOTED(FASTRNN_INT8_OWNER),
     {
-#define FASTRNN_CELL(kind, name, type) \
-  int8_forward_rank<type, Int8Layout::has_bounded_state(CellKind::kind)>,
+#define FASTRNN_CELL(kind, name, type) int8_forward_rank<type>,
         FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
     },

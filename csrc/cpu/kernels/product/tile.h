@@ -168,11 +168,12 @@ struct Prefetch {
   std::int64_t step = 0;  // bytes per step along K; 0: nothing
 };
 
-// Calls each(first, count) for the tiles of rows [begin, end): as few tiles of at most `most` rows
-// as possible, of nearly equal heights.
+// Number of tiles of for_each_tile.
 FASTRNN_INLINE std::int64_t tile_count(std::int64_t begin, std::int64_t end, int most) {
   return end > begin ? (end - begin + most - 1) / most : 0;
 }
+// Calls each(first, count) for the tiles of rows [begin, end): as few tiles of at most `most` rows
+// as possible, of nearly equal heights.
 template <class Each>
 FASTRNN_INLINE void for_each_tile(std::int64_t begin, std::int64_t end, int most, Each&& each) {
   const std::int64_t rows = end - begin;

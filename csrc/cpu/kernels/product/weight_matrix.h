@@ -43,8 +43,7 @@ class WeightMatrix {
   void multiply(std::int64_t block, int rows, const T* a, std::int64_t a_stride, T* c,
                 std::int64_t c_stride, const Columns& columns,
                 [[maybe_unused]] const Prefetch& prefetch = {}) const {
-    const int vectors = source_.gates > 1 ? source_.gates * vectors_
-                                          : int(divide_up(units_of(block), Pack<T>::kLanes));
+    const int vectors = vectors_of(block);
     if (has_panel(block)) {
       if constexpr (kPrefetches)
         format_.multiply(rows, vectors, source_.k_count, a, a_stride, panel(block), panel_width(),
@@ -64,11 +63,9 @@ class WeightMatrix {
                      const T* a, std::int64_t a_stride, T* c, std::int64_t c_stride,
                      const Columns& columns, const Prefetch& prefetch) const {
     static_assert(kPrefetches, "only panels of the type itself are multiplied in parts");
-    format_.multiply(rows,
-                     source_.gates > 1 ? source_.gates * vectors_
-                                       : int(divide_up(units_of(block), Pack<T>::kLanes)),
-                     k_end - k_begin, a + k_begin, a_stride, panel(block) + k_begin * panel_width(),
-                     panel_width(), c, c_stride, columns.at, prefetch);
+    format_.multiply(rows, vectors_of(block), k_end - k_begin, a + k_begin, a_stride,
+                     panel(block) + k_begin * panel_width(), panel_width(), c, c_stride, columns.at,
+                     prefetch);
   }
 
   // What each of `products` products in a row has to load of a panel that is needed after them:
@@ -99,6 +96,10 @@ class WeightMatrix {
   std::int64_t block_units() const { return std::int64_t(vectors_) * Pack<T>::kLanes; }
   std::int64_t units_of(std::int64_t block) const {
     return std::min(block_units(), source_.units - block * block_units());
+  }
+  int vectors_of(std::int64_t block) const {
+    return source_.gates > 1 ? source_.gates * vectors_
+                             : int(divide_up(units_of(block), Pack<T>::kLanes));
   }
   std::int64_t panel_width() const { return source_.gates * block_units(); }
   Value* panel(std::int64_t block) const {

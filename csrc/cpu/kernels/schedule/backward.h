@@ -232,51 +232,36 @@ class BackwardWalk {
   }
 
   // carry += d_pre[hidden side] w_hh. The columns of the hidden side come first in d_pre (kPreH =
-  // 0...).
+  // 0...). Where the panels come from a slow cache, all rows use a part of a panel that fits in the
+  // private cache before the next part, which is loaded meanwhile.
   void propagate(std::int64_t k, const StepRows& at, std::int64_t end) {
-    const std::int64_t width = Cell::kPre * shape_.hidden_size;
-    const T* d_pre = problem_.d_pre + at.first * width;
-    if (plan_.prefetch) return propagate_in_parts(k, at, end);
-    for (std::int64_t i = 0; i < out_blocks_.size(); ++i) {
-      const std::int64_t block = out_blocks_.zigzag(i, k % 2 != 0);
-      for_each_tile(rows_.begin, end, w_hh_.tile_height(), [&](std::int64_t row, int count) {
-        T* c = carry(row) + block * layout_.out_block;
-        clear_projected(c, count);
-        w_hh_.multiply(block, count, d_pre + row * width, width, c, carry_stride_, columns_);
-      });
-    }
-  }
-
-  // With a projection all of dh went through w_hr: there is no direct part.
-  void clear_projected(T* c, int count) const {
-    if (shape_.proj_size == 0) return;
-    for (int m = 0; m < count; ++m)
-      for (std::int64_t i = 0; i < layout_.out_block; ++i) c[m * carry_stride_ + i] = T(0);
-  }
-
-  // The same where the panels come from a slow cache: all rows use a part of a panel that fits in
-  // the private cache before the next part, which is loaded meanwhile.
-  void propagate_in_parts(std::int64_t k, const StepRows& at, std::int64_t end) {
-    const std::int64_t width = Cell::kPre * shape_.hidden_size;
+    const std::int64_t width = Cell::kPre * shape_.hidden_size, depth = w_hh_.k_count();
+    const std::int64_t part = plan_.prefetch ? std::min(kPartDepth, depth) : depth;
     const T* d_pre = problem_.d_pre + at.first * width;
     const int height = w_hh_.tile_height();
-    const std::int64_t tiles = tile_count(rows_.begin, end, height), depth = w_hh_.k_count();
+    const std::int64_t tiles = tile_count(rows_.begin, end, height);
     for (std::int64_t i = 0; i < out_blocks_.size(); ++i) {
       const std::int64_t block = out_blocks_.zigzag(i, k % 2 != 0);
       const std::int64_t next =
           out_blocks_.zigzag(std::min(i + 1, out_blocks_.size() - 1), k % 2 != 0);
-      for (std::int64_t first = 0; first < depth; first += kPartDepth) {
-        const std::int64_t last = std::min(first + kPartDepth, depth);
+      for (std::int64_t first = 0; first < depth; first += part) {
+        const std::int64_t last = std::min(first + part, depth);
         std::int64_t index = 0;
         for_each_tile(rows_.begin, end, height, [&](std::int64_t row, int count) {
           T* c = carry(row) + block * layout_.out_block;
-          if (first == 0) clear_projected(c, count);
-          const Prefetch prefetch =
-              last < depth
-                  ? w_hh_.panel_part(block, index, tiles, last, std::min(last + kPartDepth, depth))
-                  : w_hh_.panel_part(next, index, tiles, 0, std::min(kPartDepth, depth));
-          w_hh_.multiply_part(block, first, last, count, d_pre + row * width, width, c,
-                              carry_stride_, columns_, prefetch);
+          if (shape_.proj_size > 0 && first == 0)  // all of dh went through w_hr: no direct part
+            for (int m = 0; m < count; ++m)
+              for (std::int64_t j = 0; j < layout_.out_block; ++j) c[m * carry_stride_ + j] = T(0);
+          const T* a = d_pre + row * width;
+          if (!plan_.prefetch) {
+            w_hh_.multiply(block, count, a, width, c, carry_stride_, columns_);
+            return;
+          }
+          const Prefetch prefetch = last < depth ? w_hh_.panel_part(block, index, tiles, last,
+                                                                    std::min(last + part, depth))
+                                                 : w_hh_.panel_part(next, index, tiles, 0, part);
+          w_hh_.multiply_part(block, first, last, count, a, width, c, carry_stride_, columns_,
+                              prefetch);
           ++index;
         });
       }
