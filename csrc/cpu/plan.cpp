@@ -144,10 +144,13 @@ bool pick_prefetch(const LayerShape& shape, Pass pass, const Plan& plan) {
          step_weights(shape, pass) * plan.element_bytes / plan.unit_groups > cache;
 }
 
-// Blocks that fill the private cache are added to the result least often.
-std::int64_t pick_gradient_depth(int element_bytes) {
-  const std::int64_t steps = slow_cache_boundary() / element_bytes / 512;
-  return steps >= 1024 ? 1024 : steps >= 512 ? 512 : 256;
+// Blocks that fill the private cache are added to the result least often. This pays where the
+// result comes from a slow L3 each time; elsewhere small blocks need less memory.
+std::int64_t pick_gradient_depth(const LayerShape& shape, int element_bytes) {
+  const std::int64_t cache = slow_cache_boundary();
+  if (step_weights(shape, Pass::kForward) * element_bytes <= cache) return 256;
+  const std::int64_t rows = cache / element_bytes / 512;
+  return rows >= 1024 ? 1024 : rows >= 512 ? 512 : 256;
 }
 
 // Runs a layer and the one above it at the same time, each on half of the threads, for the same
@@ -198,7 +201,7 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
   plan.shared = pass == Pass::kForward && pick_shared(shape, plan);
   plan.chunk_rows = pick_chunk_rows(shape);
   plan.prefetch = pick_prefetch(shape, pass, plan);
-  plan.gradient_depth = pick_gradient_depth(element_bytes);
+  plan.gradient_depth = pick_gradient_depth(shape, element_bytes);
   return plan;
 }
 

@@ -86,7 +86,7 @@ bool pick_shared(const LayerShape& shape, const Plan& plan);
 bool pick_input_fused(const LayerShape& shape, int element_bytes, int row_groups, int unit_groups);
 std::int64_t pick_chunk_rows(const LayerShape& shape);
 bool pick_prefetch(const LayerShape& shape, Pass pass, const Plan& plan);
-std::int64_t pick_gradient_depth(int element_bytes);
+std::int64_t pick_gradient_depth(const LayerShape& shape, int element_bytes);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                    int max_threads, int directions, WeightFormat allowed_format);

@@ -277,8 +277,8 @@ def test_projection_with_plans_for_a_slow_l3_matches_reference(
 def test_gradients_of_many_rows_in_deep_blocks_match_reference(
     l2_kb: Callable[[int | None], None],
 ) -> None:
-    l2_kb(2048)
-    Case(CELLS["gru"], 90, 30, 20, 24).check(torch.float32)
+    l2_kb(1024)  # the weights exceed it
+    Case(CELLS["gru"], 25, 28, 100, 260).check(torch.float32)
 
 
 def test_plan_for_a_slow_l3_splits_units_and_prefetches(
