@@ -17,6 +17,8 @@ class CellFacts(TypedDict):
     pre: int
     saved: int
     states: int
+    parameters: int
+    dense: bool
     projects: bool
     pre_x: list[int]
     pre_h: list[int]

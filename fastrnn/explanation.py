@@ -117,7 +117,7 @@ def _plan(call: LayerCall, index: int, width: int, directions: int) -> Mapping[s
         steps, batch = len(batch_sizes), int(batch_sizes[0])
     else:
         steps, batch = (1, x.shape[0]) if call.is_step else (x.shape[0], x.shape[1])
-    hidden = flat[1].shape[0] // call.spec.gates
+    hidden = flat[0].shape[0] // call.spec.gates
     sizes = (steps, batch, width, hidden, call.h0.shape[-1] if slots & PROJECTION else 0)
     options: dict[str, Any] = {
         "dtype": str(x.dtype).removeprefix("torch."),

@@ -43,10 +43,8 @@ def _products(rows: int, weights: Sequence[Shape], slots: int) -> list[_Products
     products = []
     for first in range(0, len(weights), len(own)):
         shapes = dict(zip(own, weights[first : first + len(own)], strict=True))
-        w_hr = shapes.get(_W_HR, (0, 0))
-        products.append(
-            _Products(*(2 * rows * math.prod(w) for w in (shapes[_W_IH], shapes[_W_HH], w_hr)))
-        )
+        matrices = [shapes.get(slot, (0, 0)) for slot in (_W_IH, _W_HH, _W_HR)]
+        products.append(_Products(*(2 * rows * math.prod(w) for w in matrices)))
     return products
 
 

@@ -9,33 +9,34 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, logsigmoid
 
 from fastrnn.layer_call import LayerCall, Results
 
-# (gates_x [B,G*H], gates_h [B,G*H], h [B,R], c [B,H] or None) -> (h' before projection, c' or None)
-Step = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
+# gates_x [B,G*H], gates_h [B,G*H] (None without a recurrent product), h [B,R], c [B,C*H] or None,
+# w_unit [E*H] or None -> h' before projection, c' or None
+Step = Callable[[Tensor, Any, Tensor, Any, Any], "tuple[Tensor, Tensor | None]"]
 
 
 def rnn_step(activation: Callable[[Tensor], Tensor]) -> Step:
     """Elman's network: h' = f(W_x x + b_x + W_h h + b_h)."""
 
     def step(
-        gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None, w_unit: None
+    ) -> tuple[Tensor, None]:
         return activation(gates_x + gates_h), None
 
     return step
 
 
 def lstm_step(
-    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor, w_unit: None
+) -> tuple[Tensor, Tensor]:
     """Long short-term memory: c' = f*c + i*g, h' = o*tanh(c')."""
-    assert c is not None
     i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
     i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
     c = f * c + i * g
@@ -43,8 +44,8 @@ def lstm_step(
 
 
 def gru_step(
-    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None, w_unit: None
+) -> tuple[Tensor, None]:
     """Gated recurrent unit: n = tanh(xn + r*hn), h' = (1-z)*n + z*h."""
     xr, xz, xn = gates_x.chunk(3, dim=-1)
     hr, hz, hn = gates_h.chunk(3, dim=-1)
@@ -53,12 +54,46 @@ def gru_step(
     return (1 - z) * n + z * h, None
 
 
+def indrnn_step(
+    gates_x: Tensor, gates_h: None, h: Tensor, c: None, w_unit: Tensor
+) -> tuple[Tensor, None]:
+    """Independently recurrent network: h' = relu(W_x x + b_x + u*h)."""
+    return torch.relu(gates_x + w_unit * h), None
+
+
+def peephole_lstm_step(
+    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor, w_unit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """LSTM whose gates i and f also see c, and o sees c'."""
+    i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
+    p_i, p_f, p_o = w_unit.chunk(3)
+    i, f = torch.sigmoid(i + p_i * c), torch.sigmoid(f + p_f * c)
+    c = f * c + i * torch.tanh(g)
+    return torch.sigmoid(o + p_o * c) * torch.tanh(c), c
+
+
+def slstm_step(
+    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor, w_unit: None
+) -> tuple[Tensor, Tensor]:
+    """sLSTM: c' = f*c + i*z, n' = f*n + i, h' = o*c'/n', with exponential i, scaled by e^-m'."""
+    i, f, z, o = (gates_x + gates_h).chunk(4, dim=-1)
+    c, n, m = c.chunk(3, dim=-1)
+    log_f = logsigmoid(f) + m
+    m = torch.maximum(log_f, i)
+    i, f = torch.exp(i - m), torch.exp(log_f - m)
+    c, n = f * c + i * torch.tanh(z), f * n + i
+    return torch.sigmoid(o) * c / n, torch.cat([c, n, m], dim=-1)
+
+
 STEPS: dict[str, Step] = {
     "rnn_tanh": rnn_step(torch.tanh),
     "rnn_relu": rnn_step(torch.relu),
     "rnn_sigmoid": rnn_step(torch.sigmoid),
     "lstm": lstm_step,
     "gru": gru_step,
+    "indrnn": indrnn_step,
+    "peephole_lstm": peephole_lstm_step,
+    "slstm": slstm_step,
 }
 
 
@@ -66,7 +101,7 @@ def reference_layer(call: LayerCall) -> Results:
     """Runs one layer in one or two directions; direction 1 runs backwards in time.
 
     Returns:
-        y [T,B,D*R] or [N,D*R]; h_n [D,B,R]; c_n [D,B,H] or None.
+        y [T,B,D*R] or [N,D*R]; h_n [D,B,R]; c_n [D,B,C*H] or None.
     """
     x, batch_sizes, h0, c0 = call.x, call.batch_sizes, call.h0, call.c0
     batch = h0.shape[1]
@@ -84,8 +119,8 @@ def reference_layer(call: LayerCall) -> Results:
             active = sizes[t]
             h_active = h[:active]
             c_active = None if c is None else c[:active]
-            gates_h = linear(h_active, w.w_hh, w.b_hh)
-            h_next, c_next = step(step_gates_x[t], gates_h, h_active, c_active)
+            gates_h = None if w.w_hh is None else linear(h_active, w.w_hh, w.b_hh)
+            h_next, c_next = step(step_gates_x[t], gates_h, h_active, c_active, w.w_unit)
             if w.w_hr is not None:
                 h_next = linear(h_next, w.w_hr)
             h_steps.append(h_next)
@@ -105,10 +140,10 @@ def reference_layer(call: LayerCall) -> Results:
 
 
 def reference_step(call: LayerCall) -> Results:
-    """Runs one step of one direction, from x [B,I], h0 [B,R] and c0 [B,H] or None.
+    """Runs one step of one direction, from x [B,I], h0 [B,R] and c0 [B,C*H] or None.
 
     Returns:
-        h' [B,R] as the output, h' again as the state, and c' [B,H] or None.
+        h' [B,R] as the output, h' again as the state, and c' [B,C*H] or None.
     """
     _, h_n, c_n = reference_layer(
         call._replace(

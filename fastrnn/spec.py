@@ -101,11 +101,15 @@ class CellSpec:
         pre_x: for each gate, the pre-activation column to which the input side (``w_ih``,
             ``b_ih``) contributes.
         pre_h: the same for the hidden side (``w_hh``, ``b_hh``).
-        states: 2 if there is a cell state c besides h, else 1.
+        states: h and the cell states; a layer holds the cell states side by side in c.
+        parameters: E, values per unit that are the same at every step, in ``w_unit``.
+        dense: whether there is a recurrent product: ``w_hh`` and ``b_hh``.
         projects: whether a layer of this cell may have a projection.
         torch: the facts about torch.
         ranges_x, ranges_h: ``pre_x`` and ``pre_h`` as ranges, so that products are few and large.
         inference_outputs, training_outputs: the results to request from ``recurrent_forward``.
+        cell_states: C, states besides h.
+        gradient_columns: columns of d_pre: the pre-activations, then the parameters.
     """
 
     name: str
@@ -115,6 +119,8 @@ class CellSpec:
     pre_x: tuple[int, ...]
     pre_h: tuple[int, ...]
     states: int
+    parameters: int
+    dense: bool
     projects: bool
     torch: TorchFacts
     ranges_x: tuple[ColumnRange, ...] = field(init=False)
@@ -122,21 +128,32 @@ class CellSpec:
     inference_outputs: int = field(init=False)
     training_outputs: int = field(init=False)
     has_cell_state: bool = field(init=False)
+    cell_states: int = field(init=False)
+    gradient_columns: int = field(init=False)
 
     def __post_init__(self) -> None:
-        outputs = 0b0111 if self.states == 2 else 0b0011
+        outputs = 0b0111 if self.states > 1 else 0b0011
         for name, value in (
             ("ranges_x", _column_ranges(self.pre_x)),
             ("ranges_h", _column_ranges(self.pre_h)),
             ("inference_outputs", outputs),
             ("training_outputs", outputs | 1 << FORWARD_OUTPUTS.index("saved")),
-            ("has_cell_state", self.states == 2),
+            ("has_cell_state", self.states > 1),
+            ("cell_states", self.states - 1),
+            ("gradient_columns", self.pre + self.parameters),
         ):
             object.__setattr__(self, name, value)
 
     @property
     def mode(self) -> str:
         return self.torch.mode
+
+    def slots(self, has_biases: bool, has_projection: bool = False) -> int:
+        """Returns the mask of weight slots of a layer."""
+        slots = slots_of(has_biases, has_projection)
+        if not self.dense:
+            slots &= ~RECURRENT
+        return slots | UNIT if self.parameters else slots
 
 
 def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
@@ -148,6 +165,8 @@ def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
         pre_x=tuple(facts["pre_x"]),
         pre_h=tuple(facts["pre_h"]),
         states=facts["states"],
+        parameters=facts["parameters"],
+        dense=facts["dense"],
         projects=facts["projects"],
         torch=torch_facts(name),
     )
@@ -162,14 +181,16 @@ class DirectionWeights(NamedTuple):
     """The weights of one layer and direction, by slot in the order of csrc/torch/slots.h.
 
     ``w_ih`` [G*H,I], ``w_hh`` [G*H,R], ``b_ih`` and ``b_hh`` [G*H] or None, ``w_hr`` [P,H] or None;
-    R is P with a projection and H without.
+    R is P with a projection and H without. ``w_unit`` [E*H] for a cell with parameters, else None.
+    A cell that is not dense has neither ``w_hh`` nor ``b_hh``.
     """
 
     w_ih: Tensor
-    w_hh: Tensor
+    w_hh: Tensor | None
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+    w_unit: Tensor | None = None
 
 
 WEIGHT_SLOTS = DirectionWeights._fields
@@ -179,9 +200,12 @@ FIRST_SEQUENCE_SLOT = 16
 WEIGHT_BITS = (1 << FIRST_SEQUENCE_SLOT) - 1
 
 #: masks of weight slots: bit i represents slot i
-MATRICES = 0b00011
-BIASES = 0b01100
-PROJECTION = 0b10000
+MATRICES = 0b000011
+BIASES = 0b001100
+PROJECTION = 0b010000
+UNIT = 0b100000
+#: the slots of the recurrent product
+RECURRENT = 0b001010
 
 #: the slots of each mask, in order
 _PRESENT: dict[int, tuple[int, ...]] = {
@@ -191,7 +215,7 @@ _PRESENT: dict[int, tuple[int, ...]] = {
 
 
 def slots_of(has_biases: bool, has_projection: bool) -> int:
-    """Returns the mask of weight slots of a layer."""
+    """Returns the mask of weight slots of a layer of a cell of torch."""
     return MATRICES | (BIASES if has_biases else 0) | (PROJECTION if has_projection else 0)
 
 

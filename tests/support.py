@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -22,12 +23,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn.engine import choose
+from fastrnn.engine.run import run as run_layers
 from fastrnn.layer_call import LayerCall, Options, Results, SequenceMembers
 from fastrnn.modules.rnn import LAYERS
 from fastrnn.ops import kernel_layer
 from fastrnn.reference import reference_layer, reference_step
 from fastrnn.spec import CELLS as SPECS
-from fastrnn.spec import FIRST_SEQUENCE_SLOT, CellSpec, Weights, slots_of
+from fastrnn.spec import (
+    FIRST_SEQUENCE_SLOT,
+    WEIGHT_SLOTS,
+    CellSpec,
+    Weights,
+    present,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -53,6 +61,61 @@ def make_step(cell: str, *args: Any, **options: Any) -> nn.Module:
         pytest.skip(f"fastrnn has no {name}Cell")
     module: nn.Module = getattr(fastrnn, name + "Cell")(*args, **own, **options)
     return module
+
+
+class CellLayer(nn.Module):
+    """A layer of any cell of the registry, also of one that no public module offers.
+
+    Args:
+        cell: name of the cell.
+        input_size, hidden_size, num_layers, bias, bidirectional: as for a public module.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        bidirectional: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.spec = SPECS[cell]
+        self.num_layers, self.hidden_size = num_layers, hidden_size
+        self.directions = 2 if bidirectional else 1
+        self.slots = self.spec.slots(bias)
+        rows = self.spec.gates * hidden_size
+        generator = torch.Generator().manual_seed(17)
+        names = [WEIGHT_SLOTS[slot] for slot in present(self.slots)]
+        for index in range(num_layers * self.directions):
+            inputs = input_size if index < self.directions else self.directions * hidden_size
+            sizes = {"w_ih": (rows, inputs), "w_hh": (rows, hidden_size), "b_ih": (rows,)}
+            sizes |= {"b_hh": (rows,), "w_unit": (self.spec.parameters * hidden_size,)}
+            for name in names:
+                value = 0.5 * random(generator, *sizes[name], dtype=torch.float64)
+                self.register_parameter(f"{name}_{index}", nn.Parameter(value.to(dtype)))
+
+    def call(self, x: Any, hx: Any = None) -> LayerCall:
+        """The call of this layer; hx as of a public module, zeros if None."""
+        packed = isinstance(x, PackedSequence)
+        data, sizes = (x.data, x.batch_sizes) if packed else (x, None)
+        batch = int(sizes[0]) if packed else x.shape[1]
+        if hx is None:
+            count = self.num_layers * self.directions
+            h = data.new_zeros(count, batch, self.hidden_size)
+            c = data.new_zeros(count, batch, self.spec.cell_states * self.hidden_size)
+            hx = (h, c) if self.spec.has_cell_state else h
+        h, c = hx if self.spec.has_cell_state else (hx, None)
+        weights = Weights(list(self.parameters()), self.slots)
+        sequence = SequenceMembers(sizes).pack()
+        return LayerCall(self.spec, data, sequence, h, c, weights, Options(self.num_layers))
+
+    def forward(self, x: Any, hx: Any = None) -> Any:
+        y, h_n, c_n = run_layers(self.call(x, hx))
+        output = x._replace(data=y) if isinstance(x, PackedSequence) else y
+        return output, h_n if c_n is None else (h_n, c_n)
 
 
 def is_in_torch(module: nn.Module) -> bool:
@@ -92,9 +155,12 @@ class _Reference:
 PACKED = 1 << FIRST_SEQUENCE_SLOT
 
 
-def slots_by_count(count: int) -> int:
+def slots_by_count(count: int, spec: CellSpec = SPECS["lstm"]) -> int:
     """Returns the weight slots of a direction with this number of weights."""
-    return slots_of(has_biases=count >= 4, has_projection=count in (3, 5))
+    projections = (False, True) if spec.projects else (False,)
+    choices = [spec.slots(*has) for has in itertools.product((False, True), projections)]
+    (slots,) = [slots for slots in choices if slots.bit_count() == count]
+    return slots
 
 
 def layer_call(
@@ -109,7 +175,7 @@ def layer_call(
 ) -> LayerCall:
     """The call of a stack of layers, or of one step (h0 [B,R])."""
     states = h0.shape[0] if h0.dim() == 3 else 1
-    named = Weights(weights, slots_by_count(len(weights) // states))
+    named = Weights(weights, slots_by_count(len(weights) // states, spec))
     options = Options(num_layers, 0.0, weight_format)
     sequence = SequenceMembers(batch_sizes).pack()
     return LayerCall(spec, x, sequence, h0, c0, named, options)

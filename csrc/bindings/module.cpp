@@ -128,6 +128,8 @@ py::dict cells() {
     cell["pre"] = info.pre;
     cell["saved"] = info.saved;
     cell["states"] = info.states;
+    cell["parameters"] = info.parameters;
+    cell["dense"] = info.dense;
     cell["projects"] = info.projects;
     cell["pre_x"] = std::vector<int>(info.pre_x, info.pre_x + info.gates);
     cell["pre_h"] = std::vector<int>(info.pre_h, info.pre_h + info.gates);

@@ -78,16 +78,18 @@ bool panels_outlive_calls(LayerShape shape, int threads, WeightFormat allowed_fo
     return values;
   };
   const std::vector<T> x = random(steps * batch * shape.input_size);
-  const std::vector<T> h0 = random(batch * out), c0 = random(batch * hidden);
+  const std::vector<T> h0 = random(batch * out),
+                       c0 = random(batch * cell_info(shape.cell).cell_states() * hidden);
   std::vector<T> w_ih = random(gates * shape.input_size), w_hh = random(gates * out);
   std::vector<T> w_hr = random(shape.proj_size * hidden);
   std::vector<T> b_ih = random(gates), b_hh = random(gates);
+  std::vector<T> w_unit = random(cell_info(shape.cell).parameters * hidden);
   std::vector<T> y(x.size() / std::size_t(shape.input_size) * std::size_t(out));
   std::vector<T> h_n(h0.size()), c_n(c0.size());
   LayerForward<T, T> problem{};
   problem.shape = shape;
-  problem.weights = {w_ih.data(), w_hh.data(),      b_ih.data(), b_hh.data(),
-                     w_hr.data(), shape.input_size, out,         hidden};
+  problem.weights = {w_ih.data(),      w_hh.data(), b_ih.data(), b_hh.data(),  w_hr.data(),
+                     shape.input_size, out,         hidden,      w_unit.data()};
   problem.x = x.data();
   problem.x_stride = shape.input_size;
   problem.h0 = h0.data();

@@ -15,6 +15,8 @@ struct Gru {
   static constexpr int kSavedState = -1;     // no cell state
   static constexpr int kPreX[] = {0, 1, 3};  // the input side adds into r, z, xn
   static constexpr int kPreH[] = {0, 1, 2};  // the hidden side into r, z, hn
+  static constexpr bool kDenseRecurrence = true;
+  static constexpr int kParameters = 0;
   static constexpr bool kForwardReadsH = true;
   static constexpr bool kBackwardReadsH = true;
   static constexpr bool kBackwardReadsNextH = false;

@@ -15,6 +15,8 @@ struct Lstm {
   static constexpr int kSavedState = 4;  // saved[4] is the cell state c'
   static constexpr int kPreX[] = {0, 1, 2, 3};
   static constexpr int kPreH[] = {0, 1, 2, 3};
+  static constexpr bool kDenseRecurrence = true;
+  static constexpr int kParameters = 0;
   static constexpr bool kForwardReadsH = false;
   static constexpr bool kBackwardReadsH = false;
   static constexpr bool kBackwardReadsNextH = false;

@@ -37,6 +37,7 @@ struct FloatFormat<float> {
   static constexpr float kExpMax = 89.0f, kExpMin = -87.0f;  // 2^n is infinite, or still normal
   static constexpr float kTanhMax = 10.0f;  // tanh rounds to 1 for smaller x already
   static constexpr int kTerms = 7;          // of the series of e^r - 1
+  static constexpr int kLogTerms = 8;       // of the series of log(1 + y), y <= 1
 };
 
 template <>
@@ -50,6 +51,7 @@ struct FloatFormat<double> {
   static constexpr double kExpMax = 710.0, kExpMin = -708.0;
   static constexpr double kTanhMax = 22.0;
   static constexpr int kTerms = 13;
+  static constexpr int kLogTerms = 17;
 };
 
 // The scalar type of a value type; vectors name their own.
@@ -149,6 +151,29 @@ FASTRNN_HD A tanh(A x) {
   const A quotient = select(m > two, two, m) / (m + two);
   const A result = select(m > two, one - quotient, quotient);
   return select(zero > x, -result, result);
+}
+
+// e^x for x <= 0. Below the smallest normal number it stays there.
+template <class A>
+FASTRNN_HD A exp_of_negative(A x) {
+  using Real = ScalarOf<A>;
+  A scale, minus_one;
+  exp_parts(clamp(x, A(FloatFormat<Real>::kExpMin), A(Real(0))), scale, minus_one);
+  return scale + scale * minus_one;
+}
+
+// log(1 / (1 + e^-x)) = min(x, 0) - log(1 + y), y = e^-|x|. With s = y / (2 + y), at most 1/3,
+// log(1 + y) = 2 (s + s^3/3 + s^5/5 + ...).
+template <class A>
+FASTRNN_HD A log_sigmoid(A x) {
+  using Real = ScalarOf<A>;
+  const A zero = A(Real(0));
+  const A y = exp_of_negative(select(zero > x, x, -x));
+  const A s = y / (A(Real(2)) + y), square = s * s;
+  A sum = A(Real(0));
+  for (int k = FloatFormat<Real>::kLogTerms - 1; k >= 0; --k)
+    sum = sum * square + A(Real(2) / Real(2 * k + 1));
+  return select(x > zero, zero, x) - s * sum;
 }
 
 template <class A>

@@ -2,8 +2,11 @@
 #pragma once
 
 #include "cells/gru.h"
+#include "cells/indrnn.h"
 #include "cells/lstm.h"
+#include "cells/peephole_lstm.h"
 #include "cells/rnn.h"
+#include "cells/slstm.h"
 
 //       enumerator   name           type
 #define FASTRNN_CELLS(CELL)                                                          \
@@ -11,7 +14,10 @@
   CELL(kRnnRelu, "rnn_relu", ::fastrnn::cells::Rnn<::fastrnn::cells::Relu>)          \
   CELL(kRnnSigmoid, "rnn_sigmoid", ::fastrnn::cells::Rnn<::fastrnn::cells::Sigmoid>) \
   CELL(kLstm, "lstm", ::fastrnn::cells::Lstm)                                        \
-  CELL(kGru, "gru", ::fastrnn::cells::Gru)
+  CELL(kGru, "gru", ::fastrnn::cells::Gru)                                           \
+  CELL(kIndRnn, "indrnn", ::fastrnn::cells::IndRnn)                                  \
+  CELL(kPeepholeLstm, "peephole_lstm", ::fastrnn::cells::PeepholeLstm)               \
+  CELL(kSlstm, "slstm", ::fastrnn::cells::Slstm)
 
 namespace fastrnn {
 
@@ -28,18 +34,26 @@ struct CellInfo {
   int gates;         // G
   int pre;           // Q, per unit
   int saved;         // S, per unit and step
-  int states;        // 1: h; 2: h and c
+  int states;        // h, and the cell states
+  int parameters;    // per unit
+  bool dense;        // has a recurrent product with w_hh
   bool bounded;      // |h'| <= max(1, |h|)
   bool projects;     // may have a projection
   const int* pre_x;  // [G]
   const int* pre_h;  // [G]
+
+  int cell_states() const { return states - 1; }
+  int gradient_columns() const { return pre + parameters; }  // of d_pre, per unit
 };
 
 inline constexpr CellInfo kCells[] = {
-#define FASTRNN_CELL(kind, name, type)                                          \
-  CellInfo{CellKind::kind, name,          type::kGates,        type::kPre,      \
-           type::kSaved,   type::kStates, type::kBoundedState, type::kProjects, \
-           type::kPreX,    type::kPreH},
+#define FASTRNN_CELL(kind, name, type)                  \
+  CellInfo{CellKind::kind,      name,                   \
+           type::kGates,        type::kPre,             \
+           type::kSaved,        type::kStates,          \
+           type::kParameters,   type::kDenseRecurrence, \
+           type::kBoundedState, type::kProjects,        \
+           type::kPreX,         type::kPreH},
     FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
 };

@@ -56,6 +56,8 @@ struct Rnn {
   static constexpr int kSavedState = -1;
   static constexpr int kPreX[] = {0};
   static constexpr int kPreH[] = {0};
+  static constexpr bool kDenseRecurrence = true;
+  static constexpr int kParameters = 0;
   static constexpr bool kForwardReadsH = false;
   static constexpr bool kBackwardReadsH = false;
   static constexpr bool kBackwardReadsNextH = true;

@@ -78,8 +78,9 @@ struct PanelLayout {
     const std::int64_t width = unit_blocks * cell.gates * unit_block;
     const int recurrent_bytes = weight_bytes(plan.recurrent_format, plan.element_bytes);
     w_ih = builder.add(packed * shape.input_size * width);
-    w_hh = builder.add(
-        packed * divide_up(shape.output_size() * width * recurrent_bytes, plan.element_bytes));
+    w_hh =
+        builder.add((cell.dense ? packed : 0) *
+                    divide_up(shape.output_size() * width * recurrent_bytes, plan.element_bytes));
     w_hr = builder.add(packed * proj_blocks * shape.hidden_size * proj_block);
     bias = builder.add(unit_blocks * cell.pre * unit_block);
     size = builder.size();
@@ -118,7 +119,8 @@ struct BackwardLayout {
     out_blocks = divide_up(shape.output_size(), out_block);
     unit_blocks = shape.proj_size > 0 ? divide_up(shape.hidden_size, unit_block) : 0;
     WorkspaceBuilder builder;
-    panels_h = builder.add(out_blocks * cell.gates * shape.hidden_size * out_block);
+    panels_h =
+        builder.add(cell.dense ? out_blocks * cell.gates * shape.hidden_size * out_block : 0);
     panels_p = builder.add(unit_blocks * shape.proj_size * unit_block);
     carry = builder.add(shape.sequence.batch * out_blocks * out_block);
     size = builder.size();

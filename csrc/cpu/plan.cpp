@@ -12,9 +12,10 @@ namespace {
 // Number of weights that each step reads. Backward leaves those of the input to the products after
 // the loop.
 std::int64_t step_weights(const LayerShape& shape, Pass pass) {
+  const CellInfo& cell = cell_info(shape.cell);
   const std::int64_t inputs = pass == Pass::kForward ? shape.input_size : 0;
-  return cell_info(shape.cell).gates * shape.hidden_size * (inputs + shape.output_size()) +
-         shape.proj_size * shape.hidden_size;
+  const std::int64_t outputs = cell.dense ? shape.output_size() : 0;
+  return cell.gates * shape.hidden_size * (inputs + outputs) + shape.proj_size * shape.hidden_size;
 }
 
 }  // namespace
@@ -22,8 +23,9 @@ std::int64_t step_weights(const LayerShape& shape, Pass pass) {
 std::int64_t call_work(const LayerShape& shape, Pass pass) {
   const std::int64_t rows = std::max<std::int64_t>(shape.sequence.steps * shape.sequence.batch, 1);
   if (pass != Pass::kGradients) return rows * (step_weights(shape, pass) + 1);
-  return rows * cell_info(shape.cell).gates * shape.hidden_size *
-         (2 * shape.input_size + shape.output_size());
+  const CellInfo& cell = cell_info(shape.cell);
+  return rows * cell.gates * shape.hidden_size *
+         (2 * shape.input_size + (cell.dense ? shape.output_size() : 0));
 }
 
 // Each thread needs enough work per step, or per call in the products after the loop.
@@ -105,8 +107,8 @@ bool pick_packed(const LayerShape& shape, Pass pass) {
 WeightFormat pick_recurrent_format(const LayerShape& shape, Pass pass, const Isa& isa,
                                    int element_bytes, WeightFormat allowed) {
   const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
-  const bool pays = shape.sequence.batch == 1 && shape.sequence.steps >= kMinHalfSteps &&
-                    values >= kMinHalfWeights;
+  const bool pays = cell_info(shape.cell).dense && shape.sequence.batch == 1 &&
+                    shape.sequence.steps >= kMinHalfSteps && values >= kMinHalfWeights;
   return pass == Pass::kForward && pays && isa.has_recurrent_format(allowed, element_bytes)
              ? allowed
              : WeightFormat::kNative;

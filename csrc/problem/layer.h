@@ -27,11 +27,12 @@ struct LayerShape {
 template <class Storage>
 struct LayerWeights {
   const Storage* w_ih;                                 // [G*H, I]
-  const Storage* w_hh;                                 // [G*H, R]
+  const Storage* w_hh;                                 // [G*H, R] or null: no recurrent product
   const Storage* b_ih;                                 // [G*H] or null
-  const Storage* b_hh;                                 // [G*H] or null (both or none)
+  const Storage* b_hh;                                 // [G*H] or null; as b_ih, if w_hh exists
   const Storage* w_hr;                                 // [P, H] or null
   std::int64_t w_ih_stride, w_hh_stride, w_hr_stride;  // of a row; columns are contiguous
+  const Storage* w_unit;                               // [E*H] or null
 };
 
 template <class Storage, class Accumulator>
@@ -41,11 +42,11 @@ struct LayerForward {
   const Storage* x;  // [N, I]
   std::int64_t x_stride;
   const Storage* h0;  // [B, R]
-  const Storage* c0;  // [B, H] or null
+  const Storage* c0;  // [B, C*H] or null; C: cell states
   Storage* y;         // [N, R], y_stride apart: both directions share rows of D*R
   std::int64_t y_stride;
   Storage* h_n;  // [B, R]
-  Storage* c_n;  // [B, H] or null
+  Storage* c_n;  // [B, C*H] or null
   // [N, S*H] the values that backward needs, in the order of the cell's saved, or null
   Accumulator* saved;
   WeightFormat recurrent_format;  // format that w_hh may have where it is faster
@@ -56,18 +57,18 @@ struct LayerBackward {
   LayerShape shape;
   LayerWeights<Storage> weights;
   const Storage* h0;  // [B, R]
-  const Storage* c0;  // [B, H] or null
+  const Storage* c0;  // [B, C*H] or null
   const Storage* y;   // [N, R], y_stride apart
   std::int64_t y_stride;
   const Accumulator* saved;  // [N, S*H] or null
   const Storage* d_y;        // [N, R], d_y_stride apart, or null: zero
   std::int64_t d_y_stride;
   const Storage* d_h_n;  // [B, R] or null: zero
-  const Storage* d_c_n;  // [B, H] or null: zero
-  PreGradient* d_pre;    // [N, Q*H] gradients at the pre-activations
+  const Storage* d_c_n;  // [B, C*H] or null: zero
+  PreGradient* d_pre;    // [N, (Q+E)*H] gradients at the pre-activations and parameters
   PreGradient* d_h_all;  // [N, P] gradients at the projected outputs, or null without projection
   Storage* d_h0;         // [B, R]
-  Storage* d_c0;         // [B, H] or null
+  Storage* d_c0;         // [B, C*H] or null
 };
 
 // The products over all steps after the backward time loop: gradients of the weights and of the
@@ -82,7 +83,7 @@ struct LayerGradients {
   const Value* h0;  // [B, R]
   const Value* y;   // [N, R], y_stride apart
   std::int64_t y_stride;
-  const Value* d_pre;  // [N, Q*H]
+  const Value* d_pre;  // [N, (Q+E)*H]
   // Results; null: not needed.
   Value* d_x;     // [N, I]
   bool add_to_x;  // d_x += instead of =, because the other direction has written d_x

@@ -39,13 +39,23 @@ std::string slot_names(int64_t slots) {
   return names;
 }
 
-void check_slots(int64_t slots) {
+void check_slots(int64_t slots, const CellInfo& cell) {
   const bool is_known = slots >> kSequenceSlotsEnd == 0 &&
                         count_between(slots, kWeightSlots, kFirstSequenceSlot) == 0;
-  FASTRNN_CHECK(is_known && has_slot(slots, kWIh) && has_slot(slots, kWHh),
-                "slots must hold w_ih and w_hh and no bit of an unknown slot, got ", slots, ".");
-  FASTRNN_CHECK(has_slot(slots, kBIh) == has_slot(slots, kBHh),
-                "slots must hold both biases or none, got ", slots, ".");
+  if (cell.dense) {
+    FASTRNN_CHECK(is_known && has_slot(slots, kWIh) && has_slot(slots, kWHh),
+                  "slots must hold w_ih and w_hh and no bit of an unknown slot, got ", slots, ".");
+    FASTRNN_CHECK(has_slot(slots, kBIh) == has_slot(slots, kBHh),
+                  "slots must hold both biases or none, got ", slots, ".");
+  } else {
+    FASTRNN_CHECK(
+        is_known && has_slot(slots, kWIh) && !has_slot(slots, kWHh) && !has_slot(slots, kBHh),
+        "slots must hold w_ih, neither w_hh nor b_hh, and no bit of an unknown slot for ",
+        cell.name, ", got ", slots, ".");
+  }
+  FASTRNN_CHECK(has_slot(slots, kWUnit) == (cell.parameters > 0), "slots must ",
+                cell.parameters > 0 ? "" : "not ", "hold w_unit for ", cell.name, ", got ", slots,
+                ".");
 }
 
 }  // namespace
@@ -123,7 +133,7 @@ LayerArguments::LayerArguments(const char* data_name, const Tensor& data, const 
 }
 
 void LayerArguments::read_weights(const std::vector<Tensor>& weights, int64_t slots) {
-  check_slots(slots);
+  check_slots(slots, *cell);
   const int64_t count = count_slots(slots);
   FASTRNN_CHECK(count * directions == int64_t(weights.size()), "weights must hold ", count,
                 " tensors per direction (", slot_names(slots), "), got ", weights.size(), " for ",
@@ -143,11 +153,11 @@ void LayerArguments::read_weights(const std::vector<Tensor>& weights, int64_t sl
   proj_size = projected ? out : 0;
   check_like("h0", h0);
   check_sizes("h0", h0, state_sizes(projected ? proj_size : hidden_size));
-  FASTRNN_CHECK(c0.has_value() == (cell->states == 2), "c0 must ",
-                cell->states == 2 ? "be given for " : "not be given for ", cell->name, ".");
+  FASTRNN_CHECK(c0.has_value() == (cell->states > 1), "c0 must ",
+                cell->states > 1 ? "be given for " : "not be given for ", cell->name, ".");
   if (c0) {
     check_like("c0", *c0);
-    check_sizes("c0", *c0, state_sizes(hidden_size));
+    check_sizes("c0", *c0, state_sizes(cell_units()));
   }
   h0 = contiguous_compute(h0);
   if (c0) c0 = contiguous_compute(*c0);
@@ -159,15 +169,20 @@ void LayerArguments::read_weights(const std::vector<Tensor>& weights, int64_t sl
       check_sizes(kWeightSlotNames[slot], *next, {rows, columns});
       return Rows(to_compute(*next++));
     };
-    const auto bias = [&](WeightSlot slot) -> std::optional<Tensor> {
+    const auto optional_matrix = [&](WeightSlot slot, int64_t rows, int64_t columns) {
+      return has_slot(slots, slot) ? std::optional(matrix(slot, rows, columns)) : std::nullopt;
+    };
+    const auto vector = [&](WeightSlot slot, int64_t size) -> std::optional<Tensor> {
       if (!has_slot(slots, slot)) return std::nullopt;
-      check_sizes(kWeightSlotNames[slot], *next, {gate_rows});
+      check_sizes(kWeightSlotNames[slot], *next, {size});
       return contiguous_compute(*next++);
     };
     // in the order of the slots; an initialiser list evaluates from left to right
-    direction.push_back(Direction{
-        matrix(kWIh, gate_rows, input_size), matrix(kWHh, gate_rows, out), bias(kBIh), bias(kBHh),
-        projected ? std::optional(matrix(kWHr, proj_size, hidden_size)) : std::nullopt});
+    direction.push_back(Direction{matrix(kWIh, gate_rows, input_size),
+                                  optional_matrix(kWHh, gate_rows, out), vector(kBIh, gate_rows),
+                                  vector(kBHh, gate_rows),
+                                  optional_matrix(kWHr, proj_size, hidden_size),
+                                  vector(kWUnit, cell->parameters * hidden_size)});
   }
 }
 
@@ -209,7 +224,8 @@ void LayerArguments::read_packed(const char* data_name, const Tensor& data,
 
 // Of outputs, workspaces and what is saved; a chunk of rows has 4 times the batch at most.
 void LayerArguments::check_products() const {
-  const int64_t width = checked_product(4 * cell->pre + cell->saved, hidden_size + kPadding);
+  const int64_t columns = 4 * cell->gradient_columns() + cell->saved + cell->states;
+  const int64_t width = checked_product(columns, hidden_size + kPadding);
   const int64_t most = std::max({input_size, out(), hidden_size}) + kPadding;
   checked_product(width, most);
 }
@@ -256,7 +272,7 @@ void check_backward(const LayerArguments& layer, const Tensor& y, const Tensor& 
                 ", got a tensor.");
   if (d_c_n) {
     layer.check_like("d_c_n", *d_c_n);
-    check_sizes("d_c_n", *d_c_n, layer.state_sizes(layer.hidden_size));
+    check_sizes("d_c_n", *d_c_n, layer.state_sizes(layer.cell_units()));
   }
 }
 

@@ -57,20 +57,23 @@ struct Rows {
 
 // One direction's parameters.
 struct Direction {
-  Rows w_ih, w_hh;
+  Rows w_ih;
+  std::optional<Rows> w_hh;
   std::optional<Tensor> b_ih, b_hh;
   std::optional<Rows> w_hr;
+  std::optional<Tensor> w_unit;
 
   template <class S>
   LayerWeights<S> view() const {
     return {static_cast<const S*>(w_ih.data),
-            static_cast<const S*>(w_hh.data),
+            w_hh ? static_cast<const S*>(w_hh->data) : nullptr,
             b_ih ? static_cast<const S*>(b_ih->const_data_ptr()) : nullptr,
             b_hh ? static_cast<const S*>(b_hh->const_data_ptr()) : nullptr,
             w_hr ? static_cast<const S*>(w_hr->data) : nullptr,
             w_ih.stride,
-            w_hh.stride,
-            w_hr ? w_hr->stride : 0};
+            w_hh ? w_hh->stride : 0,
+            w_hr ? w_hr->stride : 0,
+            w_unit ? static_cast<const S*>(w_unit->const_data_ptr()) : nullptr};
   }
 };
 
@@ -96,7 +99,9 @@ struct LayerArguments {
                  int64_t slots, const std::optional<std::vector<Tensor>>& sequence,
                  const std::string& cell_name, ScalarType compute_type);
 
-  int64_t out() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
+  int64_t out() const { return proj_size > 0 ? proj_size : hidden_size; }            // R
+  int64_t cell_units() const { return cell->cell_states() * hidden_size; }           // C*H
+  int64_t gradient_units() const { return cell->gradient_columns() * hidden_size; }  // (Q+E)*H
 
   LayerShape shape(int64_t d) const {
     const Sequence sequence = {int64_t(step_rows.size()), batch, d == 1, step_offset.data(),

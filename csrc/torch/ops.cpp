@@ -146,6 +146,24 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> recurrent_stack(
   });
 }
 
+FourTensors recurrent_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
+                               std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
+                               std::vector<Tensor> weights, int64_t slots,
+                               std::optional<std::vector<Tensor>> sequence, Tensor y, Tensor saved,
+                               StringHandle cell_handle) {
+  return guarded([&] {
+    const std::string cell = consume_string(cell_handle);
+    const ScalarType compute = accumulate_type(checked_dtype("y", y));
+    const LayerArguments layer("y", y, h0, c0, weights, slots, sequence, cell, compute);
+    check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
+    const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
+    const BackwardOutputs outputs(layer, y, ordinary);
+    compute == ScalarType::Double ? run<double>(layer, inputs, outputs)
+                                  : run<float>(layer, inputs, outputs);
+    return outputs.tensors(layer);
+  });
+}
+
 // The tensors that the products are written into, in the layer's compute type; empty where they are
 // not asked for. Each direction has d_w_ih, d_w_hh, d_b_ih and d_b_hh, biases or not.
 struct GradientOutputs {
@@ -223,6 +241,9 @@ Gradients gradients_of(int64_t directions, const std::optional<Tensor>& d_y,
   const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, compute);
   FASTRNN_CHECK(layer.directions == directions, "h0 must hold the states of ", directions,
                 " direction(s), got ", layer.directions, ".");
+  FASTRNN_CHECK(layer.cell->parameters == 0,
+                "cell must be one without w_unit (recurrent_backward computes the others), got '",
+                cell, "'.");
   check_input(layer, x);
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
@@ -332,6 +353,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("recurrent_forward", TORCH_BOX(&fastrnn::recurrent_forward));
   m.impl("recurrent_layer", TORCH_BOX(&fastrnn::recurrent_layer));
   m.impl("recurrent_stack", TORCH_BOX(&fastrnn::recurrent_stack));
+  m.impl("recurrent_backward", TORCH_BOX(&fastrnn::recurrent_backward));
   m.impl("recurrent_gradients", TORCH_BOX(&fastrnn::recurrent_gradients));
   m.impl("recurrent_bidirectional_gradients",
          TORCH_BOX(&fastrnn::recurrent_bidirectional_gradients));

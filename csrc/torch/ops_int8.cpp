@@ -52,6 +52,8 @@ struct Int8Arguments {
                 const std::vector<Tensor>& weights_, const std::optional<Tensor>& batch_sizes,
                 const std::string& cell_name)
       : cell(find_cell(cell_name)) {
+    FASTRNN_CHECK(has_int8(*cell), "cell must be one that has int8 kernels, got '", cell_name,
+                  "'.");
     FASTRNN_CHECK(h0_.dim() == 3, "h0 must be [D, B, H], got ", h0_.dim(), " dimensions.");
     directions = h0_.size(0);
     batch = h0_.size(1);

@@ -49,7 +49,7 @@ struct ForwardOutputs {
                  Allocate allocate = empty)
       : y(empty(layer.output_sizes(), layer.compute, like)),
         h_n(empty(layer.state_sizes(layer.out()), layer.compute, like)) {
-    if (layer.c0) c_n = empty(layer.state_sizes(layer.hidden_size), layer.compute, like);
+    if (layer.c0) c_n = empty(layer.state_sizes(layer.cell_units()), layer.compute, like);
     if (save && layer.cell->saved > 0)
       saved = allocate({layer.directions, layer.rows, layer.cell->saved * layer.hidden_size},
                        accumulate_type(layer.compute), like);
@@ -110,12 +110,12 @@ struct BackwardOutputs {
   // d_pre from elsewhere: not every caller returns it.
   BackwardOutputs(const LayerArguments& layer, const Tensor& like, Allocate allocate,
                   Allocate allocate_pre)
-      : d_pre(allocate_pre({layer.directions, layer.rows, layer.cell->pre * layer.hidden_size},
-                           layer.compute, like)),
+      : d_pre(allocate_pre({layer.directions, layer.rows, layer.gradient_units()}, layer.compute,
+                           like)),
         d_h0(empty(layer.state_sizes(layer.out()), layer.compute, like)) {
     if (layer.proj_size > 0)
       d_h_all = allocate({layer.directions, layer.rows, layer.proj_size}, layer.compute, like);
-    if (layer.c0) d_c0 = empty(layer.state_sizes(layer.hidden_size), layer.compute, like);
+    if (layer.c0) d_c0 = empty(layer.state_sizes(layer.cell_units()), layer.compute, like);
   }
 
   // As the schema returns them, with placeholders.

@@ -25,14 +25,16 @@ constexpr const char* kStoredLayerSchema =
 constexpr const char* kStackSchema =
     "recurrent_stack(Tensor x, Tensor[] h0, Tensor[] c0, Tensor[] weights, int slots, "
     "Tensor[]? sequence, str cell) -> (Tensor y, Tensor[] h_n, Tensor[] c_n)";
-// CUDA only: the time loop of backward, without the products after it.
+// The time loop of backward, without the products after it: on CUDA, and on the CPU for cells with
+// w_unit. d_pre [D, N, (Q+E)*H] holds the gradients at the pre-activations and, of each row, those
+// of w_unit.
 constexpr const char* kBackwardSchema =
     "recurrent_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor h0, Tensor? c0, "
     "Tensor[] weights, int slots, Tensor[]? sequence, Tensor y, Tensor saved, str cell) "
     "-> (Tensor d_pre, Tensor d_h_all, Tensor d_h0, Tensor d_c0)";
 // CPU only: the time loop of backward and the products after it in one call. w_hr has no result of
-// its own. (Layers of two directions have an operator of their own, so that one direction does not
-// pay for the results of the second.)
+// its own, and cells with w_unit are refused. (Layers of two directions have an operator of their
+// own, so that one direction does not pay for the results of the second.)
 constexpr const char* kGradientsSchema =
     "recurrent_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor h0, "
     "Tensor? c0, Tensor[] weights, int slots, Tensor[]? sequence, Tensor y, Tensor saved, "

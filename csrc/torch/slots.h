@@ -16,9 +16,9 @@
 
 namespace fastrnn {
 
-enum WeightSlot : int { kWIh, kWHh, kBIh, kBHh, kWHr, kWeightSlots };
-inline constexpr const char* kWeightSlotNames[kWeightSlots] = {"w_ih", "w_hh", "b_ih", "b_hh",
-                                                               "w_hr"};
+enum WeightSlot : int { kWIh, kWHh, kBIh, kBHh, kWHr, kWUnit, kWeightSlots };
+inline constexpr const char* kWeightSlotNames[kWeightSlots] = {"w_ih", "w_hh", "b_ih",
+                                                               "b_hh", "w_hr", "w_unit"};
 
 enum SequenceSlot : int { kBatchSizes = 16, kSequenceSlotsEnd };
 inline constexpr int kFirstSequenceSlot = kBatchSizes;

@@ -57,7 +57,7 @@ def run(call: LayerCall) -> Results:
     inputs: list[Tensor | None] = [
         x,
         torch.stack([_in_order(w.w_ih, spec) for w in per_direction]),
-        torch.stack([_in_order(w.w_hh, spec) for w in per_direction]),
+        torch.stack([_in_order(w.w_hh, spec) for w in per_direction if w.w_hh is not None]),
         None,
         None,  # lengths: all sequences are as long as x
         h0,

@@ -44,9 +44,9 @@ def _raise_mismatch(x: Tensor, other: Tensor, role: str) -> NoReturn:
 
 def check_step(call: LayerCall) -> None:
     """Raises unless the sizes of a single step fit together."""
-    x, (w_ih, w_hh, *_) = call.x, call.weights.flat
+    x, w_ih = call.x, call.weights.flat[0]
     batch = x.shape[0]
-    input_size, hidden_size = w_ih.shape[1], w_hh.shape[1]
+    input_size, hidden_size = w_ih.shape[1], w_ih.shape[0] // call.spec.gates
     if x.shape[1] != input_size:
         raise RuntimeError(
             f"input has inconsistent input_size: got {x.shape[1]} expected {input_size}"
@@ -60,8 +60,8 @@ def check_step(call: LayerCall) -> None:
             raise RuntimeError(
                 f"Input batch size {batch} doesn't match hidden{index} batch size {state.shape[0]}"
             )
-        if state.shape[1] != hidden_size:
+        size = hidden_size if index == 0 else call.spec.cell_states * hidden_size
+        if state.shape[1] != size:
             raise RuntimeError(
-                f"hidden{index} has inconsistent hidden_size: "
-                f"got {state.shape[1]}, expected {hidden_size}"
+                f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected {size}"
             )

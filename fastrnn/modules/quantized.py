@@ -315,6 +315,7 @@ def _panels(integers: Tensor, gates: int, hidden: int) -> Tensor:
 
 
 def _quantize_direction(spec: CellSpec, own: DirectionWeights) -> Int8Weights:
+    assert own.w_hh is not None  # only such cells have int8 kernels
     hidden, gates = own.w_hh.shape[1], spec.gates
     rows_ih, rows_hh = _quantize_rows(own.w_ih), _quantize_rows(own.w_hh)
     bias = torch.zeros(spec.pre, hidden, dtype=torch.float64)

@@ -21,6 +21,7 @@ from fastrnn.spec import (
     GRADIENT_OUTPUTS,
     MATRICES,
     PROJECTION,
+    UNIT,
     WEIGHT_SLOTS,
     Weights,
     present,
@@ -78,10 +79,16 @@ class _FakeArguments:
         _expect(self.directions in (1, 2), f"h0 must have 1 or 2 directions, got {self.directions}")
         *_, batch, size = h0.shape
         _expect(
-            slots & ~_KNOWN_SLOTS == 0 and slots & MATRICES == MATRICES,
-            f"slots must hold w_ih and w_hh and no bit of an unknown slot, got {slots}",
+            slots & ~_KNOWN_SLOTS == 0 and slots & MATRICES == spec.slots(False) & MATRICES,
+            f"slots must hold w_ih{' and w_hh' if spec.dense else ' without w_hh'} and no bit of "
+            f"an unknown slot, got {slots}",
         )
-        _expect(slots & BIASES in (0, BIASES), f"slots must hold both biases or none, got {slots}")
+        biases = spec.slots(True) & BIASES
+        _expect(slots & BIASES in (0, biases), f"slots must hold both biases or none, got {slots}")
+        _expect(
+            (slots & UNIT != 0) == (spec.parameters > 0),
+            f"slots must {'' if spec.parameters else 'not '}hold w_unit for {cell}, got {slots}",
+        )
         names = [WEIGHT_SLOTS[slot] for slot in present(slots)]
         _expect(
             len(names) * self.directions == len(weights),
@@ -90,7 +97,7 @@ class _FakeArguments:
         )
         self.is_projected = slots & PROJECTION != 0
         _expect(
-            spec.has_cell_state or not self.is_projected,
+            spec.projects or not self.is_projected,
             f"weights must hold a projection for lstm only, got one for {cell}",
         )
         for w in weights:
@@ -110,16 +117,20 @@ class _FakeArguments:
         self.states = tuple(h0.shape[:-1])
         if c0 is not None:
             self.expect_like("c0", c0)
-            _expect_sizes("c0", c0, (*self.states, self.hidden))
+            _expect_sizes("c0", c0, (*self.states, spec.cell_states * self.hidden))
         rows = spec.gates * self.hidden
         for own in Weights(weights, slots).directions():
             _expect_sizes("w_ih", own.w_ih, (rows, self.input_size))
-            _expect_sizes("w_hh", own.w_hh, (rows, size))
-            if own.b_ih is not None and own.b_hh is not None:
-                _expect_sizes("b_ih", own.b_ih, (rows,))
-                _expect_sizes("b_hh", own.b_hh, (rows,))
-            if own.w_hr is not None:
-                _expect_sizes("w_hr", own.w_hr, (size, self.hidden))
+            for name, sizes in (
+                ("w_hh", (rows, size)),
+                ("b_ih", (rows,)),
+                ("b_hh", (rows,)),
+                ("w_hr", (size, self.hidden)),
+                ("w_unit", (spec.parameters * self.hidden,)),
+            ):
+                weight = getattr(own, name)
+                if weight is not None:
+                    _expect_sizes(name, weight, sizes)
         check_sequence(name, data, batch, sequence, slots)
         self.rows = tuple(data.shape[:-1])
         self.outputs = (*self.rows, self.directions * size)
@@ -167,7 +178,7 @@ class _FakeArguments:
         for name, t, sizes in (
             ("d_y", d_y, self.outputs),
             ("d_h_n", d_h_n, (*self.states, self.size)),
-            ("d_c_n", d_c_n, (*self.states, self.hidden)),
+            ("d_c_n", d_c_n, (*self.states, self.spec.cell_states * self.hidden)),
         ):
             if t is not None:
                 self.expect_like(name, t)
@@ -204,7 +215,8 @@ def _backward_results(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = math.prod(layer.rows)
     dtype = y.dtype if y.device.type == "cuda" else layer.accumulate
-    d_pre = y.new_empty(layer.directions, rows, layer.spec.pre * layer.hidden, dtype=dtype)
+    width = layer.spec.gradient_columns * layer.hidden
+    d_pre = y.new_empty(layer.directions, rows, width, dtype=dtype)
     d_h_all = y.new_empty(
         (layer.directions, rows, layer.size) if layer.is_projected else (0,), dtype=dtype
     )
@@ -252,6 +264,7 @@ def _gradients_fake(
         layer.directions == directions,
         f"h0 must hold the states of {directions} direction(s), got {layer.directions}",
     )
+    _expect(layer.spec.parameters == 0, f"cell must be one without w_unit, got '{cell}'")
     layer.expect_input(x)
     layer.expect_backward(d_y, d_h_n, d_c_n, c0, y, saved)
     _, d_h_all, d_h0, d_c0 = _backward_results(layer, h0, c0, y)

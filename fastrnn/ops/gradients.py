@@ -8,6 +8,7 @@ matrix products over all steps follow. On the CPU the same operator computes the
     d_w_hh = d_pre[h side]^T @ h_prev
     d_b    = column sums of d_pre
     d_w_hr = d_h^T @ (h' before the projection)      only with a projection
+    d_w_unit = column sums of d_pre[parameters]      only for cells with parameters
 
 d_pre[x side] and d_pre[h side] are the columns that belong to the input side and the hidden side of
 the cell (`CellSpec`); h_prev is the hidden state before each row.
@@ -30,6 +31,7 @@ from fastrnn.ops.sequence import is_traced, previous_states
 from fastrnn.spec import (
     GRADIENT_OUTPUTS,
     PROJECTION,
+    UNIT,
     WEIGHT_SLOTS,
     CellSpec,
     ColumnRange,
@@ -75,7 +77,8 @@ def gradients(
     if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         # vmap over the backward pass, create_graph=True, or gradients with tangents
         return differentiable_gradients(call, needs, d_outputs, transformed)
-    compute = cpu_gradients if call.x.is_cpu else gradients_by_torch
+    is_one_operator = call.x.is_cpu and not call.weights.has(UNIT)
+    compute = cpu_gradients if is_one_operator else gradients_by_torch
     return compute(call, needs, d_outputs, y, saved)
 
 
@@ -131,12 +134,13 @@ class DirectionNeeds(NamedTuple):
     b_ih: bool
     b_hh: bool
     w_hr: bool
+    w_unit: bool
 
 
 def gradients_by_torch(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, y: Tensor, saved: Tensor
 ) -> Gradients:
-    """Computes the gradients by the CUDA time loop and torch's matrix products."""
+    """Computes the gradients by the operator of the time loop and torch's matrix products."""
     spec, x, sequence, h0, c0, weights, _ = call
     need_x, need_h0, need_c0, *need_weights = needs
     flat, slots = weights
@@ -144,7 +148,7 @@ def gradients_by_torch(
         *d_outputs, h0, c0, flat, slots | sequence.slots, sequence.flat, y, saved, spec.name
     )
     rows, width = d_pre.shape[1:]
-    hidden = width // spec.pre
+    hidden = width // spec.gradient_columns
     size = h0.shape[-1]
     if h0.dim() == 2:
         h0 = h0.unsqueeze(0)
@@ -157,7 +161,7 @@ def gradients_by_torch(
         need = DirectionNeeds(*(next(need_weight) if t is not None else False for t in w))
         pre = d_pre[direction]
         side_x = _side(pre, spec.ranges_x, hidden)
-        d_w_ih = d_w_hh = d_b_ih = d_b_hh = d_w_hr = None
+        d_w_ih = d_w_hh = d_b_ih = d_b_hh = d_w_hr = d_w_unit = None
         if need_x:
             w_ih = _cast(w.w_ih, pre)
             for part, gates in side_x:
@@ -167,7 +171,7 @@ def gradients_by_torch(
             if x_rows is None:
                 x_rows = _cast(x.reshape(rows, x.shape[-1]), pre)
             d_w_ih = _cast(_weight_gradient(side_x, x_rows), w.w_ih)
-        if need.w_hh:
+        if need.w_hh and w.w_hh is not None:
             if y_rows is None:
                 y_rows = _cast(y if y.dim() == 2 else y.flatten(0, 1), pre)
             y_own = y_rows
@@ -181,19 +185,21 @@ def gradients_by_torch(
                 direction == 1,
             )
             d_w_hh = _cast(d_w_hh, w.w_hh)
-        if need.b_ih or need.b_hh:
-            sums = pre.sum(0)  # one pass over d_pre for both biases
+        if need.b_ih or need.b_hh or need.w_unit:
+            sums = pre.sum(0)  # one pass over d_pre for all vectors
             if need.b_ih:
                 d_b_ih = _cast(_bias_gradient(sums, spec.ranges_x, hidden), w.w_ih)
             if need.b_hh:
-                d_b_hh = _cast(_bias_gradient(sums, spec.ranges_h, hidden), w.w_hh)
+                d_b_hh = _cast(_bias_gradient(sums, spec.ranges_h, hidden), w.w_ih)
                 if need.b_ih and spec.ranges_x == spec.ranges_h:
                     # the gradients of two parameters must not share memory
                     d_b_hh = d_b_hh.clone()
+            if need.w_unit:
+                d_w_unit = _cast(sums[spec.pre * hidden :].clone(), w.w_ih)
         if need.w_hr and w.w_hr is not None:
             d_w_hr = _projection_gradient(spec, d_h_all[direction], saved[direction])
             d_w_hr = _cast(d_w_hr, w.w_hr)
-        by_slot = (d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr)
+        by_slot = (d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_w_unit)
         d_weights += [by_slot[slot] for slot in own]
     return (
         None if d_x is None else _cast(d_x, x).view(x.shape),
@@ -259,8 +265,8 @@ def _recurrent_gradient(
     later = y.shape[0] - batch
     if sequence.flat:
         return _weight_gradient(side, previous_states(y, h0, sequence, backwards))
-    if later == 0:
-        return _weight_gradient(side, h0)
+    if later <= 0:  # one step, or none
+        return _weight_gradient(side, h0 if later == 0 else y)
     gate_rows = sum(part.shape[1] for part, _ in side)
     if later <= gate_rows or is_traced(y):
         # Copying y costs less than a second pass over d_w. Compiled code always copies, so that it

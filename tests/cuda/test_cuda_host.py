@@ -23,6 +23,7 @@ import torch
 from support import (
     CELLS,
     DTYPES,
+    CellLayer,
     build,
     by_kernels,
     by_reference,
@@ -62,7 +63,7 @@ class Call(ctypes.Structure):
         + [("resident", ctypes.c_int64)]
         + [(name, ctypes.c_int64) for name in ("chunk_rows", "descending", "seed", "forget")]
         + [(name, ctypes.c_void_p) for name in ("step_offset", "step_rows")]
-        + [(name, ctypes.c_void_p) for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+        + [(name, ctypes.c_void_p) for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "w_unit")]
         + [(name, ctypes.c_int64) for name in ("w_ih_stride", "w_hh_stride", "w_hr_stride")]
         + [("x", ctypes.c_void_p), ("x_stride", ctypes.c_int64)]
         + [(name, ctypes.c_void_p) for name in ("h0", "c0", "y")]
@@ -114,7 +115,7 @@ class Kernels:
         x_rows = spread(x.reshape(count, x.shape[-1]))
         y = margin(count, directions * out, x.dtype)
         h_n = poison(directions, batch, out, dtype=x.dtype)
-        c_n = poison(directions, batch, hidden, dtype=x.dtype) if c0 is not None else x.new_empty(0)
+        c_n = x.new_empty(0) if c0 is None else poison(*c0.shape, dtype=x.dtype)
         saved = poison(
             *(
                 (directions, count, spec.saved * hidden)
@@ -162,12 +163,10 @@ class Kernels:
         count = y.shape[:-1].numel()
         y_rows = spread(y.reshape(count, -1) if count else y.new_empty(0, directions * out))
         d_y_rows = None if d_y is None else spread(d_y.reshape(y_rows.shape))
-        d_pre = poison(directions, count, spec.pre * hidden, dtype=y.dtype)
+        d_pre = poison(directions, count, spec.gradient_columns * hidden, dtype=y.dtype)
         d_h_all = poison(*((directions, count, out) if projected else (0,)), dtype=y.dtype)
         d_h0 = poison(directions, batch, out, dtype=y.dtype)
-        d_c0 = (
-            poison(directions, batch, hidden, dtype=y.dtype) if c0 is not None else y.new_empty(0)
-        )
+        d_c0 = y.new_empty(0) if c0 is None else poison(*c0.shape, dtype=y.dtype)
         d_h_n = None if d_h_n is None else d_h_n.contiguous()
         d_c_n = None if d_c_n is None else d_c_n.contiguous()
         calls, kept = [], []
@@ -241,10 +240,10 @@ class Kernels:
             if matrix is not None:
                 kept.append(spread(matrix.detach()))
                 set_rows(call, name, kept[-1])
-        for name in ("b_ih", "b_hh"):
-            bias = getattr(w, name)
-            if bias is not None:
-                kept.append(bias.detach().contiguous())
+        for name in ("b_ih", "b_hh", "w_unit"):
+            vector = getattr(w, name)
+            if vector is not None:
+                kept.append(vector.detach().contiguous())
                 set_tensor(call, name, kept[-1])
         return call, kept
 
@@ -411,6 +410,39 @@ def test_persistent_packed_input_matches_torch(
 ) -> None:
     kernels.choice, kernels.units = PERSISTENT, units
     check_lengths(cell, lengths, 12, dtype)
+
+
+# cells that torch.nn lacks: per-unit parameters, several cell states, no recurrent product
+BEYOND_TORCH = [name for name in SPECS if name not in CELLS]
+
+
+def check_beyond_torch(cell: str, batch: int, hidden: int, dtype: torch.dtype) -> None:
+    layer = CellLayer(cell, 3, hidden, bidirectional=True, dtype=dtype)
+    h = make_input(2, batch, hidden, dtype=dtype, seed=6)
+    c = make_input(2, batch, layer.spec.cell_states * hidden, dtype=dtype, seed=7)
+    with torch.no_grad():  # the normaliser of an sLSTM is positive
+        c.abs_().add_(0.5)
+    hx: Any = (h, c) if layer.spec.has_cell_state else h
+    check(layer, make_input(5, batch, 3, dtype=dtype), hx)
+    lengths = [1 + index * 5 // batch for index in range(batch)][::-1]
+    check(layer, pack(make_input(sum(lengths), 3, dtype=dtype), lengths, enforce_sorted=True), hx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", BEYOND_TORCH)
+def test_stepwise_runs_cells_beyond_torch(kernels: Kernels, cell: str, dtype: torch.dtype) -> None:
+    check_beyond_torch(cell, 4, 17, dtype)
+
+
+@persistent
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
+@pytest.mark.parametrize("batch", [3, 20])
+@pytest.mark.parametrize("cell", [cell for cell in BEYOND_TORCH if SPECS[cell].dense])
+def test_persistent_runs_cells_beyond_torch(
+    kernels: Kernels, cell: str, batch: int, dtype: torch.dtype, units: int
+) -> None:
+    kernels.choice, kernels.units = PERSISTENT, units
+    check_beyond_torch(cell, batch, 12, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -167,3 +167,9 @@ def test_plan_rejects_impossible_arguments() -> None:
         plan("gru", 1, 0)
     with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'int8'"):
         plan("gru", 1, 1, dtype="int8")
+
+
+def test_a_cell_without_a_recurrent_product_runs_stepwise() -> None:
+    for training in (False, True):
+        plan = _C.cuda_plan("indrnn", 100, 8, 64, 64, dtype="float16", training=training)
+        assert plan["schedule"] == "stepwise"

@@ -36,7 +36,9 @@ FASTRNN_HD void add_side(A* pre, const V* values, std::int64_t stride,
 template <class Cell, class S>
 struct ForwardStep {
   using A = Accumulate<S>;
-  static constexpr int kSavedValues = Cell::kSaved > 0 ? Cell::kSaved : 1;
+  static constexpr int kSavedValues = cells::kSavedLength<Cell>;
+  static constexpr int kCellStates = cells::kCellStates<Cell>;
+  static constexpr int kCellLength = kCellStates > 0 ? kCellStates : 1;
 
   std::int64_t hidden;  // H
   StepRows at;
@@ -44,42 +46,47 @@ struct ForwardStep {
   const A* gates_h;   // [n, G*H] h w_hh^T
   const S* b_ih;      // [G*H] or null
   const S* b_hh;      // [G*H] or null
+  const S* w_unit;    // [E*H] or null
   const S* h_before;  // [at.first_starting, H], h_before_stride apart (only cells that read h)
   std::int64_t h_before_stride;
   const S* h0;  // [B, H]
-  const S* c0;  // [B, H]
-  A* c;         // [B, H] the running cell state
+  const S* c0;  // [B, C*H]
+  A* c;         // [B, C*H] the running cell states
   S* h;         // [n, H], h_stride apart, or null: y, or the unprojected h'
   std::int64_t h_stride;
   A* saved;  // [n, S*H] or null
   S* h_n;    // [B, H] or null
-  S* c_n;    // [B, H]
+  S* c_n;    // [B, C*H]
 
   // What one unit reads, except the recurrent product. Values keep the type that they have in
   // memory: a conversion would wait for the load.
   struct Inputs {
     A gates_x[Cell::kGates];
     S h;  // or h0 (only cells that read h)
-    A c;
-    S c0;
+    A c[kCellLength];
+    S c0[kCellLength];
     bool starts;  // from c0, not c
   };
-  // The sum of both biases of a unit, the same at every step.
-  struct Biases {
+  // What is the same for a unit at every step: the sum of both biases, and its parameters.
+  struct Constants {
     A pre[Cell::kPre];
+    A parameters[cells::kParametersLength<Cell>];
   };
   struct Outputs {
     A next_state[Cell::kStates];
     A saved[kSavedValues];
   };
 
-  FASTRNN_HD Biases biases(std::int64_t unit) const {
-    Biases sums{};
+  FASTRNN_HD Constants constants(std::int64_t unit) const {
+    Constants values{};
     if (b_ih != nullptr) {
-      add_side<Cell::kPreX>(sums.pre, b_ih + unit, hidden, kGates);
-      add_side<Cell::kPreH>(sums.pre, b_hh + unit, hidden, kGates);
+      add_side<Cell::kPreX>(values.pre, b_ih + unit, hidden, kGates);
+      if constexpr (Cell::kDenseRecurrence)
+        add_side<Cell::kPreH>(values.pre, b_hh + unit, hidden, kGates);
     }
-    return sums;
+    for (int k = 0; k < Cell::kParameters; ++k)
+      values.parameters[k] = widen(w_unit[k * hidden + unit]);
+    return values;
   }
 
   FASTRNN_HD Inputs load(std::int64_t b, std::int64_t unit) const {
@@ -90,32 +97,33 @@ struct ForwardStep {
     inputs.starts = at.starts(b);
     if constexpr (Cell::kForwardReadsH)
       inputs.h = inputs.starts ? h0[i] : h_before[b * h_before_stride + unit];
-    if constexpr (Cell::kStates == 2) {
+    for (int s = 0; s < kCellStates; ++s) {
+      const std::int64_t j = (b * kCellStates + s) * hidden + unit;
       if (inputs.starts)
-        inputs.c0 = c0[i];
+        inputs.c0[s] = c0[j];
       else
-        inputs.c = c[i];
+        inputs.c[s] = c[j];
     }
     return inputs;
   }
 
   // product[0], product[stride], ...: the unit's recurrent products, one per gate.
-  FASTRNN_HD Outputs compute(const Inputs& inputs, const Biases& biases, const A* product,
+  FASTRNN_HD Outputs compute(const Inputs& inputs, const Constants& constants, const A* product,
                              std::int64_t stride) const {
     A pre[Cell::kPre], state[Cell::kStates] = {};
-    for (int q = 0; q < Cell::kPre; ++q) pre[q] = biases.pre[q];
+    for (int q = 0; q < Cell::kPre; ++q) pre[q] = constants.pre[q];
     add_side<Cell::kPreX>(pre, inputs.gates_x, 1, kGates);
-    add_side<Cell::kPreH>(pre, product, stride, kGates);
+    if constexpr (Cell::kDenseRecurrence) add_side<Cell::kPreH>(pre, product, stride, kGates);
     if constexpr (Cell::kForwardReadsH) state[0] = widen(inputs.h);
-    if constexpr (Cell::kStates == 2) state[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c;
+    for (int s = 0; s < kCellStates; ++s)
+      state[s + 1] = inputs.starts ? A(widen(inputs.c0[s])) : inputs.c[s];
     Outputs outputs{};
-    Cell::forward(cells::StepInputs<A>{pre, state},
+    Cell::forward(cells::StepInputs<A>{pre, state, constants.parameters},
                   cells::StepOutputs<A>{outputs.saved, outputs.next_state});
     return outputs;
   }
 
   FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
-    const std::int64_t i = b * hidden + unit;
     const S out = narrow<S>(outputs.next_state[0]);
     if (h != nullptr) h[b * h_stride + unit] = out;
     if constexpr (Cell::kSaved > 0) {
@@ -124,16 +132,17 @@ struct ForwardStep {
           saved[(b * Cell::kSaved + s) * hidden + unit] = outputs.saved[s];
       }
     }
-    if constexpr (Cell::kStates == 2) c[i] = outputs.next_state[1];
-    if (at.ends(b)) {
-      if (h_n != nullptr) h_n[i] = out;
-      if constexpr (Cell::kStates == 2) c_n[i] = narrow<S>(outputs.next_state[1]);
+    if (at.ends(b) && h_n != nullptr) h_n[b * hidden + unit] = out;
+    for (int s = 0; s < kCellStates; ++s) {
+      const std::int64_t j = (b * kCellStates + s) * hidden + unit;
+      c[j] = outputs.next_state[s + 1];
+      if (at.ends(b)) c_n[j] = narrow<S>(outputs.next_state[s + 1]);
     }
   }
 
   FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {
     const A* product = gates_h + b * Cell::kGates * hidden + unit;
-    store(compute(load(b, unit), biases(unit), product, hidden), b, unit);
+    store(compute(load(b, unit), constants(unit), product, hidden), b, unit);
   }
 
  private:
@@ -145,7 +154,11 @@ struct ForwardStep {
 template <class Cell, class S>
 struct BackwardStep {
   using A = Accumulate<S>;
-  static constexpr int kSavedValues = Cell::kSaved > 0 ? Cell::kSaved : 1;
+  static constexpr int kSavedValues = cells::kSavedLength<Cell>;
+  static constexpr int kCellStates = cells::kCellStates<Cell>;
+  static constexpr int kCellLength = kCellStates > 0 ? kCellStates : 1;
+  static constexpr int kColumns = cells::kGradientColumns<Cell>;
+
   std::int64_t hidden;  // H
   StepRows at;
   const A* d_unprojected;  // [n, H] the gradient at the unprojected h', null: no projection
@@ -153,30 +166,32 @@ struct BackwardStep {
   const S* d_h_n;          // [B, H] or null
   const S* d_y;            // [n, H], d_y_stride apart, or null
   std::int64_t d_y_stride;
-  A* d_c;             // [B, H] the running gradient at c'; store writes that at c
-  const S* d_c_n;     // [B, H] or null
+  A* d_c;             // [B, C*H] the running gradient at c'; store writes that at c
+  const S* d_c_n;     // [B, C*H] or null
   const A* saved;     // [n, S*H]
   const S* h;         // [n, H], h_stride apart: y of this step (only cells that read h'),
   const S* h_before;  // and of the step before (only cells that read h)
   std::int64_t h_stride;
   const S* h0;            // [B, H]
   const A* saved_before;  // [n, S*H] of the step before: its saved cell state is c
-  const S* c0;            // [B, H]
-  S* d_pre;               // [n, Q*H]
+  const S* c0;            // [B, C*H]
+  const S* w_unit;        // [E*H] or null
+  S* d_pre;               // [n, (Q+E)*H]
 
   // What one unit reads, except the gradient from the step after; types as in memory.
   struct Inputs {
     A saved[kSavedValues];
     S h_before, h;  // (only cells that read them)
-    A c_before;
-    S c0;
+    A c_before[kCellLength];
+    S c0[kCellLength];
     S d_y, d_h_n;
-    A d_c;
-    S d_c_n;
+    A d_c[kCellLength];
+    S d_c_n[kCellLength];
+    S parameters[cells::kParametersLength<Cell>];
     bool starts, ends;  // from c0, not c_before; with d_h_n and d_c_n, not d_c
   };
   struct Outputs {
-    A d_pre[Cell::kPre];
+    A d_pre[kColumns];
     A d_state[Cell::kStates];
   };
 
@@ -187,16 +202,19 @@ struct BackwardStep {
     inputs.ends = at.ends(b);
     if (inputs.ends && d_h_n != nullptr) inputs.d_h_n = d_h_n[i];
     if (d_y != nullptr) inputs.d_y = d_y[b * d_y_stride + unit];
-    if constexpr (Cell::kStates == 2) {
+    for (int s = 0; s < kCellStates; ++s) {
+      const std::int64_t j = (b * kCellStates + s) * hidden + unit;
       if (!inputs.ends)
-        inputs.d_c = d_c[i];
+        inputs.d_c[s] = d_c[j];
       else if (d_c_n != nullptr)
-        inputs.d_c_n = d_c_n[i];
+        inputs.d_c_n[s] = d_c_n[j];
       if (inputs.starts)
-        inputs.c0 = c0[i];
+        inputs.c0[s] = c0[j];
       else
-        inputs.c_before = saved_before[(b * Cell::kSaved + Cell::kSavedState) * hidden + unit];
+        inputs.c_before[s] =
+            saved_before[(b * Cell::kSaved + Cell::kSavedState + s) * hidden + unit];
     }
+    for (int k = 0; k < Cell::kParameters; ++k) inputs.parameters[k] = w_unit[k * hidden + unit];
     if constexpr (Cell::kBackwardReadsH)
       inputs.h_before = inputs.starts ? h0[i] : h_before[b * h_stride + unit];
     if constexpr (Cell::kBackwardReadsNextH) inputs.h = h[b * h_stride + unit];
@@ -211,21 +229,25 @@ struct BackwardStep {
     d_next_state[0] = d_after + widen(inputs.d_h_n) + widen(inputs.d_y);
     if constexpr (Cell::kBackwardReadsH) state[0] = widen(inputs.h_before);
     if constexpr (Cell::kBackwardReadsNextH) next_state[0] = widen(inputs.h);
-    if constexpr (Cell::kStates == 2) {
-      state[1] = inputs.starts ? A(widen(inputs.c0)) : inputs.c_before;
-      d_next_state[1] = inputs.ends ? A(widen(inputs.d_c_n)) : inputs.d_c;
+    A parameters[cells::kParametersLength<Cell>] = {};
+    for (int s = 0; s < kCellStates; ++s) {
+      state[s + 1] = inputs.starts ? A(widen(inputs.c0[s])) : inputs.c_before[s];
+      d_next_state[s + 1] = inputs.ends ? A(widen(inputs.d_c_n[s])) : inputs.d_c[s];
     }
+    for (int k = 0; k < Cell::kParameters; ++k) parameters[k] = widen(inputs.parameters[k]);
     Outputs outputs{};
-    Cell::backward(cells::StepGradientInputs<A>{inputs.saved, state, next_state, d_next_state},
-                   cells::StepGradientOutputs<A>{outputs.d_pre, outputs.d_state});
+    Cell::backward(
+        cells::StepGradientInputs<A>{inputs.saved, state, next_state, d_next_state, parameters},
+        cells::StepGradientOutputs<A>{outputs.d_pre, outputs.d_state, outputs.d_pre + Cell::kPre});
     return outputs;
   }
 
   FASTRNN_HD void store(const Outputs& outputs, std::int64_t b, std::int64_t unit) const {
-    for (int q = 0; q < Cell::kPre; ++q)
-      d_pre[(b * Cell::kPre + q) * hidden + unit] = narrow<S>(outputs.d_pre[q]);
+    for (int q = 0; q < kColumns; ++q)
+      d_pre[(b * kColumns + q) * hidden + unit] = narrow<S>(outputs.d_pre[q]);
     if constexpr (Cell::kDirectPath) d_h[b * hidden + unit] = outputs.d_state[0];
-    if constexpr (Cell::kStates == 2) d_c[b * hidden + unit] = outputs.d_state[1];
+    for (int s = 0; s < kCellStates; ++s)
+      d_c[(b * kCellStates + s) * hidden + unit] = outputs.d_state[s + 1];
   }
 
   FASTRNN_HD void operator()(std::int64_t b, std::int64_t unit) const {

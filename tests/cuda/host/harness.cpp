@@ -137,7 +137,7 @@ struct Call {
   std::int64_t chunk_rows;                     // replaces that of the plan, if not 0
   std::int64_t descending, seed, forget;       // order of threads, skipped synchronisation
   const std::int64_t *step_offset, *step_rows;
-  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *w_unit;
   std::int64_t w_ih_stride, w_hh_stride, w_hr_stride;
   const void* x;
   std::int64_t x_stride;
@@ -168,6 +168,7 @@ void fill(const Call& call, Problem& problem) {
   put(problem.weights.b_ih, call.b_ih);
   put(problem.weights.b_hh, call.b_hh);
   put(problem.weights.w_hr, call.w_hr);
+  put(problem.weights.w_unit, call.w_unit);
   problem.weights.w_ih_stride = call.w_ih_stride;
   problem.weights.w_hh_stride = call.w_hh_stride;
   problem.weights.w_hr_stride = call.w_hr_stride;

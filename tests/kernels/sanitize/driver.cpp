@@ -143,7 +143,8 @@ struct Checker {
 
   std::int64_t inputs = layer.sizes.input_size, hidden = layer.sizes.hidden_size;
   std::int64_t outputs = layer.output_size(), batch = layer.batch(), rows = layer.rows;
-  std::int64_t gate_rows = layer.info().gates * hidden;
+  std::int64_t gate_rows = layer.info().gates * hidden, cell_units = layer.cell_units();
+  std::int64_t recurrent_rows = layer.info().dense ? gate_rows : 0;
   double tolerance = half_weights ? 1e-2 : sizeof(T) == 4 ? 2e-4 : 1e-10;
 
   fastrnn::WeightFormat allowed_format() const {
@@ -158,20 +159,26 @@ struct Checker {
 
   // The weights of a direction, with padding between their rows.
   struct Weights {
-    Matrix<T> w_ih, w_hh, b_ih, b_hh, w_hr;
+    Matrix<T> w_ih, w_hh, b_ih, b_hh, w_hr, w_unit;
+    bool is_dense;
     Weights(const Checker& c, const Direction& d)
         : w_ih(d.w_ih, c.gate_rows, c.inputs, 3),
-          w_hh(d.w_hh, c.gate_rows, c.outputs, 5),
+          w_hh(d.w_hh, c.recurrent_rows, c.outputs, 5),
           b_ih(d.b_ih, 1, c.gate_rows),
-          b_hh(d.b_hh, 1, c.gate_rows),
-          w_hr(d.w_hr, c.layer.sizes.proj_size, c.hidden, 1) {}
+          b_hh(d.b_hh, 1, c.recurrent_rows),
+          w_hr(d.w_hr, c.layer.sizes.proj_size, c.hidden, 1),
+          w_unit(d.w_unit, 1, c.layer.info().parameters * c.hidden),
+          is_dense(c.layer.info().dense) {}
     fastrnn::LayerWeights<T> pointers() const {
       fastrnn::LayerWeights<T> weights{};
       weights.w_ih = w_ih.data();
-      weights.w_hh = w_hh.data();
       weights.b_ih = b_ih.data();
-      weights.b_hh = b_hh.data();
       weights.w_hr = w_hr.data();
+      weights.w_unit = w_unit.data();
+      if (is_dense) {
+        weights.w_hh = w_hh.data();
+        weights.b_hh = b_hh.data();
+      }
       weights.w_ih_stride = w_ih.stride();
       weights.w_hh_stride = w_hh.stride();
       weights.w_hr_stride = w_hr.stride();
@@ -214,14 +221,14 @@ struct Checker {
     for (const Direction* d : directions) {
       weights.emplace_back(*this, *d);
       h0.emplace_back(d->h0, batch, outputs);
-      c0.emplace_back(d->c0, batch, hidden);
+      c0.emplace_back(d->c0, batch, cell_units);
     }
     run_as_planned(plan(cpu::Pass::kForward, directions), any_threads, name("forward"), [&] {
       Matrix<T> y(rows, outputs * std::int64_t(directions.size()), y_stride(directions));
       std::vector<Matrix<T>> h_n, c_n, saved;
       for (std::size_t i = 0; i < directions.size(); ++i) {
         h_n.emplace_back(batch, outputs, outputs);
-        c_n.emplace_back(batch, hidden, hidden);
+        c_n.emplace_back(batch, cell_units, cell_units);
         saved.emplace_back(rows, layer.info().saved * hidden, layer.info().saved * hidden);
       }
       std::vector<fastrnn::LayerForward<T, T>> problems;
@@ -246,7 +253,7 @@ struct Checker {
         const Direction& d = *directions[i];
         y.check(d.y, tolerance, name("y"), std::int64_t(i) * outputs, outputs);
         h_n[i].check(d.h_n, tolerance, name("h_n"));
-        if (layer.info().states == 2) c_n[i].check(d.c_n, tolerance, name("c_n"));
+        if (layer.info().states > 1) c_n[i].check(d.c_n, tolerance, name("c_n"));
         if (problems[i].saved != nullptr) saved[i].check(d.saved, tolerance, name("saved"));
       }
     });
@@ -254,18 +261,18 @@ struct Checker {
 
   // Of one direction: y and what forward saved, with its padding.
   void backward(const Directions& directions) const {
-    const std::int64_t width = layer.info().pre * hidden;
+    const std::int64_t width = layer.info().gradient_columns() * hidden;
     std::vector<Weights> weights;
     std::vector<Matrix<T>> h0, c0, y, saved, d_y, d_h_n, d_c_n;
     for (const Direction* d : directions) {
       weights.emplace_back(*this, *d);
       h0.emplace_back(d->h0, batch, outputs);
-      c0.emplace_back(d->c0, batch, hidden);
+      c0.emplace_back(d->c0, batch, cell_units);
       y.emplace_back(d->y, rows, outputs, 2);
       saved.emplace_back(d->saved, rows, layer.info().saved * hidden);
       d_y.emplace_back(d->d_y, rows, outputs, 3);
       d_h_n.emplace_back(d->d_h_n, batch, outputs);
-      d_c_n.emplace_back(d->d_c_n, batch, hidden);
+      d_c_n.emplace_back(d->d_c_n, batch, cell_units);
     }
     run_as_planned(plan(cpu::Pass::kBackward, directions), any_threads, name("backward"), [&] {
       std::vector<Matrix<T>> d_pre, d_h_all, d_h0, d_c0;
@@ -273,7 +280,7 @@ struct Checker {
         d_pre.emplace_back(rows, width, width);
         d_h_all.emplace_back(rows, outputs, outputs);
         d_h0.emplace_back(batch, outputs, outputs);
-        d_c0.emplace_back(batch, hidden, hidden);
+        d_c0.emplace_back(batch, cell_units, cell_units);
       }
       std::vector<fastrnn::LayerBackward<T, T>> problems;
       for (std::size_t i = 0; i < directions.size(); ++i) {
@@ -288,7 +295,7 @@ struct Checker {
         problem.d_y = d_y[i].data();
         problem.d_y_stride = d_y[i].stride();
         problem.d_h_n = d_h_n[i].data();
-        problem.d_c_n = layer.info().states == 2 ? d_c_n[i].data() : nullptr;
+        problem.d_c_n = layer.info().states > 1 ? d_c_n[i].data() : nullptr;
         problem.d_pre = d_pre[i].data();
         problem.d_h_all = layer.sizes.proj_size > 0 ? d_h_all[i].data() : nullptr;
         problem.d_h0 = d_h0[i].data();
@@ -301,14 +308,14 @@ struct Checker {
         d_pre[i].check(d.d_pre, tolerance, name("d_pre"));
         d_h0[i].check(d.d_h0, tolerance, name("d_h0"));
         if (layer.sizes.proj_size > 0) d_h_all[i].check(d.d_h_all, tolerance, name("d_h_all"));
-        if (layer.info().states == 2) d_c0[i].check(d.d_c0, tolerance, name("d_c0"));
+        if (layer.info().states > 1) d_c0[i].check(d.d_c0, tolerance, name("d_c0"));
       }
     });
   }
 
   // Both directions add into one d_x.
   void gradients(const Directions& directions) const {
-    const std::int64_t width = layer.info().pre * hidden;
+    const std::int64_t width = layer.info().gradient_columns() * hidden;
     const Matrix<T> x(layer.x, rows, inputs, 2);
     Values d_x_of_all(layer.x.size());
     std::vector<Weights> weights;
@@ -325,9 +332,9 @@ struct Checker {
       std::vector<Matrix<T>> d_w_ih, d_w_hh, d_b_ih, d_b_hh;
       for (std::size_t i = 0; i < directions.size(); ++i) {
         d_w_ih.emplace_back(gate_rows, inputs, inputs);
-        d_w_hh.emplace_back(gate_rows, outputs, outputs);
+        d_w_hh.emplace_back(recurrent_rows, outputs, outputs);
         d_b_ih.emplace_back(1, gate_rows, gate_rows);
-        d_b_hh.emplace_back(1, gate_rows, gate_rows);
+        d_b_hh.emplace_back(1, recurrent_rows, recurrent_rows);
       }
       std::vector<fastrnn::LayerGradients<T>> problems;
       for (std::size_t i = 0; i < directions.size(); ++i) {
@@ -344,9 +351,11 @@ struct Checker {
         problem.d_x = d_x.data();
         problem.add_to_x = i > 0;
         problem.d_w_ih = d_w_ih[i].data();
-        problem.d_w_hh = d_w_hh[i].data();
         problem.d_b_ih = d_b_ih[i].data();
-        problem.d_b_hh = d_b_hh[i].data();
+        if (layer.info().dense) {
+          problem.d_w_hh = d_w_hh[i].data();
+          problem.d_b_hh = d_b_hh[i].data();
+        }
         problems.push_back(problem);
       }
       cpu::gradients(problems.data(), int(problems.size()), threads, parallel_for);
@@ -414,7 +423,7 @@ template <class T>
 void check_layers(std::set<std::string>& rules) {
   for (const fastrnn::CellInfo& info : fastrnn::kCells) {
     std::vector<Case> all = cases();
-    if (info.states == 2)
+    if (info.projects)
       for (const Case& sizes : projections()) all.push_back(sizes);
     for (const int threads : thread_counts()) {
       for (const Case& sizes : all) {
@@ -453,7 +462,7 @@ void check_stack(std::set<std::string>& rules) {
       for (const auto& layer : layers) {
         weights.emplace_back(Checks{*layer, threads}, layer->directions[0]);
         h0.emplace_back(layer->directions[0].h0, 1, kHidden);
-        c0.emplace_back(layer->directions[0].c0, 1, kHidden);
+        c0.emplace_back(layer->directions[0].c0, 1, layer->cell_units());
       }
       const Matrix<T> x(layers[0]->x, kSteps, kInputs);
       cpu::Plan plans[2];
@@ -472,7 +481,8 @@ void check_stack(std::set<std::string>& rules) {
           for (int i = 0; i < kLayers; ++i) {
             y.emplace_back(kSteps, kHidden, kHidden);
             h_n.emplace_back(1, kHidden, kHidden);
-            c_n.emplace_back(1, kHidden, kHidden);
+            c_n.emplace_back(1, layers[std::size_t(i)]->cell_units(),
+                             layers[std::size_t(i)]->cell_units());
           }
           std::vector<fastrnn::LayerForward<T, T>> problems;
           for (std::size_t i = 0; i < kLayers; ++i) {

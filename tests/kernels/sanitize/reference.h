@@ -42,10 +42,11 @@ inline fastrnn::LayerShape layer_shape(CellKind cell, const Case& sizes, bool re
 // One direction: what it is given, and what it must compute. Rows are those of all steps, N.
 struct Direction {
   bool reverse;
-  Values w_ih, w_hh, b_ih, b_hh, w_hr;         // [G*H, I] [G*H, R] [G*H] [G*H] [P, H]
-  Values h0, c0, d_y, d_h_n, d_c_n;            // [B, R] [B, H] [N, R] [B, R] [B, H]
-  Values y, h_n, c_n, saved;                   // [N, R] [B, R] [B, H] [N, S*H]
-  Values d_pre, d_h_all, d_h0, d_c0;           // [N, Q*H] [N, R] [B, R] [B, H]
+  Values w_ih, w_hh, b_ih, b_hh;               // [G*H, I] [G*H, R] [G*H] [G*H]
+  Values w_hr, w_unit;                         // [P, H] [E*H]
+  Values h0, c0, d_y, d_h_n, d_c_n;            // [B, R] [B, C*H] [N, R] [B, R] [B, C*H]
+  Values y, h_n, c_n, saved;                   // [N, R] [B, R] [B, C*H] [N, S*H]
+  Values d_pre, d_h_all, d_h0, d_c0;           // [N, (Q+E)*H] [N, R] [B, R] [B, C*H]
   Values d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh;  // [N, I] and like the weights
 };
 
@@ -71,6 +72,7 @@ class Layer {
   std::int64_t output_size() const {
     return sizes.proj_size > 0 ? sizes.proj_size : sizes.hidden_size;
   }
+  std::int64_t cell_units() const { return info().cell_states() * sizes.hidden_size; }
 
   const CellKind cell;
   const Case sizes;
@@ -94,15 +96,18 @@ class Layer {
     Direction d{};
     d.reverse = reverse;
     d.w_ih = draw(gate_rows * sizes.input_size, limit);
-    d.w_hh = draw(gate_rows * output_size(), limit);
+    d.w_hh = draw(info().dense ? gate_rows * output_size() : 0, limit);
     d.b_ih = draw(gate_rows, limit);
-    d.b_hh = draw(gate_rows, limit);
+    d.b_hh = draw(info().dense ? gate_rows : 0, limit);
     d.w_hr = draw(sizes.proj_size * sizes.hidden_size, limit);
+    d.w_unit = draw(info().parameters * sizes.hidden_size, 1.0);
     d.h0 = draw(batch() * output_size(), 1.0);
-    d.c0 = draw(batch() * sizes.hidden_size, 1.0);
+    d.c0 = draw(batch() * cell_units(), 1.0);
+    if (info().states > 2)  // the normaliser of an sLSTM is positive
+      for (double& value : d.c0) value = std::abs(value) + 0.5;
     d.d_y = draw(rows * output_size(), 1.0);
     d.d_h_n = draw(batch() * output_size(), 1.0);
-    d.d_c_n = draw(batch() * sizes.hidden_size, 1.0);
+    d.d_c_n = draw(batch() * cell_units(), 1.0);
     switch (cell) {
 #define FASTRNN_CELL(kind, name, type) \
   case CellKind::kind:                 \
@@ -136,6 +141,9 @@ class Layer {
     const std::int64_t inputs = sizes.input_size, hidden = sizes.hidden_size;
     const std::int64_t outputs = output_size(), steps = std::int64_t(step_rows.size());
     const bool projected = sizes.proj_size > 0;
+    constexpr int kCellStates = fastrnn::cells::kCellStates<Cell>;
+    constexpr int kColumns = fastrnn::cells::kGradientColumns<Cell>;
+    constexpr int kParameters = fastrnn::cells::kParametersLength<Cell>;
     const auto size = [](std::int64_t count) { return static_cast<std::size_t>(count); };
 
     d.y.resize(size(rows * outputs));
@@ -149,22 +157,28 @@ class Layer {
         const Values h(d.h_n.begin() + b * outputs, d.h_n.begin() + (b + 1) * outputs);
         Values next_h(size(hidden));
         for (std::int64_t u = 0; u < hidden; ++u) {
-          double pre[Cell::kPre] = {}, state[2] = {}, saved[Cell::kSaved + 1], next_state[2] = {};
+          double pre[Cell::kPre] = {}, saved[Cell::kSaved + 1], parameters[kParameters] = {};
+          double state[Cell::kStates] = {}, next_state[Cell::kStates] = {};
           for (int gate = 0; gate < Cell::kGates; ++gate) {
             const std::int64_t w = gate * hidden + u;
             pre[Cell::kPreX[gate]] += d.b_ih[size(w)] + dot(x.data() + row * inputs,
                                                             d.w_ih.data() + w * inputs, inputs, 1);
-            pre[Cell::kPreH[gate]] +=
-                d.b_hh[size(w)] + dot(h.data(), d.w_hh.data() + w * outputs, outputs, 1);
+            if (Cell::kDenseRecurrence)
+              pre[Cell::kPreH[gate]] +=
+                  d.b_hh[size(w)] + dot(h.data(), d.w_hh.data() + w * outputs, outputs, 1);
           }
           if (!projected) state[0] = h[size(u)];
-          if constexpr (Cell::kStates == 2) state[1] = d.c_n[size(b * hidden + u)];
-          Cell::forward(fastrnn::cells::StepInputs<double>{pre, state},
+          for (int s = 0; s < kCellStates; ++s)
+            state[s + 1] = d.c_n[size((b * kCellStates + s) * hidden + u)];
+          for (int i = 0; i < Cell::kParameters; ++i)
+            parameters[i] = d.w_unit[size(i * hidden + u)];
+          Cell::forward(fastrnn::cells::StepInputs<double>{pre, state, parameters},
                         fastrnn::cells::StepOutputs<double>{saved, next_state});
           for (int s = 0; s < Cell::kSaved; ++s)
             d.saved[size((row * Cell::kSaved + s) * hidden + u)] = saved[s];
           next_h[size(u)] = next_state[0];
-          if constexpr (Cell::kStates == 2) d.c_n[size(b * hidden + u)] = next_state[1];
+          for (int s = 0; s < kCellStates; ++s)
+            d.c_n[size((b * kCellStates + s) * hidden + u)] = next_state[s + 1];
         }
         for (std::int64_t u = 0; u < outputs; ++u) {
           const double value = projected ? dot(next_h.data(), d.w_hr.data() + u * hidden, hidden, 1)
@@ -174,7 +188,7 @@ class Layer {
       }
     }
 
-    d.d_pre.resize(size(rows * Cell::kPre * hidden));
+    d.d_pre.resize(size(rows * kColumns * hidden));
     d.d_h_all.resize(size(rows * outputs));
     d.d_x.resize(x.size());
     d.d_w_ih.resize(d.w_ih.size());
@@ -194,40 +208,47 @@ class Layer {
           carry[u] = 0.0;
         }
         const double* h = before < 0 ? d.h0.data() + b * outputs : d.y.data() + before * outputs;
-        double* d_pre_row = d.d_pre.data() + row * Cell::kPre * hidden;
+        double* d_pre_row = d.d_pre.data() + row * kColumns * hidden;
         for (std::int64_t u = 0; u < hidden; ++u) {
-          double saved[Cell::kSaved + 1] = {}, state[2] = {}, next_state[2] = {};
-          double d_next_state[2] = {}, d_pre[Cell::kPre], d_state[2] = {};
+          double saved[Cell::kSaved + 1] = {}, parameters[kParameters] = {};
+          double state[Cell::kStates] = {}, next_state[Cell::kStates] = {};
+          double d_next_state[Cell::kStates] = {}, d_pre[kColumns], d_state[Cell::kStates] = {};
           for (int s = 0; s < Cell::kSaved; ++s)
             saved[s] = d.saved[size((row * Cell::kSaved + s) * hidden + u)];
           if (!projected) {
             state[0] = h[u];
             next_state[0] = d.y[size(row * outputs + u)];
           }
-          if constexpr (Cell::kStates == 2) {
-            state[1] =
+          for (int s = 0; s < kCellStates; ++s) {
+            const std::int64_t i = (b * kCellStates + s) * hidden + u;
+            state[s + 1] =
                 before < 0
-                    ? d.c0[size(b * hidden + u)]
-                    : d.saved[size((before * Cell::kSaved + Cell::kSavedState) * hidden + u)];
-            d_next_state[1] = d.d_c0[size(b * hidden + u)];
+                    ? d.c0[size(i)]
+                    : d.saved[size((before * Cell::kSaved + Cell::kSavedState + s) * hidden + u)];
+            d_next_state[s + 1] = d.d_c0[size(i)];
           }
+          for (int i = 0; i < Cell::kParameters; ++i)
+            parameters[i] = d.w_unit[size(i * hidden + u)];
           d_next_state[0] = projected ? dot(d_h, d.w_hr.data() + u, outputs, hidden) : d_h[u];
           Cell::backward(
-              fastrnn::cells::StepGradientInputs<double>{saved, state, next_state, d_next_state},
-              fastrnn::cells::StepGradientOutputs<double>{d_pre, d_state});
-          for (int q = 0; q < Cell::kPre; ++q) d_pre_row[q * hidden + u] = d_pre[q];
-          if constexpr (Cell::kStates == 2) d.d_c0[size(b * hidden + u)] = d_state[1];
+              fastrnn::cells::StepGradientInputs<double>{saved, state, next_state, d_next_state,
+                                                         parameters},
+              fastrnn::cells::StepGradientOutputs<double>{d_pre, d_state, d_pre + Cell::kPre});
+          for (int q = 0; q < kColumns; ++q) d_pre_row[q * hidden + u] = d_pre[q];
+          for (int s = 0; s < kCellStates; ++s)
+            d.d_c0[size((b * kCellStates + s) * hidden + u)] = d_state[s + 1];
           if (Cell::kDirectPath) carry[u] += d_state[0];
         }
         for (std::int64_t w = 0; w < Cell::kGates * hidden; ++w) {
           const std::int64_t gate = w / hidden, u = w % hidden;
           const double d_gate_x = d_pre_row[Cell::kPreX[gate] * hidden + u];
-          const double d_gate_h = d_pre_row[Cell::kPreH[gate] * hidden + u];
-          add(carry, d_gate_h, d.w_hh.data() + w * outputs, outputs);
           add(d.d_x.data() + row * inputs, d_gate_x, d.w_ih.data() + w * inputs, inputs);
           add(d.d_w_ih.data() + w * inputs, d_gate_x, x.data() + row * inputs, inputs);
-          add(d.d_w_hh.data() + w * outputs, d_gate_h, h, outputs);
           d.d_b_ih[size(w)] += d_gate_x;
+          if (!Cell::kDenseRecurrence) continue;
+          const double d_gate_h = d_pre_row[Cell::kPreH[gate] * hidden + u];
+          add(carry, d_gate_h, d.w_hh.data() + w * outputs, outputs);
+          add(d.d_w_hh.data() + w * outputs, d_gate_h, h, outputs);
           d.d_b_hh[size(w)] += d_gate_h;
         }
       }

@@ -259,7 +259,8 @@ class Int8Walk {
         state[0] = Vec::load(state_before(at, b) + first_unit, lanes);
       float* c = Cell::kStates == 2 ? problem_.c_n + b * hidden + first_unit : nullptr;
       if constexpr (Cell::kStates == 2) state[1] = Vec::load(c, lanes);
-      Cell::forward(cells::StepInputs<Vec>{pre, state}, cells::StepOutputs<Vec>{saved, next_state});
+      Cell::forward(cells::StepInputs<Vec>{pre, state, nullptr},
+                    cells::StepOutputs<Vec>{saved, next_state});
       const Vec h = next_state[0];
       if constexpr (Cell::kStates == 2) next_state[1].store(c, lanes);
       h.store(problem_.y + (at.first + b) * problem_.y_stride + first_unit, lanes);

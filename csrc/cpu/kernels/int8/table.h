@@ -17,12 +17,22 @@ void int8_forward_rank(const Int8Forward& problem, const Plan& plan, const Int8L
   Int8Walk<Cell>(problem, plan, layout, workspace, team, rank).run();
 }
 
+// Null for a cell that has no int8 kernel.
+template <CellKind kind, class Cell>
+constexpr auto int8_rank() {
+  using Function = decltype(&int8_forward_rank<cells::Lstm>);
+  if constexpr (has_int8(cell_info(kind)))
+    return Function(int8_forward_rank<Cell>);
+  else
+    return Function(nullptr);
+}
+
 extern const Int8Kernels kInt8Kernels;
 const Int8Kernels kInt8Kernels = {
     FASTRNN_INT8_QUOTED(FASTRNN_ISA),
     FASTRNN_INT8_QUOTED(FASTRNN_INT8_OWNER),
     {
-#define FASTRNN_CELL(kind, name, type) int8_forward_rank<type>,
+#define FASTRNN_CELL(kind, name, type) int8_rank<CellKind::kind, type>(),
         FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
     },

@@ -62,7 +62,7 @@ class BackwardWalk {
         }
       }
       synchronise();
-      propagate(k, at, end);
+      if constexpr (Cell::kDenseRecurrence) propagate(k, at, end);
       finish_rows(at, end);
     }
     if (shape_.sequence.steps == 0) finish_untouched();
@@ -72,7 +72,9 @@ class BackwardWalk {
   using Vec = Pack<T>;
   static constexpr int kLanes = Vec::kLanes;
   static constexpr int kZero[] = {0};
-  static constexpr std::int64_t kPartDepth = 4 * kTilePiece;  // 256 KB of a panel of float32
+  static constexpr int kCellStates = cells::kCellStates<Cell>;
+  static constexpr int kColumns = cells::kGradientColumns<Cell>;  // of d_pre, per unit
+  static constexpr std::int64_t kPartDepth = 4 * kTilePiece;      // 256 KB of a panel of float32
 
   // Multiply-adds of this rank in a step.
   std::int64_t step_work() const {
@@ -93,7 +95,7 @@ class BackwardWalk {
   // Row groups share the panels of their blocks and the work of packing them.
   void pack() {
     const int row_group = rank_ / plan_.unit_groups;
-    w_hh_.pack(out_blocks_.cut(row_group, plan_.row_groups));
+    if constexpr (Cell::kDenseRecurrence) w_hh_.pack(out_blocks_.cut(row_group, plan_.row_groups));
     if (shape_.proj_size > 0) w_hr_.pack(unit_blocks_.cut(row_group, plan_.row_groups));
   }
 
@@ -113,9 +115,7 @@ class BackwardWalk {
     for (std::int64_t b = std::max(rows_.begin, at.first_ending); b < end; ++b) {
       load_state(problem_.d_h_n, b, output_size_, own_out(), carry(b));
       std::fill(carry(b) + own_out().end, carry(b) + last, T(0));  // units that pad the last block
-      if constexpr (Cell::kStates == 2)
-        load_state(problem_.d_c_n, b, shape_.hidden_size, hidden,
-                   problem_.d_c0 + b * shape_.hidden_size);
+      load_cell_states(b, hidden);
     }
   }
   // For rows that start at this step, the carry is the gradient of the initial state. (d_c is kept
@@ -128,10 +128,13 @@ class BackwardWalk {
   void finish_untouched() {
     for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
       load_state(problem_.d_h_n, b, output_size_, own_out(), problem_.d_h0 + b * output_size_);
-      if constexpr (Cell::kStates == 2)
-        load_state(problem_.d_c_n, b, shape_.hidden_size, own_hidden(),
-                   problem_.d_c0 + b * shape_.hidden_size);
+      load_cell_states(b, own_hidden());
     }
+  }
+  void load_cell_states(std::int64_t b, const IndexRange& units) {
+    for (std::int64_t s = b * kCellStates; s < (b + 1) * kCellStates; ++s)
+      load_state(problem_.d_c_n, s, shape_.hidden_size, units,
+                 problem_.d_c0 + s * shape_.hidden_size);
   }
 
   // Copies units of row b of from [*, size]; a null `from` means zeros.
@@ -188,9 +191,10 @@ class BackwardWalk {
     const T* saved;     // [S*H] of this step
     const T* y;         // [R]
     const T* h_before;  // [R] the state before the step
-    const T* c_before;  // [H]
-    T* d_c;             // [H]
-    T* d_pre;           // [Q*H]
+    const T* c_before;  // [C*H]
+    T* d_c;             // [C*H]
+    T* d_pre;           // [(Q+E)*H]
+    const T* w_unit;    // [E*H]
     T* d_h;             // [R] the carry, or null with a projection
 
     Row(const BackwardWalk& walk, const StepRows& at, std::int64_t b)
@@ -200,12 +204,13 @@ class BackwardWalk {
       saved = p.saved + row * Cell::kSaved * hidden;
       y = p.y + row * p.y_stride;
       h_before = at.state_before(b, p.y, p.y_stride, p.h0, walk.output_size_);
-      if constexpr (Cell::kStates == 2) {
+      if constexpr (kCellStates > 0) {
         c_before = at.state_before(b, p.saved + Cell::kSavedState * hidden, Cell::kSaved * hidden,
-                                   p.c0, hidden);
-        d_c = p.d_c0 + b * hidden;
+                                   p.c0, kCellStates * hidden);
+        d_c = p.d_c0 + b * kCellStates * hidden;
       }
-      d_pre = p.d_pre + row * Cell::kPre * hidden;
+      d_pre = p.d_pre + row * kColumns * hidden;
+      if constexpr (Cell::kParameters > 0) w_unit = p.weights.w_unit;
       d_h = walk.shape_.proj_size > 0 ? nullptr : walk.carry(b);
     }
   };
@@ -213,21 +218,26 @@ class BackwardWalk {
   // The cell's backward step for a vector of hidden units.
   FASTRNN_INLINE void pointwise(const Row& row, std::int64_t unit, Vec d_h) {
     const std::int64_t lanes = std::min<std::int64_t>(kLanes, row.hidden - unit);
-    Vec saved[std::max(Cell::kSaved, 1)], state[Cell::kStates] = {}, next_state[Cell::kStates] = {};
-    Vec d_next_state[Cell::kStates], d_pre[Cell::kPre], d_state[Cell::kStates];
+    Vec saved[cells::kSavedLength<Cell>], state[Cell::kStates] = {};
+    Vec next_state[Cell::kStates] = {}, parameters[cells::kParametersLength<Cell>];
+    Vec d_next_state[Cell::kStates], d_pre[kColumns], d_state[Cell::kStates];
     d_next_state[0] = d_h;
     for (int s = 0; s < Cell::kSaved; ++s)
       saved[s] = Vec::load(row.saved + s * row.hidden + unit, lanes);
     if constexpr (Cell::kBackwardReadsNextH) next_state[0] = Vec::load(row.y + unit, lanes);
     if constexpr (Cell::kBackwardReadsH) state[0] = Vec::load(row.h_before + unit, lanes);
-    if constexpr (Cell::kStates == 2) {
-      state[1] = Vec::load(row.c_before + unit, lanes);
-      d_next_state[1] = Vec::load(row.d_c + unit, lanes);
+    for (int s = 0; s < kCellStates; ++s) {
+      state[s + 1] = Vec::load(row.c_before + s * row.hidden + unit, lanes);
+      d_next_state[s + 1] = Vec::load(row.d_c + s * row.hidden + unit, lanes);
     }
-    Cell::backward(cells::StepGradientInputs<Vec>{saved, state, next_state, d_next_state},
-                   cells::StepGradientOutputs<Vec>{d_pre, d_state});
-    for (int q = 0; q < Cell::kPre; ++q) d_pre[q].store(row.d_pre + q * row.hidden + unit, lanes);
-    if constexpr (Cell::kStates == 2) d_state[1].store(row.d_c + unit, lanes);
+    for (int k = 0; k < Cell::kParameters; ++k)
+      parameters[k] = Vec::load(row.w_unit + k * row.hidden + unit, lanes);
+    Cell::backward(
+        cells::StepGradientInputs<Vec>{saved, state, next_state, d_next_state, parameters},
+        cells::StepGradientOutputs<Vec>{d_pre, d_state, d_pre + Cell::kPre});
+    for (int q = 0; q < kColumns; ++q) d_pre[q].store(row.d_pre + q * row.hidden + unit, lanes);
+    for (int s = 0; s < kCellStates; ++s)
+      d_state[s + 1].store(row.d_c + s * row.hidden + unit, lanes);
     if (row.d_h != nullptr) (Cell::kDirectPath ? d_state[0] : Vec(T(0))).store(row.d_h + unit);
   }
 
@@ -235,7 +245,7 @@ class BackwardWalk {
   // 0...). Where the panels come from a slow cache, all rows use a part of a panel that fits in the
   // private cache before the next part, which is loaded meanwhile.
   void propagate(std::int64_t k, const StepRows& at, std::int64_t end) {
-    const std::int64_t width = Cell::kPre * shape_.hidden_size, depth = w_hh_.k_count();
+    const std::int64_t width = kColumns * shape_.hidden_size, depth = w_hh_.k_count();
     const std::int64_t part = plan_.prefetch ? std::min(kPartDepth, depth) : depth;
     const T* d_pre = problem_.d_pre + at.first * width;
     const int height = w_hh_.tile_height();

@@ -65,6 +65,7 @@ class ForwardWalk {
   using Vec = Pack<T>;
   static constexpr int kLanes = Vec::kLanes;
   static constexpr int kZero[] = {0};
+  static constexpr int kCellStates = cells::kCellStates<Cell>;
 
   // Multiply-adds of this rank in a step.
   std::int64_t step_work() const {
@@ -100,17 +101,19 @@ class ForwardWalk {
     for (std::int64_t b = std::max(rows_.begin, at.first_starting);
          b < std::min(rows_.end, at.rows); ++b) {
       copy_state(problem_.h0, b, output_size_, out, h(parity));
-      if constexpr (Cell::kStates == 2)
-        copy_state(problem_.c0, b, shape_.hidden_size, hidden, problem_.c_n);
+      copy_cell_states(b, hidden);
     }
   }
   // Without steps the initial states are the final ones.
   void finish_untouched() {
     for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
       copy_state(problem_.h0, b, output_size_, own_out(), problem_.h_n);
-      if constexpr (Cell::kStates == 2)
-        copy_state(problem_.c0, b, shape_.hidden_size, own_hidden(), problem_.c_n);
+      copy_cell_states(b, own_hidden());
     }
+  }
+  void copy_cell_states(std::int64_t b, const IndexRange& units) {
+    for (int s = 0; s < kCellStates; ++s)
+      copy_state(problem_.c0, b * kCellStates + s, shape_.hidden_size, units, problem_.c_n);
   }
   // Copies units of row b of [B, size].
   static void copy_state(const T* from, std::int64_t b, std::int64_t size, const IndexRange& units,
@@ -215,8 +218,9 @@ class ForwardWalk {
           c = gates_x(block, at.first + row);
         }
         wait();  // the input product needs no other rank; wait for h only afterwards
-        panels_.w_hh.multiply(block, count, h_before + row * output_size_, output_size_, c, width_,
-                              columns_h_, part_of(panels_.w_hh, next, index, tiles));
+        if constexpr (Cell::kDenseRecurrence)
+          panels_.w_hh.multiply(block, count, h_before + row * output_size_, output_size_, c,
+                                width_, columns_h_, part_of(panels_.w_hh, next, index, tiles));
         pointwise(at, block, row, count, parity, c);
         ++index;
       });
@@ -243,20 +247,25 @@ class ForwardWalk {
       const T* h_before = h(parity) + first * hidden + unit;  // not read with a projection
       T* h_after =
           (projected ? scratch_ + layout_.unprojected_h : h(1 - parity)) + first * hidden + unit;
-      T* c = Cell::kStates == 2 ? problem_.c_n + first * hidden + unit : nullptr;
+      T* c = kCellStates > 0 ? problem_.c_n + first * kCellStates * hidden + unit : nullptr;
       T* saved_row = save ? problem_.saved + row * Cell::kSaved * hidden + unit : nullptr;
       T* y = problem_.y + row * y_stride + unit;
       T* h_n = problem_.h_n + first * hidden + unit;
+      Vec parameters[cells::kParametersLength<Cell>];
+      for (int k = 0; k < Cell::kParameters; ++k)
+        parameters[k] = Vec::load(problem_.weights.w_unit + k * hidden + unit, lanes);
       for (int m = 0; m < count; ++m) {
         Vec pre[Cell::kPre], state[Cell::kStates] = {}, next_state[Cell::kStates];
-        Vec saved[std::max(Cell::kSaved, 1)];
+        Vec saved[cells::kSavedLength<Cell>];
         for (int q = 0; q < Cell::kPre; ++q) pre[q] = Vec::load(gates + q * unit_block);
         if constexpr (Cell::kForwardReadsH) state[0] = Vec::load(h_before + m * hidden, lanes);
-        if constexpr (Cell::kStates == 2) state[1] = Vec::load(c + m * hidden, lanes);
-        Cell::forward(cells::StepInputs<Vec>{pre, state},
+        for (int s = 0; s < kCellStates; ++s)
+          state[s + 1] = Vec::load(c + (m * kCellStates + s) * hidden, lanes);
+        Cell::forward(cells::StepInputs<Vec>{pre, state, parameters},
                       cells::StepOutputs<Vec>{saved, next_state});
         next_state[0].store(h_after + m * hidden, lanes);
-        if constexpr (Cell::kStates == 2) next_state[1].store(c + m * hidden, lanes);
+        for (int s = 0; s < kCellStates; ++s)
+          next_state[s + 1].store(c + (m * kCellStates + s) * hidden, lanes);
         if (Cell::kSaved > 0 && save)
           for (int s = 0; s < Cell::kSaved; ++s)
             saved[s].store(saved_row + (m * Cell::kSaved + s) * hidden, lanes);

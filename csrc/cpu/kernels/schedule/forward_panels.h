@@ -32,7 +32,7 @@ class ForwardPanels {
   void pack(int rank) const {
     const IndexRange blocks = part(layout.unit_blocks, rank);
     w_ih.pack(blocks);
-    w_hh.pack(blocks);
+    if (cell.dense) w_hh.pack(blocks);
     for (std::int64_t block = blocks.begin; block < blocks.end; ++block) pack_bias(block);
     if (shape_.proj_size > 0) w_hr.pack(part(layout.proj_blocks, rank));
   }
@@ -63,7 +63,7 @@ class ForwardPanels {
       for (std::int64_t u = 0; u < present; ++u) {
         const std::int64_t row = gate * shape_.hidden_size + first + u;
         bias[cell.pre_x[gate] * unit_block + u] += weights_.b_ih[row];
-        bias[cell.pre_h[gate] * unit_block + u] += weights_.b_hh[row];
+        if (weights_.b_hh != nullptr) bias[cell.pre_h[gate] * unit_block + u] += weights_.b_hh[row];
       }
     }
   }

@@ -21,7 +21,7 @@ class GradientWalk {
       : problem_(problem),
         shape_(problem.shape),
         hidden_(shape_.hidden_size),
-        width_(Cell::kPre * hidden_),
+        width_(cells::kGradientColumns<Cell> * hidden_),
         rows_(shape_.sequence.total_rows()),
         team_(team),
         rank_(rank),

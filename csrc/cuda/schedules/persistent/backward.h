@@ -29,8 +29,9 @@ struct BackwardArguments : DirectionArguments<S> {
   S* d_h_all;  // [N, P] (only with a projection)
   S* d_h0;
   S* d_c0;
-  float* d_h;  // [B, H] what reaches h around the product (only cells with such a way)
-  float* d_c;  // [B, H]
+  const S* w_unit;  // [E*H] or null
+  float* d_h;       // [B, H] what reaches h around the product (only cells with such a way)
+  float* d_c;       // [B, C*H]
 };
 
 // The stages of a step between the recurrent product and the cell.
@@ -114,6 +115,7 @@ struct BackwardLoop {
     body.d_c = args.d_c;
     body.d_c_n = args.d_c_n;
     body.c0 = args.c0;
+    body.w_unit = args.w_unit;
     if constexpr (!kProjected) {
       body.d_h = args.d_h;
       body.d_h_n = args.d_h_n;
@@ -138,7 +140,7 @@ struct BackwardLoop {
           body.saved = args.saved + at.first * Cell::kSaved * hidden;
           body.saved_before = args.saved + at.first_before * Cell::kSaved * hidden;
         }
-        body.d_pre = args.d_pre + at.first * Cell::kPre * hidden;
+        body.d_pre = args.d_pre + at.first * cells::kGradientColumns<Cell> * hidden;
       }
 
       const int rows = at.rows > rows_after ? at.rows : rows_after;
@@ -185,8 +187,10 @@ struct BackwardLoop {
           body.store(gradients, b, unit);  // no other block waits for this
         } else if (is_mine) {
           if constexpr (!kProjected) args.d_h0[b * hidden + unit] = narrow<S>(d_h);
-          if constexpr (Cell::kStates == 2)
-            args.d_c0[b * hidden + unit] = narrow<S>(args.d_c[b * hidden + unit]);
+          for (int s = 0; s < cells::kCellStates<Cell>; ++s) {
+            const std::int64_t i = (b * cells::kCellStates<Cell> + s) * hidden + unit;
+            args.d_c0[i] = narrow<S>(args.d_c[i]);
+          }
         }
       }
       rows_after = at.rows;

@@ -17,13 +17,14 @@ namespace fastrnn::cuda {
 
 template <class S>
 struct ForwardArguments : DirectionArguments<S> {
-  const S* b_ih;  // [G*H] or null
-  const S* b_hh;  // [G*H] or null
-  S* y;           // [N, R], y_stride apart
-  S* h_n;         // [B, R]
-  S* c_n;         // [B, H] or null
+  const S* b_ih;    // [G*H] or null
+  const S* b_hh;    // [G*H] or null
+  const S* w_unit;  // [E*H] or null
+  S* y;             // [N, R], y_stride apart
+  S* h_n;           // [B, R]
+  S* c_n;           // [B, C*H] or null
   float* saved;
-  float* c;                // [B, H]
+  float* c;                // [B, C*H]
   const float* gates_x;    // [rows of the chunk, G*H]
   std::int64_t first_row;  // of the chunk
 };
@@ -103,6 +104,7 @@ struct ForwardLoop {
     body.hidden = hidden;
     body.b_ih = args.b_ih;
     body.b_hh = args.b_hh;
+    body.w_unit = args.w_unit;
     body.c0 = args.c0;
     body.c = args.c;
     body.c_n = args.c_n;
@@ -111,8 +113,8 @@ struct ForwardLoop {
       body.h0 = args.h0;
       body.h_n = args.h_n;
     }
-    typename ForwardStep<Cell, S>::Biases biases{};
-    if (unit < hidden) biases = body.biases(unit);
+    typename ForwardStep<Cell, S>::Constants constants{};
+    if (unit < hidden) constants = body.constants(unit);
 
     SegmentedSequence sequence(args.segments, args.reverse);
     for (std::int64_t k = begin; k < end; ++k) {
@@ -142,7 +144,7 @@ struct ForwardLoop {
           FASTRNN_UNROLL
           for (int gate = 0; gate < Cell::kGates; ++gate)
             gates_h[gate] = gates.at(mine.row, gate * kUnits + mine.column);
-          outputs = body.compute(inputs, biases, gates_h, 1);
+          outputs = body.compute(inputs, constants, gates_h, 1);
           exchange.template row<S>(k, b)[unit] = Math::operand(outputs.next_state[0]);
           if constexpr (kProjected) body.store(outputs, b, unit);  // later takes more registers
         }

@@ -86,7 +86,7 @@ struct PersistentLayout {
           add_exchange(2, tiling.projection_groups, is_forward ? unit_blocks : output_blocks);
     cleared = builder.bytes();
     segments = builder.add<Segment>(most_segments(shape));
-    c = builder.add<float>(cell.states == 2 ? state : 0);
+    c = builder.add<float>(cell.cell_states() * state);
     d_h = builder.add<float>(is_forward ? 0 : state);
     gates_x =
         builder.add<float>(is_forward ? directions * chunk * cell.gates * shape.hidden_size : 0);
@@ -135,13 +135,14 @@ auto with_tiling(const Tiling& tiling, Action& action) {
 template <class S, class Action>
 auto with_walk(CellKind cell, const Tiling& tiling, Action&& action) {
   switch (cell) {
-#define FASTRNN_CELL(kind, name, type) \
-  case CellKind::kind:                 \
-    return with_tiling<type, S>(tiling, action);
+#define FASTRNN_CELL(kind, name, type)                                                 \
+  case CellKind::kind:                                                                 \
+    if constexpr (type::kDenseRecurrence) return with_tiling<type, S>(tiling, action); \
+    break;
     FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
   }
-  throw std::logic_error("fastrnn: no such cell.");
+  throw std::logic_error("fastrnn: the persistent schedule has no kernels for this cell.");
 }
 
 // The number of blocks of a kernel that a multiprocessor holds.
@@ -209,6 +210,10 @@ class PersistentPass {
   std::int64_t state_offset(int direction) const {
     return direction * shape_.sequence.batch * shape_.hidden_size;
   }
+  // The running cell states of a direction, or their gradients: [B, C*H].
+  float* cell_states(int direction) const {
+    return part<float>(layout_.c) + cell_info(shape_.cell).cell_states() * state_offset(direction);
+  }
 
   void prepare() {
     machine_.clear(base_, layout_.cleared);
@@ -250,11 +255,12 @@ class PersistentForward : PersistentPass<S, Forward<S>, Machine> {
       this->fill(args, d);
       args.b_ih = problem.weights.b_ih;
       args.b_hh = problem.weights.b_hh;
+      args.w_unit = problem.weights.w_unit;
       args.y = problem.y;
       args.h_n = problem.h_n;
       args.c_n = problem.c_n;
       args.saved = problem.saved;
-      args.c = this->template part<float>(this->layout_.c) + this->state_offset(d);
+      args.c = this->cell_states(d);
       args.gates_x = gates_x(d);
       S* initial = reinterpret_cast<S*>(args.exchange.initial());
       this->machine_.for_each(
@@ -323,7 +329,8 @@ class PersistentBackward : PersistentPass<S, Backward<S>, Machine> {
       args.d_h0 = problem.d_h0;
       args.d_c0 = problem.d_c0;
       args.d_h = this->template part<float>(this->layout_.d_h) + this->state_offset(d);
-      args.d_c = this->template part<float>(this->layout_.c) + this->state_offset(d);
+      args.d_c = this->cell_states(d);
+      args.w_unit = problem.weights.w_unit;
     }
     this->walk(body);
   }

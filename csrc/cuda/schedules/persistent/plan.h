@@ -35,10 +35,12 @@ FASTRNN_HD constexpr int partial_at(int column_tiles, int row, int column) {
 inline Tiling make_tiling(const Request& request) {
   const LayerShape& shape = request.shape;
   const Chip& chip = request.chip;
-  const int gates = cell_info(shape.cell).gates;
+  const CellInfo& cell = cell_info(shape.cell);
+  const int gates = cell.gates;
   constexpr std::int64_t kMostRows = std::int64_t(1) << 24;
   if (request.arithmetic == Arithmetic::kFloat64 || chip.major < 8 || shape.sequence.steps == 0 ||
-      shape.hidden_size == 0 || shape.sequence.batch == 0 || shape.sequence.batch > kMostRows)
+      !cell.dense || shape.hidden_size == 0 || shape.sequence.batch == 0 ||
+      shape.sequence.batch > kMostRows)
     return {};
   const bool forward = request.pass == Pass::kForward;
   const auto groups_of = [&](std::int64_t values) {

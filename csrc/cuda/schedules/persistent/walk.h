@@ -44,7 +44,7 @@ struct DirectionArguments {
   const S* w_hh;  // [G*H, R]
   std::int64_t w_hh_stride;
   const S* h0;  // [B, R]
-  const S* c0;  // [B, H] or null
+  const S* c0;  // [B, C*H] or null
   std::int64_t y_stride;
   // only with a projection
   const S* w_hr;  // [P, H]

@@ -43,8 +43,8 @@ struct StepwiseForwardLayout {
     const std::int64_t chunk =
         std::min(std::max(plan.chunk_rows, shape.sequence.batch), shape.sequence.total_rows());
     gates_x = builder.add<A>(chunk * width);
-    gates_h = builder.add<A>(shape.sequence.batch * width);
-    c = builder.add<A>(cell.states == 2 ? shape.sequence.batch * shape.hidden_size : 0);
+    gates_h = builder.add<A>(cell.dense ? shape.sequence.batch * width : 0);
+    c = builder.add<A>(shape.sequence.batch * cell.cell_states() * shape.hidden_size);
     unprojected =
         builder.add<S>(shape.proj_size > 0 ? shape.sequence.batch * shape.hidden_size : 0);
     bytes = builder.bytes();
@@ -59,8 +59,8 @@ struct StepwiseBackwardLayout {
     using A = Accumulate<S>;
     WorkspaceBuilder builder;
     d_h = builder.add<A>(shape.sequence.batch * shape.output_size());
-    d_c = builder.add<A>(
-        cell_info(shape.cell).states == 2 ? shape.sequence.batch * shape.hidden_size : 0);
+    d_c = builder.add<A>(shape.sequence.batch * cell_info(shape.cell).cell_states() *
+                         shape.hidden_size);
     d_unprojected =
         builder.add<A>(shape.proj_size > 0 ? shape.sequence.batch * shape.hidden_size : 0);
     bytes = builder.bytes();
@@ -83,8 +83,9 @@ class StepwiseForward {
   void run() {
     if (shape_.sequence.steps == 0) {
       copy(problem_.h0, problem_.h_n, shape_.sequence.batch, shape_.output_size());
-      if constexpr (Cell::kStates == 2)
-        copy(problem_.c0, problem_.c_n, shape_.sequence.batch, shape_.hidden_size);
+      if constexpr (Cell::kStates > 1)
+        copy(problem_.c0, problem_.c_n, shape_.sequence.batch,
+             cells::kCellStates<Cell> * shape_.hidden_size);
     }
     for (std::int64_t k = 0; k < shape_.sequence.steps;) {
       const std::int64_t end = shape_.sequence.chunk_end(k, plan_.chunk_rows);
@@ -114,8 +115,10 @@ class StepwiseForward {
   void step(const StepRows& at, const A* gates_x) {
     const std::int64_t hidden = shape_.hidden_size, out = shape_.output_size();
     const S* before = y_row(at.first_before);
-    multiply_state(before, problem_.y_stride, 0, at.first_starting);
-    multiply_state(problem_.h0 + at.first_starting * out, out, at.first_starting, at.rows);
+    if constexpr (Cell::kDenseRecurrence) {
+      multiply_state(before, problem_.y_stride, 0, at.first_starting);
+      multiply_state(problem_.h0 + at.first_starting * out, out, at.first_starting, at.rows);
+    }
 
     ForwardStep<Cell, S> body{};
     body.hidden = hidden;
@@ -124,6 +127,7 @@ class StepwiseForward {
     body.gates_h = gates_h_;
     body.b_ih = problem_.weights.b_ih;
     body.b_hh = problem_.weights.b_hh;
+    body.w_unit = problem_.weights.w_unit;
     body.h_before = before;
     body.h_before_stride = problem_.y_stride;
     body.h0 = problem_.h0;
@@ -171,15 +175,16 @@ class StepwiseBackward {
   }
 
   void run() {
-    const std::int64_t out = shape_.output_size(), hidden = shape_.hidden_size;
+    const std::int64_t out = shape_.output_size();
+    const std::int64_t cell_width = cells::kCellStates<Cell> * shape_.hidden_size;
     for (std::int64_t k = shape_.sequence.steps - 1; k >= 0; --k)
       step(shape_.sequence.at(shape_.sequence.step(k)));
     if (shape_.sequence.steps > 0) {
       finish(d_h_, problem_.d_h0, out);
-      if constexpr (Cell::kStates == 2) finish(d_c_, problem_.d_c0, hidden);
+      if constexpr (Cell::kStates > 1) finish(d_c_, problem_.d_c0, cell_width);
     } else {
       finish(problem_.d_h_n, problem_.d_h0, out);
-      if constexpr (Cell::kStates == 2) finish(problem_.d_c_n, problem_.d_c0, hidden);
+      if constexpr (Cell::kStates > 1) finish(problem_.d_c_n, problem_.d_c0, cell_width);
     }
   }
 
@@ -223,13 +228,16 @@ class StepwiseBackward {
     body.h_stride = problem_.y_stride;
     body.h0 = problem_.h0;
     body.c0 = problem_.c0;
-    S* d_pre = problem_.d_pre + at.first * Cell::kPre * hidden;
+    body.w_unit = problem_.weights.w_unit;
+    const std::int64_t width = cells::kGradientColumns<Cell> * hidden;
+    S* d_pre = problem_.d_pre + at.first * width;
     body.d_pre = d_pre;
     machine_.for_each(at.rows, hidden, body);
 
-    machine_.multiply(Product<S, A>{at.rows, out, Cell::kGates * hidden, d_pre, Cell::kPre * hidden,
-                                    problem_.weights.w_hh, problem_.weights.w_hh_stride, false,
-                                    d_h_, out, Cell::kDirectPath});
+    if constexpr (Cell::kDenseRecurrence)
+      machine_.multiply(Product<S, A>{at.rows, out, Cell::kGates * hidden, d_pre, width,
+                                      problem_.weights.w_hh, problem_.weights.w_hh_stride, false,
+                                      d_h_, out, Cell::kDirectPath});
   }
 
   template <class From>
