@@ -1,7 +1,7 @@
-"""Options of ``pytest bench``, and one test per shape, cell, mode and library.
+"""Options of ``pytest bench``, and one test per shape, cell, mode, dtype, threads and library.
 
 pytest bench [--points short|all|BLOCK] [--cells rnn gru lstm] [--modes forward training]
-             [--threads 2] [--seconds 0.5]
+             [--dtypes float32 bfloat16 int8] [--threads 1 2] [--seconds 0.5]
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from grid import chosen_points
+from grid import chosen_points, tasks
 
 from fastrnn.tools.benchmark.measure import Measurement, measure
 from fastrnn.tools.benchmark.peers import installed_libraries
-from fastrnn.tools.benchmark.shapes import CELLS, MODES, Task
+from fastrnn.tools.benchmark.shapes import CELLS, DTYPES, MODES, Task
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,34 +22,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--points", default="short", help="short, all, or a block of shapes")
     group.addoption("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL")
     group.addoption("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE")
-    group.addoption("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    group.addoption("--dtypes", nargs="+", default=["float32"], choices=DTYPES, metavar="DTYPE")
+    group.addoption(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=[torch.get_num_threads()],
+        metavar="N",
+        help="CPU threads",
+    )
     group.addoption("--seconds", type=float, default=0.5, help="time per library and task")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in ("threads", "seconds"):
-        if not config.getoption(name) > 0:
-            raise pytest.UsageError(f"--{name} must be above 0, got {config.getoption(name)}")
+    for name, values in (
+        ("threads", config.getoption("threads")),
+        ("seconds", [config.getoption("seconds")]),
+    ):
+        for value in values:
+            if not value > 0:
+                raise pytest.UsageError(f"--{name} must be above 0, got {value}")
     try:
         chosen_points(config.getoption("points"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    torch.set_num_threads(config.getoption("threads"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
-    tasks = [
-        Task(cell, mode, point, option("threads"))
-        for point in chosen_points(option("points"))
-        for cell in option("cells")
-        for mode in option("modes")
-    ]
+    axes = [option(name) for name in ("cells", "modes", "dtypes", "threads")]
     metafunc.parametrize(
         ("task", "library"),
         [
-            pytest.param(task, library, id=f"{task.label}-{library.name}".replace(" ", "-"))
-            for task in tasks
+            pytest.param(task, library, id=f"{task.name}-{library.name}".replace(" ", "-"))
+            for task in tasks(chosen_points(option("points")), *axes)
             for library in installed_libraries()
             if library.supports(task)
         ],

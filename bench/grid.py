@@ -1,11 +1,12 @@
-"""Shapes to measure on the CPU: `GRID`, block by block, and `SHORT`, the short list."""
+"""Shapes to measure on the CPU (`GRID`, block by block, and `SHORT`, the short list), and tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
-from fastrnn.tools.benchmark.shapes import Shape
+from fastrnn.tools.benchmark.peers import FASTRNN
+from fastrnn.tools.benchmark.shapes import Shape, Task
 
 
 def _points() -> Iterator[Shape]:
@@ -66,3 +67,21 @@ def chosen_points(name: str) -> tuple[Shape, ...]:
             f"--points must be short, all or a block of shapes ({blocks}), got {name!r}"
         )
     return points
+
+
+def tasks(
+    points: Sequence[Shape],
+    cells: Sequence[str],
+    modes: Sequence[str],
+    dtypes: Sequence[str],
+    threads: Sequence[int],
+) -> list[Task]:
+    """Returns the tasks of all combinations that fastrnn supports, without repetitions.
+
+    The number of threads changes least often, because every change starts or ends threads.
+    """
+    combinations = product(threads, dtypes, points, cells, modes)
+    found = [
+        Task(cell, mode, point, count, dtype) for count, dtype, point, cell, mode in combinations
+    ]
+    return [task for task in dict.fromkeys(found) if FASTRNN.supports(task)]

@@ -13,6 +13,7 @@ from dataclasses import asdict
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from fastrnn.tools.benchmark.machine_name import machine_name
 from fastrnn.tools.benchmark.measure import Measurement, machine, plan
 from fastrnn.tools.benchmark.peers import Library, installed_libraries
 from fastrnn.tools.benchmark.shapes import Task
@@ -44,19 +45,22 @@ def test_speed(
     found = measured(task)
     if library.name in found.rejected:
         pytest.fail(found.rejected[library.name], pytrace=False)
-    benchmark.group = task.label
+    benchmark.group = task.name
     benchmark.extra_info |= {
         "library": library.name,
         "cell": task.cell,
         "mode": task.mode,
         "label": task.shape.label,
+        "dtype": task.dtype,
+        "threads": task.threads,
         "point": asdict(task.shape),
         "flops": task.flops,
-        "intensity": task.shape.intensity(task.cell),
+        "intensity": task.shape.intensity(task.cell, task.dtype),
         "error": found.errors[library.name],
         "plan": plan(task),
         "fma_peak": found.fma_peak,
-        "machine": machine(task.threads, installed_libraries()),
+        "machine": machine(task.threads, installed_libraries(), task.dtype),
+        "machine_name": machine_name(),
     }
     samples = found.samples[library.name]
     clock.load(samples)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import _C
-from fastrnn.tools.benchmark import command, measure
+from fastrnn.tools.benchmark import command, measure, timing
 from fastrnn.tools.benchmark.agreement import Disagreement, Referee, error
+from fastrnn.tools.benchmark.machine_name import machine_name
+from fastrnn.tools.benchmark.onnx_model import onnx_model
 from fastrnn.tools.benchmark.peers import (
     FASTRNN,
     LIBRARIES,
@@ -44,8 +48,15 @@ SINGLE = Shape("", 1, 2, 4, 5, single=True)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def task(cell: str = "lstm", mode: str = "forward", shape: Shape = TINY) -> Task:
-    return Task(cell, mode, shape, threads=1)
+def task(
+    cell: str = "lstm", mode: str = "forward", shape: Shape = TINY, dtype: str = "float32"
+) -> Task:
+    return Task(cell, mode, shape, threads=1, dtype=dtype)
+
+
+def library(name: str) -> Library:
+    [found] = [library for library in LIBRARIES if library.name == name]
+    return found
 
 
 # -- shapes ---------------------------------------------------------------------------------------
@@ -70,13 +81,22 @@ def test_shape_has_lengths_and_label() -> None:
     assert shape.label == "T100 B4 I8 H16 x3 bi packed"
     assert Shape("", 2, 5, 1, 1, packed=True).lengths == [2, 2, 1, 1, 1]
     assert SINGLE.label == "cell B2 I4 H5"
-    assert Task("gru", "training", TINY, 1).label == "gru training T3 B2 I4 H5"
+    one = Task("gru", "training", TINY, 1)
+    assert one.label == "gru training T3 B2 I4 H5"
+    assert one.name == "gru training T3 B2 I4 H5 float32 1 thread"
+    assert replace(one, threads=2, dtype="int8").name.endswith("H5 int8 2 threads")
 
 
 def test_intensity_grows_with_the_batch() -> None:
     one, many = (Shape("", 10, batch, 64, 64).intensity("lstm") for batch in (1, 64))
     assert 0.4 < one < 0.5  # two operations per weight of four bytes, and the vectors
     assert 10 * one < many < 32
+
+
+def test_intensity_grows_with_smaller_weights() -> None:
+    shape = Shape("", 10, 1, 64, 64)
+    assert shape.intensity("lstm", "bfloat16") == 2 * shape.intensity("lstm")
+    assert 3.8 < shape.intensity("lstm", "int8") / shape.intensity("lstm") < 4  # x, h: float32
 
 
 # -- libraries ------------------------------------------------------------------------------------
@@ -88,11 +108,10 @@ def test_intensity_grows_with_the_batch() -> None:
 def test_onnx_runtimes_match_torch(name: str, cell: str, shape: Shape) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip(name)
-    [library] = [library for library in LIBRARIES if library.name == name]
     request = task(cell, shape=shape)
-    results = library.prepare(request).results()
+    results = library(name).prepare(request).results()
     assert results["output"].shape == ModuleCall(nn, request).results()["output"].shape
-    assert Referee(request).judge(library.title, results) < 1e-6
+    assert Referee(request).judge(name, results) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, SINGLE], ids=lambda shape: shape.label)
@@ -106,13 +125,53 @@ def test_fastrnn_matches_torch(cell: str, mode: str, shape: Shape) -> None:
     assert Referee(request).judge("fastrnn", results) < 1e-6
 
 
-def test_libraries_support_their_modes_and_shapes() -> None:
-    assert [library.name for library in LIBRARIES[:2]] == ["fastrnn", "torch"]
+@pytest.mark.parametrize("shape", [TINY, SINGLE], ids=lambda shape: shape.label)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_bfloat16_tasks_are_computed_in_bfloat16(cell: str, mode: str, shape: Shape) -> None:
+    request = task(cell, mode, shape, "bfloat16")
+    referee = Referee(request)
+    for one in (FASTRNN, TORCH):
+        results = one.prepare(request).results()
+        assert {value.dtype for value in results.values()} == {torch.bfloat16}
+        assert 1e-5 < referee.judge(one.title, results) < 0.1
+
+
+@pytest.mark.parametrize("name", ["fastrnn", "torch_int8", "onnxruntime"])
+@pytest.mark.parametrize(
+    "shape", [shape for shape in SHAPES if shape.hidden_size > 1], ids=lambda shape: shape.label
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_int8_tasks_are_computed_with_int8_weights(name: str, cell: str, shape: Shape) -> None:
+    one, request = library(name), task(cell, shape=shape, dtype="int8")
+    if not one.installed or not one.supports(request):
+        pytest.skip(f"{name} has no int8 {cell}")
+    results = one.prepare(request).results()
+    assert results["output"].dtype == torch.float32
+    assert 1e-5 < Referee(request).judge(one.title, results) < 0.08
+
+
+def test_only_an_lstm_has_an_int8_node() -> None:
+    with pytest.raises(ValueError, match="cell must be 'lstm' for int8, got 'gru'"):
+        onnx_model("gru", TINY, {}, int8=True)
+
+
+def test_libraries_support_their_tasks() -> None:
+    def supporting(**facts: Any) -> list[str]:
+        return [one.name for one in LIBRARIES if one.supports(task(**facts))]
+
+    both = ["fastrnn", "torch"]
     assert {FASTRNN, TORCH} <= set(installed_libraries())
-    for library in LIBRARIES:
-        assert library.supports(task())
-        assert library.supports(task(mode="training")) == (library in (FASTRNN, TORCH))
-        assert library.supports(task(shape=SINGLE)) == (library in (FASTRNN, TORCH))
+    assert supporting() == [*both, "onnxruntime", "openvino"]
+    assert supporting(mode="training") == both
+    assert supporting(shape=SINGLE) == both
+    for mode in MODES:
+        assert supporting(mode=mode, dtype="bfloat16") == both
+    assert supporting(dtype="int8") == [*both, "torch_int8", "onnxruntime"]
+    assert supporting(cell="gru", dtype="int8") == [*both, "torch_int8"]
+    assert supporting(cell="rnn", dtype="int8") == both
+    assert supporting(mode="training", dtype="int8") == []
+    assert supporting(shape=SINGLE, dtype="int8") == []
     assert TORCH.version == torch.__version__
     assert not Library("x", "X", TORCH.prepare, ("torch", "no_such_package")).installed
 
@@ -148,6 +207,27 @@ def test_library_that_differs_is_not_timed(mode: str, by: float) -> None:
     assert found.ratio == found.medians["torch"] / found.medians["fastrnn"]
 
 
+def test_a_task_is_measured_with_its_threads() -> None:
+    torch.set_num_threads(2)  # the fixture of this file restores the number
+    measure.measure(task(), (FASTRNN,), seconds=0.001)
+    assert torch.get_num_threads() == 1
+
+
+def test_machine_lists_every_package_once() -> None:
+    facts = measure.machine(3, LIBRARIES, "int8")
+    assert (facts["threads"], facts["dtype"]) == (3, "int8")
+    assert facts.keys() >= {"fastrnn", "torch"}
+    assert "torch_int8" not in facts
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_other_dtypes_are_measured(dtype: str) -> None:
+    request = task(dtype=dtype)
+    found = measure.measure(request, (FASTRNN, TORCH), seconds=0.001)
+    assert found.samples.keys() == {"fastrnn", "torch"}
+    assert bool(measure.plan(request)) == (dtype != "int8")
+
+
 def test_referee_rejects_missing_and_wrong_results() -> None:
     request = task(mode="training")
     referee, results = Referee(request), TORCH.prepare(request).results()
@@ -167,7 +247,7 @@ def test_referee_rejects_missing_and_wrong_results() -> None:
 def test_calls_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    monkeypatch.setattr("fastrnn.tools.benchmark.timing.PAUSE_SECONDS", 0)
+    monkeypatch.setattr(timing, "pause", lambda: None)
     samples = interleaved(calls, seconds=1e-5)
     assert samples.keys() == calls.keys()
     for values in samples.values():
@@ -175,6 +255,58 @@ def test_calls_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(value > 0 for value in values)
     turns = [name for before, name in zip(["", *order], order, strict=False) if name != before]
     assert len(turns) > 2 * len(calls)
+
+
+def test_a_pause_lasts_until_no_thread_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = [1.0, 0.9, 0.1, 1.0]
+    monkeypatch.setattr(timing, "_cpus_in_use", lambda: used.pop(0))
+    start = time.perf_counter()
+    timing.pause()
+    assert used == [1.0]
+    assert time.perf_counter() - start >= timing.PAUSE_SECONDS >= 0.02
+    monkeypatch.setattr(timing, "_cpus_in_use", lambda: 1.0)  # a library that never stops
+    start = time.perf_counter()
+    timing.pause()
+    assert time.perf_counter() - start >= timing.LONGEST_WAIT_SECONDS
+
+
+def test_use_of_the_cpus_is_measured() -> None:
+    def spin() -> None:
+        while not done.is_set():
+            pass
+
+    done = threading.Event()
+    spinning = threading.Thread(target=spin)
+    spinning.start()
+    busy = max(timing._cpus_in_use() for _ in range(20))
+    done.set()
+    spinning.join()
+    assert min(timing._cpus_in_use() for _ in range(20)) < 0.2 < busy
+
+
+@pytest.mark.parametrize(
+    ("model", "numbers", "flags", "name"),
+    [
+        ("AMD EPYC", "25 17", "avx2 avx512f avx512_bf16", "amd-epyc-25-17-avx512-bf16-2-cpus"),
+        ("AMD EPYC 7763 64-Core Processor", "25 1", "avx avx2", "amd-epyc-7763-25-1-avx2-2-cpus"),
+        (
+            "Intel(R) Xeon(R) Platinum 8581C CPU @ 2.10GHz",
+            "6 207",
+            "avx2 avx512f avx512_bf16 amx_tile",
+            "intel-xeon-platinum-8581c-6-207-amx-2-cpus",
+        ),
+        ("Intel(R) Xeon(R) Processor", "6 85", "avx2 avx512f", "intel-xeon-6-85-avx512-2-cpus"),
+    ],
+)
+def test_machines_have_names(model: str, numbers: str, flags: str, name: str) -> None:
+    family, number = numbers.split()
+    facts = {"model name": model, "cpu family": family, "model": number, "flags": flags}
+    assert machine_name(facts, cpus=2) == name
+
+
+def test_this_machine_has_a_name() -> None:
+    assert re.fullmatch(r"[a-z0-9-]+-\d+-cpus", machine_name())
+    assert re.fullmatch(r"[a-z0-9-]+-4-cpus", machine_name({}, cpus=4))  # without /proc/cpuinfo
 
 
 def test_fma_peak_is_positive_and_checks_arguments() -> None:
@@ -218,13 +350,16 @@ def test_given_shape_is_measured(run: Run, tmp_path: Path) -> None:
     for mode in MODES:
         assert f"gru {mode} T3 B2 I3 H4 x2 bi packed: " in out
     for library in LIBRARIES:
-        assert library.title in out  # in the table, or among those not installed
+        # in the table, or among those not installed
+        assert (library.title in out) == ("float32" in library.cells)
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["machine"]["threads"] == 1
     assert document["machine"]["torch"] == torch.__version__
     assert document["fma_peak"] > 0
     forward, training = document["results"]
-    assert forward["ms"].keys() == {library.name for library in installed_libraries()}
+    assert forward["ms"].keys() == {
+        library.name for library in installed_libraries() if "float32" in library.cells
+    }
     assert training["ms"].keys() == {"fastrnn", "torch"}
     assert training["ratio"] == pytest.approx(training["ms"]["torch"] / training["ms"]["fastrnn"])
     assert forward["plan"]["isa"] == _C.cpu_capability()

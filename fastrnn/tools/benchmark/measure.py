@@ -6,7 +6,6 @@ import platform
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import fastrnn
 from fastrnn import _C
 
 from .agreement import Disagreement, Referee
+from .machine_name import cpu_facts
 from .peers import FASTRNN, Library
 from .shapes import Task
 from .timing import fma_peak, interleaved
@@ -55,13 +55,14 @@ class Measurement:
 
 
 def measure(task: Task, libraries: Iterable[Library], seconds: float) -> Measurement:
-    """Checks and times a task.
+    """Checks and times a task, with the task's number of threads, which torch keeps afterwards.
 
     Args:
         task: the task.
         libraries: the libraries to measure. Skips those that do not support the task.
         seconds: time to spend per library.
     """
+    torch.set_num_threads(task.threads)
     found = Measurement(task, fma_peak=fma_peak(task.threads))
     referee, calls = Referee(task), {}
     for library in libraries:
@@ -80,7 +81,12 @@ def measure(task: Task, libraries: Iterable[Library], seconds: float) -> Measure
 
 
 def plan(task: Task) -> dict[str, Any]:
-    """Returns ``fastrnn._C.plan`` of the first layer, of the backward pass in training."""
+    """Returns ``fastrnn._C.plan`` of the first layer, of the backward pass in training.
+
+    It is empty for int8, which has a time loop of its own without a plan.
+    """
+    if task.dtype == "int8":
+        return {}
     shape = task.shape
     return dict(
         _C.plan(
@@ -89,6 +95,7 @@ def plan(task: Task) -> dict[str, Any]:
             shape.batch,
             shape.input_size,
             shape.hidden_size,
+            dtype=task.dtype,
             threads=task.threads,
             training=task.mode == "training",
             directions=2 if shape.bidirectional else 1,
@@ -97,18 +104,15 @@ def plan(task: Task) -> dict[str, Any]:
     )
 
 
-def machine(threads: int, libraries: Iterable[Library]) -> dict[str, Any]:
-    """Returns the CPU, the number of threads and the versions behind a measurement."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+def machine(threads: int, libraries: Iterable[Library], dtype: str = "float32") -> dict[str, Any]:
+    """Returns the CPU, the number of threads, the dtype and the versions behind a measurement."""
     return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": cpu_facts().get("model name") or platform.processor() or platform.machine(),
         "isa": _C.cpu_capability(),
         "threads": threads,
-        "dtype": "float32",
+        "dtype": dtype,
         "python": platform.python_version(),
         "fastrnn": fastrnn.__version__,
         "torch": torch.__version__,
-        **{library.name: library.version for library in libraries if library.installed},
+        **{library.packages[0]: library.version for library in libraries if library.installed},
     }

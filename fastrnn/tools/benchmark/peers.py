@@ -1,16 +1,21 @@
 """The compared libraries, each set up for a task in its fastest way.
 
-All libraries get the same float32 weights and input. ONNX Runtime and OpenVINO support inference
-only. Setup that a user does once (building the model, binding buffers) is not timed.
+All libraries get the same weights and input, rounded to bfloat16 for tasks in bfloat16. ONNX
+Runtime and OpenVINO support inference only. Setup that a user does once (building the model,
+rounding its weights to int8, binding buffers) is not timed.
+
+``torch.nn`` has no int8 weights. It runs int8 tasks in float32: every cell then has a peer, and
+runs at different times can be compared.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -20,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fastrnn
 
 from .onnx_model import onnx_model
-from .shapes import MODES, Task
+from .shapes import CELLS, DTYPES, MODES, Task
 
 _CLASSES: Final = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
@@ -37,9 +42,14 @@ class Call(ABC):
         """Runs the task; returns the valid rows of ``output`` and, in training, the gradients."""
 
 
+def _dtype(task: Task) -> torch.dtype:
+    """Returns the dtype of the weights and the input that all libraries get."""
+    return torch.bfloat16 if task.dtype == "bfloat16" else torch.float32
+
+
 def torch_layer(task: Task) -> nn.Module:
     """Returns the ``torch.nn`` layer whose weights all libraries get. The weights are fixed."""
-    return _layer(nn, task)
+    return _layer(nn, task).to(_dtype(task))
 
 
 def _layer(classes: Any, task: Task) -> nn.Module:
@@ -64,7 +74,7 @@ def padded_input(task: Task) -> Tensor:
     shape = task.shape
     leading = (shape.batch,) if shape.single else (shape.steps, shape.batch)
     values = torch.Generator().manual_seed(1)
-    return torch.randn(*leading, shape.input_size, generator=values)
+    return torch.randn(*leading, shape.input_size, generator=values).to(_dtype(task))
 
 
 def _valid_rows(output: Tensor, task: Task) -> Tensor:
@@ -79,26 +89,37 @@ class ModuleCall(Call):
     Args:
         classes: the namespace of RNN, LSTM, GRU and their cells: ``torch.nn`` or ``fastrnn``.
         task: the task.
-        dtype: dtype of weights, input and arithmetic.
+        dtype: dtype of weights, input and arithmetic. By default it is that of the task's input.
+        quantize: returns a layer with int8 weights.
     """
 
-    def __init__(self, classes: Any, task: Task, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        classes: Any,
+        task: Task,
+        dtype: torch.dtype | None = None,
+        quantize: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:
         self._task = task
+        dtype = dtype or _dtype(task)
         self._layer = _layer(classes, task).to(dtype)
         self._layer.load_state_dict(torch_layer(task).state_dict())
+        if quantize is not None:
+            self._layer = quantize(self._layer)
         x = padded_input(task).to(dtype)
         self._x = pack_padded_sequence(x, task.shape.lengths) if task.shape.packed else x
         self._leaf = self._x.data if isinstance(self._x, PackedSequence) else self._x
         self._arguments: tuple[Any, ...] = (self._x,)
         if task.shape.single:  # a loop over steps always passes a state
-            h = torch.tanh(x.new_ones(task.shape.batch, task.shape.hidden_size))
+            ones = torch.ones(task.shape.batch, task.shape.hidden_size)
+            h = torch.tanh(ones).to(_dtype(task)).to(dtype)
             self._arguments += ((h, h) if task.cell == "lstm" else h,)
         self._d_output: Tensor | None = None
         if task.mode == "training":
             self._leaf.requires_grad_()
             values = torch.Generator().manual_seed(2)
             shape = (*self._leaf.shape[:-1], task.shape.output_size)
-            self._d_output = torch.randn(shape, generator=values).to(dtype)
+            self._d_output = torch.randn(shape, generator=values).to(_dtype(task)).to(dtype)
 
     def _output(self) -> Tensor:
         output = self._layer(*self._arguments)
@@ -128,6 +149,21 @@ class ModuleCall(Call):
         return {"output": self._output().detach(), **found}
 
 
+def _fastrnn(task: Task) -> Call:
+    return ModuleCall(fastrnn, task, quantize=fastrnn.quantize if task.dtype == "int8" else None)
+
+
+def _quantize_dynamic(layer: nn.Module) -> nn.Module:
+    """Returns torch's own int8 copy of a layer of ``torch.nn``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls all of its int8 modules deprecated
+        from torch.ao.quantization import quantize_dynamic
+
+        model = quantize_dynamic(nn.Sequential(layer), {nn.LSTM, nn.GRU}, torch.qint8)
+    copy: nn.Module = model[0]
+    return copy
+
+
 class OnnxRuntimeCall(Call):
     """ONNX Runtime on buffers that are bound once, so that a call copies nothing.
 
@@ -141,7 +177,8 @@ class OnnxRuntimeCall(Call):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = task.threads
         options.inter_op_num_threads = 1
-        model = onnx_model(task.cell, task.shape, torch_layer(task).state_dict())
+        weights = torch_layer(task).state_dict()
+        model = onnx_model(task.cell, task.shape, weights, int8=task.dtype == "int8")
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
@@ -204,6 +241,10 @@ def _onnx_inputs(task: Task) -> dict[str, Tensor]:
     return inputs
 
 
+#: every cell in every dtype
+ALL_CELLS: Final = dict.fromkeys(DTYPES, CELLS)
+
+
 @dataclass(frozen=True)
 class Library:
     """A library to measure.
@@ -214,7 +255,8 @@ class Library:
         prepare: sets the library up for a task.
         packages: required packages. The first one gives the version.
         modes: supported modes.
-        cells: whether the library has single-step cells.
+        cells: supported cells, by dtype.
+        single: whether the library has single-step cells.
     """
 
     name: str
@@ -222,7 +264,8 @@ class Library:
     prepare: Callable[[Task], Call]
     packages: tuple[str, ...]
     modes: tuple[str, ...] = MODES
-    cells: bool = True
+    cells: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ALL_CELLS, hash=False)
+    single: bool = True
 
     @property
     def installed(self) -> bool:
@@ -238,22 +281,37 @@ class Library:
         return own[name] if name in own else importlib.metadata.version(name)
 
     def supports(self, task: Task) -> bool:
-        """Whether the library can run this task."""
-        return task.mode in self.modes and (self.cells or not task.shape.single)
+        """Whether the library can run this task. No library has int8 training or int8 cells."""
+        return (
+            task.mode in self.modes
+            and task.cell in self.cells.get(task.dtype, ())
+            and (self.single or not task.shape.single)
+            and (task.dtype != "int8" or (task.mode == "forward" and not task.shape.single))
+        )
 
 
-FASTRNN = Library("fastrnn", "fastrnn", lambda task: ModuleCall(fastrnn, task), ("fastrnn",))
+FASTRNN = Library("fastrnn", "fastrnn", _fastrnn, ("fastrnn",))
 TORCH = Library("torch", "torch.nn", lambda task: ModuleCall(nn, task), ("torch",))
 LIBRARIES: Final = (
     FASTRNN,
     TORCH,
+    Library(
+        "torch_int8",
+        "torch int8",
+        lambda task: ModuleCall(nn, task, quantize=_quantize_dynamic),
+        ("torch",),
+        modes=("forward",),
+        cells={"int8": ("gru", "lstm")},
+        single=False,
+    ),
     Library(
         "onnxruntime",
         "ONNX Runtime",
         OnnxRuntimeCall,
         ("onnxruntime", "onnx"),
         modes=("forward",),
-        cells=False,
+        cells={"float32": CELLS, "int8": ("lstm",)},
+        single=False,
     ),
     Library(
         "openvino",
@@ -261,7 +319,8 @@ LIBRARIES: Final = (
         OpenVinoCall,
         ("openvino", "onnx"),
         modes=("forward",),
-        cells=False,
+        cells={"float32": CELLS},
+        single=False,
     ),
 )
 

@@ -1,4 +1,7 @@
-"""Tasks to measure: a cell, a mode and a shape of T steps, batch B, input size I, hidden size H."""
+"""Tasks to measure: a cell, a mode, a dtype, a number of threads and a shape.
+
+A shape has T steps, batch B, input size I and hidden size H.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ GATES: Final = {"rnn": 1, "gru": 3, "lstm": 4}
 CELLS: Final = tuple(GATES)
 #: forward: inference without gradients; training: forward and backward, to weights and input
 MODES: Final = ("forward", "training")
+#: bytes of a weight, and of a value of x and h, per dtype. int8: int8 weights, float32 x and h
+_BYTES: Final = {"float32": (4, 4), "bfloat16": (2, 2), "int8": (1, 4)}
+DTYPES: Final = tuple(_BYTES)
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,18 @@ class Shape:
         """
         return 2.0 * self.weights(cell) * self.rows * (3 if mode == "training" else 1)
 
-    def intensity(self, cell: str) -> float:
-        """Returns FLOP per byte of forward steps that read float32 weights, x, h and write h."""
-        vectors = self.input_size + 2 * self.output_size * self.layers
+    def intensity(self, cell: str, dtype: str = "float32") -> float:
+        """Returns FLOP per byte of forward steps that read the weights, x, h and write h."""
+        of_weight, of_value = _BYTES[dtype]
+        values = (self.input_size + 2 * self.output_size * self.layers) * self.rows
         return self.flops(cell, "forward") / (
-            4.0 * (self.weights(cell) * self.steps + vectors * self.rows)
+            of_weight * self.weights(cell) * self.steps + of_value * values
         )
+
+
+def axes_label(dtype: str, threads: int) -> str:
+    """Returns a dtype and a number of threads as text, such as ``int8 2 threads``."""
+    return f"{dtype} {threads} thread{'s' if threads > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -107,18 +119,26 @@ class Task:
         cell: one of `CELLS`.
         mode: one of `MODES`.
         shape: sizes of the layer and its input.
-        threads: number of CPU threads.
+        threads: number of CPU threads, of torch and of every other library.
+        dtype: one of `DTYPES`. Weights, input and results have it, except in int8: there the
+            weights of layers are int8 and the rest float32, in inference only.
     """
 
     cell: str
     mode: str
     shape: Shape
     threads: int
+    dtype: str = "float32"
 
     @property
     def label(self) -> str:
         """Short name, such as ``lstm forward T100 B1 I64 H64``."""
         return f"{self.cell} {self.mode} {self.shape.label}"
+
+    @property
+    def name(self) -> str:
+        """Name in a run of several dtypes and numbers of threads: ``<label> int8 2 threads``."""
+        return f"{self.label} {axes_label(self.dtype, self.threads)}"
 
     @property
     def flops(self) -> float:

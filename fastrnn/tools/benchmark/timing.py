@@ -1,8 +1,8 @@
 """Interleaved timing, so that ratios are valid on a busy machine.
 
-Each round runs all libraries in random order. A library's turn starts with a pause, in which the
-spinning threads of the previous library go to sleep, and an untimed call. A few timed calls follow.
-A temporary slowdown of the machine affects all libraries alike, and medians discard it.
+Each round runs all libraries in random order. A library's turn starts with a pause, which ends when
+the spinning threads of the previous library sleep, and an untimed call. A few timed calls follow. A
+temporary slowdown of the machine affects all libraries alike, and medians discard it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from typing import Final
 
 from fastrnn import _C
 
-PAUSE_SECONDS: Final = 0.015  # before each turn
+PAUSE_SECONDS: Final = 0.02  # least pause before each turn
+#: Longest wait for spinning threads. Measured on two cores of an AMD EPYC: ONNX Runtime's threads
+#: spin for 40 to 48 ms after a call, those of torch and fastrnn for 8, OpenVINO's for 2.
+LONGEST_WAIT_SECONDS: Final = 0.25
+_WINDOW_SECONDS: Final = 0.005  # over which the use of the CPUs is measured
+_IDLE_CPUS: Final = 0.2  # a process that uses fewer CPUs has no spinning thread
 ROUNDS: Final = 12
 MIN_ROUNDS: Final = 4  # for calls that take long
 MAX_CALLS_PER_ROUND: Final = 50  # timed calls per library and round
@@ -45,10 +50,25 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in random.sample(list(calls), len(calls)):
-            time.sleep(PAUSE_SECONDS)
+            pause()
             calls[name]()
             samples[name] += [_seconds(calls[name]) for _ in range(timed[name])]
     return samples
+
+
+def pause() -> None:
+    """Sleeps until the threads of this process sleep too, and at least `PAUSE_SECONDS`."""
+    time.sleep(PAUSE_SECONDS)
+    end = time.perf_counter() + LONGEST_WAIT_SECONDS
+    while _cpus_in_use() > _IDLE_CPUS and time.perf_counter() < end:
+        pass
+
+
+def _cpus_in_use() -> float:
+    """Returns how many CPUs this process uses while this thread sleeps."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    time.sleep(_WINDOW_SECONDS)
+    return (time.process_time() - cpu) / (time.perf_counter() - wall)
 
 
 def _seconds(call: Callable[[], object]) -> float:
