@@ -29,7 +29,7 @@ from fastrnn.tracing import is_capturing
 
 
 class Marks(NamedTuple):
-    """What a caller says of the rows of a padded batch, unchecked.
+    """The marks on the rows of a padded batch that a caller gives, unchecked.
 
     Attributes:
         lengths: integers [B].
