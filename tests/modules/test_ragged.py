@@ -353,7 +353,7 @@ def test_captured_graphs_have_no_marks() -> None:
 
 
 def test_resets_match_a_loop_of_cells() -> None:
-    """Compares with a cell, as users write it today, and a mask times the state before each step."""
+    """Compares with a cell and a mask times the state before each step, as users write it today."""
     module, cell = build("gru", I, H, dtype=F64), make_step("gru", I, H, dtype=F64)
     for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
         getattr(cell, name).data = getattr(module, f"{name}_l0").data
