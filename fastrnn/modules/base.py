@@ -388,6 +388,9 @@ class RecurrentBase(nn.RNNBase):
         if isinstance(input, PackedSequence):
             marks.check_absent("a PackedSequence")
             return self._run_packed(input, hx, weights)
+        if input.is_nested and input.layout is torch.jagged:
+            marks.check_absent("a nested tensor")
+            return self._run_nested(input, hx)
         dim = input.dim()
         if dim not in (2, 3):
             raise ValueError(self._wrong_input_message.format(dim))
@@ -409,6 +412,26 @@ class RecurrentBase(nn.RNNBase):
         if isinstance(hidden, Tensor):
             return output, hidden.squeeze(1)
         return output, tuple([state.squeeze(1) for state in hidden])
+
+    def _run_nested(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden]:
+        """Runs a jagged tensor [B,jagged,I]; the output is jagged in the same way."""
+        jagged: Any = input
+        if jagged.dim() != 3 or jagged.lengths() is not None:
+            raise ValueError(
+                "input, if it is jagged, must be contiguous and have 3 dimensions, got "
+                f"{jagged.dim()} dimensions{'' if jagged.lengths() is None else ' with gaps'}"
+            )
+        offsets = jagged.offsets()
+        lengths = offsets.diff()
+        x = jagged.to_padded_tensor(0.0)
+        y: Any
+        y, hidden = self._run_general_path(
+            x if self.batch_first else x.transpose(0, 1), hx, Marks(lengths=lengths)
+        )
+        if not self.batch_first:
+            y = y.transpose(0, 1)
+        exists = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+        return torch.nested.nested_tensor_from_jagged(y[exists], offsets), hidden
 
     def _run_packed(
         self, packed: PackedSequence, hx: Hidden, weights: Weights

@@ -208,6 +208,36 @@ def test_lengths_match_a_packed_sequence() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_jagged_tensors_go_in_and_come_out(batch_first: bool) -> None:
+    module = build("lstm", I, H, bidirectional=True, batch_first=batch_first, dtype=F64)
+    sequences = [make(length, I, seed=length) for length in (3, 1, 6)]
+    jagged = torch.nested.as_nested_tensor(sequences, layout=torch.jagged)
+    output, states = module(jagged)
+    assert output.layout is torch.jagged
+    loss = output.values().sum() + sum(state.sum() for state in states)
+    found = torch.autograd.grad(loss, sequences)
+    expected, outputs = [], []
+    for index, sequence in enumerate(sequences):
+        y, own = module(sequence)
+        outputs.append(y)
+        for state, whole in zip(own, states, strict=True):
+            assert_same_in_double(whole[:, index], state)
+        expected += torch.autograd.grad(y.sum() + sum(s.sum() for s in own), sequence)
+    assert_same_in_double(output.values(), torch.cat(outputs))
+    assert_same_in_double(list(found), expected)
+
+
+def test_other_nested_tensors_raise() -> None:
+    module = build("gru", I, H)
+    strided = torch.nested.nested_tensor([torch.randn(2, I), torch.randn(3, I)])
+    with pytest.raises(RuntimeError, match="input must be a dense tensor, got a nested one"):
+        module(strided)
+    jagged = torch.nested.nested_tensor([torch.randn(2, I)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="lengths must not be given with a nested tensor"):
+        module(jagged, lengths=torch.tensor([2]))
+
+
 def test_no_steps_in_any_row() -> None:
     module = build("lstm", I, H, num_layers=2, dtype=F64)
     x, hx = make(T, B, I), make_states(module)
