@@ -39,6 +39,28 @@ struct IndexRange {
   }
 };
 
+// The rows of a batch that a row group owns: neighbouring ones. Where sequences end at different
+// steps, the first rows last, so that would give the groups unequal work: then every stride-th row.
+struct OwnRows {
+  std::int64_t first, end, stride;
+
+  OwnRows(const Sequence& sequence, int group, int groups)
+      : first(group), end(sequence.batch), stride(groups) {
+    if (sequence.steps > 0 && sequence.rows(0) != sequence.rows(sequence.steps - 1)) return;
+    const IndexRange neighbours(sequence.batch, group, groups);
+    first = neighbours.begin;
+    end = neighbours.end;
+    stride = 1;
+  }
+  // The i-th own row.
+  std::int64_t row(std::int64_t i) const { return first + i * stride; }
+  // Own rows among the rows 0 ... rows - 1.
+  std::int64_t count(std::int64_t rows) const {
+    const std::int64_t last = rows < end ? rows : end;
+    return last > first ? divide_up(last - first, stride) : 0;
+  }
+};
+
 // Places the parts of a workspace one after the other, each at the start of a cache line.
 class WorkspaceBuilder {
  public:

@@ -27,7 +27,7 @@ class BackwardWalk {
         barrier_(team.barrier),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
-        rows_(shape_.sequence.batch, rank / plan.unit_groups, plan.row_groups),
+        rows_(shape_.sequence, rank / plan.unit_groups, plan.row_groups),
         out_blocks_(layout.out_blocks, rank % plan.unit_groups, plan.unit_groups),
         unit_blocks_(layout.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
         output_size_(shape_.output_size()),
@@ -47,23 +47,24 @@ class BackwardWalk {
     for (std::int64_t k = shape_.sequence.steps - 1; k >= 0; --k) {
       if (team_.gives_up(rank_, step_work())) return arrive_for(k + 1);
       const StepRows at = shape_.sequence.at(shape_.sequence.step(k));
-      const std::int64_t end = std::min(rows_.end, at.rows);
-      begin_rows(at, end);
+      const std::int64_t own = rows_.count(at.rows);
+      begin_rows(at, own);
       if (shape_.proj_size > 0) {
-        store_output_gradients(at, end);
+        store_output_gradients(at, own);
         synchronise();
-        through_projection(at, end);
+        through_projection(at, own);
       } else {
-        const IndexRange own = own_out();
-        for (std::int64_t b = rows_.begin; b < end; ++b) {
+        const IndexRange units = own_out();
+        for (std::int64_t i = 0; i < own; ++i) {
+          const std::int64_t b = rows_.row(i);
           const Row row(*this, at, b);
-          for (std::int64_t unit = own.begin; unit < own.end; unit += kLanes)
+          for (std::int64_t unit = units.begin; unit < units.end; unit += kLanes)
             pointwise(row, unit, output_gradient(at, b, unit));
         }
       }
       synchronise();
-      if constexpr (Cell::kDenseRecurrence) propagate(k, at, end);
-      finish_rows(at, end);
+      if constexpr (Cell::kDenseRecurrence) propagate(k, at, own);
+      finish_rows(at, own);
     }
     if (shape_.sequence.steps == 0) finish_untouched();
   }
@@ -78,8 +79,8 @@ class BackwardWalk {
 
   // Multiply-adds of this rank in a step.
   std::int64_t step_work() const {
-    return 1 + rows_.size() * Cell::kGates * shape_.hidden_size * out_blocks_.size() *
-                   layout_.out_block;
+    return 1 + rows_.count(shape_.sequence.batch) * Cell::kGates * shape_.hidden_size *
+                   out_blocks_.size() * layout_.out_block;
   }
   // Arrives as often as in `steps` steps, see Team::gives_up.
   void arrive_for(std::int64_t steps) {
@@ -109,10 +110,11 @@ class BackwardWalk {
   }
 
   // Rows that end at this step start with the gradients of the final states.
-  void begin_rows(const StepRows& at, std::int64_t end) {
+  void begin_rows(const StepRows& at, std::int64_t own) {
     const IndexRange hidden = own_hidden();
     const std::int64_t last = out_blocks_.end * layout_.out_block;
-    for (std::int64_t b = std::max(rows_.begin, at.first_ending); b < end; ++b) {
+    for (std::int64_t i = rows_.count(at.first_ending); i < own; ++i) {
+      const std::int64_t b = rows_.row(i);
       load_state(problem_.d_h_n, b, output_size_, own_out(), carry(b));
       std::fill(carry(b) + own_out().end, carry(b) + last, T(0));  // units that pad the last block
       load_cell_states(b, hidden);
@@ -120,13 +122,16 @@ class BackwardWalk {
   }
   // For rows that start at this step, the carry is the gradient of the initial state. (d_c is kept
   // in d_c0.)
-  void finish_rows(const StepRows& at, std::int64_t end) {
-    for (std::int64_t b = std::max(rows_.begin, at.first_starting); b < end; ++b)
+  void finish_rows(const StepRows& at, std::int64_t own) {
+    for (std::int64_t i = rows_.count(at.first_starting); i < own; ++i) {
+      const std::int64_t b = rows_.row(i);
       load_state(carry(b), 0, output_size_, own_out(), problem_.d_h0 + b * output_size_);
+    }
   }
   // Without steps the initial states are the final ones.
   void finish_untouched() {
-    for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
+    for (std::int64_t i = 0; i < rows_.count(shape_.sequence.batch); ++i) {
+      const std::int64_t b = rows_.row(i);
       load_state(problem_.d_h_n, b, output_size_, own_out(), problem_.d_h0 + b * output_size_);
       load_cell_states(b, own_hidden());
     }
@@ -154,26 +159,28 @@ class BackwardWalk {
     return d_h;
   }
 
-  void store_output_gradients(const StepRows& at, std::int64_t end) {
-    const IndexRange own = own_out();
-    for (std::int64_t b = rows_.begin; b < end; ++b) {
+  void store_output_gradients(const StepRows& at, std::int64_t own) {
+    const IndexRange units = own_out();
+    for (std::int64_t i = 0; i < own; ++i) {
+      const std::int64_t b = rows_.row(i);
       T* to = problem_.d_h_all + (at.first + b) * output_size_;
-      for (std::int64_t unit = own.begin; unit < own.end; unit += kLanes)
+      for (std::int64_t unit = units.begin; unit < units.end; unit += kLanes)
         output_gradient(at, b, unit)
             .store(to + unit, std::min<std::int64_t>(kLanes, output_size_ - unit));
     }
   }
 
   // dm = dh w_hr, then the cell.
-  void through_projection(const StepRows& at, std::int64_t end) {
+  void through_projection(const StepRows& at, std::int64_t own) {
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     for (std::int64_t block = unit_blocks_.begin; block < unit_blocks_.end; ++block) {
-      for_each_tile(rows_.begin, end, w_hr_.tile_height(), [&](std::int64_t row, int count) {
+      for_each_tile(0, own, w_hr_.tile_height(), [&](std::int64_t first, int count) {
+        const std::int64_t row = rows_.row(first);
         for (std::int64_t i = 0; i < count * layout_.unit_block; ++i) scratch[i] = T(0);
         w_hr_.multiply(block, count, problem_.d_h_all + (at.first + row) * output_size_,
-                       output_size_, scratch, layout_.unit_block, columns_);
+                       rows_.stride * output_size_, scratch, layout_.unit_block, columns_);
         for (int m = 0; m < count; ++m) {
-          const Row pointers(*this, at, row + m);
+          const Row pointers(*this, at, row + m * rows_.stride);
           for (int u = 0; u < plan_.back_vectors; ++u) {
             const std::int64_t unit = block * layout_.unit_block + u * kLanes;
             if (unit >= shape_.hidden_size) break;
@@ -244,12 +251,13 @@ class BackwardWalk {
   // carry += d_pre[hidden side] w_hh. The columns of the hidden side come first in d_pre (kPreH =
   // 0...). Where the panels come from a slow cache, all rows use a part of a panel that fits in the
   // private cache before the next part, which is loaded meanwhile.
-  void propagate(std::int64_t k, const StepRows& at, std::int64_t end) {
+  void propagate(std::int64_t k, const StepRows& at, std::int64_t own) {
     const std::int64_t width = kColumns * shape_.hidden_size, depth = w_hh_.k_count();
     const std::int64_t part = plan_.prefetch ? std::min(kPartDepth, depth) : depth;
     const T* d_pre = problem_.d_pre + at.first * width;
+    const std::int64_t a_stride = rows_.stride * width, c_stride = rows_.stride * carry_stride_;
     const int height = w_hh_.tile_height();
-    const std::int64_t tiles = tile_count(rows_.begin, end, height);
+    const std::int64_t tiles = tile_count(0, own, height);
     for (std::int64_t i = 0; i < out_blocks_.size(); ++i) {
       const std::int64_t block = out_blocks_.zigzag(i, k % 2 != 0);
       const std::int64_t next =
@@ -257,20 +265,21 @@ class BackwardWalk {
       for (std::int64_t first = 0; first < depth; first += part) {
         const std::int64_t last = std::min(first + part, depth);
         std::int64_t index = 0;
-        for_each_tile(rows_.begin, end, height, [&](std::int64_t row, int count) {
+        for_each_tile(0, own, height, [&](std::int64_t first_row, int count) {
+          const std::int64_t row = rows_.row(first_row);
           T* c = carry(row) + block * layout_.out_block;
           if (shape_.proj_size > 0 && first == 0)  // all of dh went through w_hr: no direct part
             for (int m = 0; m < count; ++m)
-              for (std::int64_t j = 0; j < layout_.out_block; ++j) c[m * carry_stride_ + j] = T(0);
+              for (std::int64_t j = 0; j < layout_.out_block; ++j) c[m * c_stride + j] = T(0);
           const T* a = d_pre + row * width;
           if (!plan_.prefetch) {
-            w_hh_.multiply(block, count, a, width, c, carry_stride_, columns_);
+            w_hh_.multiply(block, count, a, a_stride, c, c_stride, columns_);
             return;
           }
           const Prefetch prefetch = last < depth ? w_hh_.panel_part(block, index, tiles, last,
                                                                     std::min(last + part, depth))
                                                  : w_hh_.panel_part(next, index, tiles, 0, part);
-          w_hh_.multiply_part(block, first, last, count, a, width, c, carry_stride_, columns_,
+          w_hh_.multiply_part(block, first, last, count, a, a_stride, c, c_stride, columns_,
                               prefetch);
           ++index;
         });
@@ -286,7 +295,8 @@ class BackwardWalk {
   Team& team_;
   Barrier& barrier_;
   const int rank_, group_first_;
-  const IndexRange rows_, out_blocks_, unit_blocks_;
+  const OwnRows rows_;
+  const IndexRange out_blocks_, unit_blocks_;
   const std::int64_t output_size_, carry_stride_;
   const Columns columns_;
   const WeightMatrix<T> w_hh_, w_hr_;

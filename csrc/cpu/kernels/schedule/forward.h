@@ -31,7 +31,7 @@ class ForwardWalk {
         below_(team.below),
         rank_(rank),
         group_first_(rank / plan.unit_groups * plan.unit_groups),
-        rows_(shape_.sequence.batch, rank / plan.unit_groups, plan.row_groups),
+        rows_(shape_.sequence, rank / plan.unit_groups, plan.row_groups),
         blocks_(panel_layout_.unit_blocks, rank % plan.unit_groups, plan.unit_groups),
         proj_blocks_(panel_layout_.proj_blocks, rank % plan.unit_groups, plan.unit_groups),
         output_size_(shape_.output_size()),
@@ -69,7 +69,8 @@ class ForwardWalk {
 
   // Multiply-adds of this rank in a step.
   std::int64_t step_work() const {
-    return 1 + rows_.size() * width_ * blocks_.size() * (shape_.input_size + output_size_);
+    return 1 + rows_.count(shape_.sequence.batch) * width_ * blocks_.size() *
+                   (shape_.input_size + output_size_);
   }
   // Arrives as often as in `steps` steps, see Team::gives_up.
   void arrive_for(std::int64_t steps) {
@@ -98,15 +99,16 @@ class ForwardWalk {
   // its own: h in the buffer that the step reads, c in c_n.
   void start_rows(const StepRows& at, int parity) {
     const IndexRange out = own_out(), hidden = own_hidden();
-    for (std::int64_t b = std::max(rows_.begin, at.first_starting);
-         b < std::min(rows_.end, at.rows); ++b) {
+    for (std::int64_t i = rows_.count(at.first_starting); i < rows_.count(at.rows); ++i) {
+      const std::int64_t b = rows_.row(i);
       copy_state(problem_.h0, b, output_size_, out, h(parity));
       copy_cell_states(b, hidden);
     }
   }
   // Without steps the initial states are the final ones.
   void finish_untouched() {
-    for (std::int64_t b = rows_.begin; b < rows_.end; ++b) {
+    for (std::int64_t i = 0; i < rows_.count(shape_.sequence.batch); ++i) {
+      const std::int64_t b = rows_.row(i);
       copy_state(problem_.h0, b, output_size_, own_out(), problem_.h_n);
       copy_cell_states(b, own_hidden());
     }
@@ -126,11 +128,11 @@ class ForwardWalk {
     return scratch_ + layout_.h + parity * shape_.sequence.batch * output_size_;
   }
 
-  // C += x[row...] w_ih^T for one block.
-  void add_input(std::int64_t block, std::int64_t row, int count, T* c, std::int64_t c_stride,
-                 const Prefetch& prefetch) {
-    panels_.w_ih.multiply(block, count, problem_.x + row * problem_.x_stride, problem_.x_stride, c,
-                          c_stride, columns_x_, prefetch);
+  // C += x w_ih^T for one block and `count` rows of x, `apart` rows apart.
+  void add_input(std::int64_t block, std::int64_t row, std::int64_t apart, int count, T* c,
+                 std::int64_t c_stride, const Prefetch& prefetch) {
+    panels_.w_ih.multiply(block, count, problem_.x + row * problem_.x_stride,
+                          apart * problem_.x_stride, c, c_stride, columns_x_, prefetch);
   }
 
   // While the index-th of `tiles` tiles is multiplied with a panel, loads its part of the panel
@@ -158,7 +160,7 @@ class ForwardWalk {
       for_each_tile(chunk.first, last_row, height, [&](std::int64_t row, int count) {
         T* c = gates_x(block, row);
         for (int m = 0; m < count; ++m) copy_row(panels_.bias(block), c + m * width_);
-        add_input(block, row, count, c, width_, part_of(panels_.w_ih, next, index++, tiles));
+        add_input(block, row, 1, count, c, width_, part_of(panels_.w_ih, next, index++, tiles));
       });
     }
     return end;
@@ -195,7 +197,7 @@ class ForwardWalk {
   }
 
   void step(const StepRows& at, int parity, bool others_wrote) {
-    const std::int64_t end = std::min(rows_.end, at.rows);
+    const std::int64_t own = rows_.count(at.rows);
     const T* h_before = h(parity);
     bool waited = !others_wrote;
     auto wait = [&] {
@@ -203,38 +205,41 @@ class ForwardWalk {
       waited = true;
     };
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
-    const std::int64_t tiles = tile_count(rows_.begin, end, tile_height_);
+    const std::int64_t tiles = tile_count(0, own, tile_height_);
     for_each_block(parity, wait, [&](std::int64_t block) {
       const std::int64_t next =
           parity != 0 ? std::max(block - 1, blocks_.begin) : std::min(block + 1, blocks_.end - 1);
       std::int64_t index = 0;
-      for_each_tile(rows_.begin, end, tile_height_, [&](std::int64_t row, int count) {
+      for_each_tile(0, own, tile_height_, [&](std::int64_t first, int count) {
+        const std::int64_t row = rows_.row(first);
         T* c = scratch;
         if (plan_.input_fused) {
           for (int m = 0; m < count; ++m) copy_row(panels_.bias(block), c + m * width_);
-          add_input(block, at.first + row, count, c, width_,
+          add_input(block, at.first + row, rows_.stride, count, c, width_,
                     part_of(panels_.w_ih, next, index, tiles));
         } else {
           c = gates_x(block, at.first + row);
         }
         wait();  // the input product needs no other rank; wait for h only afterwards
         if constexpr (Cell::kDenseRecurrence)
-          panels_.w_hh.multiply(block, count, h_before + row * output_size_, output_size_, c,
-                                width_, columns_h_, part_of(panels_.w_hh, next, index, tiles));
+          panels_.w_hh.multiply(block, count, h_before + row * output_size_,
+                                rows_.stride * output_size_, c, width_, columns_h_,
+                                part_of(panels_.w_hh, next, index, tiles));
         pointwise(at, block, row, count, parity, c);
         ++index;
       });
     });
     wait();
-    if (shape_.proj_size > 0) project_state(at, end, parity);
+    if (shape_.proj_size > 0) project_state(at, own, parity);
   }
 
-  // The cell's forward step for a tile of `count` rows, `first` the first one, one vector of units
-  // after the other.
+  // The cell's forward step for a tile of `count` own rows, `first` the first one, one vector of
+  // units after the other.
   void pointwise(const StepRows& at, std::int64_t block, std::int64_t first, int count, int parity,
                  const T* pre_tile) {
     // Local copies: the compiler must assume that the stores below change any member.
     const std::int64_t hidden = shape_.hidden_size, unit_block = panel_layout_.unit_block;
+    const std::int64_t apart = rows_.stride;  // rows from one row of the tile to the next
     const std::int64_t y_stride = problem_.y_stride, ending = at.first_ending;
     const std::int64_t tile_stride = width_;
     const std::int64_t row = at.first + first;
@@ -258,20 +263,21 @@ class ForwardWalk {
         Vec pre[Cell::kPre], state[Cell::kStates] = {}, next_state[Cell::kStates];
         Vec saved[cells::kSavedLength<Cell>];
         for (int q = 0; q < Cell::kPre; ++q) pre[q] = Vec::load(gates + q * unit_block);
-        if constexpr (Cell::kForwardReadsH) state[0] = Vec::load(h_before + m * hidden, lanes);
+        if constexpr (Cell::kForwardReadsH)
+          state[0] = Vec::load(h_before + m * apart * hidden, lanes);
         for (int s = 0; s < kCellStates; ++s)
-          state[s + 1] = Vec::load(c + (m * kCellStates + s) * hidden, lanes);
+          state[s + 1] = Vec::load(c + (m * apart * kCellStates + s) * hidden, lanes);
         Cell::forward(cells::StepInputs<Vec>{pre, state, parameters},
                       cells::StepOutputs<Vec>{saved, next_state});
-        next_state[0].store(h_after + m * hidden, lanes);
+        next_state[0].store(h_after + m * apart * hidden, lanes);
         for (int s = 0; s < kCellStates; ++s)
-          next_state[s + 1].store(c + (m * kCellStates + s) * hidden, lanes);
+          next_state[s + 1].store(c + (m * apart * kCellStates + s) * hidden, lanes);
         if (Cell::kSaved > 0 && save)
           for (int s = 0; s < Cell::kSaved; ++s)
-            saved[s].store(saved_row + (m * Cell::kSaved + s) * hidden, lanes);
+            saved[s].store(saved_row + (m * apart * Cell::kSaved + s) * hidden, lanes);
         if (!projected) {
-          next_state[0].store(y + m * y_stride, lanes);
-          if (first + m >= ending) next_state[0].store(h_n + m * hidden, lanes);
+          next_state[0].store(y + m * apart * y_stride, lanes);
+          if (first + m * apart >= ending) next_state[0].store(h_n + m * apart * hidden, lanes);
         }
         gates += tile_stride;
       }
@@ -286,24 +292,26 @@ class ForwardWalk {
   }
 
   // h' = m w_hr^T, m the unprojected h, after all ranks of the group have computed m.
-  void project_state(const StepRows& at, std::int64_t end, int parity) {
+  void project_state(const StepRows& at, std::int64_t own, int parity) {
     barrier_.arrive(rank_);
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     const std::int64_t hidden = shape_.hidden_size;
     for (std::int64_t block = proj_blocks_.begin; block < proj_blocks_.end; ++block) {
-      for_each_tile(rows_.begin, end, panels_.w_hr.tile_height(), [&](std::int64_t row, int count) {
+      for_each_tile(0, own, panels_.w_hr.tile_height(), [&](std::int64_t first, int count) {
+        const std::int64_t row = rows_.row(first);
         for (std::int64_t i = 0; i < count * panel_layout_.proj_block; ++i) scratch[i] = T(0);
-        panels_.w_hr.multiply(block, count, scratch_ + layout_.unprojected_h + row * hidden, hidden,
-                              scratch, panel_layout_.proj_block, columns_p_);
+        panels_.w_hr.multiply(block, count, scratch_ + layout_.unprojected_h + row * hidden,
+                              rows_.stride * hidden, scratch, panel_layout_.proj_block, columns_p_);
         for (int m = 0; m < count; ++m) {
           for (int u = 0; u < plan_.back_vectors; ++u) {
             const std::int64_t unit = block * panel_layout_.proj_block + u * kLanes;
             const std::int64_t lanes = std::min<std::int64_t>(kLanes, output_size_ - unit);
             if (lanes <= 0) break;
             const Vec h_new = Vec::load(scratch + m * panel_layout_.proj_block + u * kLanes);
-            h_new.store(h(1 - parity) + (row + m) * output_size_ + unit, lanes);
-            store_output(at, row + m, unit, lanes, h_new);
+            const std::int64_t b = row + m * rows_.stride;
+            h_new.store(h(1 - parity) + b * output_size_ + unit, lanes);
+            store_output(at, b, unit, lanes, h_new);
           }
         }
       });
@@ -322,7 +330,8 @@ class ForwardWalk {
   WorkQueues& work_queues_;
   Team* const below_;
   const int rank_, group_first_;
-  const IndexRange rows_, blocks_, proj_blocks_;
+  const OwnRows rows_;
+  const IndexRange blocks_, proj_blocks_;
   const std::int64_t output_size_;  // R
   const std::int64_t width_;        // Q*U: a row of a tile
   const Columns columns_x_, columns_h_, columns_p_;

@@ -180,7 +180,8 @@ class GradientWalk {
   };
 
   // C [rows, columns] = A B, or += if `add`. Each sum has at most kTilePiece terms, which
-  // limits rounding error.
+  // limits rounding error. Several sums, or a part of a vector, are put together in a scratch tile;
+  // one sum of whole vectors goes straight to C, with the same bits.
   void multiply(const T* a, std::int64_t a_stride, std::int64_t rows, std::int64_t depth,
                 const Panels& b, std::int64_t columns, T* c, std::int64_t c_stride,
                 bool add) const {
@@ -191,6 +192,15 @@ class GradientWalk {
       const int vectors = int(divide_up(wide, kLanes));
       for_each_tile(0, rows, tile_rows(vectors), [&](std::int64_t row, int count) {
         T* to = c + row * c_stride + j;
+        if (depth <= kTilePiece && vectors * kLanes == wide) {
+          if (!add)
+            for (int m = 0; m < count; ++m)
+              for (int n = 0; n < vectors; ++n) Vec(T(0)).store(to + m * c_stride + n * kLanes);
+          tile_function<T>(count, vectors)(depth, a + row * a_stride, a_stride,
+                                           b.first + j / kU * b.panel_step, b.stride, to, c_stride,
+                                           kColumn);
+          return;
+        }
         for (int i = 0; i < count * kU; i += kLanes) Vec(T(0)).store(scratch + i);
         for (std::int64_t k = 0; k < depth; k += kTilePiece)
           tile_function<T>(count, vectors)(std::min(kTilePiece, depth - k), a + row * a_stride + k,
