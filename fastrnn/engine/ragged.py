@@ -83,6 +83,9 @@ class Segments(NamedTuple):
     final: Tensor
 
 
+_cut = torch.ops.fastrnn.cut_segments.default
+
+
 def cut(
     steps: int, batch: int, lengths: Tensor | None, resets: Tensor | None, backwards: bool
 ) -> Segments:
@@ -95,44 +98,7 @@ def cut(
     """
     if lengths is None:
         lengths = torch.full((batch,), steps)
-    time = torch.arange(steps)
-    # [B,T], in the order of computation: position k of row b is its step `at`
-    position = time.expand(batch, steps)
-    exists = position < lengths.unsqueeze(1)
-    at = lengths.unsqueeze(1) - 1 - position if backwards else position
-    begins = torch.zeros(batch, steps, dtype=torch.bool)
-    begins[:, :1] = True
-    if resets is not None:
-        is_reset = resets.t().gather(1, at.clamp(min=0))
-        begins |= is_reset
-    begins &= exists
-    row, first = begins.nonzero(as_tuple=True)  # of each segment, row by row
-    numbers = begins.flatten().cumsum(0) - 1  # the segment of each position
-    present = exists.flatten().nonzero().squeeze(1)
-    segment = numbers[present]
-    size = torch.bincount(segment, minlength=len(row))
-    order = size.argsort(descending=True, stable=True)  # the longest one first
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    longest = int(size.max()) if len(size) else 0
-    # batch_sizes[k]: segments with more than k rows
-    ends = torch.bincount(size, minlength=longest + 1)
-    batch_sizes = len(size) - ends.cumsum(0)[:longest]
-    offset = batch_sizes.cumsum(0) - batch_sizes
-    rank = (present % max(steps, 1)) - first[segment]  # within the segment
-    packed = offset[rank] + place[segment]
-    rows = torch.empty_like(packed)
-    padded = at.flatten()[present] * batch + present.div(max(steps, 1), rounding_mode="floor")
-    rows[packed] = padded
-    starts = row.clone()
-    if resets is not None:
-        after_reset = is_reset[row, first]
-        starts[after_reset] += batch * (1 + at[row, first][after_reset])
-    is_last = torch.ones(len(row), dtype=torch.bool)  # of its row
-    is_last[:-1] = row[1:] != row[:-1]
-    final = len(size) + torch.arange(batch)
-    final[row[is_last]] = place[is_last]
-    return Segments(batch_sizes, rows, starts[order], final)
+    return Segments(*_cut(lengths, resets, steps, backwards))
 
 
 class _Take(torch.autograd.Function):

@@ -413,3 +413,23 @@ def test_run_with_marks_is_deterministic() -> None:
     for name, value in first.items():
         assert torch.equal(value, second[name])
     assert widen(first["out0"]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "resets", "steps", "message"),
+    [
+        (torch.tensor([1, 4]), None, 3, "lengths must be from 0 to the 3 steps, got 4"),
+        (torch.tensor([1, -1]), None, 3, "lengths must be from 0 to the 3 steps, got -1"),
+        (torch.tensor([1.0]), None, 3, "lengths must be 1-D int64 on the CPU"),
+        (torch.tensor([[1]]), None, 3, "lengths must be 1-D int64 on the CPU"),
+        (torch.tensor([1]), torch.zeros(3, 1), 3, "resets must be 2-D bool on the CPU"),
+        (torch.tensor([1]), torch.zeros(2, 1) > 0, 3, r"resets must have the shape \[3, 1\]"),
+        (torch.tensor([0]), None, -1, "steps must not be negative, got -1"),
+    ],
+    ids=str,
+)
+def test_operator_rejects_wrong_arguments(
+    lengths: Tensor, resets: Tensor | None, steps: int, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastrnn.cut_segments(lengths, resets, steps, False)
