@@ -222,6 +222,8 @@ def _search_layer(module: Any, input: Any, hx: Any) -> None:
         _check_tensor(owner, "data", x)
     else:
         _check_tensor(owner, "input", x, "a tensor or a PackedSequence")
+        if x.is_nested and x.layout is torch.jagged:
+            return  # the module takes it, and its errors are clear
     _check_dense(owner, "data" if packed else "input", x)
     spec = BY_MODE.get(module.mode)
     if spec is None:

@@ -25,6 +25,7 @@ Args:
         are.
     weight_dtype: keyword only. ``torch.float16`` lets the CPU kernels hold w_hh in float16 where
         that is faster, see docs/float16_weights.md. Default: None
+    lengths, resets, reset_state: keyword only, of the first form; see `fastrnn.LSTM`.
 
 Returns:
     output [T,B,D*R] (or [B,T,D*R], or [N,D*R]) and the final states, shaped like the initial ones.
@@ -78,6 +79,9 @@ class OneStateFunction(Protocol):
         batch_first: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def __call__(
@@ -113,6 +117,9 @@ class TwoStatesFunction(Protocol):
         batch_first: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
     @overload
     def __call__(

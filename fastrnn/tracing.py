@@ -59,13 +59,18 @@ def size(t: Tensor, dim: int) -> int:
     return without_tracing(lambda: t.shape[dim])
 
 
-def leaf_call(module: nn.Module, input: Any, hx: Any) -> Any:
+def leaf_call(module: nn.Module, input: Any, hx: Any, options: dict[str, Any] | None = None) -> Any:
     """Records the call of a module as one node if ``torch.fx`` traces it, else returns None.
 
     torch.fx treats a module as a leaf if its class is defined in ``torch.nn``; the tracers of
     torchvision and of FX quantization have the same rule. A fastrnn module detects tracing by its
     arguments, which are proxies, and records itself under every tracer. A subclass with its own
     ``forward`` is not a leaf, as with ``torch.nn``: the node would call that ``forward`` again.
+
+    Args:
+        module: the module.
+        input, hx: its first arguments.
+        options: its other arguments by name; those that are None are left out.
     """
     proxy: Any = input
     if not isinstance(input, Proxy):
@@ -79,7 +84,10 @@ def leaf_call(module: nn.Module, input: Any, hx: Any) -> Any:
         return None
     name = proxy.tracer.path_of_module(module)
     return proxy.tracer.create_proxy(
-        "call_module", name, (input, *([] if hx is None else [hx])), {}
+        "call_module",
+        name,
+        (input, *([] if hx is None else [hx])),
+        {key: value for key, value in (options or {}).items() if value is not None},
     )
 
 

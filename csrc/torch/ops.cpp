@@ -347,6 +347,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kBidirectionalGradientsSchema);
   m.def(fastrnn::kStackSchema);
   m.def(fastrnn::kInt8Schema);
+  m.def(fastrnn::kSegmentsSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

@@ -55,4 +55,10 @@ constexpr const char* kInt8Schema =
     "recurrent_int8(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
     "str cell) -> (Tensor y, Tensor h_n, Tensor c_n)";
 
+// Cuts a padded batch into segments (problem/segments.h). lengths int64 [B], resets bool [T, B], on
+// the CPU.
+constexpr const char* kSegmentsSchema =
+    "cut_segments(Tensor lengths, Tensor? resets, int steps, bool backwards) "
+    "-> (Tensor batch_sizes, Tensor rows, Tensor initial, Tensor final)";
+
 }  // namespace fastrnn

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import checks
+from fastrnn.engine.ragged import NO_MARKS, Marks, run_marked
 from fastrnn.engine.run import run
 from fastrnn.layer_call import LayerCall, Options, Results, SequenceMembers
 from fastrnn.spec import WEIGHT_FORMATS, CellSpec, Weights, slots_of
@@ -25,6 +26,8 @@ _PADDED = (
     "batch_first",
 )
 _PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
+#: keyword arguments of both forms, and their defaults
+_KEYWORDS = {"weight_dtype": None, **NO_MARKS._asdict()}
 
 
 def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise TypeError(f"{spec.name}() takes {len(names)} arguments but {len(args)} were given")
     values = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
-        if name not in names and name != "weight_dtype":
+        if name not in names and name not in _KEYWORDS:
             raise TypeError(f"{spec.name}() got an unexpected argument '{name}'")
         if name in values:
             raise TypeError(f"{spec.name}() got several values for argument '{name}'")
@@ -52,7 +55,7 @@ def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise TypeError(f"{spec.name}() is missing the arguments {', '.join(missing)}")
     if "data" in values:
         values["input"] = values.pop("data")
-    return {"batch_sizes": None, "batch_first": False, "weight_dtype": None, **values}
+    return {"batch_sizes": None, "batch_first": False, **_KEYWORDS, **values}
 
 
 def run_one_state(
@@ -142,18 +145,21 @@ def _checked_run(spec: CellSpec, cx: Tensor | None, values: dict[str, Any]) -> R
             tuple(param.shape) == shape,
             f"Expected params[{index}] of size {shape}, got {list(param.shape)}",
         )
-    return run(
-        LayerCall(
-            spec,
-            x,
-            SequenceMembers(batch_sizes).pack(),
-            hx,
-            cx,
-            Weights(params, slots_of(values["has_biases"], size != hidden)),
-            Options(num_layers, values["dropout"] if values["train"] else 0.0, weight_format),
-        ),
-        values["batch_first"],
+    call = LayerCall(
+        spec,
+        x,
+        SequenceMembers(batch_sizes).pack(),
+        hx,
+        cx,
+        Weights(params, slots_of(values["has_biases"], size != hidden)),
+        Options(num_layers, values["dropout"] if values["train"] else 0.0, weight_format),
     )
+    marks = Marks(*(values[name] for name in Marks._fields))
+    if all(mark is None for mark in marks):
+        return run(call, values["batch_first"])
+    if batch_sizes is not None:
+        marks.check_absent("packed data")
+    return run_marked(call, marks, values["batch_first"])
 
 
 def _check(condition: bool, message: str) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import checks
 from fastrnn.backends import torch_step
 from fastrnn.engine import choose
+from fastrnn.engine.ragged import NO_MARKS, Marks, run_marked
 from fastrnn.engine.run import run
 from fastrnn.layer_call import (
     DEFAULTS,
@@ -34,7 +35,12 @@ from fastrnn.spec import (
     Weights,
     slots_of_names,
 )
-from fastrnn.tracing import check_scriptable, is_tracing, leaf_call, without_tracing
+from fastrnn.tracing import (
+    check_scriptable,
+    is_tracing,
+    leaf_call,
+    without_tracing,
+)
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
 Hidden = Any
@@ -255,7 +261,12 @@ class RecurrentBase(nn.RNNBase):
         return hx.unsqueeze(1)
 
     def _compute(
-        self, input: Tensor, hx: Hidden, sequence: SequenceTensors, weights: Weights
+        self,
+        input: Tensor,
+        hx: Hidden,
+        sequence: SequenceTensors,
+        weights: Weights,
+        marks: Marks = NO_MARKS,
     ) -> tuple[Tensor, Hidden]:
         spec = BY_MODE[self.mode]
         h0, c0 = self._states(hx) if spec.has_cell_state else (hx, None)
@@ -267,10 +278,12 @@ class RecurrentBase(nn.RNNBase):
                 self.dropout if self.num_layers > 1 and self.training else 0.0,
                 WEIGHT_FORMATS[self._weight_dtype],
             )
-        output, h_n, c_n = run(
-            LayerCall(spec, input, sequence, h0, c0, weights, options),
-            self.batch_first and sequence.named().batch_sizes is None,
-        )
+        call = LayerCall(spec, input, sequence, h0, c0, weights, options)
+        swapped = self.batch_first and sequence.named().batch_sizes is None
+        if marks is NO_MARKS:
+            output, h_n, c_n = run(call, swapped)
+        else:
+            output, h_n, c_n = run_marked(call, marks, swapped)
         return output, h_n if c0 is None else (h_n, c_n)
 
     def _states(self, hx: Hidden) -> tuple[Tensor, Tensor | None]:
@@ -337,21 +350,30 @@ class RecurrentBase(nn.RNNBase):
         return y.transpose(0, 1) if batch_first else y, h_n if c0 is None else (h_n, c_n)
 
     def _run(
-        self, input: Tensor | PackedSequence, hx: Hidden
+        self,
+        input: Tensor | PackedSequence,
+        hx: Hidden,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reset_state: Hidden,
     ) -> tuple[Tensor | PackedSequence, Hidden]:
         rejection = None
+        marks = NO_MARKS
         try:
-            try:
-                quick = self._run_fast_path(input, hx)  # type: ignore[arg-type]
-                if quick is not None:
-                    return quick
-            except Exception as error:
-                raise_unless_rejected(error)
-                rejection = error
-            node = leaf_call(self, input, hx)
+            if lengths is None and resets is None and reset_state is None:
+                try:
+                    quick = self._run_fast_path(input, hx)  # type: ignore[arg-type]
+                    if quick is not None:
+                        return quick
+                except Exception as error:
+                    raise_unless_rejected(error)
+                    rejection = error
+            else:
+                marks = Marks(lengths, resets, reset_state)
+            node = leaf_call(self, input, hx, marks._asdict())
             if node is not None:
                 return node  # type: ignore[no-any-return]
-            return self._run_general_path(input, hx)
+            return self._run_general_path(input, hx, marks)
         except Exception as error:
             if rejection is not None:
                 error.__cause__ = rejection
@@ -359,16 +381,22 @@ class RecurrentBase(nn.RNNBase):
             raise
 
     def _run_general_path(
-        self, input: Tensor | PackedSequence, hx: Hidden
+        self, input: Tensor | PackedSequence, hx: Hidden, marks: Marks = NO_MARKS
     ) -> tuple[Tensor | PackedSequence, Hidden]:
         """Runs any call. `_run` replaces unclear errors."""
         weights = self._weights()
         if isinstance(input, PackedSequence):
+            marks.check_absent("a PackedSequence")
             return self._run_packed(input, hx, weights)
+        if input.is_nested and input.layout is torch.jagged:
+            marks.check_absent("a nested tensor")
+            return self._run_nested(input, hx)
         dim = input.dim()
         if dim not in (2, 3):
             raise ValueError(self._wrong_input_message.format(dim))
         is_batched = dim == 3
+        if not is_batched:
+            marks.check_absent("an input without a batch dimension")
         batch_dim = 0 if self.batch_first else 1
         if not is_batched:
             input = input.unsqueeze(batch_dim)
@@ -377,13 +405,33 @@ class RecurrentBase(nn.RNNBase):
         else:
             hx = self._add_batch(hx, is_batched)
         without_tracing(self.check_forward_args, input, hx, None)
-        output, hidden = self._compute(input, hx, PADDED, weights)
+        output, hidden = self._compute(input, hx, PADDED, weights, marks)
         if is_batched:
             return output, hidden
         output = output.squeeze(batch_dim)
         if isinstance(hidden, Tensor):
             return output, hidden.squeeze(1)
         return output, tuple([state.squeeze(1) for state in hidden])
+
+    def _run_nested(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden]:
+        """Runs a jagged tensor [B,jagged,I]; the output is jagged in the same way."""
+        jagged: Any = input
+        if jagged.dim() != 3 or jagged.lengths() is not None:
+            raise ValueError(
+                "input, if it is jagged, must be contiguous and have 3 dimensions, got "
+                f"{jagged.dim()} dimensions{'' if jagged.lengths() is None else ' with gaps'}"
+            )
+        offsets = jagged.offsets()
+        lengths = offsets.diff()
+        x = jagged.to_padded_tensor(0.0)
+        y: Any
+        y, hidden = self._run_general_path(
+            x if self.batch_first else x.transpose(0, 1), hx, Marks(lengths=lengths)
+        )
+        if not self.batch_first:
+            y = y.transpose(0, 1)
+        exists = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+        return torch.nested.nested_tensor_from_jagged(y[exists], offsets), hidden
 
     def _run_packed(
         self, packed: PackedSequence, hx: Hidden, weights: Weights

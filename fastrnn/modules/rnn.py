@@ -54,6 +54,13 @@ class RNN(OneState):
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
         hx: [L*D,B,H] or unbatched [L*D,H]; zeros if omitted.
+        lengths: integers [B], the number of steps of each row; not with a `PackedSequence`. The
+            output is zero beyond, the final states are those of each row's last step, and the
+            reverse direction starts there. A row of length 0 keeps its initial state.
+        resets: bool (or 0 and 1) [T,B], [B,T] with ``batch_first``, or the same with a trailing 1:
+            before such a step the row's state becomes ``reset_state``.
+        reset_state: shaped like ``hx``; zeros if omitted.
+            The batch may be 1, and a first dimension T gives a state for each step.
 
     Outputs:
         output: [T,B,D*H], [T,D*H] or a `PackedSequence`, the states of the last layer at each step.
@@ -108,22 +115,43 @@ class RNN(OneState):
 
     @overload
     @overload_method
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
     @overload
     @overload_method
     def forward(
-        self, input: PackedSequence, hx: Tensor | None = None
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
     ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
         if is_scripting():
+            if lengths is not None or resets is not None or reset_state is not None:
+                raise RuntimeError("lengths and resets must not be given in TorchScript, got one")
             # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
                 return self._script_padded(input, hx)
         else:
-            return self._run(input, hx)
+            return self._run(input, hx, lengths, resets, reset_state)
 
 
 class LSTM(TwoStates):
@@ -156,6 +184,13 @@ class LSTM(TwoStates):
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
         hx: tuple or list of h_0 [L*D,B,R] and c_0 [L*D,B,H] (unbatched without B); zeros if
             omitted. R is P with a projection and H without.
+        lengths: integers [B], the number of steps of each row; not with a `PackedSequence`. The
+            output is zero beyond, the final states are those of each row's last step, and the
+            reverse direction starts there. A row of length 0 keeps its initial state.
+        resets: bool (or 0 and 1) [T,B], [B,T] with ``batch_first``, or the same with a trailing 1:
+            before such a step the row's state becomes ``reset_state``.
+        reset_state: shaped like ``hx``; zeros if omitted.
+            The batch may be 1, and a first dimension T gives a state for each step.
 
     Outputs:
         output: [T,B,D*R], [T,D*R] or a `PackedSequence`, the states of the last layer at each step.
@@ -260,23 +295,42 @@ class LSTM(TwoStates):
     @overload
     @overload_method
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
     @overload
     @overload_method
     def forward(
-        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Any = None,
+    ) -> Any:
         """Runs the network over ``input`` from the states ``hx``; see the class for the shapes."""
         if is_scripting():
+            if lengths is not None or resets is not None or reset_state is not None:
+                raise RuntimeError("lengths and resets must not be given in TorchScript, got one")
             # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
                 return self._script_padded(input, hx)
         else:
-            return self._run(input, hx)
+            return self._run(input, hx, lengths, resets, reset_state)
 
 
 class GRU(OneState):
@@ -305,6 +359,13 @@ class GRU(OneState):
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
         hx: [L*D,B,H] or unbatched [L*D,H]; zeros if omitted.
+        lengths: integers [B], the number of steps of each row; not with a `PackedSequence`. The
+            output is zero beyond, the final states are those of each row's last step, and the
+            reverse direction starts there. A row of length 0 keeps its initial state.
+        resets: bool (or 0 and 1) [T,B], [B,T] with ``batch_first``, or the same with a trailing 1:
+            before such a step the row's state becomes ``reset_state``.
+        reset_state: shaped like ``hx``; zeros if omitted.
+            The batch may be 1, and a first dimension T gives a state for each step.
 
     Outputs:
         output: [T,B,D*H], [T,D*H] or a `PackedSequence`, the states of the last layer at each step.
@@ -344,22 +405,43 @@ class GRU(OneState):
 
     @overload
     @overload_method
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
     @overload
     @overload_method
     def forward(
-        self, input: PackedSequence, hx: Tensor | None = None
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
     ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
         if is_scripting():
+            if lengths is not None or resets is not None or reset_state is not None:
+                raise RuntimeError("lengths and resets must not be given in TorchScript, got one")
             # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
                 return self._script_padded(input, hx)
         else:
-            return self._run(input, hx)
+            return self._run(input, hx, lengths, resets, reset_state)
 
 
 #: for each cell, its class and the constructor arguments that select it
