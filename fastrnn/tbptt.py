@@ -22,6 +22,7 @@ from fastrnn.checks import describe
 
 __all__ = ["TbpttProgress", "tbptt"]
 
+_TENSORS = "a padded tensor, or several in tuples, lists or dicts"
 _STATES = "tensors in tuples, lists, dicts or named tuples"
 
 
@@ -79,10 +80,10 @@ def tbptt(
     Args:
         module: a layer of fastrnn or ``torch.nn``, or any callable ``(input, hx) -> (output, hx)``
             whose states are tensors, nested in tuples, lists, dicts or named tuples.
-        input: a tensor [T,B,...], or [B,T,...] with ``batch_first``, or nested tensors that all
-            have this layout. It may require gradients only if it is a leaf: a module that computes
-            it belongs into ``module``.
-        targets: a tensor or nested tensors with the same layout and T.
+        input: a tensor [T,B,...], or [B,T,...] with ``batch_first``, or several such tensors in
+            tuples, lists or dicts. It may require gradients only if it is a leaf: a module that
+            computes it belongs into ``module``.
+        targets: like ``input``, with the same T.
         loss: called with the output and the targets of a chunk. Returns a scalar, the mean or the
             sum over the chunk.
         chunk_length: number of steps after which gradients are cut off.
@@ -186,8 +187,11 @@ def _positive(argument: str, value: Any) -> int:
 
 def _time_dimension(module: Any, input: Any, batch_first: Any) -> int:
     """Returns the dimension of input and targets that is the time."""
+    own = getattr(module, "batch_first", None)
     if batch_first is None:
-        batch_first = getattr(module, "batch_first", None)
+        batch_first = own
+    elif isinstance(module, nn.RNNBase) and batch_first != own:
+        _wrong(ValueError, "batch_first", f"{own} like that of module", batch_first)
     children = module.modules() if batch_first is None and isinstance(module, nn.Module) else ()
     if any(getattr(child, "batch_first", False) for child in children):
         # The module may pass its input on as it is, or transpose it first.
@@ -206,12 +210,12 @@ def _steps(input: Any, targets: Any, time: int) -> int:
     for name, tree in (("input", input), ("targets", targets)):
         leaves = tree_leaves(tree, is_leaf=lambda node: isinstance(node, PackedSequence))
         if not leaves:
-            _wrong(TypeError, name, "a tensor or nested tensors", tree)
+            _wrong(TypeError, name, _TENSORS, tree)
         for leaf in leaves:
             if isinstance(leaf, PackedSequence):
-                _wrong(TypeError, name, "a padded tensor (see pad_packed_sequence)", leaf)
-            if not isinstance(leaf, Tensor):
-                _wrong(TypeError, name, "a tensor or nested tensors", leaf)
+                _wrong(TypeError, name, f"{_TENSORS} (see pad_packed_sequence)", leaf)
+            if not isinstance(leaf, Tensor) or leaf.is_nested:
+                _wrong(TypeError, name, _TENSORS, leaf)
             if leaf.dim() <= time or leaf.shape[time] == 0:
                 _wrong(ValueError, name, f"at least one step long in dimension {time}", leaf)
             if steps is None:

@@ -364,6 +364,7 @@ def test_loss_alone_without_gradients(context: Any) -> None:
 
 LAYER = fastrnn.GRU(INPUT, H)
 X, Y = torch.zeros(T, B, INPUT), torch.zeros(T, B, H)
+JAGGED = torch.nested.nested_tensor([torch.zeros(2, INPUT)], layout=torch.jagged)
 PACKED = pack(torch.zeros(6, INPUT), [3, 2, 1], True)
 
 
@@ -387,13 +388,14 @@ def states(value: Any) -> Any:
             "chunks_per_update must be a positive int, got -1.",
         ),
         ({"chunks_per_update": 2}, "chunks_per_update must be 1 without update, got 2."),
-        ({"input": None}, "input must be a tensor or nested tensors, got None."),
-        ({"input": {}}, "input must be a tensor or nested tensors, got a dict of 0."),
         (
-            {"input": PACKED},
-            "input must be a padded tensor (see pad_packed_sequence), got a PackedSequence of 4.",
+            {"input": None},
+            "input must be a padded tensor, or several in tuples, lists or dicts, got None.",
         ),
-        ({"targets": [Y, 1]}, "targets must be a tensor or nested tensors, got 1."),
+        ({"input": {}}, "lists or dicts, got a dict of 0."),
+        ({"input": PACKED}, "lists or dicts (see pad_packed_sequence), got a PackedSequence of 4."),
+        ({"input": JAGGED}, "lists or dicts, got a nested tensor."),
+        ({"targets": [Y, 1]}, "lists or dicts, got 1."),
         (
             {"targets": Y[1:]},
             "targets must be 11 steps long in dimension 0, got a tensor of shape [10, 3, 5].",
@@ -403,14 +405,15 @@ def states(value: Any) -> Any:
             "input must be at least one step long in dimension 0, got a tensor of shape [0, 3, 4].",
         ),
         (
-            {"targets": torch.zeros(B), "input": X.transpose(0, 1), "batch_first": True},
+            {"module": print, "targets": torch.zeros(B), "batch_first": True},
             "targets must be at least one step long in dimension 1, got a tensor of shape [3].",
         ),
         (
             {"input": nn.Linear(INPUT, INPUT)(X)},
             "input must not be computed with gradients",
         ),
-        ({"batch_first": "yes"}, "batch_first must be True, False or None, got 'yes'."),
+        ({"batch_first": True}, "batch_first must be False like that of module, got True."),
+        ({"module": print, "batch_first": "yes"}, "batch_first must be True, False or None, got"),
         ({"reduction": "none"}, "reduction must be 'mean' or 'sum'"),
         ({"loss": nn.KLDivLoss(reduction="batchmean")}, "reduction must be 'mean' or 'sum'"),
         ({"module": fastrnn.GRU(INPUT, H, bidirectional=True)}, "module must not be bidirectional"),
