@@ -1,11 +1,16 @@
 """Peak memory of a training step, fastrnn compared with torch.nn, each in a separate process.
 
-    python bench/memory.py [--json FILE]        Linux only
+    python bench/memory.py [--json FILE] [--long]        Linux only
 
 A step is forward and backward; its gradients are kept. The result is the peak of the second step
 minus the memory held before the first step, when the model and its input exist. Memory that a
 library keeps for later calls is therefore included. A step on a small shape runs first, so that
 code loaded on first use is not included.
+
+The last lines are one sequence of a million steps, trained as a whole and in chunks of `CHUNK`
+steps with `fastrnn.tbptt`. ``--long`` measures these lines only. The result is the peak of the
+first step there, because a second one would only take time. They use the LSTM, for which torch.nn
+needs the least memory per step; its RNN and GRU need several gigabytes for a million steps.
 """
 
 from __future__ import annotations
@@ -14,9 +19,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.functional import mse_loss
 
 import fastrnn
 from fastrnn.tools.benchmark.measure import machine
@@ -32,7 +40,12 @@ POINTS = (
     Shape("packed", 500, 16, 128, 128, 2, packed=True),
     Shape("long", 1000, 1, 128, 128),
 )
+LONG = Shape("long", 1_000_000, 1, 16, 16)
+CHUNK = 1000
 SMALL = Shape("training", 4, 2, 64, 64)
+
+#: how each line of the table trains: a layer of the grid, or the long sequence
+LAYER, WHOLE, CHUNKS = "layer", "whole sequence", f"tbptt {CHUNK}"
 
 
 def resident(field: str) -> int:
@@ -43,47 +56,78 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def peak(library: Library, task: Task) -> int:
-    """Peak memory in bytes. Call it once per process."""
-    library.prepare(Task(task.cell, task.mode, SMALL, task.threads))()  # loads code, starts threads
-    call = library.prepare(task)
+def peak(prepare: Callable[[Shape], Callable[[], object]], shape: Shape, steps: int) -> int:
+    """Peak memory in bytes of the last of some steps. Call it once per process."""
+    prepare(SMALL)()  # loads code, starts threads
+    step = prepare(shape)
     before = resident("VmRSS")
-    call()
+    for _ in range(steps - 1):
+        step()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    call()
+    step()
     return resident("VmHWM") - before
+
+
+def layer_peak(library: Library, cell: str, shape: Shape) -> int:
+    """Peak memory of a training step of one layer, with gradients of the input."""
+    threads = torch.get_num_threads()
+    return peak(lambda shape: library.prepare(Task(cell, "training", shape, threads)), shape, 2)
+
+
+def sequence_peak(library: Library, cell: str, shape: Shape, chunked: bool) -> int:
+    """Peak memory of a training step on a sequence, as a whole or in chunks."""
+
+    def prepare(shape: Shape) -> Callable[[], object]:
+        classes = {"fastrnn": fastrnn, "torch": nn}[library.name]
+        layer = getattr(classes, cell.upper())(shape.input_size, shape.hidden_size)
+        x = torch.randn(shape.steps, shape.batch, shape.input_size)
+        y = torch.randn(shape.steps, shape.batch, shape.hidden_size)
+        if chunked:
+            return lambda: fastrnn.tbptt(layer, x, y, mse_loss, CHUNK)
+        return lambda: mse_loss(layer(x)[0], y).backward()
+
+    return peak(prepare, shape, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file that also gets the results")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # library, cell, index of point
+    parser.add_argument("--long", action="store_true", help="measures the long sequence only")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # library, cell, index of line
     options = parser.parse_args()
-    threads = torch.get_num_threads()
+    lines = [(LAYER, point) for point in POINTS] + [(WHOLE, LONG), (CHUNKS, LONG)]
     libraries = {library.name: library for library in installed_libraries()}
     if options.one is not None:
         name, cell, index = options.one
-        print(peak(libraries[name], Task(cell, "training", POINTS[int(index)], threads)))
+        kind, shape = lines[int(index)]
+        if kind == LAYER:
+            print(layer_peak(libraries[name], cell, shape))
+        else:
+            print(sequence_peak(libraries[name], cell, shape, chunked=kind == CHUNKS))
         return
+    threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, fastrnn {fastrnn.__version__}, {threads} threads, float32")
-    print(f"{'':34}{'fastrnn':>12}{'torch':>12}   fastrnn / torch")
-    lines = []
-    for index, point in enumerate(POINTS):
-        for cell in CELLS:
+    print(f"{'':44}{'fastrnn':>12}{'torch':>12}   fastrnn / torch")
+    results = []
+    for index, (kind, shape) in enumerate(lines):
+        if options.long and kind == LAYER:
+            continue
+        label = shape.label if kind == LAYER else f"{shape.label} {kind}"
+        for cell in CELLS if kind == LAYER else ("lstm",):
             megabytes = {}
             for name in ("fastrnn", "torch"):
                 command = [sys.executable, __file__, "--one", name, cell, str(index)]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 megabytes[name] = int(output.split()[-1]) / 2**20
             ratio = megabytes["fastrnn"] / megabytes["torch"]
-            lines.append({"cell": cell, "shape": point.label, "MB": megabytes, "ratio": ratio})
+            results.append({"cell": cell, "shape": label, "MB": megabytes, "ratio": ratio})
             print(
-                f"{cell:5}{point.label:29}{megabytes['fastrnn']:9.1f} MB"
+                f"{cell:5}{label:39}{megabytes['fastrnn']:9.1f} MB"
                 f"{megabytes['torch']:9.1f} MB   {ratio:.2f}",
                 flush=True,
             )
     if options.json is not None:
-        document = {"machine": machine(threads, libraries.values()), "results": lines}
+        document = {"machine": machine(threads, libraries.values()), "results": results}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -36,14 +36,14 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from fastrnn import tbptt
 from fastrnn.tools.charlm import data
 from fastrnn.tools.charlm.config import CELLS, Config
 from fastrnn.tools.charlm.errors import CharlmError
-from fastrnn.tools.charlm.model import build_model, detach
-from fastrnn.tools.charlm.train import NATS_TO_BITS
+from fastrnn.tools.charlm.model import build_model
+from fastrnn.tools.charlm.train import NATS_TO_BITS, mean_loss
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -120,19 +120,18 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         if index == 0:
             state = model.zero_state(share)
         x, y = corpus.training.chunk(index)
-        logits, state = parallel(x[:, columns], detach(state))
-        loss = cross_entropy(logits.flatten(0, 1), y[:, columns].flatten())
         optimizer.zero_grad()
-        loss.backward()  # also averages the gradients over the ranks
+        loss, state = tbptt(  # also averages the gradients over the ranks
+            parallel, x[:, columns], y[:, columns], mean_loss, config.seq_length, state
+        )
         nn.utils.clip_grad_norm_(parallel.parameters(), config.clip)
         optimizer.step()
         if step == 0 or (step + 1) % arguments.report_every == 0 or step + 1 == config.steps:
-            mean = loss.detach()
-            dist.reduce(mean, dst=0)  # the ranks' parts are equal, so the mean of means is the mean
+            dist.reduce(loss, dst=0)  # the ranks' parts are equal, so the mean of means is the mean
             if rank == 0:
                 seconds = time.perf_counter() - started
                 speed = (step + 1) * config.characters_per_step / seconds
-                bits = mean.item() / ranks * NATS_TO_BITS
+                bits = loss.item() / ranks * NATS_TO_BITS
                 print(f"step {step + 1:,}: {bits:.6f} bits/char, {speed:,.0f} chars/s", flush=True)
 
 

@@ -20,6 +20,10 @@ from torch._jit_internal import is_scripting
 # open. Seen in 2.13, 2.14.
 from torch.autograd import forward_ad
 
+# Functions over the tensors of nested tuples, lists, dictionaries and classes that a user has
+# registered. Seen in 2.13, 2.14.
+from torch.utils._pytree import tree_leaves, tree_map
+
 __all__ = [
     "VF",
     "AutoDispatchBelowAutograd",
@@ -38,6 +42,8 @@ __all__ = [
     "lazy_clone",
     "overload_method",
     "set_tracing_state",
+    "tree_leaves",
+    "tree_map",
     "unbound_apply",
 ]
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
@@ -44,7 +45,7 @@ from fastrnn.tools.charlm.data import (
 from fastrnn.tools.charlm.errors import CharlmError, CheckpointError, DataError, TrainingError
 from fastrnn.tools.charlm.fit import Outcome, fit
 from fastrnn.tools.charlm.interrupt import Interrupts
-from fastrnn.tools.charlm.model import CharRNN, build_model, detach
+from fastrnn.tools.charlm.model import CharRNN, build_model
 from fastrnn.tools.charlm.report import PlainReporter, RichReporter, reporter_for
 from fastrnn.tools.charlm.sample import draw, generate
 from fastrnn.tools.charlm.train import Trainer, evaluate
@@ -299,7 +300,7 @@ def test_gradients_stop_at_the_start_of_a_chunk(cell: str) -> None:
 
     def gradients(model: CharRNN) -> tuple[torch.Tensor, ...]:
         _, state = model(x0, model.zero_state(SMALL.batch_size))
-        logits, _ = model(x1, detach(state))
+        logits, _ = model(x1, tree_map(torch.Tensor.detach, state))
         loss = functional.cross_entropy(logits.flatten(0, 1), y1.flatten())
         return torch.autograd.grad(loss, list(model.parameters()))
 

@@ -107,13 +107,6 @@ def build_model(vocabulary_size: int, config: Config) -> CharRNN:
     return model.to(config.device)
 
 
-def detach(state: State) -> State:
-    """Returns the state without its autograd history. Truncated BPTT truncates here."""
-    if isinstance(state, tuple):
-        return state[0].detach(), state[1].detach()
-    return state.detach()
-
-
 def parameter_count(model: nn.Module) -> int:
     """Returns the number of trainable values."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,9 +1,10 @@
 """Training by truncated backpropagation through time.
 
-    state_0 = 0;  for each chunk k:  loss_k, state_{k+1} = model(chunk_k, detach(state_k))
+    state_0 = 0;  for each chunk k:  loss_k, state_{k+1} = tbptt(model, chunk_k, state_k)
 
-The hidden state continues from chunk to chunk. Gradients stop at the first step of a chunk.
-At the end of the streams the text starts again, with a state of zeros.
+The hidden state continues from chunk to chunk. Gradients stop at the first step of a chunk. At the
+end of the streams the text starts again, with a state of zeros. A step trains on one chunk, so that
+training can stop, evaluate and save between any two chunks.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import cross_entropy
+
+from fastrnn.tbptt import tbptt
 
 from . import schedule
 from .config import Config
 from .data import Corpus, Streams
 from .errors import CheckpointError, TrainingError
-from .model import CharRNN, State, build_model, detach
+from .model import CharRNN, State, build_model
 
 NATS_TO_BITS: Final = 1 / math.log(2)
 RECENT_STEPS: Final = 50  # the loss shown during training is the mean over this many steps
@@ -150,15 +153,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.learning_rate(self.config, step, self.validation_losses)
         x, y = training.chunk(index)
-        logits, state = self.model(x, detach(self.state))
-        loss = functional.cross_entropy(logits.flatten(0, 1), y.flatten())
         self.optimizer.zero_grad()
-        loss.backward()
+        loss, self.state = tbptt(self.model, x, y, mean_loss, training.seq_length, self.state)
         if self.config.clip > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
-        self.state = detach(state)
-        return loss.detach()
+        return loss
 
     def evaluate(self) -> str:
         """Measures and records the validation loss, and returns it as one line of text."""
@@ -298,6 +298,11 @@ class Trainer:
             yield
 
 
+def mean_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns the mean loss of logits [T,B,V] for the characters y [T,B], in nats."""
+    return cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
 def load_weights(model: CharRNN, tensors: Mapping[str, Tensor]) -> None:
     """Loads the ``model.*`` tensors of a checkpoint into a model.
 
@@ -329,6 +334,6 @@ def evaluate(model: CharRNN, streams: Streams) -> float:
     for index in range(streams.chunks):
         x, y = streams.chunk(index)
         logits, state = model(x, state)
-        total += functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        total += mean_loss(logits, y)
     model.train(was_training)
     return total.item() / streams.chunks
