@@ -15,6 +15,7 @@ from fastrnn.modules import *
 from fastrnn.modules import cells as _cells
 from fastrnn.modules import rnn as _rnn
 from fastrnn.quantization import QuantizedRecurrent, quantization_mapping, quantize
+from fastrnn.session import Session
 
 __version__: str = _C.build_info()["version"]
 
@@ -22,6 +23,7 @@ __all__ = [
     "ConversionReport",
     "Explanation",
     "QuantizedRecurrent",
+    "Session",
     "__version__",
     "convert",
     "explain",

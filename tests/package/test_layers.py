@@ -1,7 +1,7 @@
 """Layers of the architecture: no #include or import may lead to a higher or neighbouring layer.
 
 cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
-Python: ops <- backends <- engine <- functional, modules <- convert, quantization <- tools
+Python: ops <- backends <- engine <- functional, modules <- convert, quantization, session <- tools
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PYTHON_ORDER = [
     {"backends"},
     {"engine"},
     {"functional", "modules"},
-    {"convert", "explanation", "flops", "quantization"},
+    {"convert", "explanation", "flops", "quantization", "session"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"tools"},
     {"__main__"},
