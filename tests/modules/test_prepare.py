@@ -190,7 +190,7 @@ def test_captured_code_ignores_the_copy(module: nn.Module) -> None:
         ):
             torch.testing.assert_close(captured(X)[0], expected)
         # captured code follows the weights
-        scripted = torch.jit.script(module)
+        scripted = torch.jit.script(nn.Sequential(module))
         module.weight_hh_l0.mul_(2)
         assert not torch.allclose(scripted(X)[0], expected)
 
