@@ -186,7 +186,7 @@ def test_captured_code_ignores_the_copy(module: nn.Module) -> None:
             torch.compile(module, backend="eager", fullgraph=True),
             torch.export.export(module, (X,)).module(),
             torch.jit.trace(module, (X,)),
-            torch.jit.script(module),
+            torch.jit.script(nn.Sequential(module)),
         ):
             torch.testing.assert_close(captured(X)[0], expected)
         # captured code follows the weights
