@@ -103,6 +103,43 @@ def weight_formats() -> list[str]: ...
 def sequence_slots() -> dict[str, int]: ...
 def output_slots() -> dict[str, list[str]]: ...
 
+class _packed:
+    """Packed weights; a module. Tensors are addresses, 0 for none."""
+
+    class PackedStack_float32:
+        def __init__(
+            self,
+            cell: str,
+            layers: int,
+            directions: int,
+            input_size: int,
+            hidden_size: int,
+            proj_size: int,
+        ) -> None: ...
+        def pack(self, weights: Sequence[Sequence[int]]) -> None: ...
+        def forward(
+            self, steps: int, batch: int, x: int, h0: int, c0: int, y: int, h_n: int, c_n: int
+        ) -> None: ...
+
+    class Session_float32:
+        def __init__(
+            self,
+            cell: str,
+            layers: int,
+            input_size: int,
+            hidden_size: int,
+            proj_size: int,
+            batch: int,
+            threads: int,
+        ) -> None: ...
+        def pack(self, weights: Sequence[Sequence[int]]) -> None: ...
+        def run(self, x: int, steps: int, y: int) -> None: ...
+        def read_states(self, h: int, c: int) -> None: ...
+        def write_states(self, h: int, c: int) -> None: ...
+
+    class PackedStack_float64(PackedStack_float32): ...
+    class Session_float64(Session_float32): ...
+
 class _testing:
     """Hooks for the tests; a module."""
 

@@ -15,6 +15,7 @@ from fastrnn.modules import *
 from fastrnn.modules import cells as _cells
 from fastrnn.modules import rnn as _rnn
 from fastrnn.quantization import QuantizedRecurrent, quantization_mapping, quantize
+from fastrnn.session import Session
 from fastrnn.tbptt import TbpttProgress, tbptt
 
 __version__: str = _C.build_info()["version"]
@@ -23,6 +24,7 @@ __all__ = [
     "ConversionReport",
     "Explanation",
     "QuantizedRecurrent",
+    "Session",
     "TbpttProgress",
     "__version__",
     "convert",

@@ -32,6 +32,7 @@ __all__ = [
     "ExcludeDispatchKeyGuard",
     "TransformType",
     "are_transforms_active",
+    "dispatch_modes",
     "forward_ad",
     "get_tracing_state",
     "has_kernel",
@@ -66,6 +67,9 @@ TransformType: Any = _C._functorch.TransformType
 
 # Whether a tensor is wrapped by is_grads_batched. Seen in 2.13, 2.14.
 is_batched: Callable[[torch.Tensor], bool] = _C._functorch.is_legacy_batchedtensor
+
+# Number of active TorchDispatchModes, such as FlopCounterMode. Seen in 2.13, 2.14.
+dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
 
 # Whether an operator has a kernel for a device. Seen in 2.13, 2.14.
 has_kernel: Callable[[str, str], bool] = _C._dispatch_has_kernel_for_dispatch_key

@@ -7,7 +7,7 @@ slow down every call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,11 +25,13 @@ class Options(NamedTuple):
         dropout: probability that an output between two layers is zeroed; 0 for no dropout.
         weight_format: number of the format in which the CPU may hold w_hh if no gradient is
             recorded; 0 for the dtype of w_hh.
+        prepared: the `fastrnn.ops.packed.PreparedWeights` of the module, or None.
     """
 
     num_layers: int = 1
     dropout: float = 0.0
     weight_format: int = 0
+    prepared: Any = None
 
 
 DEFAULTS = Options()

@@ -13,6 +13,8 @@ namespace fastrnn::bindings {
 
 // CPU and CUDA plans, in bindings/plans.cpp.
 void define_plans(pybind11::module_& m);
+// fastrnn._C._packed: packed weights and sessions, in bindings/packed.cpp.
+void define_packed(pybind11::module_& m);
 // fastrnn._C._testing: hooks for the tests, in bindings/testing.cpp.
 void define_testing(pybind11::module_& m);
 

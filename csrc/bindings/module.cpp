@@ -201,6 +201,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("raise_interruption", &raise_interruption, py::arg("message"),
         "Raises what a signal's handler raised, if the message is that of the call it ended.");
   define_plans(m);
+  py::module_ packed = m.def_submodule("_packed");
+  define_packed(packed);
   py::module_ testing = m.def_submodule("_testing");
   define_testing(testing);
   fastrnn::cpu::set_interrupted(interrupted);

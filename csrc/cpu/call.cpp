@@ -22,26 +22,40 @@ struct ForwardPass {
   static constexpr Pass kPass = Pass::kForward;
 
   const Walks<T>& walks;
-  T* ready_panels = nullptr;  // panels packed for the plan; null: the call packs its own
 
   std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
     const PanelLayout panels(shape, plan);
-    return (ready_panels == nullptr ? panels.size : 0) + ForwardLayout(shape, plan, panels).size;
+    return panels.size + ForwardLayout(shape, plan, panels).size;
   }
 
   void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
                 int rank) const {
     const PanelLayout panel_layout(problem.shape, plan);
     const ForwardLayout layout(problem.shape, plan, panel_layout);
-    T* panels = ready_panels;
-    T* scratch = workspace;
-    if (panels == nullptr) {
-      panels = workspace;
-      scratch = workspace + panel_layout.size;
-      walks.pack(problem.shape, problem.weights, plan, panel_layout, panels, rank);
-    }
-    walks.of[int(problem.shape.cell)].forward(problem, plan, panel_layout, panels, layout, scratch,
-                                              team, rank);
+    walks.pack(problem.shape, problem.weights, plan, panel_layout, workspace, rank);
+    walks.of[int(problem.shape.cell)].forward(problem, plan, panel_layout, workspace, layout,
+                                              workspace + panel_layout.size, team, rank);
+  }
+};
+
+// Forward with panels that were packed before.
+template <class T>
+struct PackedPass {
+  using Value = T;
+  using Problem = PackedForward<T>;
+  static constexpr Pass kPass = Pass::kForward;
+
+  const Walks<T>& walks;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    return ForwardLayout(shape, plan, PanelLayout(shape, plan)).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
+                int rank) const {
+    const PanelLayout panel_layout(problem.shape, plan);
+    const ForwardLayout layout(problem.shape, plan, panel_layout);
+    walks.of[int(problem.shape.cell)].forward(problem, plan, panel_layout, problem.panels, layout,
+                                              workspace, team, rank);
   }
 };
 
@@ -205,22 +219,28 @@ void run(const PassOf& pass, const typename PassOf::Problem* problems, int count
   });
 }
 
+// Whether two layers with these plans run at the same time; if so, changes the plans to do so.
+bool stack_plans(const LayerShape& upper, int element_bytes, Plan* plans) {
+  if (!pick_stacked(upper, element_bytes, plans[0], plans[1])) return false;
+  plans[0].chunk_rows = pick_follow_rows(upper, plans[0]);
+  plans[1].chunk_rows = pick_follow_rows(upper, plans[1]);
+  return true;
+}
+
 int bounded_threads(int threads) {
   const int bound = max_threads();
   return std::max(bound > 0 ? std::min(threads, bound) : threads, 1);
 }
 
-// Runs two layers of a stack at the same time. Returns false, having done nothing, if that is
-// slower or too few threads are free.
-template <class T>
-bool run_pair(const LayerForward<T, T>* layers, int threads, ParallelFor parallel_for) {
-  Plan plans[2];
-  if (!make_stacked_plans(layers[0].shape, layers[1].shape, sizeof(T), threads, plans))
-    return false;
+// Runs two layers of a stack at the same time with their plans. Returns false, having done nothing,
+// if too few threads are free.
+template <class PassOf>
+bool run_pair(const PassOf& pass, const typename PassOf::Problem* layers, const Plan* plans,
+              int threads, ParallelFor parallel_for) {
   const int wanted = 2 * plans[0].threads;
   const ThreadReservation reservation = reserve_threads(wanted, threads);
   if (reservation.threads() < wanted) return false;
-  Job<ForwardPass<T>> job({isa().walks<T>()}, layers, 2, plans);
+  Job<PassOf> job(pass, layers, 2, plans);
   job.stack();
   job.run(parallel_for);
   return true;
@@ -238,10 +258,7 @@ bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int el
                         int threads, Plan* plans) {
   plans[0] = make_plan(lower, Pass::kForward, element_bytes, threads, 2);
   plans[1] = make_plan(upper, Pass::kForward, element_bytes, threads, 2);
-  if (!pick_stacked(upper, element_bytes, plans[0], plans[1])) return false;
-  plans[0].chunk_rows = pick_follow_rows(upper, plans[0]);
-  plans[1].chunk_rows = pick_follow_rows(upper, plans[1]);
-  return true;
+  return stack_plans(upper, element_bytes, plans);
 }
 
 template <class T>
@@ -255,8 +272,11 @@ template <class T>
 void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
                    ParallelFor parallel_for) {
   for (int done = 0; done < count;) {
+    Plan plans[2];
     const bool pair =
-        !is_forked() && done + 1 < count && run_pair(layers + done, threads, parallel_for);
+        !is_forked() && done + 1 < count &&
+        make_stacked_plans(layers[done].shape, layers[done + 1].shape, sizeof(T), threads, plans) &&
+        run_pair(ForwardPass<T>{isa().walks<T>()}, layers + done, plans, threads, parallel_for);
     if (!pair) forward(layers + done, 1, threads, parallel_for);
     done += pair ? 2 : 1;
   }
@@ -282,20 +302,42 @@ void int8_forward(const Int8Forward* directions, int count, int threads, Paralle
   });
 }
 
-std::int64_t panel_size(const LayerShape& shape, const Plan& plan) {
-  return PanelLayout(shape, plan).size;
+Plan make_panel_plan(const LayerShape& shape, int element_bytes, int threads) {
+  return make_panel_plan_for(shape, isa(), element_bytes, bounded_threads(threads));
+}
+
+std::int64_t panel_size(const LayerShape& shape, const Plan& panel_plan) {
+  return PanelLayout(shape, panel_plan).size;
 }
 
 template <class T>
-void pack_panels(const LayerShape& shape, const LayerWeights<T>& weights, const Plan& plan,
+void pack_panels(const LayerShape& shape, const LayerWeights<T>& weights, const Plan& panel_plan,
                  T* panels) {
-  isa().walks<T>().pack(shape, weights, single_threaded(plan), PanelLayout(shape, plan), panels, 0);
+  isa_named(panel_plan.isa)
+      .walks<T>()
+      .pack(shape, weights, single_threaded(panel_plan), PanelLayout(shape, panel_plan), panels, 0);
 }
 
 template <class T>
-void forward_packed(const LayerForward<T, T>& problem, const Plan& plan, T* panels,
-                    ParallelFor parallel_for) {
-  Job<ForwardPass<T>>({isa().walks<T>(), panels}, &problem, 1, &plan).run(parallel_for);
+void forward_packed(const PackedForward<T>* directions, int count, const Plan& panel_plan,
+                    int threads, ParallelFor parallel_for) {
+  const Isa& isa = isa_named(panel_plan.isa);
+  run(PackedPass<T>{isa.walks<T>()}, directions, count, threads, parallel_for, [&](int granted) {
+    return make_packed_plan(directions[0].shape, isa, panel_plan, bounded_threads(granted), count);
+  });
+}
+
+template <class T>
+bool forward_packed_pair(const PackedForward<T>* layers, const Plan* panel_plans, int threads,
+                         ParallelFor parallel_for) {
+  if (is_forked()) return false;
+  const Isa& isa = isa_named(panel_plans[0].isa);
+  Plan plans[2];
+  for (int layer = 0; layer < 2; ++layer)
+    plans[layer] =
+        make_packed_plan(layers[layer].shape, isa, panel_plans[layer], bounded_threads(threads), 2);
+  return stack_plans(layers[1].shape, sizeof(T), plans) &&
+         run_pair(PackedPass<T>{isa.walks<T>()}, layers, plans, threads, parallel_for);
 }
 
 template void forward<float>(const LayerForward<float, float>*, int, int, ParallelFor);
@@ -308,8 +350,9 @@ template void gradients<float>(const LayerGradients<float>*, int, int, ParallelF
 template void gradients<double>(const LayerGradients<double>*, int, int, ParallelFor);
 template void pack_panels(const LayerShape&, const LayerWeights<float>&, const Plan&, float*);
 template void pack_panels(const LayerShape&, const LayerWeights<double>&, const Plan&, double*);
-template void forward_packed(const LayerForward<float, float>&, const Plan&, float*, ParallelFor);
-template void forward_packed(const LayerForward<double, double>&, const Plan&, double*,
-                             ParallelFor);
+template void forward_packed(const PackedForward<float>*, int, const Plan&, int, ParallelFor);
+template void forward_packed(const PackedForward<double>*, int, const Plan&, int, ParallelFor);
+template bool forward_packed_pair(const PackedForward<float>*, const Plan*, int, ParallelFor);
+template bool forward_packed_pair(const PackedForward<double>*, const Plan*, int, ParallelFor);
 
 }  // namespace fastrnn::cpu

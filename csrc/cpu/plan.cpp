@@ -207,6 +207,34 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
   return plan;
 }
 
+Plan make_panel_plan_for(const LayerShape& shape, const Isa& isa, int element_bytes,
+                         int max_threads) {
+  Plan plan = make_plan_for(shape, Pass::kForward, isa, element_bytes, max_threads, 1,
+                            WeightFormat::kNative);
+  plan.packed = true;
+  return plan;
+}
+
+// A single step needs more work per thread, because it does not pack, and projects nothing ahead.
+Plan make_packed_plan(const LayerShape& shape, const Isa& isa, const Plan& panel_plan,
+                      int max_threads, int directions) {
+  const bool one_step = shape.sequence.steps == 1;
+  if (one_step) {
+    const std::int64_t most = call_work(shape, Pass::kForward) * directions / kMinPackedStepWork;
+    max_threads = int(std::clamp<std::int64_t>(most, 1, max_threads));
+  }
+  Plan plan = make_plan_for(shape, Pass::kForward, isa, panel_plan.element_bytes, max_threads,
+                            directions, WeightFormat::kNative);
+  plan.packed = true;
+  plan.unit_vectors = panel_plan.unit_vectors;
+  plan.back_vectors = panel_plan.back_vectors;
+  plan.recurrent_format = panel_plan.recurrent_format;
+  plan.input_fused = plan.input_fused || one_step;
+  plan.shared = pick_shared(shape, plan);
+  plan.prefetch = pick_prefetch(shape, Pass::kForward, plan);
+  return plan;
+}
+
 // Ranks share the units of a direction. Two directions run at the same time if there are threads
 // for both: no rank, or only half of them, then waits for the others.
 Plan make_int8_plan(const LayerShape& shape, const Isa& isa, int max_threads, int directions) {

@@ -40,6 +40,10 @@ struct PackingRule {
   // (Emerald Rapids: packing gains from about 90 steps on for 256 units, from 300 on for 512).
   static constexpr std::int64_t kSquaredUnitsPerStep = 750;
 };
+// Minimum multiply-adds per thread of a single step with packed weights: 512 KB of float32 weights,
+// about as many as a private cache holds beside other data. (AMD Zen 4, LSTM, batch 1: reading them
+// takes 4.4 us, waking a thread of the pool 1 to 2 us.)
+constexpr std::int64_t kMinPackedStepWork = 128 * 1024;
 // float16: minimum number of values of w_hh, from which a step waits for memory, and minimum steps,
 // from which rounding and packing pay.
 constexpr std::int64_t kMinHalfWeights = 16 * 1024, kMinHalfSteps = 24;
@@ -90,6 +94,11 @@ std::int64_t pick_gradient_depth(const LayerShape& shape, int element_bytes);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                    int max_threads, int directions, WeightFormat allowed_format);
+// The plan for panels that outlive a call (cpu/panels.h), and the plan of a call that uses them.
+Plan make_panel_plan_for(const LayerShape& shape, const Isa& isa, int element_bytes,
+                         int max_threads);
+Plan make_packed_plan(const LayerShape& shape, const Isa& isa, const Plan& panel_plan,
+                      int max_threads, int directions);
 // The plan for int8 weights.
 Plan make_int8_plan(const LayerShape& shape, const Isa& isa, int max_threads, int directions);
 // The same plan for one thread, for teams that get no other threads.

@@ -28,7 +28,7 @@ def unsupported(call: LayerCall) -> str:
 
 
 def run(call: LayerCall) -> Results:
-    spec, x, sequence, h0, c0, weights, (num_layers, dropout, _) = call
+    spec, x, sequence, h0, c0, weights, (num_layers, dropout, *_) = call
     batch_sizes = sequence.named().batch_sizes
     if is_in_onnx_export():
         check_projection(call)

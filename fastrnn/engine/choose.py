@@ -26,6 +26,7 @@ from fastrnn.backends import (
     composite,
     kernels,
     onnx_node,
+    prepared,
     stacked_kernels,
     torch_builtin,
     torch_step,
@@ -35,6 +36,7 @@ from fastrnn.layer_call import LayerCall
 #: all backends, the preferred one first
 PRIORITY: tuple[Backend, ...] = (
     torch_step,
+    prepared,
     stacked_kernels,
     kernels,
     captured,

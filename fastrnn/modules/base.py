@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from operator import is_
 from types import NoneType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import checks
+from fastrnn.backends import prepared as prepared_backend
 from fastrnn.backends import torch_step
 from fastrnn.engine import choose
 from fastrnn.engine.ragged import NO_MARKS, Marks, run_marked
@@ -26,6 +27,7 @@ from fastrnn.layer_call import (
 )
 from fastrnn.modules.quantization_warning import warn_if_left_float
 from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
+from fastrnn.ops.packed import PreparedWeights, StackShape
 from fastrnn.spec import (
     BIASES,
     BY_MODE,
@@ -44,6 +46,8 @@ from fastrnn.tracing import (
 
 # [L*D,B,R], or for an LSTM a pair of that and [L*D,B,H]
 Hidden = Any
+
+_Module = TypeVar("_Module", bound="RecurrentBase")
 
 # the arguments of nn.RNNBase after ``mode``
 _ARGUMENTS = (
@@ -72,6 +76,8 @@ class RecurrentBase(nn.RNNBase):
 
     _wrong_input_message: ClassVar[str]
     _weight_dtype: torch.dtype | None = None
+    # without an annotation, which TorchScript would read
+    _prepared = cast("PreparedWeights | None", None)
     _overrides_checks: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -140,7 +146,7 @@ class RecurrentBase(nn.RNNBase):
             return self
 
         def reduce(view: RecurrentBase, protocol: int) -> tuple[Any, ...]:
-            return object.__new__, (cls,), view.__getstate__()  # type: ignore[no-untyped-call]
+            return object.__new__, (cls,), view.__getstate__()
 
         names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
         overrides = {"__reduce_ex__": reduce, "_get_name": lambda view: cls.__name__}
@@ -160,6 +166,62 @@ class RecurrentBase(nn.RNNBase):
         if self._weight_dtype is not None:
             text += f", weight_dtype={self._weight_dtype}"
         return text
+
+    def prepare(self: _Module) -> _Module:
+        """Packs a copy of the weights for inference on the CPU, and returns the module.
+
+        Calls that need no gradient use this copy, so they neither pack the weights nor read
+        unpacked ones: this is faster for short sequences and small batches. All other calls run as
+        before. `fastrnn.explain` reports which weights a call uses.
+
+        Changes of the weights in place, such as a step of an optimizer, do not change the copy:
+        call `prepare` again. ``train()``, ``load_state_dict`` and ``to``, ``half``, ``cuda`` and
+        the like drop it, and so does `unprepare`. Copies and pickles of the module, compiled and
+        exported code do not have it. docs/session.md describes the speed.
+
+        Raises:
+            RuntimeError: the module is in training mode, or a weight is not a Parameter in float32
+                or float64 on the CPU.
+        """
+        owner = f"{type(self).__name__}.prepare"
+        if self.training:
+            raise RuntimeError(
+                f"{owner}: the module must be in eval mode, got training mode. Call eval() first."
+            )
+        self.unprepare()
+        weights = self._weights()
+        own = set(map(id, self._parameters.values()))
+        if any(id(weight) not in own for weight in weights.flat):
+            raise RuntimeError(
+                f"{owner}: all weights must be Parameters, got one that is computed or None."
+            )
+        directions = 2 if self.bidirectional else 1
+        shape = StackShape(
+            self.num_layers, directions, self.input_size, self.hidden_size, self.proj_size
+        )
+        self._prepared = PreparedWeights(owner, BY_MODE[self.mode], shape, weights)
+        return self
+
+    def unprepare(self: _Module) -> _Module:
+        """Drops the copy of the weights that `prepare` has packed, and returns the module."""
+        self.__dict__.pop("_prepared", None)
+        return self
+
+    def train(self: _Module, mode: bool = True) -> _Module:
+        """Sets training or eval mode. Training mode drops the copy of `prepare`."""
+        if mode:
+            self.unprepare()
+        return super().train(mode)
+
+    def _apply(self: _Module, *args: Any, **kwargs: Any) -> _Module:
+        self.unprepare()
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_prepared", None)
+        return state
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the parameters where they are."""
@@ -236,6 +298,7 @@ class RecurrentBase(nn.RNNBase):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # With torch.__future__.set_swap_module_params_on_conversion, torch cannot swap tensors that
         # have weak references.
+        self.unprepare()
         self._flat_weight_refs = []
         try:
             super()._load_from_state_dict(*args, **kwargs)
@@ -271,12 +334,14 @@ class RecurrentBase(nn.RNNBase):
         spec = BY_MODE[self.mode]
         h0, c0 = self._states(hx) if spec.has_cell_state else (hx, None)
         options = DEFAULTS
-        if self.num_layers > 1 or self._weight_dtype is not None:
+        prepared = None if torch.compiler.is_compiling() else self._prepared
+        if self.num_layers > 1 or self._weight_dtype is not None or prepared is not None:
             options = Options(
                 self.num_layers,
                 # not read unless needed: Dynamo would make a float an input of compiled code
                 self.dropout if self.num_layers > 1 and self.training else 0.0,
                 WEIGHT_FORMATS[self._weight_dtype],
+                prepared,
             )
         call = LayerCall(spec, input, sequence, h0, c0, weights, options)
         swapped = self.batch_first and sequence.named().batch_sizes is None
@@ -291,16 +356,21 @@ class RecurrentBase(nn.RNNBase):
         return hx, None
 
     def _run_fast_path(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden] | None:
-        """Fast path: runs one layer by the kernels. None if it does not apply.
+        """Fast path: runs one layer, or prepared layers, by the kernels. None if it does not apply.
 
         The general path takes longer than the kernel of a small layer. Here only the operator
         checks the arguments. If it rejects them, `_run` tries the general path, which supports them
         or raises an error in torch's words.
         """
+        if not choose.may_use_fast_path():  # first, so that compiled code guards on nothing else
+            return None
+        if self._prepared is not None:
+            results = self._run_prepared(self._prepared, input, hx)
+            if results is not None:
+                return results
         weights, parameters = self._flat_weights, self._parameters
         if not (
-            choose.may_use_fast_path()  # first, so that compiled code does not guard on the rest
-            and type(input) is Tensor
+            type(input) is Tensor
             and self.num_layers == 1
             and self._weight_dtype is None
             and not self._overrides_checks
@@ -348,6 +418,41 @@ class RecurrentBase(nn.RNNBase):
                 input, h0, c0, weights, slots, None, spec.name, spec.inference_outputs
             )
         return y.transpose(0, 1) if batch_first else y, h_n if c0 is None else (h_n, c_n)
+
+    def _run_prepared(
+        self, prepared: PreparedWeights, input: Tensor, hx: Hidden
+    ) -> tuple[Tensor, Hidden] | None:
+        """Runs all layers with prepared weights. None if they do not serve the call."""
+        if type(input) is not Tensor or input.dim() != 3 or self._overrides_checks:
+            return None
+        x = input.transpose(0, 1) if self.batch_first else input
+        batch = x.shape[1]
+        spec = BY_MODE[self.mode]
+        if hx is None:
+            hx = self._zero_states(x, batch)
+        elif spec.has_cell_state and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            return None  # as below, the general path raises an error
+        h0, c0 = self._states(hx)
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        expected = [(h0, self.proj_size or self.hidden_size)]
+        if spec.has_cell_state:
+            expected.append((c0, self.hidden_size))  # type: ignore[arg-type]
+        if x.shape[2] != self.input_size or not all(
+            type(state) is Tensor
+            and state.shape == (count, batch, size)
+            and state.dtype is x.dtype
+            and state.is_cpu
+            for state, size in expected
+        ):
+            return None
+        dropout = self.dropout if self.training else 0.0
+        options = Options(self.num_layers, dropout, WEIGHT_FORMATS[self._weight_dtype], prepared)
+        weights: Any = list(self._parameters.values())
+        call = LayerCall(spec, x, PADDED, h0, c0, Weights(weights, 0), options)
+        if prepared_backend.unsupported(call):
+            return None
+        y, h_n, c_n = prepared_backend.run(call)
+        return y.transpose(0, 1) if self.batch_first else y, h_n if c0 is None else (h_n, c_n)
 
     def _run(
         self,

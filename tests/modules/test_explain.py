@@ -177,11 +177,13 @@ print(sys.stderr.getvalue())
 def test_verbose_prints_each_choice() -> None:
     printed = run_python(REDIRECTED, FASTRNN_VERBOSE="1").splitlines()
     faster = "it is for half types, autocast and an RNN's single steps"
+    prepared = "prepared weights: the weights are not prepared"
     assert printed == [
         "fastrnn: lstm, 1 layer(s) on [5, 2, 3] float32 cpu: kernels",
-        f"fastrnn:   skipped torch's step: {faster}; stacked kernels: there is a single layer",
+        f"fastrnn:   skipped torch's step: {faster}; {prepared}; "
+        "stacked kernels: there is a single layer",
         "fastrnn: gru, 2 layer(s) on [5, 2, 3] float32 cpu: stacked kernels",
-        f"fastrnn:   skipped torch's step: {faster}",
+        f"fastrnn:   skipped torch's step: {faster}; {prepared}",
         "fastrnn: rnn_tanh, step on [2, 3] float32 cpu: torch's step",
     ]
 

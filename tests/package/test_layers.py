@@ -1,7 +1,8 @@
 """Layers of the architecture: no #include or import may lead to a higher or neighbouring layer.
 
 cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
-Python: ops <- backends <- engine <- functional, modules <- convert, quantization, tbptt <- tools
+Python: ops <- backends <- engine <- functional, modules <- convert, quantization, session,
+        tbptt <- tools
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ PYTHON_ORDER = [
     {"backends"},
     {"engine"},
     {"functional", "modules"},
-    {"convert", "explanation", "flops", "quantization", "tbptt"},
+    {"convert", "explanation", "flops", "quantization", "session", "tbptt"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"tools"},
     {"__main__"},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
 from fastrnn import _torch_internals
@@ -49,6 +50,9 @@ def test_functions_return_the_expected_values() -> None:
 
     torch.func.grad(look)(torch.ones(2))
     assert inside == [True, _torch_internals.TransformType.Grad]
+    assert _torch_internals.dispatch_modes() == 0
+    with FlopCounterMode(display=False):
+        assert _torch_internals.dispatch_modes() == 1
     assert _torch_internals.has_kernel("fastrnn::recurrent_forward", "CPU")
     assert not _torch_internals.has_kernel("fastrnn::recurrent_forward", "XLA")
     x = torch.ones(2)

@@ -83,6 +83,11 @@ std::atomic<int>& thread_bound() {
 }  // namespace
 
 const Isa& isa() { return *choice().load(std::memory_order_relaxed); }
+const Isa& isa_named(const char* name) {
+  for (const Row& row : kRows)
+    if (name == row.isa->name) return *row.isa;
+  return isa();
+}
 
 const char* cpu_vendor() {
 #if defined(__x86_64__)

@@ -66,6 +66,8 @@ struct Isa {
 
 // The instruction set in use (dispatch.cpp).
 const Isa& isa();
+// The instruction set with this name, which must be that of an Isa.
+const Isa& isa_named(const char* name);
 
 // Whether this CPU converts float16 faster into vectors of 32 bytes than into vectors of 64 bytes.
 // Matters for AVX-512 only.
