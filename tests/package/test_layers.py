@@ -56,7 +56,7 @@ PYTHON_ORDER = [
     {"backends"},
     {"engine"},
     {"functional", "modules"},
-    {"convert", "explanation", "flops", "quantization"},
+    {"convert", "explanation", "flops", "init", "quantization"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"tools"},
     {"__main__"},
@@ -228,6 +228,7 @@ def test_wrong_include_is_found(source: str, line: str) -> None:
         ("functional.py", "import fastrnn"),
         ("modules/rnn.py", "from ..convert import patch"),
         ("modules/rnn.py", "import numpy as np"),
+        ("init.py", "import rich"),
         ("convert.py", "from fastrnn import LSTM"),
         ("convert.py", "from fastrnn.tools.cli import main"),
         ("tools/charlm/train.py", "import pandas"),
