@@ -1,7 +1,8 @@
 """Layers of the architecture: no #include or import may lead to a higher or neighbouring layer.
 
 cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
-Python: ops <- backends <- engine <- functional, modules <- convert, quantization <- tools
+Python: ops <- backends <- engine <- functional, modules <- convert, quantization
+        <- diagnostics, tools
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ PYTHON_ORDER = [
     {"engine"},
     {"functional", "modules"},
     {"convert", "explanation", "flops", "init", "quantization"},
+    {"diagnostics"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"tools"},
     {"__main__"},
 ]
-TOOLS = {"tools", "__main__"}
+TOOLS = {"tools", "__main__", "diagnostics"}
 TOOL_PACKAGES = {
     *("matplotlib", "numpy", "rich", "safetensors"),
     *("onnx", "onnxruntime", "openvino"),
@@ -228,6 +230,7 @@ def test_wrong_include_is_found(source: str, line: str) -> None:
         ("functional.py", "import fastrnn"),
         ("modules/rnn.py", "from ..convert import patch"),
         ("modules/rnn.py", "import numpy as np"),
+        ("convert.py", "from fastrnn.diagnostics import diagnose"),
         ("init.py", "import rich"),
         ("convert.py", "from fastrnn import LSTM"),
         ("convert.py", "from fastrnn.tools.cli import main"),
