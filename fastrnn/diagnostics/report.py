@@ -143,20 +143,20 @@ class Diagnosis:
 
     def _plot_radii(self, axes: Axes) -> None:
         names = [
-            (f"{layer.name}\n{gate}", float(radius))
+            (f"{layer.name}: {gate}", float(radius))
             for layer in self.layers.values()
             for gate, radius in layer.spectral_radius.items()
         ]
         axes.bar(range(len(names)), [radius for _, radius in names])
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        axes.set_xticks(range(len(names)), [name for name, _ in names], fontsize="x-small")
+        _name_bars(axes, [name for name, _ in names])
         axes.set_title("spectral radius of w_hh per gate")
         axes.set_xlabel("layer and gate")
         axes.set_ylabel("largest |eigenvalue| (no unit)")
 
     def _plot_saturation(self, axes: Axes) -> None:
         bars = [
-            (f"{layer.name}\n{gate}", *(100 * fractions).tolist())
+            (f"{layer.name}: {gate}", *(100 * fractions).tolist())
             for layer in self.layers.values()
             for gate, fractions in layer.saturation.items()
         ]
@@ -164,12 +164,17 @@ class Diagnosis:
         lows = [low for _, low, _ in bars]
         axes.bar(positions, lows, label="low (sigmoid < 0.1, tanh < -0.9)")
         axes.bar(positions, [high for *_, high in bars], bottom=lows, label="high (> 0.9)")
-        axes.set_xticks(positions, [name for name, *_ in bars], fontsize="x-small")
+        _name_bars(axes, [name for name, *_ in bars])
         axes.set_ylim(0, 100)
         axes.set_title("saturated gates")
         axes.set_xlabel("layer and gate")
         axes.set_ylabel("activations (%)")
         axes.legend(fontsize="small")
+
+
+def _name_bars(axes: Axes, names: list[str]) -> None:
+    """Names bars 0, 1, ... in upright text, because a model may have dozens."""
+    axes.set_xticks(range(len(names)), names, fontsize="x-small", rotation=90)
 
 
 def _range(norms: Tensor) -> str:
