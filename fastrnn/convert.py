@@ -112,7 +112,7 @@ def convert(model: M, *, return_report: bool = False) -> M | tuple[M, Conversion
         if not isinstance(module, tuple(_REPLACEMENTS)):
             continue
         before = _class_name(type(module))
-        replacement = _replacement(module)
+        replacement = fastrnn_class(module)
         if replacement is None:
             reason = "as a subclass it may rely on how torch computes"
             report.skipped.append(Replacement(tuple(places), before, None, reason))
@@ -134,7 +134,7 @@ def _class_name(cls: type) -> str:
     return f"{package}.{cls.__qualname__}"
 
 
-def _replacement(module: nn.Module) -> type[nn.Module] | None:
+def fastrnn_class(module: nn.Module) -> type[nn.Module] | None:
     """Returns the fastrnn class for ``module``, or None if it must keep its class."""
     cls = type(module)
     if cls in _REPLACEMENTS:

@@ -3,6 +3,8 @@
 cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
 Python: ops <- backends <- engine <- functional, modules <- convert, quantization, session,
         tbptt <- tools
+Python: ops <- backends <- engine <- functional, modules <- convert, quantization
+        <- diagnostics, tools
 """
 
 from __future__ import annotations
@@ -58,11 +60,13 @@ PYTHON_ORDER = [
     {"engine"},
     {"functional", "modules"},
     {"convert", "explanation", "flops", "quantization", "session", "tbptt"},
+    {"convert", "explanation", "flops", "init", "quantization"},
+    {"diagnostics"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"tools"},
     {"__main__"},
 ]
-TOOLS = {"tools", "__main__"}
+TOOLS = {"tools", "__main__", "diagnostics"}
 TOOL_PACKAGES = {
     *("matplotlib", "numpy", "rich", "safetensors"),
     *("onnx", "onnxruntime", "openvino"),
@@ -229,6 +233,8 @@ def test_wrong_include_is_found(source: str, line: str) -> None:
         ("functional.py", "import fastrnn"),
         ("modules/rnn.py", "from ..convert import patch"),
         ("modules/rnn.py", "import numpy as np"),
+        ("convert.py", "from fastrnn.diagnostics import diagnose"),
+        ("init.py", "import rich"),
         ("convert.py", "from fastrnn import LSTM"),
         ("convert.py", "from fastrnn.tools.cli import main"),
         ("tools/charlm/train.py", "import pandas"),
