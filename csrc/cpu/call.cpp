@@ -299,22 +299,18 @@ void gradients(const LayerGradients<T>* directions, int count, int threads,
       parallel_for);
 }
 
-bool computes_bfloat16(const LayerShape& shape) { return pick_bfloat16_kernels(shape) != nullptr; }
+bool computes_bfloat16(const LayerShape& shape) {
+  return pick_bfloat16_kernels(shape).kernels != nullptr;
+}
 
 std::string bfloat16_reason(const LayerShape& shape) {
-  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(shape);
-  if (kernels == nullptr)
-    return "float32 copies: this CPU has no instruction for bfloat16, and the batch exceeds " +
-           std::to_string(kMostWidenedRows);
-  return std::string(kernels->name) +
-         (kernels->product == Bfloat16Product::kDot
-              ? ": an instruction multiplies pairs"
-              : ": the weights are widened as they are loaded, for a batch of at most " +
-                    std::to_string(kMostWidenedRows));
+  const Bfloat16Choice choice = pick_bfloat16_kernels(shape);
+  const std::string name = choice.kernels == nullptr ? "float32 copies" : choice.kernels->name;
+  return name + ": " + choice.reason;
 }
 
 Plan make_bfloat16_plan(const LayerShape& shape, int threads, int directions) {
-  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(shape);
+  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(shape).kernels;
   if (kernels == nullptr)
     return make_plan(shape, Pass::kForward, sizeof(float), threads, directions);
   return make_bfloat16_plan_for(shape, isa(), kernels->format, bounded_threads(threads),
@@ -324,7 +320,7 @@ Plan make_bfloat16_plan(const LayerShape& shape, int threads, int directions) {
 void bfloat16_forward(const Bfloat16Forward* directions, int count, int threads,
                       ParallelFor parallel_for) {
   const LayerShape& shape = directions[0].shape;
-  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(shape);
+  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(shape).kernels;
   if (kernels == nullptr) throw std::runtime_error("fastrnn: there are no kernels for bfloat16.");
   run(Bfloat16Pass{*kernels}, directions, count, threads, parallel_for, [&](int granted) {
     return make_bfloat16_plan_for(shape, isa(), kernels->format, bounded_threads(granted), count);

@@ -208,13 +208,22 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
 }
 
 // An instruction that multiplies pairs has twice the multiply-adds of float32. Without it bfloat16
-// pays where a step waits for its weights, because half the bytes arrive sooner.
-const Bfloat16Kernels* pick_bfloat16_kernels(const LayerShape& shape) {
+// pays where a step waits for its weights, because half the bytes arrive sooner. One long sequence
+// of a small layer waits for neither, and keeps float32 copies.
+Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
   const Bfloat16Kernels* kernels;
-  if (forced_bfloat16_kernels(&kernels)) return kernels;
-  if ((kernels = bfloat16_kernels(Bfloat16Product::kDot)) != nullptr) return kernels;
-  return shape.sequence.batch <= kMostWidenedRows ? bfloat16_kernels(Bfloat16Product::kWidened)
-                                                  : nullptr;
+  if (forced_bfloat16_kernels(&kernels)) return {kernels, "forced"};
+  const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
+  const std::int64_t batch = shape.sequence.batch;
+  if (batch == 1 && shape.sequence.steps >= kMinHalfSteps && values < kMinHalfWeights)
+    return {nullptr, "one sequence of a small layer does not wait for weights"};
+  if ((kernels = bfloat16_kernels(Bfloat16Product::kDot)) != nullptr)
+    return {kernels, "an instruction multiplies pairs of values"};
+  if ((kernels = bfloat16_kernels(Bfloat16Product::kWidened)) == nullptr)
+    return {nullptr, "the instruction set has no kernels for bfloat16"};
+  if (batch > kMostWidenedRows)
+    return {nullptr, "without an instruction for bfloat16 only small batches are faster"};
+  return {kernels, "the weights are widened as they are loaded"};
 }
 
 // The rules of float32, for weights of half the size that are always packed: float32 copies would

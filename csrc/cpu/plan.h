@@ -96,7 +96,11 @@ std::int64_t pick_gradient_depth(const LayerShape& shape, int element_bytes);
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                    int max_threads, int directions, WeightFormat allowed_format);
 // The kernels that compute forward in bfloat16 as it is stored, or null: float32 copies are faster.
-const Bfloat16Kernels* pick_bfloat16_kernels(const LayerShape& shape);
+struct Bfloat16Choice {
+  const Bfloat16Kernels* kernels;
+  const char* reason;  // for users
+};
+Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape);
 Plan make_bfloat16_plan_for(const LayerShape& shape, const Isa& isa, WeightFormat format,
                             int max_threads, int directions);
 // The plan for int8 weights.

@@ -264,6 +264,17 @@ def test_rule_chooses_by_instruction_set_and_batch() -> None:
             _C.set_isa(None)
 
 
+def test_one_sequence_of_a_small_layer_uses_float32_copies() -> None:
+    def chosen(cell: str, steps: int, batch: int, hidden: int) -> str:
+        sizes = (steps, batch, hidden, hidden)
+        found: str = _C.plan(cell, *sizes, dtype="bfloat16")["recurrent_format"]
+        return found
+
+    assert chosen("gru", 24, 1, 73) == "native"
+    for larger in (("gru", 23, 1, 73), ("gru", 24, 2, 73), ("gru", 24, 1, 74)):
+        assert chosen(*larger) == "bfloat16"
+
+
 def test_baseline_converts_to_float32() -> None:
     _C.set_isa("baseline")
     try:
