@@ -32,6 +32,9 @@ class Microkernel:
     types: tuple[str, ...] = ()  # () if no instance is required: only the existing ones are checked
     rows: str = ""  # function in tile_shape.h: largest number of rows for n vectors
     chains: str = ""  # function in tile_shape.h: number of chains for m rows and n vectors
+    table: str = "cpu/kernels/table.h"  # header whose inclusion in isa/*.cpp creates the instances
+    depth: int = 1  # steps along K per multiply-add
+    widens: bool = False  # the loop also widens its values: once per row, vector and step along K
 
 
 # An instance name<types, M> has one vector; further arguments do not matter.
@@ -40,6 +43,14 @@ MICROKERNELS = {
     "prefetching_tile": Microkernel(),
     "dot": Microkernel(),
     "half_tile": Microkernel(),
+    "pair_tile": Microkernel(
+        ("",),
+        rows="pair_rows",
+        chains="pair_chains",
+        table="cpu/kernels/bfloat16/table.h",
+        depth=2,
+        widens=True,
+    ),
 }
 
 # Integers that a loop may load from the stack (or from a vector register) per step along K: x86 has
@@ -48,6 +59,7 @@ INTEGER_RELOADS = 2
 # Vector instructions other than multiply-adds and loads are allowed only on SSE2. SSE2 has no FMA,
 # its product overwrites a factor (at most one move per product), and a broadcast is a load and a
 # shuffle (one shuffle per row and step).
+# A loop that widens may keep a pair of values: at most one move per widening.
 NO_FMA = {("baseline", "x86_64")}
 
 HEADER = re.compile(r"^[0-9a-f]+ <(?P<name>.+)>:$")
@@ -59,7 +71,8 @@ MICROKERNEL = re.compile(
 )
 JUMP = re.compile(r"j\w+|b(\..+)?|cbn?z|tbn?z")
 RETURN = re.compile(r"ret\w*|call\w*|bl|blr|br")
-MULTIPLY_ADD = re.compile(r"vfn?m(add|sub)\w+|fml[as]")
+MULTIPLY_ADD = re.compile(r"vfn?m(add|sub)\w+|fml[as]|vdpbf16ps")
+WIDENING = re.compile(r"vpslld|vpandd?|vandps")
 PRODUCT = re.compile(r"v?mulp[sd]|fmul")
 SUM = re.compile(r"v?addp[sd]|fadd")
 MOVE = re.compile(r"v?mov[^i]\w*|mov|fmov")
@@ -112,6 +125,7 @@ class Loop:
     multiply_adds: int  # a product and a sum count as one
     loads: int  # loads of vectors, also as an operand of a multiply-add
     moves: int  # between vector registers
+    widenings: int  # shifts and masks of vectors
     others: int  # all other instructions with vectors
     spills: int  # vectors stored to the stack or loaded from it
     reloads: int  # integers loaded from the stack or from a vector register
@@ -158,7 +172,7 @@ def loops(function: Function) -> list[Loop]:
 
 
 def count(body: list[Instruction], on_stack: re.Pattern[str]) -> Loop:
-    fused = products = sums = loads = spills = moves = others = integer = reloads = 0
+    fused = products = sums = loads = spills = moves = others = integer = reloads = widenings = 0
     for i in body:
         stack = bool(on_stack.search(i.operands))
         memory = MEMORY.search(i.operands) is not None
@@ -182,12 +196,14 @@ def count(body: list[Instruction], on_stack: re.Pattern[str]) -> Loop:
             reloads += 1
         elif MOVE.fullmatch(i.code):
             moves += 1
+        elif WIDENING.fullmatch(i.code):
+            widenings += 1
         else:
             others += 1
     pairs = min(products, sums)
     others += products + sums - 2 * pairs
     share = (fused + 2 * pairs) / len(body)
-    return Loop(fused + pairs, loads, moves, others, spills, reloads, integer, share)
+    return Loop(fused + pairs, loads, moves, widenings, others, spills, reloads, integer, share)
 
 
 def is_store(instruction: Instruction) -> bool:
@@ -215,10 +231,13 @@ def check(function: Function, chains: int) -> tuple[Loop | None, list[str]]:
         wrong.append(f"spills: its loops load or store vectors on the stack {spills} times")
     steps = max(1, loop.multiply_adds // (rows * vectors))
     no_fma = (function.isa, function.machine) in NO_FMA
+    kernel = MICROKERNELS[function.kernel]
+    widenings = (rows + vectors) * steps if kernel.widens else 0
     for what, number, limit in (
-        ("moves between vector registers", loop.moves, loop.multiply_adds if no_fma else 0),
+        ("moves between vector registers", loop.moves, loop.multiply_adds if no_fma else widenings),
+        ("widenings", loop.widenings, widenings),
         ("other vector instructions", loop.others, rows * steps if no_fma else 0),
-        ("reloads of integers", loop.reloads, INTEGER_RELOADS * steps),
+        ("reloads of integers", loop.reloads, INTEGER_RELOADS * steps * kernel.depth),
     ):
         if number > limit:
             wrong.append(f"has {number} {what} in its K loop, more than {limit}")
@@ -227,15 +246,15 @@ def check(function: Function, chains: int) -> tuple[Loop | None, list[str]]:
 
 def shapes(isa: str, machine: str, kernel: Microkernel) -> dict[tuple[int, int], int]:
     """Returns {(rows, vectors): chains} of the tiles that tile_shape.h defines for an ISA."""
-    if not kernel.types:
-        return {}
     macros = (CSRC / "cpu" / "isa" / f"{isa}.cpp").read_text(encoding="utf-8")
+    if not kernel.types or f'#include "{kernel.table}"' not in macros:
+        return {}
     program = [
         "#include <cstdint>",
         "#include <cstdio>",
         *(f"#undef __{name}__" for name in MACHINES.values()),
         f"#define __{machine}__ 1",
-        macros.replace('#include "cpu/kernels/table.h"', ""),
+        re.sub(r'#include "cpu/kernels/.*', "", macros),
         "#define FASTRNN_KERNELS_BEGIN",
         "#define FASTRNN_KERNELS_END",
         '#include "cpu/kernels/product/tile_shape.h"',
@@ -296,7 +315,7 @@ def check_object(path: str) -> list[str]:
                 of_type = function.type.rpartition("::")[2]
                 rows.setdefault((name, function.shape, line(loop)), []).append(of_type)
     print(f"{isa} on {machine}: {len(found)} microkernels, instructions per iteration of K")
-    print(" " * 30 + "FMAs loads moves others spills integer  FMA share")
+    print(" " * 30 + "FMAs loads moves widens others spills integer  FMA share")
     for (name, (m, n), text), types in rows.items():
         print(f"  {name:9}{m:3} x {n}  {' '.join(sorted(types)):13}{text}")
     return wrong
@@ -304,7 +323,8 @@ def check_object(path: str) -> list[str]:
 
 def line(loop: Loop) -> str:
     return (
-        f"{loop.multiply_adds:4}{loop.loads:6}{loop.moves:6}{loop.others:7}{loop.spills:7}"
+        f"{loop.multiply_adds:4}{loop.loads:6}{loop.moves:6}{loop.widenings:7}{loop.others:7}"
+        f"{loop.spills:7}"
         f"{loop.integer:8}{loop.share:10.0%}"
     )
 

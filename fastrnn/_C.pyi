@@ -36,6 +36,7 @@ class Plan(TypedDict, total=False):
     together: int
     shared: bool
     recurrent_format: str
+    bfloat16: str
     input: Literal["fused", "ahead"]
     chunk_rows: int
     stacked: bool
@@ -163,6 +164,10 @@ class _testing:
     ) -> bool: ...
     @staticmethod
     def set_l2_kb(kilobytes: int | None) -> None: ...
+    @staticmethod
+    def available_bfloat16_kernels() -> list[str]: ...
+    @staticmethod
+    def set_bfloat16_kernels(name: str | None) -> None: ...
     @staticmethod
     def available_int8_kernels() -> list[str]: ...
     @staticmethod

@@ -144,7 +144,7 @@ std::vector<std::string> weight_slots() {
 
 std::vector<std::string> weight_formats() {
   std::vector<std::string> names;
-  for (const WeightFormatInfo& info : kWeightFormats) names.emplace_back(info.name);
+  for (int i = 0; i < kWeightFormatCount; ++i) names.emplace_back(kWeightFormats[i].name);
   return names;
 }
 

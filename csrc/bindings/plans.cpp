@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/api.h"
+#include "cpu/bfloat16.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
@@ -86,10 +87,13 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   check_size("layers", layers, 1);
   py::dict result;
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
+  const bool is_bfloat16_forward = dtype == "bfloat16" && !training;
   const fastrnn::cpu::Plan chosen =
-      // half types: in float32
-      fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
-                              dtype == "float32" ? allowed : WeightFormat::kNative);
+      is_bfloat16_forward
+          ? fastrnn::cpu::make_bfloat16_plan(shape, int(threads), int(directions))
+          // half types: in float32
+          : fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
+                                    dtype == "float32" ? allowed : WeightFormat::kNative);
   result["schedule"] = "persistent";
   result["isa"] = chosen.isa;
   result["vector_lanes"] = chosen.vector_lanes;
@@ -101,6 +105,7 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["back_vectors"] = chosen.back_vectors;
   result["packed"] = chosen.packed;
   result["recurrent_format"] = weight_format_info(chosen.recurrent_format).name;
+  if (is_bfloat16_forward) result["bfloat16"] = fastrnn::cpu::bfloat16_reason(shape);
   result["input"] = chosen.input_fused ? "fused" : "ahead";
   result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;

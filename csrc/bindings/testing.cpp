@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/api.h"
+#include "cpu/bfloat16.h"
 #include "cpu/int8.h"
 #include "cpu/panels.h"
 #include "cpu/runtime/buffer_cache.h"
@@ -168,6 +169,12 @@ void set_int8_kernels(const std::optional<std::string>& name) {
     throw py::value_error("name must be one of available_int8_kernels(), got '" + *name + "'");
 }
 
+void set_bfloat16_kernels(const std::optional<std::string>& name) {
+  if (!cpu::set_bfloat16_kernels(name.value_or("")))
+    throw py::value_error("name must be float32 or one of available_bfloat16_kernels(), got '" +
+                          *name + "'");
+}
+
 }  // namespace
 
 void define_testing(py::module_& m) {
@@ -188,6 +195,11 @@ void define_testing(py::module_& m) {
   m.def("set_l2_kb", &set_l2_kb, py::arg("kilobytes"),
         "Makes plans for an L2 of this size before a slow L3; 0: for a fast L3; None: for this "
         "machine.");
+  m.def("available_bfloat16_kernels", &cpu::available_bfloat16_kernels,
+        "Bfloat16 kernels that this machine can run, the slowest first.");
+  m.def("set_bfloat16_kernels", &set_bfloat16_kernels, py::arg("name"),
+        "Forces bfloat16 kernels for all shapes, together with set_isa for theirs; float32: forces "
+        "float32 copies; None: restores the choice.");
   m.def("available_int8_kernels", &cpu::available_int8_kernels,
         "Int8 kernels that this machine can run, the slowest first.");
   m.def("int8_kernels_in_use", &cpu::int8_kernels_in_use, "The int8 kernels in use.");

@@ -2,7 +2,9 @@
 // instruction set in use on a team of threads.
 #include <stdexcept>
 
+#include "cpu/bfloat16.h"
 #include "cpu/int8.h"
+#include "cpu/isa/bfloat16.h"
 #include "cpu/isa/int8.h"
 #include "cpu/panels.h"
 #include "cpu/plan.h"
@@ -92,6 +94,27 @@ struct GradientPass {
                 int rank) const {
     walks.of[int(problem.shape.cell)].gradients(problem, plan, GradientLayout(problem.shape, plan),
                                                 workspace, team, rank);
+  }
+};
+
+struct Bfloat16Pass {
+  using Value = float;
+  using Problem = Bfloat16Forward;
+  static constexpr Pass kPass = Pass::kForward;
+
+  const Bfloat16Kernels& kernels;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    const PanelLayout panels(shape, plan);
+    return panels.size + ForwardLayout(shape, plan, panels).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, float* workspace, Team& team,
+                int rank) const {
+    const PanelLayout panel_layout(problem.shape, plan);
+    const ForwardLayout layout(problem.shape, plan, panel_layout);
+    kernels.pack(problem.shape, problem.weights, plan, panel_layout, workspace, rank);
+    kernels.forward[int(problem.shape.cell)](problem, plan, panel_layout, workspace, layout,
+                                             workspace + panel_layout.size, team, rank);
   }
 };
 
@@ -294,6 +317,34 @@ void gradients(const LayerGradients<T>* directions, int count, int threads,
                ParallelFor parallel_for) {
   run(GradientPass<T>{isa().walks<T>()}, directions, count, WeightFormat::kNative, threads,
       parallel_for);
+}
+
+bool computes_bfloat16(const LayerShape& shape) {
+  return pick_bfloat16_kernels(shape).kernels != nullptr;
+}
+
+std::string bfloat16_reason(const LayerShape& shape) {
+  const Bfloat16Choice choice = pick_bfloat16_kernels(shape);
+  const std::string name = choice.kernels == nullptr ? "float32 copies" : choice.kernels->name;
+  return name + ": " + choice.reason;
+}
+
+Plan make_bfloat16_plan(const LayerShape& shape, int threads, int directions) {
+  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(shape).kernels;
+  if (kernels == nullptr)
+    return make_plan(shape, Pass::kForward, sizeof(float), threads, directions);
+  return make_bfloat16_plan_for(shape, isa(), kernels->format, bounded_threads(threads),
+                                directions);
+}
+
+void bfloat16_forward(const Bfloat16Forward* directions, int count, int threads,
+                      ParallelFor parallel_for) {
+  const LayerShape& shape = directions[0].shape;
+  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(shape).kernels;
+  if (kernels == nullptr) throw std::runtime_error("fastrnn: there are no kernels for bfloat16.");
+  run(Bfloat16Pass{*kernels}, directions, count, threads, parallel_for, [&](int granted) {
+    return make_bfloat16_plan_for(shape, isa(), kernels->format, bounded_threads(granted), count);
+  });
 }
 
 void int8_forward(const Int8Forward* directions, int count, int threads, ParallelFor parallel_for) {

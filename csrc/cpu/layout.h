@@ -83,7 +83,7 @@ class WorkspaceBuilder {
 struct PanelLayout {
   std::int64_t unit_block, unit_blocks;  // U hidden units, ceil(H / U)
   std::int64_t proj_block, proj_blocks;  // the same for the P units of a projection
-  std::int64_t w_ih;                     // [unit_blocks, I, G*U]
+  std::int64_t w_ih;                     // [unit_blocks, I, G*U]; in bfloat16 [.., I/2, G*U] pairs
   std::int64_t w_hh;                     // [unit_blocks, R, G*U] in the plan's recurrent_format
   std::int64_t w_hr;                     // [proj_blocks, H, proj_block]
   std::int64_t bias;                     // [unit_blocks, Q*U]
@@ -99,11 +99,15 @@ struct PanelLayout {
     const std::int64_t packed = plan.packed ? 1 : 0;  // unpacked weights have no panels
     const std::int64_t width = unit_blocks * cell.gates * unit_block;
     const int recurrent_bytes = weight_bytes(plan.recurrent_format, plan.element_bytes);
-    w_ih = builder.add(packed * shape.input_size * width);
-    w_hh =
-        builder.add((cell.dense ? packed : 0) *
-                    divide_up(shape.output_size() * width * recurrent_bytes, plan.element_bytes));
-    w_hr = builder.add(packed * proj_blocks * shape.hidden_size * proj_block);
+    // Pairs of bfloat16 are as large as an element. A last value along K has a pair of its own.
+    const bool pairs = plan.recurrent_format == WeightFormat::kBfloat16Pairs;
+    const auto depth = [&](std::int64_t k) { return pairs ? divide_up(k, 2) : k; };
+    w_ih = builder.add(packed * depth(shape.input_size) * width);
+    w_hh = builder.add(
+        (cell.dense ? packed : 0) *
+        (pairs ? depth(shape.output_size()) * width
+               : divide_up(shape.output_size() * width * recurrent_bytes, plan.element_bytes)));
+    w_hr = builder.add(packed * proj_blocks * depth(shape.hidden_size) * proj_block);
     bias = builder.add(unit_blocks * cell.pre * unit_block);
     size = builder.size();
   }
@@ -113,6 +117,7 @@ struct PanelLayout {
 struct ForwardLayout {
   std::int64_t h;              // [2, B, R]  h of the last step and of this one
   std::int64_t unprojected_h;  // [B, H]     h before projection
+  std::int64_t c;              // [B, S, H]  the S states beside h, if c_n has another type
   std::int64_t gates_x;        // [unit_blocks, chunk_rows, Q*U]  pre-activations projected ahead
   std::int64_t size;
 
@@ -122,6 +127,10 @@ struct ForwardLayout {
     WorkspaceBuilder builder;
     h = builder.add(2 * batch * shape.output_size());
     unprojected_h = builder.add(shape.proj_size > 0 ? batch * shape.hidden_size : 0);
+    const int own_states = plan.recurrent_format == WeightFormat::kBfloat16Pairs
+                               ? cell_info(shape.cell).states - 1
+                               : 0;
+    c = builder.add(batch * own_states * shape.hidden_size);
     gates_x = builder.add(plan.input_fused ? 0 : plan.chunk_rows * row);
     size = builder.size();
   }

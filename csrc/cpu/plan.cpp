@@ -235,6 +235,51 @@ Plan make_packed_plan(const LayerShape& shape, const Isa& isa, const Plan& panel
   return plan;
 }
 
+// An instruction that multiplies pairs has twice the multiply-adds of float32. Without it bfloat16
+// pays where a step waits for its weights, because half the bytes arrive sooner. One long sequence
+// of a small layer waits for neither, and keeps float32 copies.
+Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
+  const Bfloat16Kernels* kernels;
+  if (forced_bfloat16_kernels(&kernels)) return {kernels, "forced"};
+  const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
+  const std::int64_t batch = shape.sequence.batch;
+  if (batch == 1 && shape.sequence.steps >= kMinHalfSteps && values < kMinHalfWeights)
+    return {nullptr, "one sequence of a small layer does not wait for weights"};
+  if ((kernels = bfloat16_kernels(Bfloat16Product::kDot)) != nullptr)
+    return {kernels, "an instruction multiplies pairs of values"};
+  if ((kernels = bfloat16_kernels(Bfloat16Product::kWidened)) == nullptr)
+    return {nullptr, "the instruction set has no kernels for bfloat16"};
+  if (batch > kMostWidenedRows)
+    return {nullptr, "without an instruction for bfloat16 only small batches are faster"};
+  return {kernels, "the weights are widened as they are loaded"};
+}
+
+// The rules of float32, for weights of half the size that are always packed: float32 copies would
+// take as long.
+Plan make_bfloat16_plan_for(const LayerShape& shape, const Isa& isa, WeightFormat format,
+                            int max_threads, int directions) {
+  constexpr Pass kPass = Pass::kForward;
+  constexpr int kWeightBytes = 2;
+  Plan plan{};
+  plan.isa = isa.name;
+  plan.element_bytes = sizeof(float);
+  plan.vector_lanes = isa.vector_bytes / plan.element_bytes;
+  plan.recurrent_format = format;
+  plan.packed = true;
+  plan.together = pick_together(shape, kPass, isa, kWeightBytes, max_threads, directions);
+  plan.threads = pick_threads(shape, kPass, max_threads / plan.together);
+  plan.row_groups = pick_row_groups(shape, kPass, isa, kWeightBytes, plan.threads);
+  plan.unit_groups = plan.threads / plan.row_groups;
+  plan.unit_vectors = pick_unit_vectors(shape.hidden_size, plan.vector_lanes,
+                                        cell_info(shape.cell).gates, plan.unit_groups);
+  plan.back_vectors =
+      pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
+  plan.input_fused = pick_input_fused(shape, kWeightBytes, plan.row_groups, plan.unit_groups);
+  plan.shared = pick_shared(shape, plan);
+  plan.chunk_rows = pick_chunk_rows(shape);
+  return plan;
+}
+
 // Ranks share the units of a direction. Two directions run at the same time if there are threads
 // for both: no rank, or only half of them, then waits for the others.
 Plan make_int8_plan(const LayerShape& shape, const Isa& isa, int max_threads, int directions) {

@@ -2,6 +2,7 @@
 // tested.
 #pragma once
 
+#include "cpu/isa/bfloat16.h"
 #include "cpu/isa/isa.h"
 
 namespace fastrnn::cpu {
@@ -72,6 +73,10 @@ constexpr std::int64_t kMinInt8TogetherWork = 16 * kMinCallWork;
 // int8: rows of x whose pre-activations stay in a private cache together with the weights.
 constexpr std::int64_t kInt8ChunkRows = 96;
 
+// bfloat16, without an instruction for the product: most rows of a step. More rows would widen the
+// same weights again for each tile.
+constexpr std::int64_t kMostWidenedRows = 4;
+
 // Multiply-adds of a whole call.
 std::int64_t call_work(const LayerShape& shape, Pass pass);
 int pick_threads(const LayerShape& shape, Pass pass, int max_threads);
@@ -99,6 +104,14 @@ Plan make_panel_plan_for(const LayerShape& shape, const Isa& isa, int element_by
                          int max_threads);
 Plan make_packed_plan(const LayerShape& shape, const Isa& isa, const Plan& panel_plan,
                       int max_threads, int directions);
+// The kernels that compute forward in bfloat16 as it is stored, or null: float32 copies are faster.
+struct Bfloat16Choice {
+  const Bfloat16Kernels* kernels;
+  const char* reason;  // for users
+};
+Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape);
+Plan make_bfloat16_plan_for(const LayerShape& shape, const Isa& isa, WeightFormat format,
+                            int max_threads, int directions);
 // The plan for int8 weights.
 Plan make_int8_plan(const LayerShape& shape, const Isa& isa, int max_threads, int directions);
 // The same plan for one thread, for teams that get no other threads.

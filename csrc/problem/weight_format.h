@@ -6,6 +6,8 @@ namespace fastrnn {
 enum class WeightFormat {
   kNative,   // the type that the kernel computes in
   kFloat16,  // rounded to the nearest float16: half the bytes of float32
+  // Chosen by the dtype of the layer, never by a caller:
+  kBfloat16Pairs,  // bfloat16, two values along K side by side; then all matrices have it
 };
 
 struct WeightFormatInfo {
@@ -14,8 +16,9 @@ struct WeightFormatInfo {
 };
 
 // By WeightFormat.
-constexpr WeightFormatInfo kWeightFormats[] = {{"native", 0}, {"float16", 2}};
-constexpr int kWeightFormatCount = int(sizeof(kWeightFormats) / sizeof(kWeightFormats[0]));
+constexpr WeightFormatInfo kWeightFormats[] = {{"native", 0}, {"float16", 2}, {"bfloat16", 2}};
+// Number of formats that a caller may allow.
+constexpr int kWeightFormatCount = int(WeightFormat::kBfloat16Pairs);
 
 constexpr const WeightFormatInfo& weight_format_info(WeightFormat format) {
   return kWeightFormats[int(format)];

@@ -1,6 +1,8 @@
-// The operators' schemas and their CPU implementation. Half types are computed in float32: inputs
-// and weights are cast before, outputs after; saved, d_pre and d_h_all stay float32.
+// The operators' schemas and their CPU implementation. Forward in bfloat16 has kernels for tensors
+// as they are stored (cpu/bfloat16.h). Otherwise half types are computed in float32: inputs and
+// weights are cast before, outputs after. saved, d_pre and d_h_all are float32 either way.
 #include "cpu/api.h"
+#include "cpu/bfloat16.h"
 #include "cpu/runtime/buffer_cache.h"
 
 #include <array>
@@ -57,6 +59,15 @@ void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& out
   cpu::forward(problems, int(layer.directions), threads(), parallel_for);
 }
 
+// The same in bfloat16 as it is stored.
+void run_bfloat16(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs) {
+  const Rows rows(x);
+  cpu::Bfloat16Forward problems[cpu::kMaxDirections];
+  for (int64_t d = 0; d < layer.directions; ++d)
+    problems[d] = forward_problem<Bfloat16, float>(layer, d, rows, outputs);
+  cpu::bfloat16_forward(problems, int(layer.directions), threads(), parallel_for);
+}
+
 template <class T>
 void run(const LayerArguments& layer, const BackwardInputs& inputs,
          const BackwardOutputs& outputs) {
@@ -75,7 +86,16 @@ FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
     FASTRNN_CHECK(weight_format >= 0 && weight_format < kWeightFormatCount,
                   "weight_format must be the number of a format, got ", weight_format, ".");
     const auto format = WeightFormat(weight_format);
-    const ScalarType compute = accumulate_type(checked_dtype("x", x));
+    const ScalarType dtype = checked_dtype("x", x), compute = accumulate_type(dtype);
+    if (dtype == ScalarType::BFloat16) {
+      const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, dtype);
+      check_input(layer, x);
+      if (cpu::computes_bfloat16(layer.shape(0))) {
+        const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
+        run_bfloat16(layer, x, results);
+        return results.tensors(layer);
+      }
+    }
     const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, compute);
     check_input(layer, x);
     const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);

@@ -17,6 +17,8 @@ SHAPES = (
     ("lstm", 100, 16, 128, 128),
     ("lstm", 35, 64, 650, 650),
 )
+#: batches for which the computation of bfloat16 is shown
+BFLOAT16_BATCHES = (1, 16)
 
 
 def info() -> dict[str, Any]:
@@ -43,6 +45,10 @@ def info() -> dict[str, Any]:
             "available": _C.available_isas(),
             "compiled": build["isas"],
             "threads": min(threads, bound) if bound else threads,
+            "bfloat16": {
+                str(batch): _C.plan("lstm", 100, batch, 128, 128, dtype="bfloat16")["bfloat16"]
+                for batch in BFLOAT16_BATCHES
+            },
         },
         "cuda": {
             "kernels": _library.cuda_kernels,
@@ -77,6 +83,8 @@ def lines() -> Iterator[str]:
         yield f"{name:<20} {value}"
     cpu = facts["cpu"]
     yield f"{'cpu':<20} {cpu['isa']} of {', '.join(cpu['available'])}; {cpu['threads']} threads"
+    for batch, how in cpu["bfloat16"].items():
+        yield f"{'bfloat16':<20} inference, batch {batch}: {how}"
     cuda = facts["cuda"]
     state = "kernels loaded" if cuda["kernels"] else f"no kernels: {cuda['why not']}"
     if cuda["archs"]:

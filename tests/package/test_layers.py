@@ -1,10 +1,8 @@
 """Layers of the architecture: no #include or import may lead to a higher or neighbouring layer.
 
 cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
-Python: ops <- backends <- engine <- functional, modules <- convert, quantization, session,
-        tbptt <- tools
-Python: ops <- backends <- engine <- functional, modules <- convert, quantization
-        <- diagnostics, tools
+Python: ops <- backends <- engine <- functional, modules <- convert, init, quantization, session,
+        tbptt <- diagnostics, tools
 """
 
 from __future__ import annotations
@@ -59,8 +57,7 @@ PYTHON_ORDER = [
     {"backends"},
     {"engine"},
     {"functional", "modules"},
-    {"convert", "explanation", "flops", "quantization", "session", "tbptt"},
-    {"convert", "explanation", "flops", "init", "quantization"},
+    {"convert", "explanation", "flops", "init", "quantization", "session", "tbptt"},
     {"diagnostics"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"tools"},

@@ -4,5 +4,6 @@
 #define FASTRNN_TARGET "avx2,fma,f16c"
 #define FASTRNN_VECTOR_BYTES 32
 #define FASTRNN_REGISTERS 16
+#include "cpu/kernels/bfloat16/table.h"
 #include "cpu/kernels/table.h"
 #endif

@@ -25,6 +25,7 @@
 #include <utility>
 
 #include "cpu/api.h"
+#include "cpu/bfloat16.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/cache.h"
 #include "cpu/runtime/thread_budget.h"
@@ -47,6 +48,23 @@ namespace cpu = fastrnn::cpu;
   std::exit(1);
 }
 
+using fastrnn::Bfloat16;
+
+// Conversions of values in memory. bfloat16 is cut off, which is exact enough for these checks.
+template <class T>
+T from_double(double value) {
+  return T(value);
+}
+template <>
+Bfloat16 from_double(double value) {
+  const float single = float(value);
+  std::uint32_t bits;
+  std::memcpy(&bits, &single, sizeof(bits));
+  return {std::uint16_t(bits >> 16)};
+}
+double to_double(double value) { return value; }
+double to_double(Bfloat16 value) { return double(float(value)); }
+
 // A matrix as a caller of the kernels has it: exactly as long as it must be, so that
 // AddressSanitizer sees the first value beyond it. Padding between rows is NaN and must stay so.
 template <class T>
@@ -58,13 +76,13 @@ class Matrix {
         columns_(columns),
         stride_(stride),
         values_(std::size_t(rows == 0 ? 0 : (rows - 1) * stride + columns),
-                std::numeric_limits<T>::quiet_NaN()) {
+                from_double<T>(std::numeric_limits<double>::quiet_NaN())) {
     values_.reserve(1);  // not null
   }
   Matrix(const Values& from, std::int64_t rows, std::int64_t columns, std::int64_t padding = 0)
       : Matrix(rows, columns, columns + padding) {
     for (std::int64_t i = 0; i < rows * columns; ++i)
-      data()[i / columns * stride_ + i % columns] = T(from[std::size_t(i)]);
+      data()[i / columns * stride_ + i % columns] = from_double<T>(from[std::size_t(i)]);
   }
 
   T* data() { return values_.data(); }
@@ -81,14 +99,14 @@ class Matrix {
     if (count < 0) count = columns_;
     for (std::int64_t i = 0; i < rows_ * count; ++i) {
       const double want = expected[std::size_t(i)];
-      const double got = double(values_[std::size_t(i / count * stride_ + first + i % count)]);
+      const double got = to_double(values_[std::size_t(i / count * stride_ + first + i % count)]);
       if (!(std::abs(got - want) <= tolerance * (1.0 + std::abs(want))))
         fail(name + " is " + std::to_string(got) + " at row " + std::to_string(i / count) +
              ", column " + std::to_string(i % count) + ", expected " + std::to_string(want));
     }
     for (std::int64_t row = 0; row + 1 < rows_; ++row)
       for (std::int64_t i = columns_; i < stride_; ++i)
-        if (!std::isnan(values_[std::size_t(row * stride_ + i)]))
+        if (!std::isnan(to_double(values_[std::size_t(row * stride_ + i)])))
           fail(name + " was written between its rows");
   }
 
@@ -158,10 +176,11 @@ struct Checker {
   }
 
   // The weights of a direction, with padding between their rows.
-  struct Weights {
-    Matrix<T> w_ih, w_hh, b_ih, b_hh, w_hr, w_unit;
+  template <class Storage>
+  struct WeightsOf {
+    Matrix<Storage> w_ih, w_hh, b_ih, b_hh, w_hr, w_unit;
     bool is_dense;
-    Weights(const Checker& c, const Direction& d)
+    WeightsOf(const Checker& c, const Direction& d)
         : w_ih(d.w_ih, c.gate_rows, c.inputs, 3),
           w_hh(d.w_hh, c.recurrent_rows, c.outputs, 5),
           b_ih(d.b_ih, 1, c.gate_rows),
@@ -169,8 +188,8 @@ struct Checker {
           w_hr(d.w_hr, c.layer.sizes.proj_size, c.hidden, 1),
           w_unit(d.w_unit, 1, c.layer.info().parameters * c.hidden),
           is_dense(c.layer.info().dense) {}
-    fastrnn::LayerWeights<T> pointers() const {
-      fastrnn::LayerWeights<T> weights{};
+    fastrnn::LayerWeights<Storage> pointers() const {
+      fastrnn::LayerWeights<Storage> weights{};
       weights.w_ih = w_ih.data();
       weights.b_ih = b_ih.data();
       weights.w_hr = w_hr.data();
@@ -185,6 +204,7 @@ struct Checker {
       return weights;
     }
   };
+  using Weights = WeightsOf<T>;
 
   using Directions = std::vector<const Direction*>;
 
@@ -215,25 +235,54 @@ struct Checker {
   }
 
   void forward(const Directions& directions) const {
-    const Matrix<T> x(layer.x, rows, inputs, 2);
-    std::vector<Weights> weights;
-    std::vector<Matrix<T>> h0, c0;
+    const auto run = [&](const auto* problems, int count) {
+      cpu::forward(problems, count, threads, parallel_for);
+    };
+    forward_of<T>(directions, plan(cpu::Pass::kForward, directions), tolerance, "", run);
+    if constexpr (sizeof(T) == 4) {
+      if (!half_weights) forward_in_bfloat16(directions);
+    }
+  }
+
+  // With all kernels, whatever the rule.
+  void forward_in_bfloat16(const Directions& directions) const {
+    const auto run = [&](const auto* problems, int count) {
+      cpu::bfloat16_forward(problems, count, threads, parallel_for);
+    };
+    for (const std::string& kernels : cpu::available_bfloat16_kernels()) {
+      cpu::set_bfloat16_kernels(kernels);
+      const cpu::Plan plan =
+          cpu::make_bfloat16_plan(layer.shape(false), threads, int(directions.size()));
+      forward_of<Bfloat16>(directions, plan, 6e-2, "bfloat16, " + kernels + ", ", run);
+    }
+    cpu::set_bfloat16_kernels("");
+  }
+
+  // Forward with tensors of a type.
+  template <class Storage, class Run>
+  void forward_of(const Directions& directions, const cpu::Plan& plan, double tolerance,
+                  const std::string& prefix, const Run& run) const {
+    const Matrix<Storage> x(layer.x, rows, inputs, 2);
+    std::vector<WeightsOf<Storage>> weights;
+    std::vector<Matrix<Storage>> h0, c0;
     for (const Direction* d : directions) {
       weights.emplace_back(*this, *d);
       h0.emplace_back(d->h0, batch, outputs);
       c0.emplace_back(d->c0, batch, cell_units);
     }
-    run_as_planned(plan(cpu::Pass::kForward, directions), any_threads, name("forward"), [&] {
-      Matrix<T> y(rows, outputs * std::int64_t(directions.size()), y_stride(directions));
-      std::vector<Matrix<T>> h_n, c_n, saved;
+    const auto label = [&](const char* what) { return prefix + name(what); };
+    run_as_planned(plan, any_threads, label("forward"), [&] {
+      Matrix<Storage> y(rows, outputs * std::int64_t(directions.size()), y_stride(directions));
+      std::vector<Matrix<Storage>> h_n, c_n;
+      std::vector<Matrix<T>> saved;
       for (std::size_t i = 0; i < directions.size(); ++i) {
         h_n.emplace_back(batch, outputs, outputs);
         c_n.emplace_back(batch, cell_units, cell_units);
         saved.emplace_back(rows, layer.info().saved * hidden, layer.info().saved * hidden);
       }
-      std::vector<fastrnn::LayerForward<T, T>> problems;
+      std::vector<fastrnn::LayerForward<Storage, T>> problems;
       for (std::size_t i = 0; i < directions.size(); ++i) {
-        fastrnn::LayerForward<T, T> problem{};
+        fastrnn::LayerForward<Storage, T> problem{};
         problem.shape = layer.shape(directions[i]->reverse);
         problem.weights = weights[i].pointers();
         problem.x = x.data();
@@ -248,13 +297,13 @@ struct Checker {
         problem.recurrent_format = allowed_format();
         problems.push_back(problem);
       }
-      cpu::forward(problems.data(), int(problems.size()), threads, parallel_for);
+      run(problems.data(), int(problems.size()));
       for (std::size_t i = 0; i < directions.size(); ++i) {
         const Direction& d = *directions[i];
-        y.check(d.y, tolerance, name("y"), std::int64_t(i) * outputs, outputs);
-        h_n[i].check(d.h_n, tolerance, name("h_n"));
-        if (layer.info().states > 1) c_n[i].check(d.c_n, tolerance, name("c_n"));
-        if (problems[i].saved != nullptr) saved[i].check(d.saved, tolerance, name("saved"));
+        y.check(d.y, tolerance, label("y"), std::int64_t(i) * outputs, outputs);
+        h_n[i].check(d.h_n, tolerance, label("h_n"));
+        if (layer.info().states > 1) c_n[i].check(d.c_n, tolerance, label("c_n"));
+        if (problems[i].saved != nullptr) saved[i].check(d.saved, tolerance, label("saved"));
       }
     });
   }

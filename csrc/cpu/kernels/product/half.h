@@ -97,7 +97,10 @@ void pack_half_panel(PanelSource<float> source, std::int64_t block, std::int64_t
 template <class Type>
 class HalfFormat {
  public:
+  using Source = float;
+  using Operand = float;
   using Value = Half;
+  static constexpr int kDepth = 1;
   static constexpr WeightFormat kFormat = Type::kFormat;
   static constexpr bool kNeedsPanels = true;
 

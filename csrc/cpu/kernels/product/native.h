@@ -11,7 +11,10 @@ FASTRNN_KERNELS_BEGIN
 // A format of WeightMatrix (weight_matrix.h).
 template <class T>
 struct NativeFormat {
+  using Source = T;
+  using Operand = T;
   using Value = T;
+  static constexpr int kDepth = 1;
   static constexpr WeightFormat kFormat = WeightFormat::kNative;
   static constexpr bool kNeedsPanels = false;
 

@@ -36,4 +36,23 @@ constexpr int kPrivateCacheHint = 2;  // of __builtin_prefetch: into L2, not int
 // latency of an addition.
 constexpr int tile_chains(int m, int n) { return m * n >= 8 ? 1 : m * n >= 4 ? 2 : 4; }
 
+// The same for pairs of bfloat16 (cpu/kernels/bfloat16/product.h). Without an instruction for pairs
+// both halves of all rows and of a vector of B must fit in the registers as well.
+constexpr int pair_rows(int n) {
+#if defined(FASTRNN_BF16_DOT)
+  return tile_rows(n);
+#elif FASTRNN_REGISTERS >= 32
+  return n == 1 ? 8 : n == 2 ? 6 : n == 3 ? 5 : 4;
+#else
+  return n == 1 ? 4 : n == 2 ? 3 : 2;
+#endif
+}
+constexpr int pair_chains(int m, int n) {
+  int chains = tile_chains(m, n);
+#if !defined(FASTRNN_BF16_DOT)
+  while (chains > 1 && (chains * n + 2) * m + 2 > FASTRNN_REGISTERS) chains /= 2;
+#endif
+  return chains;
+}
+
 FASTRNN_KERNELS_END

@@ -1,7 +1,10 @@
 // One weight matrix of a time loop, in one format. A format is a record that packs a panel and
 // multiplies with it:
 //
+//   Source                   type of the caller's weights
+//   Operand                  type of A
 //   Value                    type of a value of a panel
+//   kDepth                   number of weights along K that one value holds
 //   kFormat                  its name for plans and layouts
 //   kNeedsPanels             false: multiply_unpacked multiplies with the caller's own matrix
 //   Format(vectors)          of blocks of so many vectors, all gates together
@@ -11,7 +14,8 @@
 //                            C [rows, *] += A [rows, K] B, B [K][b_stride] a panel, whose vector i
 //                            is added at column[i] of a row of C
 //
-// native.h and half.h have formats; formats.h lists those of an instruction set.
+// native.h, half.h and bfloat16/product.h have formats; formats.h lists those that an instruction
+// set has for w_hh beside its own type.
 #pragma once
 
 #include "cpu/kernels/product/native.h"
@@ -22,11 +26,13 @@ FASTRNN_KERNELS_BEGIN
 // so few rows that packing costs more than it gains.
 template <class T, class Format = NativeFormat<T>>
 class WeightMatrix {
+  using Source = typename Format::Source;
+  using Operand = typename Format::Operand;
   using Value = typename Format::Value;
-  static_assert(sizeof(Value) == weight_bytes(Format::kFormat, sizeof(T)));
+  static_assert(sizeof(Value) == Format::kDepth * weight_bytes(Format::kFormat, sizeof(T)));
 
  public:
-  WeightMatrix(const PanelSource<T>& source, T* panels, int vectors, bool packed)
+  WeightMatrix(const PanelSource<Source>& source, T* panels, int vectors, bool packed)
       : format_(source.gates * vectors),
         source_(source),
         panels_(reinterpret_cast<Value*>(panels)),
@@ -40,7 +46,7 @@ class WeightMatrix {
 
   // C [rows, *] += A [rows, K] (this block), vector i of the block at columns.at[i]. Vectors of a
   // last block with one gate that hold no unit may be skipped.
-  void multiply(std::int64_t block, int rows, const T* a, std::int64_t a_stride, T* c,
+  void multiply(std::int64_t block, int rows, const Operand* a, std::int64_t a_stride, T* c,
                 std::int64_t c_stride, const Columns& columns,
                 [[maybe_unused]] const Prefetch& prefetch = {}) const {
     const int vectors = vectors_of(block);
@@ -103,7 +109,7 @@ class WeightMatrix {
   }
   std::int64_t panel_width() const { return source_.gates * block_units(); }
   Value* panel(std::int64_t block) const {
-    return panels_ + block * panel_width() * source_.k_count;
+    return panels_ + block * panel_width() * divide_up(source_.k_count, Format::kDepth);
   }
   bool has_panel(std::int64_t block) const {
     return Format::kNeedsPanels || packed_ ||
@@ -111,7 +117,7 @@ class WeightMatrix {
   }
 
   const Format format_;
-  const PanelSource<T> source_;
+  const PanelSource<Source> source_;
   Value* const panels_;
   const int vectors_;
   const bool packed_;

@@ -9,14 +9,18 @@
 #pragma once
 
 #include "cpu/kernels/schedule/forward_panels.h"
+#include "cpu/kernels/vector/storage.h"
 
 FASTRNN_KERNELS_BEGIN
 
-// Panels: ForwardPanels in the plan's format.
+// Panels: ForwardPanels in the plan's format. The caller's tensors, and h between steps, have their
+// Storage type; gates, c and the saved values have the type T.
 template <class Cell, class T, class Panels>
 class ForwardWalk {
+  using Storage = typename Panels::Storage;
+
  public:
-  ForwardWalk(const LayerForward<T, T>& problem, const Plan& plan, const Panels& panels,
+  ForwardWalk(const LayerForward<Storage, T>& problem, const Plan& plan, const Panels& panels,
               const ForwardLayout& layout, T* scratch, Team& team, int rank)
       : problem_(problem),
         shape_(problem.shape),
@@ -66,6 +70,8 @@ class ForwardWalk {
   static constexpr int kLanes = Vec::kLanes;
   static constexpr int kZero[] = {0};
   static constexpr int kCellStates = cells::kCellStates<Cell>;
+  // c_n holds the states beside h between steps.
+  static constexpr bool kKeepsC = std::is_same_v<Storage, T>;
 
   // Multiply-adds of this rank in a step.
   std::int64_t step_work() const {
@@ -96,13 +102,13 @@ class ForwardWalk {
   }
 
   // Stores the initial states of rows that start at a step where the step before would have stored
-  // its own: h in the buffer that the step reads, c in c_n.
+  // its own: h in the buffer that the step reads, c where c_state is.
   void start_rows(const StepRows& at, int parity) {
     const IndexRange out = own_out(), hidden = own_hidden();
     for (std::int64_t i = rows_.count(at.first_starting); i < rows_.count(at.rows); ++i) {
       const std::int64_t b = rows_.row(i);
       copy_state(problem_.h0, b, output_size_, out, h(parity));
-      copy_cell_states(b, hidden);
+      copy_cell_states(b, hidden, c_state());
     }
   }
   // Without steps the initial states are the final ones.
@@ -110,22 +116,33 @@ class ForwardWalk {
     for (std::int64_t i = 0; i < rows_.count(shape_.sequence.batch); ++i) {
       const std::int64_t b = rows_.row(i);
       copy_state(problem_.h0, b, output_size_, own_out(), problem_.h_n);
-      copy_cell_states(b, own_hidden());
+      copy_cell_states(b, own_hidden(), problem_.c_n);
     }
   }
-  void copy_cell_states(std::int64_t b, const IndexRange& units) {
+  template <class To>
+  void copy_cell_states(std::int64_t b, const IndexRange& units, To* to) {
     for (int s = 0; s < kCellStates; ++s)
-      copy_state(problem_.c0, b * kCellStates + s, shape_.hidden_size, units, problem_.c_n);
+      copy_state(problem_.c0, b * kCellStates + s, shape_.hidden_size, units, to);
   }
   // Copies units of row b of [B, size].
-  static void copy_state(const T* from, std::int64_t b, std::int64_t size, const IndexRange& units,
-                         T* to) {
-    std::copy(from + b * size + units.begin, from + b * size + units.end,
-              to + b * size + units.begin);
+  template <class To>
+  static void copy_state(const Storage* from, std::int64_t b, std::int64_t size,
+                         const IndexRange& units, To* to) {
+    for (std::int64_t i = b * size + units.begin; i < b * size + units.end; ++i)
+      to[i] = To(from[i]);
   }
 
-  T* h(int parity) const {
-    return scratch_ + layout_.h + parity * shape_.sequence.batch * output_size_;
+  Storage* h(int parity) const {
+    return reinterpret_cast<Storage*>(scratch_ + layout_.h) +
+           parity * shape_.sequence.batch * output_size_;
+  }
+  Storage* unprojected_h() const {
+    return reinterpret_cast<Storage*>(scratch_ + layout_.unprojected_h);
+  }
+  // [B, S, H] the S states beside h of the step before, which the step replaces.
+  T* c_state() const {
+    if constexpr (kKeepsC) return problem_.c_n;
+    return scratch_ + layout_.c;
   }
 
   // C += x w_ih^T for one block and `count` rows of x, `apart` rows apart.
@@ -198,7 +215,7 @@ class ForwardWalk {
 
   void step(const StepRows& at, int parity, bool others_wrote) {
     const std::int64_t own = rows_.count(at.rows);
-    const T* h_before = h(parity);
+    const Storage* h_before = h(parity);
     bool waited = !others_wrote;
     auto wait = [&] {
       if (!waited) barrier_.wait(rank_, group_first_, plan_.unit_groups);
@@ -249,35 +266,40 @@ class ForwardWalk {
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, hidden - unit);
       if (lanes <= 0) break;
       const T* gates = pre_tile + u * kLanes;
-      const T* h_before = h(parity) + first * hidden + unit;  // not read with a projection
-      T* h_after =
-          (projected ? scratch_ + layout_.unprojected_h : h(1 - parity)) + first * hidden + unit;
-      T* c = kCellStates > 0 ? problem_.c_n + first * kCellStates * hidden + unit : nullptr;
+      const Storage* h_before = h(parity) + first * hidden + unit;  // not read with a projection
+      Storage* h_after = (projected ? unprojected_h() : h(1 - parity)) + first * hidden + unit;
+      T* c = kCellStates > 0 ? c_state() + first * kCellStates * hidden + unit : nullptr;
       T* saved_row = save ? problem_.saved + row * Cell::kSaved * hidden + unit : nullptr;
-      T* y = problem_.y + row * y_stride + unit;
-      T* h_n = problem_.h_n + first * hidden + unit;
+      Storage* y = problem_.y + row * y_stride + unit;
+      Storage* h_n = problem_.h_n + first * hidden + unit;
       Vec parameters[cells::kParametersLength<Cell>];
       for (int k = 0; k < Cell::kParameters; ++k)
-        parameters[k] = Vec::load(problem_.weights.w_unit + k * hidden + unit, lanes);
+        parameters[k] = load_values(problem_.weights.w_unit + k * hidden + unit, lanes);
       for (int m = 0; m < count; ++m) {
         Vec pre[Cell::kPre], state[Cell::kStates] = {}, next_state[Cell::kStates];
         Vec saved[cells::kSavedLength<Cell>];
         for (int q = 0; q < Cell::kPre; ++q) pre[q] = Vec::load(gates + q * unit_block);
         if constexpr (Cell::kForwardReadsH)
-          state[0] = Vec::load(h_before + m * apart * hidden, lanes);
+          state[0] = load_values(h_before + m * apart * hidden, lanes);
         for (int s = 0; s < kCellStates; ++s)
           state[s + 1] = Vec::load(c + (m * apart * kCellStates + s) * hidden, lanes);
         Cell::forward(cells::StepInputs<Vec>{pre, state, parameters},
                       cells::StepOutputs<Vec>{saved, next_state});
-        next_state[0].store(h_after + m * apart * hidden, lanes);
-        for (int s = 0; s < kCellStates; ++s)
-          next_state[s + 1].store(c + (m * apart * kCellStates + s) * hidden, lanes);
+        store_values(next_state[0], h_after + m * apart * hidden, lanes);
+        for (int s = 0; s < kCellStates; ++s) {
+          const std::int64_t place = (m * apart * kCellStates + s) * hidden;
+          next_state[s + 1].store(c + place, lanes);
+          if (!kKeepsC && first + m * apart >= ending)
+            store_values(next_state[s + 1],
+                         problem_.c_n + first * kCellStates * hidden + unit + place, lanes);
+        }
         if (Cell::kSaved > 0 && save)
           for (int s = 0; s < Cell::kSaved; ++s)
             saved[s].store(saved_row + (m * apart * Cell::kSaved + s) * hidden, lanes);
         if (!projected) {
-          next_state[0].store(y + m * apart * y_stride, lanes);
-          if (first + m * apart >= ending) next_state[0].store(h_n + m * apart * hidden, lanes);
+          store_values(next_state[0], y + m * apart * y_stride, lanes);
+          if (first + m * apart >= ending)
+            store_values(next_state[0], h_n + m * apart * hidden, lanes);
         }
         gates += tile_stride;
       }
@@ -287,8 +309,8 @@ class ForwardWalk {
   // Stores h' in y, and in h_n if the sequence ends at this step.
   void store_output(const StepRows& at, std::int64_t b, std::int64_t unit, std::int64_t lanes,
                     Vec h_new) {
-    h_new.store(problem_.y + (at.first + b) * problem_.y_stride + unit, lanes);
-    if (at.ends(b)) h_new.store(problem_.h_n + b * output_size_ + unit, lanes);
+    store_values(h_new, problem_.y + (at.first + b) * problem_.y_stride + unit, lanes);
+    if (at.ends(b)) store_values(h_new, problem_.h_n + b * output_size_ + unit, lanes);
   }
 
   // h' = m w_hr^T, m the unprojected h, after all ranks of the group have computed m.
@@ -301,8 +323,8 @@ class ForwardWalk {
       for_each_tile(0, own, panels_.w_hr.tile_height(), [&](std::int64_t first, int count) {
         const std::int64_t row = rows_.row(first);
         for (std::int64_t i = 0; i < count * panel_layout_.proj_block; ++i) scratch[i] = T(0);
-        panels_.w_hr.multiply(block, count, scratch_ + layout_.unprojected_h + row * hidden,
-                              rows_.stride * hidden, scratch, panel_layout_.proj_block, columns_p_);
+        panels_.w_hr.multiply(block, count, unprojected_h() + row * hidden, rows_.stride * hidden,
+                              scratch, panel_layout_.proj_block, columns_p_);
         for (int m = 0; m < count; ++m) {
           for (int u = 0; u < plan_.back_vectors; ++u) {
             const std::int64_t unit = block * panel_layout_.proj_block + u * kLanes;
@@ -310,7 +332,7 @@ class ForwardWalk {
             if (lanes <= 0) break;
             const Vec h_new = Vec::load(scratch + m * panel_layout_.proj_block + u * kLanes);
             const std::int64_t b = row + m * rows_.stride;
-            h_new.store(h(1 - parity) + b * output_size_ + unit, lanes);
+            store_values(h_new, h(1 - parity) + b * output_size_ + unit, lanes);
             store_output(at, b, unit, lanes, h_new);
           }
         }
@@ -318,7 +340,7 @@ class ForwardWalk {
     }
   }
 
-  const LayerForward<T, T>& problem_;
+  const LayerForward<Storage, T>& problem_;
   const LayerShape& shape_;
   const Plan& plan_;
   const Panels panels_;

@@ -6,11 +6,13 @@
 
 FASTRNN_KERNELS_BEGIN
 
-// RecurrentFormat: the format of w_hh.
-template <class T, class RecurrentFormat>
+// RecurrentFormat: the format of w_hh. OtherFormat: that of the other matrices.
+template <class T, class RecurrentFormat, class OtherFormat = NativeFormat<T>>
 class ForwardPanels {
  public:
-  ForwardPanels(const LayerShape& shape, const LayerWeights<T>& weights, const Plan& plan,
+  using Storage = typename OtherFormat::Source;  // type of the caller's tensors
+
+  ForwardPanels(const LayerShape& shape, const LayerWeights<Storage>& weights, const Plan& plan,
                 const PanelLayout& panel_layout, T* panels)
       : cell(cell_info(shape.cell)),
         w_ih({weights.w_ih, weights.w_ih_stride, true, cell.gates, shape.hidden_size,
@@ -41,9 +43,9 @@ class ForwardPanels {
   const T* bias(std::int64_t block) const { return bias_ + block * bias_width_; }
 
   const CellInfo& cell;
-  const WeightMatrix<T> w_ih;
+  const WeightMatrix<T, OtherFormat> w_ih;
   const WeightMatrix<T, RecurrentFormat> w_hh;
-  const WeightMatrix<T> w_hr;
+  const WeightMatrix<T, OtherFormat> w_hr;
   const PanelLayout& layout;
 
  private:
@@ -62,14 +64,15 @@ class ForwardPanels {
     for (int gate = 0; gate < cell.gates; ++gate) {
       for (std::int64_t u = 0; u < present; ++u) {
         const std::int64_t row = gate * shape_.hidden_size + first + u;
-        bias[cell.pre_x[gate] * unit_block + u] += weights_.b_ih[row];
-        if (weights_.b_hh != nullptr) bias[cell.pre_h[gate] * unit_block + u] += weights_.b_hh[row];
+        bias[cell.pre_x[gate] * unit_block + u] += T(weights_.b_ih[row]);
+        if (weights_.b_hh != nullptr)
+          bias[cell.pre_h[gate] * unit_block + u] += T(weights_.b_hh[row]);
       }
     }
   }
 
   const LayerShape& shape_;
-  const LayerWeights<T>& weights_;
+  const LayerWeights<Storage>& weights_;
   const Plan& plan_;
   T* const bias_;
   const std::int64_t bias_width_;

@@ -1,0 +1,54 @@
+// The bfloat16 kernels of one instruction set: a row of the table in cpu/isa/bfloat16_dispatch.cpp.
+//
+// They are the time loop of schedule/forward.h with panels of a format that multiplies bfloat16.
+// Another such format, like tiles for AMX, is a record as in product.h: its panels, the rows of its
+// tiles and its product. It needs a source file in cpu/isa/, a row in the dispatch table and a line
+// in pick_bfloat16_kernels (cpu/plan.cpp).
+#pragma once
+
+// First: it compiles the cells for the instruction set.
+#include "cpu/kernels/bfloat16/product.h"
+
+#include "cpu/isa/bfloat16.h"
+#include "cpu/kernels/schedule/forward.h"
+
+#if !defined(FASTRNN_BF16_OWNER)
+#define FASTRNN_BF16_OWNER FASTRNN_ISA
+#endif
+#define FASTRNN_BF16_QUOTED_NAME(name) #name
+#define FASTRNN_BF16_QUOTED(name) FASTRNN_BF16_QUOTED_NAME(name)
+
+FASTRNN_KERNELS_BEGIN
+
+using Bfloat16Panels = ForwardPanels<float, Bfloat16Pairs, Bfloat16Pairs>;
+
+inline void bfloat16_pack_rank(const LayerShape& shape, const LayerWeights<Bfloat16>& weights,
+                               const Plan& plan, const PanelLayout& layout, float* panels,
+                               int rank) {
+  Bfloat16Panels(shape, weights, plan, layout, panels).pack(rank);
+}
+
+template <class Cell>
+void bfloat16_forward_rank(const Bfloat16Forward& problem, const Plan& plan,
+                           const PanelLayout& panel_layout, float* panels,
+                           const ForwardLayout& layout, float* scratch, Team& team, int rank) {
+  const Bfloat16Panels packed(problem.shape, problem.weights, plan, panel_layout, panels);
+  ForwardWalk<Cell, float, Bfloat16Panels>(problem, plan, packed, layout, scratch, team, rank)
+      .run();
+}
+
+extern const Bfloat16Kernels kBfloat16Kernels;
+const Bfloat16Kernels kBfloat16Kernels = {
+    FASTRNN_BF16_QUOTED(FASTRNN_ISA),
+    FASTRNN_BF16_QUOTED(FASTRNN_BF16_OWNER),
+    kPairProduct,
+    Bfloat16Pairs::kFormat,
+    bfloat16_pack_rank,
+    {
+#define FASTRNN_CELL(kind, name, type) bfloat16_forward_rank<type>,
+        FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+    },
+};
+
+FASTRNN_KERNELS_END
