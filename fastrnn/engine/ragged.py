@@ -238,9 +238,9 @@ def _run_directions(call: LayerCall, ragged: Ragged, directions: int) -> Results
     steps, batch, _ = call.x.shape
     segments = [cut(steps, batch, ragged.lengths, ragged.resets, back) for back in (False, True)]
     flat, slots = call.weights
-    layers, dropout, weight_format = call.options
+    layers, dropout = call.options.num_layers, call.options.dropout
     count = len(flat) // (layers * directions)
-    options = Options(1, 0.0, weight_format)
+    options = Options(weight_format=call.options.weight_format)
     x = call.x
     h_n, c_n = [], []
     for layer in range(layers):
