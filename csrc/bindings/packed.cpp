@@ -11,6 +11,7 @@
 #include "cpu/packed_stack.h"
 #include "cpu/runtime/thread_pool.h"
 #include "cpu/session.h"
+#include "torch/slots.h"
 
 namespace py = pybind11;
 
@@ -19,8 +20,8 @@ namespace {
 
 using Address = std::uintptr_t;
 
-// Addresses of w_ih, w_hh, b_ih, b_hh and w_hr of each layer and direction.
-using Weights = std::vector<std::array<Address, 5>>;
+// Addresses of the weights of each layer and direction, by slot (torch/slots.h).
+using Weights = std::vector<std::array<Address, kWeightSlots>>;
 
 template <class T>
 T* at(Address address) {
@@ -32,6 +33,9 @@ cpu::StackShape stack_shape(const std::string& cell, std::int64_t layers, std::i
                             std::int64_t proj_size) {
   check_size("layers", layers, 1);
   const LayerShape layer = shape_of(cell, 1, 1, input_size, hidden_size, proj_size, directions);
+  const CellInfo& info = cell_info(layer.cell);
+  if (info.states > 2 || info.parameters > 0 || !info.dense)
+    throw py::value_error("cell must be one of a public module, got '" + cell + "'");
   return {layer.cell, int(layers), int(directions), input_size, hidden_size, proj_size};
 }
 
@@ -43,11 +47,11 @@ void pack(Packed& packed, const Weights& addresses) {
                           std::to_string(addresses.size()));
   std::vector<LayerWeights<T>> weights;
   const std::int64_t below = shape.directions * shape.output_size();
-  for (const auto& [w_ih, w_hh, b_ih, b_hh, w_hr] : addresses) {
+  for (const auto& own : addresses) {
     const bool first_layer = std::int64_t(weights.size()) < shape.directions;
-    weights.push_back({at<T>(w_ih), at<T>(w_hh), at<T>(b_ih), at<T>(b_hh), at<T>(w_hr),
-                       first_layer ? shape.input_size : below, shape.output_size(),
-                       shape.hidden_size});
+    weights.push_back({at<T>(own[kWIh]), at<T>(own[kWHh]), at<T>(own[kBIh]), at<T>(own[kBHh]),
+                       at<T>(own[kWHr]), first_layer ? shape.input_size : below,
+                       shape.output_size(), shape.hidden_size, nullptr});
   }
   const py::gil_scoped_release others_may_run;
   packed.pack(weights.data());
