@@ -39,15 +39,16 @@ struct StackCall {
 };
 
 template <class T>
-class FASTRNN_EXPORT PackedStack {
+class PackedStack {
  public:
   // threads: number that the width of the panels is chosen for. Calls may use more or fewer.
-  PackedStack(const StackShape& shape, int threads);
+  FASTRNN_EXPORT PackedStack(const StackShape& shape, int threads);
 
   // Copies the weights of all layers and directions [L*D] into the panels. No call may run.
-  void pack(const LayerWeights<T>* weights);
+  FASTRNN_EXPORT void pack(const LayerWeights<T>* weights);
   // Any number of threads may call it at the same time.
-  void forward(const StackCall<T>& call, int threads, ParallelFor parallel_for) const;
+  FASTRNN_EXPORT void forward(const StackCall<T>& call, int threads,
+                              ParallelFor parallel_for) const;
 
   const StackShape& shape() const { return shape_; }
 

@@ -10,20 +10,20 @@ namespace fastrnn::cpu {
 // Only one call at a time may use a session; another one throws std::runtime_error. A call that
 // throws leaves the states as they were.
 template <class T>
-class FASTRNN_EXPORT Session {
+class Session {
  public:
   // shape has one direction. threads: upper bound for a call, 0: the threads of the pool.
-  Session(const StackShape& shape, std::int64_t batch, int threads);
+  FASTRNN_EXPORT Session(const StackShape& shape, std::int64_t batch, int threads);
 
   // Replaces the weights [L].
-  void pack(const LayerWeights<T>* weights);
+  FASTRNN_EXPORT void pack(const LayerWeights<T>* weights);
   // Runs the next steps: x [T, B, I], y [T, B, R]. They may overlap.
-  void run(const T* x, std::int64_t steps, T* y);
+  FASTRNN_EXPORT void run(const T* x, std::int64_t steps, T* y);
 
   // h [L, B, R], c [L, B, H] (not used if the cell has no c).
-  void read_states(T* h, T* c);
+  FASTRNN_EXPORT void read_states(T* h, T* c);
   // Null: zero.
-  void write_states(const T* h, const T* c);
+  FASTRNN_EXPORT void write_states(const T* h, const T* c);
 
   const StackShape& shape() const { return stack_.shape(); }
   std::int64_t batch() const { return batch_; }

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
+from fastrnn._torch_internals import tree_leaves
 from fastrnn.convert import fastrnn_class
 from fastrnn.diagnostics import measures
 from fastrnn.diagnostics.recording import Record, Recorder, watched_modules
