@@ -245,11 +245,14 @@ Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
   const std::int64_t batch = shape.sequence.batch;
   if (batch == 1 && shape.sequence.steps >= kMinHalfSteps && values < kMinHalfWeights)
     return {nullptr, "one sequence of a small layer does not wait for weights"};
-  if ((kernels = bfloat16_kernels(Bfloat16Product::kDot)) != nullptr)
+  if ((kernels = bfloat16_kernels(Bfloat16Product::kDot)) != nullptr) {
+    if (batch > kMostDotElsewhere && std::strcmp(cpu_vendor(), "amd") != 0)
+      return {nullptr, "larger batches were measured on AMD CPUs only"};
     return {kernels, "an instruction multiplies pairs of values"};
+  }
   if ((kernels = bfloat16_kernels(Bfloat16Product::kWidened)) == nullptr)
     return {nullptr, "the instruction set has no kernels for bfloat16"};
-  if (batch > kMostWidenedRows)
+  if (batch > (isa().vector_bytes < 64 ? kMostWidenedNarrow : kMostWidened))
     return {nullptr, "without an instruction for bfloat16 only small batches are faster"};
   return {kernels, "the weights are widened as they are loaded"};
 }

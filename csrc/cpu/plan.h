@@ -73,9 +73,11 @@ constexpr std::int64_t kMinInt8TogetherWork = 16 * kMinCallWork;
 // int8: rows of x whose pre-activations stay in a private cache together with the weights.
 constexpr std::int64_t kInt8ChunkRows = 96;
 
-// bfloat16, without an instruction for the product: most rows of a step. More rows would widen the
-// same weights again for each tile.
-constexpr std::int64_t kMostWidenedRows = 4;
+// bfloat16: most sequences of a batch. Without an instruction for the product each tile of rows
+// widens the same weights again. (AMD EPYC (Zen 4), one thread: vectors of 32 bytes take 0.9 to 1.2
+// of the time of float32 copies with 3 or 4 sequences, and less with 1 or 2; vectors of 64 bytes
+// take less with up to 4.) With the instruction, larger batches were measured on AMD CPUs alone.
+constexpr std::int64_t kMostWidenedNarrow = 2, kMostWidened = 4, kMostDotElsewhere = 4;
 
 // Multiply-adds of a whole call.
 std::int64_t call_work(const LayerShape& shape, Pass pass);
