@@ -32,12 +32,9 @@ SegmentTensors cut_segments(Tensor lengths_, std::optional<Tensor> resets_, int6
     batch.backwards = backwards;
     FASTRNN_CHECK(steps >= 0 && steps < (int64_t(1) << 40), "steps must not be negative, got ",
                   steps, ".");
-    int64_t rows = 0;
-    for (int64_t b = 0; b < batch.batch; ++b) {
+    for (int64_t b = 0; b < batch.batch; ++b)
       FASTRNN_CHECK(batch.lengths[b] >= 0 && batch.lengths[b] <= steps,
                     "lengths must be from 0 to the ", steps, " steps, got ", batch.lengths[b], ".");
-      rows += batch.lengths[b];
-    }
     std::optional<Tensor> resets;
     if (resets_) {
       check_kind("resets", *resets_, 2, aoti_torch_dtype_bool(), "bool", 1);
