@@ -475,7 +475,8 @@ class RecurrentBase(nn.RNNBase):
                     rejection = error
             else:
                 marks = Marks(lengths, resets, reset_state)
-            node = leaf_call(self, input, hx, marks._asdict())
+            options = None if marks is NO_MARKS else marks._asdict()
+            node = leaf_call(self, input, hx, options)
             if node is not None:
                 return node  # type: ignore[no-any-return]
             return self._run_general_path(input, hx, marks)
