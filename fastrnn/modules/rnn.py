@@ -1,12 +1,14 @@
 """RNN, LSTM and GRU over whole sequences, drop-in replacements for ``torch.nn``'s modules."""
 
-from typing import Any, overload
+import math
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn._torch_internals import is_scripting, overload_method
+from fastrnn.init import forget_bias_
 from fastrnn.modules.base import Hidden
 from fastrnn.modules.scripted import OneState, Scriptable, TwoStates
 
@@ -179,6 +181,8 @@ class LSTM(TwoStates):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        forget_bias: the initial sum of b_if and b_hf, as `fastrnn.init.forget_bias_` sets it; by
+            default both are drawn like the other biases. Default: ``None``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -208,6 +212,8 @@ class LSTM(TwoStates):
     F. Beaufays, Long Short-Term Memory Based Recurrent Neural Network Architectures (2014).
     """
 
+    # without an annotation, which TorchScript would read
+    _forget_bias = cast("float | None", None)
     _wrong_input_message = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
     @overload
@@ -225,11 +231,31 @@ class LSTM(TwoStates):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        forget_bias: float | None = None,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, forget_bias: Any = None, **kwargs: Any) -> None:
+        if forget_bias is not None:
+            is_number = isinstance(forget_bias, int | float) and not isinstance(forget_bias, bool)
+            if not is_number or not math.isfinite(forget_bias):
+                raise ValueError(f"LSTM: forget_bias must be a finite number, got {forget_bias!r}.")
+            # before super().__init__, which calls reset_parameters
+            self._forget_bias = float(forget_bias)
         super().__init__("LSTM", *args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters as ``torch.nn.LSTM`` does, and then sets ``forget_bias``."""
+        super().reset_parameters()
+        if self._forget_bias is not None:
+            if not self.bias:
+                raise ValueError("LSTM: forget_bias needs biases, got bias=False.")
+            forget_bias_(self, self._forget_bias)
+
+    def extra_repr(self) -> str:
+        """Returns what the base class returns, and ``forget_bias`` if it is set."""
+        text = super().extra_repr()
+        return text if self._forget_bias is None else f"{text}, forget_bias={self._forget_bias}"
 
     def get_expected_cell_size(
         self, input: Tensor, batch_sizes: Tensor | None
