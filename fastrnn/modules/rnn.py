@@ -52,6 +52,8 @@ class RNN(OneState):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        learn_initial_state: adds the parameter ``h_0`` [L*D,1,H], zero at first: the state of a
+            call without ``hx``, and of a reset without ``reset_state``. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -95,6 +97,7 @@ class RNN(OneState):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        learn_initial_state: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -181,6 +184,9 @@ class LSTM(TwoStates):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        learn_initial_state: adds the parameters ``h_0`` [L*D,1,R] and ``c_0`` [L*D,1,H], zero at
+            first: the states of a call without ``hx``, and of a reset without ``reset_state``.
+            Default: ``False``
         forget_bias: the initial sum of b_if and b_hf, as `fastrnn.init.forget_bias_` sets it; by
             default both are drawn like the other biases. Default: ``None``
 
@@ -231,6 +237,7 @@ class LSTM(TwoStates):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        learn_initial_state: bool = False,
         forget_bias: float | None = None,
     ) -> None: ...
     @overload
@@ -381,6 +388,8 @@ class GRU(OneState):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        learn_initial_state: adds the parameter ``h_0`` [L*D,1,H], zero at first: the state of a
+            call without ``hx``, and of a reset without ``reset_state``. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -423,6 +432,7 @@ class GRU(OneState):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        learn_initial_state: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
