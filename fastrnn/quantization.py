@@ -149,6 +149,11 @@ class _QuantizedClass:
         """
         options: dict[str, Any] = {"device": "meta"}
         if isinstance(mod, nn.RNNBase):
+            if getattr(mod, "_learns_initial_state", False):
+                raise NotImplementedError(
+                    f"{self.name}: torch quantizes no learned initial state, got "
+                    "learn_initial_state=True."
+                )
             options |= {
                 "num_layers": mod.num_layers,
                 "batch_first": mod.batch_first,

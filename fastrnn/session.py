@@ -72,6 +72,7 @@ class Session:
             self._y = flat.view(batch_size, shape.output_size)
         self._y_address = self._y.data_ptr()
         self.update()
+        self.reset()
 
     def step(self, x: Tensor) -> Tensor:
         """Runs one step.
@@ -138,8 +139,11 @@ class Session:
         return y.transpose(0, 1) if self._batch_first else y
 
     def reset(self) -> None:
-        """Sets the states to zero."""
+        """Sets the states to zero, or to the learned initial state of the module."""
         self._kernel.write_states(0, 0)
+        if self._module._learns_initial_state:
+            with torch.no_grad():
+                self.set_state(self._module._learned_states(self._batch))
 
     @property
     def state(self) -> Hidden:

@@ -78,6 +78,7 @@ class RecurrentBase(nn.RNNBase):
     _weight_dtype: torch.dtype | None = None
     # without an annotation, which TorchScript would read
     _prepared = cast("PreparedWeights | None", None)
+    _learns_initial_state = False
     _overrides_checks: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -86,7 +87,12 @@ class RecurrentBase(nn.RNNBase):
             cls._overrides_checks = True
 
     def __init__(
-        self, mode: str, *args: Any, weight_dtype: torch.dtype | None = None, **kwargs: Any
+        self,
+        mode: str,
+        *args: Any,
+        weight_dtype: torch.dtype | None = None,
+        learn_initial_state: bool = False,
+        **kwargs: Any,
     ) -> None:
         self.weight_dtype = weight_dtype
         try:
@@ -97,6 +103,11 @@ class RecurrentBase(nn.RNNBase):
             if not checks.is_bool(self.bidirectional):  # torch.nn would raise at the first call
                 name = type(self.bidirectional).__name__
                 raise TypeError(f"bidirectional should be of type bool, got: {name}")
+            if not checks.is_bool(learn_initial_state):
+                name = type(learn_initial_state).__name__
+                raise TypeError(f"learn_initial_state should be of type bool, got: {name}")
+            if learn_initial_state:
+                self._add_initial_state()
         except Exception:
             checks.explain_constructor(type(self).__name__, _ARGUMENTS, args, kwargs)
             raise
@@ -112,6 +123,29 @@ class RecurrentBase(nn.RNNBase):
                 self._parameters[name] = nn.Parameter(parameter.new_empty(gates * rows, *columns))
             self._init_flat_weights()
             self.reset_parameters()
+
+    def _add_initial_state(self) -> None:
+        """Registers the learned initial state: zeros, after the weights."""
+        self._learns_initial_state = True
+        directions = 2 if self.bidirectional else 1
+        sizes = {"h_0": self.proj_size or self.hidden_size}
+        if BY_MODE[self.mode].has_cell_state:
+            sizes["c_0"] = self.hidden_size
+        like: Any = self.weight_hh_l0
+        for name, size in sizes.items():
+            zeros = like.detach().new_zeros(self.num_layers * directions, 1, size)
+            self.register_parameter(name, nn.Parameter(zeros))
+
+    def _initial_state_names(self) -> list[str]:
+        if not self._learns_initial_state:
+            return []
+        return ["h_0", "c_0"] if BY_MODE[self.mode].has_cell_state else ["h_0"]
+
+    def reset_parameters(self) -> None:
+        """Draws the weights as ``torch.nn`` does, and sets a learned initial state to zero."""
+        super().reset_parameters()
+        for name in self._initial_state_names():
+            nn.init.zeros_(getattr(self, name))
 
     @property
     @torch.jit.unused
@@ -139,7 +173,7 @@ class RecurrentBase(nn.RNNBase):
         with the module, replaces it in the Python model, and is pickled and copied as the module.
         """
         self._update_flat_weights()  # the compiler reads them
-        check_scriptable(self, self._flat_weights_names)
+        check_scriptable(self, [*self._flat_weights_names, *self._initial_state_names()])
         cls = type(self)
         own = next(c for c in cls.__mro__ if "forward" in c.__dict__)
         if own is cls or not own.__module__.startswith("fastrnn."):
@@ -165,6 +199,8 @@ class RecurrentBase(nn.RNNBase):
         text = super().extra_repr()
         if self._weight_dtype is not None:
             text += f", weight_dtype={self._weight_dtype}"
+        if self._learns_initial_state:
+            text += ", learn_initial_state=True"
         return text
 
     def prepare(self: _Module) -> _Module:
@@ -305,6 +341,16 @@ class RecurrentBase(nn.RNNBase):
         finally:
             self._store_weak_references()
 
+    def _initial_states(self, input: Tensor, batch: int) -> Hidden:
+        """Returns the states of a call without ``hx``: the learned ones, or zeros."""
+        if self._learns_initial_state:
+            return self._learned_states(batch)
+        return self._zero_states(input, batch)
+
+    def _learned_states(self, batch: int) -> Hidden:
+        states = [getattr(self, name).expand(-1, batch, -1) for name in self._initial_state_names()]
+        return tuple(states) if len(states) > 1 else states[0]
+
     def _zero_states(self, input: Tensor, batch: int) -> Hidden:
         states = self.num_layers * (2 if self.bidirectional else 1)
         return input.new_zeros(states, batch, self.hidden_size)
@@ -395,8 +441,8 @@ class RecurrentBase(nn.RNNBase):
             return None
         if hx is not None:
             h0, c0 = self._states(hx)
-        elif spec.has_cell_state:
-            h0, c0 = self._zero_states(input, batch)
+        elif spec.has_cell_state or self._learns_initial_state:
+            h0, c0 = self._states(self._initial_states(input, batch))
         else:
             directions = 2 if self.bidirectional else 1
             h0, c0 = input.new_zeros(directions, batch, self.hidden_size), None
@@ -429,7 +475,7 @@ class RecurrentBase(nn.RNNBase):
         batch = x.shape[1]
         spec = BY_MODE[self.mode]
         if hx is None:
-            hx = self._zero_states(x, batch)
+            hx = self._initial_states(x, batch)
         elif spec.has_cell_state and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
             return None  # as below, the general path raises an error
         h0, c0 = self._states(hx)
@@ -447,7 +493,8 @@ class RecurrentBase(nn.RNNBase):
             return None
         dropout = self.dropout if self.training else 0.0
         options = Options(self.num_layers, dropout, WEIGHT_FORMATS[self._weight_dtype], prepared)
-        weights: Any = list(self._parameters.values())
+        # learned initial states come after the weights
+        weights: Any = list(self._parameters.values())[: len(self._flat_weights_names)]
         call = LayerCall(spec, x, PADDED, h0, c0, Weights(weights, 0), options)
         if prepared_backend.unsupported(call):
             return None
@@ -507,10 +554,12 @@ class RecurrentBase(nn.RNNBase):
         if not is_batched:
             input = input.unsqueeze(batch_dim)
         if hx is None:
-            hx = self._zero_states(input, input.shape[batch_dim])
+            hx = self._initial_states(input, input.shape[batch_dim])
         else:
             hx = self._add_batch(hx, is_batched)
         without_tracing(self.check_forward_args, input, hx, None)
+        if self._learns_initial_state and marks.resets is not None and marks.reset_state is None:
+            marks = marks._replace(reset_state=self._learned_states(1))
         output, hidden = self._compute(input, hx, PADDED, weights, marks)
         if is_batched:
             return output, hidden
@@ -555,7 +604,7 @@ class RecurrentBase(nn.RNNBase):
                 batch = batch_sizes[0]
                 if not is_tracing():  # in a trace it stays a tensor: the graph computes it
                     batch = int(batch)
-            hx = self._zero_states(data, batch)
+            hx = self._initial_states(data, batch)
         else:
             # the caller's states are in the order that the sequences had before sorting
             hx = self.permute_hidden(hx, sorted_indices)

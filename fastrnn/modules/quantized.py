@@ -55,6 +55,11 @@ class QuantizedRecurrent(nn.Module):
             raise NotImplementedError(
                 f"quantize: proj_size of {name} must be 0, got {layer.proj_size}."
             )
+        if layer._learns_initial_state:
+            raise NotImplementedError(
+                f"quantize: {name} must not have a learned initial state, got "
+                "learn_initial_state=True."
+            )
         self.training = False
         self.mode = layer.mode
         self.input_size = layer.input_size

@@ -1,12 +1,14 @@
 """RNN, LSTM and GRU over whole sequences, drop-in replacements for ``torch.nn``'s modules."""
 
-from typing import Any, overload
+import math
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn._torch_internals import is_scripting, overload_method
+from fastrnn.init import forget_bias_
 from fastrnn.modules.base import Hidden
 from fastrnn.modules.scripted import OneState, Scriptable, TwoStates
 
@@ -50,6 +52,8 @@ class RNN(OneState):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        learn_initial_state: adds the parameter ``h_0`` [L*D,1,H], zero at first: the state of a
+            call without ``hx``, and of a reset without ``reset_state``. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -93,6 +97,7 @@ class RNN(OneState):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        learn_initial_state: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -179,6 +184,11 @@ class LSTM(TwoStates):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        learn_initial_state: adds the parameters ``h_0`` [L*D,1,R] and ``c_0`` [L*D,1,H], zero at
+            first: the states of a call without ``hx``, and of a reset without ``reset_state``.
+            Default: ``False``
+        forget_bias: the initial sum of b_if and b_hf, as `fastrnn.init.forget_bias_` sets it; by
+            default both are drawn like the other biases. Default: ``None``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -208,6 +218,8 @@ class LSTM(TwoStates):
     F. Beaufays, Long Short-Term Memory Based Recurrent Neural Network Architectures (2014).
     """
 
+    # without an annotation, which TorchScript would read
+    _forget_bias = cast("float | None", None)
     _wrong_input_message = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
     @overload
@@ -225,11 +237,32 @@ class LSTM(TwoStates):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        learn_initial_state: bool = False,
+        forget_bias: float | None = None,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, forget_bias: Any = None, **kwargs: Any) -> None:
+        if forget_bias is not None:
+            is_number = isinstance(forget_bias, int | float) and not isinstance(forget_bias, bool)
+            if not is_number or not math.isfinite(forget_bias):
+                raise ValueError(f"LSTM: forget_bias must be a finite number, got {forget_bias!r}.")
+            # before super().__init__, which calls reset_parameters
+            self._forget_bias = float(forget_bias)
         super().__init__("LSTM", *args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters as ``torch.nn.LSTM`` does, and then sets ``forget_bias``."""
+        super().reset_parameters()
+        if self._forget_bias is not None:
+            if not self.bias:
+                raise ValueError("LSTM: forget_bias needs biases, got bias=False.")
+            forget_bias_(self, self._forget_bias)
+
+    def extra_repr(self) -> str:
+        """Returns what the base class returns, and ``forget_bias`` if it is set."""
+        text = super().extra_repr()
+        return text if self._forget_bias is None else f"{text}, forget_bias={self._forget_bias}"
 
     def get_expected_cell_size(
         self, input: Tensor, batch_sizes: Tensor | None
@@ -355,6 +388,8 @@ class GRU(OneState):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        learn_initial_state: adds the parameter ``h_0`` [L*D,1,H], zero at first: the state of a
+            call without ``hx``, and of a reset without ``reset_state``. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -397,6 +432,7 @@ class GRU(OneState):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        learn_initial_state: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

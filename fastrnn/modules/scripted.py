@@ -88,6 +88,15 @@ class Scriptable(RecurrentBase):
             return input
         return input.unsqueeze(0 if self.batch_first else 1)
 
+    def _script_initial_h(self, input: Tensor, batch: int) -> Tensor:
+        # the compiler skips the arm that does not apply only in an if with an else
+        if hasattr(self, "h_0"):
+            h: Tensor = self.h_0  # type: ignore[assignment]
+            return h.expand(-1, batch, -1)
+        else:  # noqa: RET505
+            size = self.proj_size if self.proj_size > 0 else self.hidden_size
+            return self._script_zeros(input, batch, size)
+
     def _script_zeros(self, input: Tensor, batch: int, size: int) -> Tensor:
         states = self.num_layers * (2 if self.bidirectional else 1)
         return torch.zeros([states, batch, size], dtype=input.dtype, device=input.device)
@@ -100,7 +109,7 @@ class OneState(Scriptable):
         x = self._script_batch(input)
         is_batched = input.dim() == 3
         if hx is None:
-            h0 = self._script_zeros(x, x.size(0 if self.batch_first else 1), self.hidden_size)
+            h0 = self._script_initial_h(x, x.size(0 if self.batch_first else 1))
         elif hx.dim() == input.dim():
             h0 = hx if is_batched else hx.unsqueeze(1)
         else:
@@ -119,7 +128,7 @@ class OneState(Scriptable):
     ) -> tuple[PackedSequence, Tensor]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is None:
-            h0 = self._script_zeros(data, int(batch_sizes[0]), self.hidden_size)
+            h0 = self._script_initial_h(data, int(batch_sizes[0]))
         else:
             h0 = self.permute_hidden(hx, sorted_indices)
         self.check_forward_args(data, h0, batch_sizes)
@@ -137,7 +146,7 @@ class TwoStates(Scriptable):
         x = self._script_batch(input)
         is_batched = input.dim() == 3
         if hx is None:
-            h0, c0 = self._script_zero_states(x, x.size(0 if self.batch_first else 1))
+            h0, c0 = self._script_initial_states(x, x.size(0 if self.batch_first else 1))
         elif hx[0].dim() == input.dim() and hx[1].dim() == input.dim():
             h0 = hx[0] if is_batched else hx[0].unsqueeze(1)
             c0 = hx[1] if is_batched else hx[1].unsqueeze(1)
@@ -157,7 +166,7 @@ class TwoStates(Scriptable):
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is None:
-            states = self._script_zero_states(data, int(batch_sizes[0]))
+            states = self._script_initial_states(data, int(batch_sizes[0]))
         else:
             states = self.permute_hidden(hx, sorted_indices)  # type: ignore[arg-type]
         self.check_forward_args(data, states, batch_sizes)  # type: ignore[arg-type]
@@ -165,7 +174,10 @@ class TwoStates(Scriptable):
         result = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden((h_n, c_n), unsorted_indices)  # type: ignore[arg-type]
 
-    def _script_zero_states(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        size = self.proj_size if self.proj_size > 0 else self.hidden_size
-        h0 = self._script_zeros(input, batch, size)
-        return h0, self._script_zeros(input, batch, self.hidden_size)
+    def _script_initial_states(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        h0 = self._script_initial_h(input, batch)
+        if hasattr(self, "c_0"):
+            c: Tensor = self.c_0  # type: ignore[assignment]
+            return h0, c.expand(-1, batch, -1)
+        else:  # noqa: RET505
+            return h0, self._script_zeros(input, batch, self.hidden_size)

@@ -1,4 +1,4 @@
-"""The command line ``fastrnn``: ``charlm``, ``charlm sample``, ``compare`` and ``info``."""
+"""The command line ``fastrnn``: ``charlm`` with its commands, ``compare`` and ``info``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def _run(given: list[str]) -> int:
     parser = _Parser(prog="fastrnn", description="Fast recurrent layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastrnn {fastrnn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("charlm", help="train, compare and sample a character-level language model")
+    commands.add_parser(
+        "charlm", help="train, compare, sample and inspect a character-level language model"
+    )
     commands.add_parser("compare", help="time fastrnn, torch.nn and other libraries on a shape")
     about = commands.add_parser("info", help="show versions, CPU, CUDA and execution plans")
     about.add_argument("--json", action="store_true", help="print JSON")

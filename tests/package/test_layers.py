@@ -1,7 +1,7 @@
 """Layers of the architecture: no #include or import may lead to a higher or neighbouring layer.
 
 cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
-Python: ops <- backends <- engine <- functional, modules <- convert, init, quantization, session,
+Python: init, ops <- backends <- engine <- functional, modules <- convert, quantization, session,
         tbptt <- diagnostics, tools
 """
 
@@ -52,12 +52,12 @@ PYTHON_ORDER = [
     {"_library", "_torch_internals"},
     {"spec", "tracing"},
     {"layer_call"},
-    {"autocast", "checks", "reference"},
+    {"autocast", "checks", "init", "reference"},
     {"ops"},
     {"backends"},
     {"engine"},
     {"functional", "modules"},
-    {"convert", "explanation", "flops", "init", "quantization", "session", "tbptt"},
+    {"convert", "explanation", "flops", "quantization", "session", "tbptt"},
     {"diagnostics"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"tools"},

@@ -79,8 +79,8 @@ def assert_one_line_error(result: tuple[int, str, str], message: str, code: int 
 
 def test_version_and_help_are_printed(run: Run) -> None:
     assert run("--version") == (0, f"fastrnn {fastrnn.__version__}\n", "")
-    for command_line in (["--help"], ["charlm", "--help"], ["charlm", "sample", "--help"]):
-        code, out, _ = run(*command_line)
+    for command_line in ("", "charlm", "charlm sample", "charlm inspect"):
+        code, out, _ = run(*command_line.split(), "--help")
         assert code == 0
         assert "usage: fastrnn" in out
     for option in Config.__dataclass_fields__:

@@ -9,6 +9,9 @@
     train         truncated backpropagation through time
     checkpoint    safetensors + json, crash-safe
     sample        text generation, one character at a time
+    activations   states and gates of a model at every character of a text
+    features      simple features of a text, and which units follow them
+    page          both as a page for a browser (page.html)
     side_by_side  the same training with ``fastrnn`` and with ``torch.nn``, step by step
     plot          the loss curve as a PNG
     report        progress output

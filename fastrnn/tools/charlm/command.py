@@ -1,8 +1,9 @@
-"""The commands ``fastrnn charlm`` (train, compare, resume) and ``fastrnn charlm sample``."""
+"""The commands ``fastrnn charlm`` (train, compare, resume), ``... sample`` and ``... inspect``."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -13,19 +14,23 @@ from typing import Any, Final, TextIO
 
 import torch
 
-from . import checkpoint, side_by_side
+from . import checkpoint, page, side_by_side
+from .activations import record
 from .config import BACKENDS, CELLS, NONLINEARITIES, SCHEDULES, Config, option_name
-from .data import Corpus, Text, prepare, read_files, read_standard_library
-from .errors import CharlmError, CheckpointError, TrainingError
+from .data import Corpus, Text, prepare, read_files, read_standard_library, split
+from .errors import CharlmError, CheckpointError, DataError, TrainingError
 from .fit import Outcome, fit
 from .interrupt import Interrupts
-from .model import build_model, check_device, parameter_count
+from .model import CharRNN, build_model, check_device, parameter_count
 from .plot import plot_training
 from .report import Reporter, reporter_for
 from .sample import generate
 from .train import Trainer, load_weights
 
 DEFAULT_OUTPUT: Final = "charlm-run"
+DEFAULT_CHARACTERS: Final = 2000  # of a page of `inspect`: about 30 lines of a book
+LEAST_CHARACTERS: Final = 2  # the second character is the first that the model can predict
+MOST_CHARACTERS: Final = 20_000  # each is an element of the page, and more make it slow
 SIGNAL_EXIT: Final = 128  # plus the number of the signal, as shells do: 130 for Ctrl-C
 
 MakeParser = Callable[..., argparse.ArgumentParser]
@@ -67,6 +72,8 @@ def main(arguments: Sequence[str], make_parser: MakeParser) -> int:
     try:
         if arguments[:1] == ["sample"]:
             return write_sample(_sample_parser(make_parser).parse_args(arguments[1:]), sys.stdout)
+        if arguments[:1] == ["inspect"]:
+            return write_page(_inspect_parser(make_parser).parse_args(arguments[1:]), sys.stdout)
         return train(_train_parser(make_parser).parse_args(arguments), sys.stdout)
     except CharlmError as error:
         print(f"fastrnn charlm: {error}", file=sys.stderr)
@@ -96,7 +103,8 @@ def _train_parser(make_parser: MakeParser) -> argparse.ArgumentParser:
         prog="fastrnn charlm",
         allow_abbrev=False,
         description="Trains a character-level language model. "
-        "`fastrnn charlm sample` generates text with a trained model.",
+        "`fastrnn charlm sample` generates text with a trained model, and "
+        "`fastrnn charlm inspect` shows what its units follow.",
     )
     parser.add_argument(
         "--text",
@@ -388,23 +396,13 @@ def write_sample(options: argparse.Namespace, stream: TextIO) -> int:
         CharlmError: an option or the checkpoint is invalid.
     """
     for name, least in (("length", 1), ("seed", 0), ("top_k", 0)):
-        value = getattr(options, name)
-        if not least <= value < 2**31:
-            raise CharlmError(
-                f"--{name.replace('_', '-')} must be a whole number from {least} up, got {value}"
-            )
+        _check_whole(name, getattr(options, name), least)
     if not 0 <= options.temperature < float("inf"):
         raise CharlmError(f"--temperature must be a number from 0 up, got {options.temperature}")
     saved = checkpoint.load(
         checkpoint.find(options.checkpoint, (checkpoint.BEST, checkpoint.LATEST))
     )
-    config = saved.config.changed({"device": options.device})
-    check_device(config.device)
-    model = build_model(len(saved.vocabulary), config)
-    try:
-        load_weights(model, saved.tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{saved.path}: {error}") from error
+    model = _load_model(saved, options.device)
     stream.write(options.prime)
     for character in generate(
         model,
@@ -419,3 +417,143 @@ def write_sample(options: argparse.Namespace, stream: TextIO) -> int:
         stream.flush()
     stream.write("\n")
     return 0
+
+
+def _load_model(saved: checkpoint.Checkpoint, device: str) -> CharRNN:
+    """Returns the model of a checkpoint.
+
+    Raises:
+        CharlmError: the device does not exist, or the weights do not fit the options.
+    """
+    config = saved.config.changed({"device": device})
+    check_device(config.device)
+    model = build_model(len(saved.vocabulary), config)
+    try:
+        load_weights(model, saved.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{saved.path}: {error}") from error
+    return model
+
+
+def _check_whole(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    if not least <= value <= most:
+        wanted = f"from {least} up" if most == 2**31 - 1 else f"from {least} to {most:,}"
+        option = "--" + name.replace("_", "-")
+        raise CharlmError(f"{option} must be a whole number {wanted}, got {value}")
+
+
+# -- inspecting -----------------------------------------------------------------------------------
+
+
+def _inspect_parser(make_parser: MakeParser) -> argparse.ArgumentParser:
+    parser = make_parser(
+        prog="fastrnn charlm inspect",
+        allow_abbrev=False,
+        description="Writes a page that shows the states and gates of a trained model, character "
+        "by character.",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or a .json in it"
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="text to show (default: the part of the run's text that it was not trained on)",
+    )
+    parser.add_argument("--encoding", help="encoding of the file (default: utf-8)")
+    parser.add_argument(
+        "--characters",
+        type=int,
+        default=DEFAULT_CHARACTERS,
+        metavar="N",
+        help=f"show the first N characters, at most {MOST_CHARACTERS:,} "
+        f"(default: {DEFAULT_CHARACTERS:,})",
+    )
+    parser.add_argument(
+        "--units",
+        type=int,
+        metavar="N",
+        help="units per layer in the page, those that follow the text most clearly "
+        "(default: as many as keep the page below about 6 MB)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="page to write (default: inspect.html in the run)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help=f"{_HELP['device']} (default: cpu)"
+    )
+    return parser
+
+
+def write_page(options: argparse.Namespace, stream: TextIO) -> int:
+    """Writes the page of a model and a text.
+
+    Raises:
+        CharlmError: an option, the checkpoint or the text is invalid, or the page cannot be
+            written.
+    """
+    _check_whole("characters", options.characters, LEAST_CHARACTERS, MOST_CHARACTERS)
+    if options.units is not None:
+        _check_whole("units", options.units, 1)
+    saved = checkpoint.load(
+        checkpoint.find(options.checkpoint, (checkpoint.BEST, checkpoint.LATEST))
+    )
+    out: Path = options.out or saved.path.parent / "inspect.html"
+    if out.is_dir():
+        raise CharlmError(f"--out {out}: is a folder, not a file")
+    text, description = _text_to_inspect(options, saved)
+    model = _load_model(saved, options.device)
+    numbers = saved.vocabulary.encode(text)
+    activations = record(model, numbers)
+    nats = -activations.log_probabilities[:-1].gather(1, numbers[1:].long().unsqueeze(1))
+    kind = saved.config.cell.upper()
+    if saved.config.cell == "rnn":
+        kind += f" ({saved.config.nonlinearity})"
+    facts = [
+        f"{kind}, {saved.config.layers} x {saved.config.hidden} units",
+        f"step {saved.step:,}",
+        f"{len(text):,} characters of {description}",
+        f"{nats.mean().item() / math.log(2):.2f} bits per character",
+    ]
+    written = page.build(
+        {"title": f"{saved.path.parent.resolve().name}: what the units follow", "facts": facts},
+        text,
+        saved.vocabulary,
+        activations,
+        options.units,
+        is_sigmoid=saved.config.cell == "rnn" and saved.config.nonlinearity == "sigmoid",
+    ).encode()
+    checkpoint.write_atomically(out, written)
+    stream.write(
+        f"{out}: {len(text):,} characters, {len(written) / 1e6:.1f} MB; open it in a browser\n"
+    )
+    return 0
+
+
+def _text_to_inspect(options: argparse.Namespace, saved: checkpoint.Checkpoint) -> tuple[str, str]:
+    """Returns the text and its description.
+
+    Raises:
+        DataError: the text is unreadable, too short, or has characters that the model does not
+            know.
+        CheckpointError: the text of the run has changed.
+    """
+    if options.text is None:
+        if options.encoding:
+            raise CharlmError("--encoding needs --text FILE")
+        whole = _read_text(options, saved)
+        _, tested = split(whole, saved.config.batch_size, saved.config.seq_length)
+        # rare characters of the run's text are unknown to the model
+        symbols = saved.vocabulary.encode(tested[: options.characters]).tolist()
+        return saved.vocabulary.decode(symbols), "validation text"
+    text = read_files([options.text], options.encoding or "utf-8").content[: options.characters]
+    if len(text) < LEAST_CHARACTERS:
+        raise DataError(f"{options.text}: must have at least {LEAST_CHARACTERS} characters")
+    unknown = sorted(set(text) - set(saved.vocabulary.characters))
+    if unknown:
+        shown = ", ".join(map(ascii, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise DataError(
+            f"{options.text}: has characters that the model does not know ({shown}); "
+            "replace them, or pass a text that resembles the text of the run"
+        )
+    return text, Path(options.text).name

@@ -283,6 +283,26 @@ class Corpus:
         }
 
 
+def split(text: Text, batch_size: int, seq_length: int) -> tuple[str, str]:
+    """Returns the training part of a text and the held-out end, as `prepare` describes.
+
+    Raises:
+        DataError: the text is too short for the batch size and sequence length.
+    """
+    total = len(text.content)
+    held_out = min(int(total * VALIDATION_FRACTION), VALIDATION_LIMIT)
+    held_out = max(held_out, seq_length + 1)
+    needed = batch_size * seq_length + 1 + seq_length + 1
+    if total < needed:
+        name = text.description
+        raise DataError(
+            f"{name}: {total:,} characters are too few; --batch-size {batch_size} and "
+            f"--seq-length {seq_length} need at least {needed:,}"
+        )
+    held_out = min(held_out, total - (batch_size * seq_length + 1))
+    return text.content[:-held_out], text.content[-held_out:]
+
+
 def prepare(
     text: Text,
     batch_size: int,
@@ -305,20 +325,9 @@ def prepare(
     Raises:
         DataError: the text is too short for the batch size and sequence length.
     """
-    total = len(text.content)
-    held_out = min(int(total * VALIDATION_FRACTION), VALIDATION_LIMIT)
-    held_out = max(held_out, seq_length + 1)
-    needed = batch_size * seq_length + 1 + seq_length + 1
-    if total < needed:
-        name = text.description
-        raise DataError(
-            f"{name}: {total:,} characters are too few; --batch-size {batch_size} and "
-            f"--seq-length {seq_length} need at least {needed:,}"
-        )
-    held_out = min(held_out, total - (batch_size * seq_length + 1))
-    learned, tested = text.content[:-held_out], text.content[-held_out:]
+    learned, tested = split(text, batch_size, seq_length)
     vocabulary = vocabulary or Vocabulary.of(learned)
-    streams = max(1, min(batch_size, (held_out - 1) // seq_length))
+    streams = max(1, min(batch_size, (len(tested) - 1) // seq_length))
     return Corpus(
         text=text,
         vocabulary=vocabulary,
