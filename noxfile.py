@@ -51,7 +51,7 @@ def format(session: nox.Session) -> None:
     """Format Python and C++."""
     session.run("ruff", "check", "--fix", ".")
     session.run("ruff", "format", ".")
-    listing = session.run("git", "ls-files", "csrc/*", "tests/*.cpp", "tests/*.h", silent=True)
+    listing = session.run("git", "ls-files", "csrc/*", "*.c", "*.cpp", "*.h", silent=True)
     session.run("clang-format", "-i", *str(listing).split())
 
 

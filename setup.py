@@ -1,6 +1,6 @@
 """Builds the native libraries of fastrnn. pyproject.toml holds all static metadata.
 
-    csrc/cpu/**/*.cpp               fastrnn/lib/libfastrnn_kernels.so     no torch, no Python
+    csrc/cpu/**/*.cpp, csrc/c/*.cpp fastrnn/lib/libfastrnn_kernels.so     no torch, no Python
     csrc/bindings/*.cpp             fastrnn/_C.<python abi>.so            pybind11, links kernels
     csrc/torch/*.cpp                fastrnn/lib/libfastrnn_torch.so       stable ABI, links kernels
     csrc/cuda/**/*.cu, ops_cuda.cpp fastrnn/lib/libfastrnn_torch_cuda.so  only with CUDA
@@ -47,6 +47,9 @@ KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # function, for one gate of a cell after another.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-prec-div=false"]
 NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-g0"]
+KERNEL_SOURCES = ("csrc/cpu/**/*.cpp", "csrc/c/*.cpp")
+# Folders of csrc/'s headers and of the header of the C interface.
+INCLUDE = ("csrc", "fastrnn/include")
 # All symbols are resolved at load time, so an incompatible library fails there, not in a call.
 LINK_FLAGS = ["-pthread", "-Wl,-z,now"]
 NO_UNDEFINED = "-Wl,--no-undefined"
@@ -229,10 +232,10 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
     import pybind11
 
     user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
-    headers = files("csrc/**/*.h", "csrc/**/*.cuh")
+    headers = files("csrc/**/*.h", "csrc/**/*.cuh", "fastrnn/include/*.h")
     common: dict[str, Any] = {
         "language": "c++",
-        "include_dirs": [str(ROOT / "csrc")],
+        "include_dirs": [str(ROOT / folder) for folder in INCLUDE],
         "depends": headers,
     }
     torch_macros = [
@@ -243,7 +246,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
 
     kernels = Extension(
         "fastrnn.lib.libfastrnn_kernels",
-        sources=files("csrc/cpu/**/*.cpp"),
+        sources=files(*KERNEL_SOURCES),
         extra_compile_args=[*CXX_FLAGS, *KERNEL_FLAGS, *user_flags],
         extra_link_args=[*LINK_FLAGS, NO_UNDEFINED, "-Wl,-soname,libfastrnn_kernels.so"],
         **common,

@@ -1,9 +1,13 @@
 """Runs every layer of the installed fastrnn once, forward and backward, and compares it with torch.
+Checks that the header and the library of the C interface are installed.
 
 For wheels on machines without the test tools: it imports only fastrnn and torch.
 """
 
 from __future__ import annotations
+
+import ctypes
+from pathlib import Path
 
 import torch
 
@@ -23,5 +27,7 @@ for name in ("RNN", "LSTM", "GRU"):
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
     print(f"{name} agrees with torch.nn.{name}")
+assert (Path(fastrnn.get_include()) / "fastrnn.h").is_file()
+assert ctypes.CDLL(fastrnn.get_library()).fastrnn_version() > 0
 print(f"fastrnn {fastrnn.__version__} from {fastrnn.__file__}, torch {torch.__version__}")
 print(_C.build_info())

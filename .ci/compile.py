@@ -24,12 +24,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_under_ci")
+INCLUDE = [f"-I{folder}" for folder in SETUP["INCLUDE"]]
 
 
 def kernels() -> dict[str, list[str]]:
     """Source -> flags"""
     flags = [*SETUP["CXX_FLAGS"], *SETUP["KERNEL_FLAGS"]]
-    return dict.fromkeys(SETUP["files"]("csrc/cpu/**/*.cpp"), flags)
+    return dict.fromkeys(SETUP["files"](*SETUP["KERNEL_SOURCES"]), flags)
 
 
 def torch_sources(folder: Path) -> dict[str, list[str]]:
@@ -75,7 +76,7 @@ def database() -> list[dict[str, str | list[str]]]:
         {
             "directory": str(ROOT),
             "file": source,
-            "arguments": ["clang++", "-Icsrc", *own, "-c", source],
+            "arguments": ["clang++", *INCLUDE, *own, "-c", source],
         }
         for source, own in sorted(flags.items())
     ]
@@ -111,7 +112,7 @@ def main() -> int:
 
     sources = kernels() if options.what == "kernels" else torch_sources(options.torch.resolve())
     objects = [str(options.out / Path(source).with_suffix(".o").name) for source in sources]
-    start = [options.compiler, "-Werror", "-fPIC", "-DNDEBUG", "-Icsrc"]
+    start = [options.compiler, "-Werror", "-fPIC", "-DNDEBUG", *INCLUDE]
     commands = [
         [*start, *flags, "-c", source, "-o", target]
         for (source, flags), target in zip(sources.items(), objects, strict=True)

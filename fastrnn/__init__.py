@@ -9,6 +9,7 @@ torch.Size([5, 3, 20])
 
 from fastrnn import _C, functional
 from fastrnn import flops as _flops  # noqa: F401 - registers the operators' formulas
+from fastrnn.c_interface import get_include, get_library
 from fastrnn.convert import ConversionReport, convert, patch, unpatch
 from fastrnn.explanation import Explanation, explain
 from fastrnn.modules import *
@@ -30,6 +31,8 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "get_include",
+    "get_library",
     "patch",
     "quantization_mapping",
     "quantize",

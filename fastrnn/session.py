@@ -2,92 +2,120 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
+import struct
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from fastrnn.checks import describe
-from fastrnn.modules.base import Hidden, RecurrentBase
+from fastrnn.ops import HALF
 from fastrnn.ops.operators import raise_interruption
 from fastrnn.ops.packed import StackShape, create, find_dtype, has_memory, pack
-from fastrnn.spec import BY_MODE
+from fastrnn.spec import BY_MODE, Weights
 
 __all__ = ["Session"]
+
+# Version of the files that `Session.export` writes. csrc/c/model_file.cpp reads it.
+_FILE_VERSION = "1"
+
+# Names of the tensors in a file, by slot.
+_FILE_NAMES = {
+    "w_ih": "weight_ih",
+    "w_hh": "weight_hh",
+    "b_ih": "bias_ih",
+    "b_hh": "bias_hh",
+    "w_hr": "weight_hr",
+}
 
 
 class Session:
     """Runs sequences step by step, with packed weights and the states inside. CPU, inference only.
 
-        session = fastrnn.Session(module)
+        session = layer.stream()
         for x in stream:                # [1,I]
             y = session.step(x)         # [1,R]
 
-    The weights are a copy: later changes of the module's weights have no effect until `update`.
+    The weights are a copy: later changes of the layer's weights have no effect until `refresh`.
     Each step continues from the states that the step before left. There is no dropout.
+
+    With one thread, a step allocates nothing and takes no lock. In float16 and bfloat16 the
+    arithmetic and the states are float32: weights and x are widened, y is rounded.
 
     A session is for one thread at a time: a call during the call of another thread raises a
     RuntimeError. It cannot be copied or pickled. docs/session.md describes its use and speed.
 
     Args:
-        module: an RNN, LSTM or GRU of fastrnn in float32 or float64 on the CPU, with any number of
-            layers and one direction. Its class may not override ``forward``.
+        layer: an RNN, LSTM or GRU of fastrnn in float32, float64, float16 or bfloat16 on the CPU,
+            with any number of layers and one direction. Its class may not override ``forward``.
         batch_size: B, number of sequences that run at the same time. Default: 1
-        threads: largest number of threads per call. A small step uses one thread in any case.
-            Default: ``torch.get_num_threads()`` at each call.
+        threads: largest number of threads per call. With more than one, large steps use torch's
+            threads, and calls acquire memory. Default: 1
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is not as described.
     """
 
-    def __init__(self, module: nn.Module, batch_size: int = 1, threads: int | None = None) -> None:
-        _check_module(module)
+    def __init__(self, layer: nn.Module, batch_size: int = 1, threads: int = 1) -> None:
+        _check_layer(layer)
         _check_count("batch_size", batch_size)
-        if threads is not None:
-            _check_count("threads", threads)
-        layer: RecurrentBase = module  # type: ignore[assignment]
-        self._module = layer
-        self._spec = BY_MODE[layer.mode]
-        self._batch_first = layer.batch_first
+        _check_count("threads", threads)
+        source: Any = layer
+        self._layer = source
+        self._spec = BY_MODE[source.mode]
+        self._batch_first = source.batch_first
         self._batch = batch_size
         shape = StackShape(
-            layer.num_layers, 1, layer.input_size, layer.hidden_size, layer.proj_size
+            source.num_layers, 1, source.input_size, source.hidden_size, source.proj_size
         )
         self._shape = shape
         with torch.no_grad():
-            weights = layer._weights()
-        self._dtype = find_dtype("Session", weights)
+            weights, self._dtype = self._weights_to_pack()
+        self._kernel_dtype = torch.float32 if self._dtype in HALF else self._dtype
         sizes = (shape.num_layers, shape.input_size, shape.hidden_size, shape.proj_size)
         self._kernel = create(
-            "Session", self._dtype, self._spec.name, *sizes, batch_size, threads or 0
+            "Session", self._kernel_dtype, self._spec.name, *sizes, batch_size, threads
         )
-        self._run = self._kernel.run
+        self._step = self._kernel.step
         self._x_shape = torch.Size((batch_size, shape.input_size))
+        self._y_shape = torch.Size((batch_size, shape.output_size))
         self._item = self._dtype.itemsize
         self._x_bytes = self._x_shape.numel() * self._item
+        self._y_bytes = self._y_shape.numel() * self._item
         # A tensor over other memory than torch's: its user cannot resize or free the memory.
-        self._memory = bytearray(batch_size * shape.output_size * self._item)
+        self._memory = bytearray(self._y_bytes)
         with torch.inference_mode(False):
             flat = torch.frombuffer(self._memory, dtype=self._dtype)
-            self._y = flat.view(batch_size, shape.output_size)
+            self._y = flat.view(self._y_shape)
         self._y_address = self._y.data_ptr()
-        self.update()
+        # For half types: y again, and x and y of the kernel.
+        self._widened: tuple[Tensor, Tensor, Tensor] | None = None
+        if self._kernel_dtype != self._dtype:
+            with torch.inference_mode(False):
+                own = flat.view(self._y_shape)
+                self._widened = own, self._new(*self._x_shape), self._new(*self._y_shape)
+        self._pack(weights)
         self.reset()
 
-    def step(self, x: Tensor) -> Tensor:
+    def step(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Runs one step.
 
         Args:
             x: [B,I] in the dtype of the weights, on the CPU.
+            out: a contiguous tensor [B,R] of the same dtype on the CPU, which receives y. It may
+                be ``x``. Default: a tensor of the session.
 
         Returns:
-            y [B,R], the h of the last layer; R is P with a projection and H without. It is the
-            same tensor each time, and the next step overwrites it: clone it to keep it. It may be
-            the ``x`` of the next step.
+            y [B,R], the h of the last layer; R is P with a projection and H without. Without
+            ``out`` it is the same tensor each time, and the next step overwrites it: clone it to
+            keep it, or pass ``out``. It may be the ``x`` of the next step.
 
         Raises:
-            TypeError, RuntimeError: ``x`` is not as described, or needs a gradient, or another
-                thread uses the session.
+            TypeError, RuntimeError: ``x`` or ``out`` is not as described, or needs a gradient, or
+                another thread uses the session, or it is closed.
         """
         try:
             is_ready = (
@@ -104,14 +132,19 @@ class Session:
             is_ready = False
         if not is_ready:
             x = self._accept("step", "x", x, self._x_shape)
-        self._run(x.data_ptr(), 1, self._y_address)
-        return self._y
+        if out is not None:
+            self._check_out(out)
+        if self._widened is not None:
+            self._step_widened(x, out, *self._widened)
+        else:
+            self._step(x.data_ptr(), self._y_address if out is None else out.data_ptr())
+        return self._y if out is None else out
 
     def run(self, x: Any) -> Tensor:
         """Runs several steps, faster than `step` for each.
 
         Args:
-            x: [T,B,I], or [B,T,I] if the module is ``batch_first``.
+            x: [T,B,I], or [B,T,I] if the layer is ``batch_first``.
 
         Returns:
             y [T,B,R] or [B,T,R], a new tensor.
@@ -119,6 +152,7 @@ class Session:
         Raises:
             TypeError, RuntimeError: as in `step`.
         """
+        self._check_open("run")
         if not isinstance(x, Tensor) or x.dim() != 3:
             self._fail("run", "x", "a tensor with 3 dimensions", describe(x))
         time = 1 if self._batch_first else 0
@@ -127,82 +161,264 @@ class Session:
             self._fail("run", "x", "at least one step long", "none")
         if self._batch_first:
             expected = (self._batch, steps, self._shape.input_size)
-            x = self._accept("run", "x", x, expected).transpose(0, 1).contiguous()
+            x = self._accept("run", "x", x, expected).transpose(0, 1)
         else:
             x = self._accept("run", "x", x, (steps, *self._x_shape))
-        y = self._new(steps, self._batch, self._shape.output_size)
+        x = x.to(self._kernel_dtype).contiguous()
+        y = self._new(steps, *self._y_shape)
         try:
-            self._run(x.data_ptr(), steps, y.data_ptr())
+            self._kernel.run(x.data_ptr(), steps, y.data_ptr())
         except RuntimeError as error:
             raise_interruption(error)
             raise
+        y = y.to(self._dtype)
         return y.transpose(0, 1) if self._batch_first else y
 
-    def reset(self) -> None:
-        """Sets the states to zero, or to the learned initial state of the module."""
-        self._kernel.write_states(0, 0)
-        if self._module._learns_initial_state:
-            with torch.no_grad():
-                self.set_state(self._module._learned_states(self._batch))
+    def reset(self, rows: Any = None) -> None:
+        """Sets the states to zero, or to the layer's learned initial state.
+
+        Args:
+            rows: the sequences of the batch to reset: an int, a list of ints, an int tensor, or a
+                bool tensor [B] that is True for them. Default: all
+
+        Raises:
+            TypeError, IndexError, RuntimeError: ``rows`` is not as described, or the session is
+                closed.
+        """
+        self._check_open("reset")
+        numbers = None if rows is None else self._row_numbers(rows)
+        if self._layer._learns_initial_state:
+            self._reset_to_learned(numbers)
+        elif numbers is None:
+            self._kernel.write_states(0, 0)
+        else:
+            for row in numbers:
+                self._kernel.clear_row(row)
+
+    def _reset_to_learned(self, rows: list[int] | None) -> None:
+        with torch.no_grad():
+            learned = self._layer._learned_states(self._batch)
+            initial = list(learned) if self._spec.has_cell_state else [learned]
+            units = (self._shape.output_size, self._shape.hidden_size)
+            initial = [
+                self._accept("reset", name, state, self._state_shape(size))
+                .to(self._kernel_dtype)
+                .contiguous()
+                for name, state, size in zip(("h_0", "c_0"), initial, units, strict=False)
+            ]
+            if rows is not None:
+                current = self._read_states()
+                for state, new in zip(current, initial, strict=True):
+                    state[:, rows] = new[:, rows]
+                initial = current
+        self._write_states(initial)
 
     @property
-    def state(self) -> Hidden:
+    def state(self) -> Any:
         """A copy of the states: h [L,B,R], or for an LSTM the pair of h and c [L,B,H].
 
-        It is what the module returns as its final state, and what it takes as ``hx``.
+        It is what the layer returns as its final state, and what it takes as ``hx``. In float16
+        and bfloat16 it is rounded.
         """
+        self._check_open("state")
+        states = tuple([state.to(self._dtype) for state in self._read_states()])
+        return states if self._spec.has_cell_state else states[0]
+
+    def _read_states(self) -> list[Tensor]:
+        """Returns copies of h and, if the cell has it, c, in the kernel's dtype."""
         h = self._new(*self._state_shape(self._shape.output_size))
         if not self._spec.has_cell_state:
             self._kernel.read_states(h.data_ptr(), 0)
-            return h
+            return [h]
         c = self._new(*self._state_shape(self._shape.hidden_size))
         self._kernel.read_states(h.data_ptr(), c.data_ptr())
-        return h, c
+        return [h, c]
 
-    def set_state(self, hx: Hidden) -> None:
-        """Replaces the states by a copy of ``hx``, which has the form of `state`.
+    def _write_states(self, states: list[Tensor]) -> None:
+        self._kernel.write_states(states[0].data_ptr(), states[1].data_ptr() if states[1:] else 0)
 
-        Raises:
-            TypeError, RuntimeError: ``hx`` has another form, dtype, size or device.
-        """
-        h_shape = self._state_shape(self._shape.output_size)
-        if not self._spec.has_cell_state:
-            h = self._accept("set_state", "hx", hx, h_shape)
-            self._kernel.write_states(h.data_ptr(), 0)
-            return
-        if not isinstance(hx, tuple | list) or len(hx) != 2:
-            self._fail("set_state", "hx", "a tuple of two tensors, h and c", describe(hx))
-        h = self._accept("set_state", "hx[0]", hx[0], h_shape)
-        c = self._accept("set_state", "hx[1]", hx[1], self._state_shape(self._shape.hidden_size))
-        self._kernel.write_states(h.data_ptr(), c.data_ptr())
-
-    def update(self) -> None:
-        """Copies the current weights of the module. The states stay as they are.
+    def load_state(self, state: Any) -> None:
+        """Replaces the states by a copy of ``state``, which has the form of `state`.
 
         Raises:
-            RuntimeError: the weights have another dtype, device or size than before.
+            TypeError, RuntimeError: ``state`` has another form, dtype, size or device, or the
+                session is closed.
         """
+        self._check_open("load_state")
+        expected = [self._state_shape(self._shape.output_size)]
+        given, names = [state], ["state"]
+        if self._spec.has_cell_state:
+            if not isinstance(state, tuple | list) or len(state) != 2:
+                message = "a tuple of two tensors, h and c"
+                self._fail("load_state", "state", message, describe(state))
+            expected.append(self._state_shape(self._shape.hidden_size))
+            given, names = list(state), ["state[0]", "state[1]"]
+        kept = [
+            self._accept("load_state", name, value, shape).to(self._kernel_dtype).contiguous()
+            for name, value, shape in zip(names, given, expected, strict=True)
+        ]
+        self._write_states(kept)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the layer's weights have changed since the session copied them.
+
+        Then `refresh` makes the session use the new ones. No step checks this. Changes through
+        ``.data`` or NumPy, which autograd cannot see either, do not show.
+        """
+        try:
+            return _fingerprint(self._layer) != self._copied
+        except Exception:  # the weights are no longer plain tensors
+            return True
+
+    def refresh(self) -> None:
+        """Copies the current weights of the layer. The states stay as they are.
+
+        Raises:
+            RuntimeError: the weights have another dtype, device or size than before, or the
+                session is closed.
+        """
+        self._check_open("refresh")
         with torch.no_grad():
-            weights = self._module._weights()
-            dtype = find_dtype("Session", weights)
+            weights, dtype = self._weights_to_pack()
             if dtype != self._dtype:
                 raise RuntimeError(f"Session: the weights must be {self._dtype}, got {dtype}.")
-            pack(self._kernel, "Session", self._spec, self._shape, weights)
+            self._pack(weights)
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Writes the weights to a file for the C interface, in safetensors format.
+
+        The tensors are float32 and have torch's names. ``__metadata__`` has the cell and the sizes.
+        docs/c_interface.md describes how to use the file. A learned initial state is not in it:
+        pass it to ``fastrnn_set_state``.
+
+        Raises:
+            RuntimeError: the weights are float64, or have changed since the session copied them,
+                or the session is closed.
+            OSError: the file cannot be written.
+        """
+        self._check_open("export")
+        if self._dtype == torch.float64:
+            raise RuntimeError(
+                "Session.export: the weights must be float32, float16 or bfloat16, got float64. "
+                "Convert the layer with layer.float()."
+            )
+        if self.is_stale:
+            raise RuntimeError(
+                "Session.export: the layer's weights have changed since the session copied them. "
+                "Call refresh() first."
+            )
+        with torch.no_grad():
+            weights, _ = self._weights_to_pack()
+            tensors = {
+                f"{_FILE_NAMES[slot]}_l{index}": weight.detach().resolve_neg().contiguous()
+                for index, direction in enumerate(weights.directions())
+                for slot, weight in direction._asdict().items()
+                if weight is not None
+            }
+        metadata = {
+            "format": "pt",
+            "fastrnn": _FILE_VERSION,
+            "cell": self._spec.name,
+            "input_size": str(self._shape.input_size),
+            "hidden_size": str(self._shape.hidden_size),
+            "num_layers": str(self._shape.num_layers),
+            "proj_size": str(self._shape.proj_size),
+            "bias": "true" if "bias_ih_l0" in tensors else "false",
+        }
+        _write_safetensors(path, metadata, tensors)
+
+    def close(self) -> None:
+        """Frees the weights and the memory. Every later call but this one raises a RuntimeError."""
+        self._kernel = None
+        self._step = _raise_closed
 
     def __repr__(self) -> str:
-        """Returns the module's description and the batch size."""
-        return f"Session({self._module!r}, batch_size={self._batch})"
+        """Returns the layer's description, the batch size, and whether it is stale or closed."""
+        note = ", closed" if self._kernel is None else ", stale" if self.is_stale else ""
+        return f"Session({self._layer!r}, batch_size={self._batch}{note})"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Raises: a session cannot be copied or pickled."""
         raise TypeError(
-            "Session: a session cannot be copied or pickled. Create a new one from the module, "
-            "and pass `state` of this one to its `set_state`."
+            "Session: a session cannot be copied or pickled. Create a new one from the layer, "
+            "and pass `state` of this one to its `load_state`."
         )
+
+    def _weights_to_pack(self) -> tuple[Weights, torch.dtype]:
+        """Returns the layer's weights in the kernel's dtype, and the layer's own dtype."""
+        weights: Weights = self._layer._weights()
+        dtype = weights.flat[0].dtype
+        if dtype not in HALF:
+            return weights, find_dtype("Session", weights)
+        for weight in weights.flat:
+            if weight.dtype != dtype:
+                raise RuntimeError(f"Session: all weights must be {dtype}, got {weight.dtype}.")
+        widened = Weights([weight.detach().float() for weight in weights.flat], weights.slots)
+        find_dtype("Session", widened)
+        return widened, dtype
+
+    def _pack(self, weights: Weights) -> None:
+        self._copied = _fingerprint(self._layer)
+        pack(self._kernel, "Session", self._spec, self._shape, weights)
+
+    def _step_widened(
+        self, x: Tensor, out: Tensor | None, y: Tensor, wide_x: Tensor, wide_y: Tensor
+    ) -> None:
+        """Runs one step of a half type."""
+        wide_x.copy_(x)
+        self._step(wide_x.data_ptr(), wide_y.data_ptr())
+        (y if out is None else out).copy_(wide_y)
+
+    def _check_open(self, method: str) -> None:
+        if self._kernel is None:
+            raise RuntimeError(f"Session.{method}: the session is closed.")
+
+    def _check_out(self, out: Any) -> None:
+        """Raises unless the kernel can write y to this tensor."""
+        if type(out) is not Tensor:
+            self._fail("step", "out", "a tensor", describe(out), TypeError)
+        if out.dtype != self._dtype:
+            self._fail("step", "out", str(self._dtype), str(out.dtype))
+        if out.device.type != "cpu" or out.layout != torch.strided or out.is_nested:
+            kind = "nested" if out.is_nested else str(out.layout)
+            self._fail("step", "out", "a dense tensor on the CPU", f"{kind} on {out.device}")
+        if out.shape != self._y_shape:
+            self._fail("step", "out", f"of size {list(self._y_shape)}", str(list(out.shape)))
+        if not out.is_contiguous() or out.is_neg():
+            self._fail("step", "out", "contiguous", f"strides {out.stride()}")
+        if out.requires_grad:
+            self._fail("step", "out", "without a gradient", "requires_grad=True")
+        if not has_memory(out):
+            message = "a tensor whose storage holds all its values"
+            self._fail("step", "out", message, "a smaller one")
+
+    def _row_numbers(self, rows: Any) -> list[int]:
+        """Returns the sequences that the argument of `reset` names."""
+        if isinstance(rows, int) and not isinstance(rows, bool):
+            rows = [rows]
+        if isinstance(rows, Tensor):
+            if rows.dtype == torch.bool:
+                if tuple(rows.shape) != (self._batch,):
+                    size = f"of size {[self._batch]}"
+                    self._fail("reset", "rows", f"a bool tensor {size}", str(list(rows.shape)))
+                rows = rows.nonzero().flatten()
+            if rows.dim() > 1 or rows.is_floating_point() or rows.is_complex():
+                expected = "an int tensor with one dimension"
+                self._fail("reset", "rows", expected, describe(rows), TypeError)
+            rows = rows.reshape(-1).tolist()
+        is_list = isinstance(rows, list | tuple | range)
+        if not is_list or any(not isinstance(row, int) or isinstance(row, bool) for row in rows):
+            expected = "an int, a list of ints, or an int or bool tensor"
+            self._fail("reset", "rows", expected, describe(rows), TypeError)
+        for row in rows:
+            if not 0 <= row < self._batch:
+                self._fail("reset", "rows", f"from 0 to {self._batch - 1}", str(row), IndexError)
+        return list(rows)
 
     def _new(self, *sizes: int) -> Tensor:
         """Returns a tensor whose memory the kernel can write."""
-        t = torch.empty(sizes, dtype=self._dtype, device="cpu")
+        t = torch.empty(sizes, dtype=self._kernel_dtype, device="cpu")
         if type(t) is not Tensor:  # FakeTensorMode and the like return tensors without memory
             raise RuntimeError(
                 f"Session: new tensors must be plain, got a {type(t).__name__}, which a torch "
@@ -244,21 +460,59 @@ class Session:
         raise kind(f"Session.{method}: {name} must be {expected}, got {actual}.")
 
 
-def _check_module(module: Any) -> None:
-    cls = type(module)
-    if not isinstance(module, RecurrentBase):
+def _raise_closed(*arguments: int) -> NoReturn:
+    """Takes the place of a closed session's step."""
+    raise RuntimeError("Session.step: the session is closed.")
+
+
+def _fingerprint(layer: nn.Module) -> list[Any]:
+    """Returns what changes when the weights of a layer do: identities, versions and addresses.
+
+    A weight that a parametrization computes is new at each access, so the parameters that it is
+    computed from count.
+    """
+    return [
+        (id(p), None if p.is_inference() else p._version, p.data_ptr()) for p in layer.parameters()
+    ]
+
+
+def _write_safetensors(
+    path: str | os.PathLike[str], metadata: dict[str, str], tensors: dict[str, Tensor]
+) -> None:
+    """Writes contiguous float32 tensors in safetensors format.
+
+    The format is: the size of the header in 8 bytes, the header in JSON, the values.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # readers may map the values, which must be aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors.values():
+            # NumPy, which torch does not require, would be needed for tensor.numpy().
+            file.write(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+
+
+def _check_layer(layer: Any) -> None:
+    cls = type(layer)
+    # Not isinstance: the modules are a layer of the package above this one.
+    if not hasattr(layer, "_weights") or getattr(layer, "mode", None) not in BY_MODE:
         raise TypeError(
-            "Session: module must be an RNN, LSTM or GRU of fastrnn, got "
+            "Session: layer must be an RNN, LSTM or GRU of fastrnn, got "
             f"{cls.__module__}.{cls.__name__}. fastrnn.convert turns torch's into fastrnn's."
         )
     if not cls.forward.__module__.startswith("fastrnn."):
         raise TypeError(
-            f"Session: module must have the forward of fastrnn, got {cls.__name__}, which "
+            f"Session: layer must have the forward of fastrnn, got {cls.__name__}, which "
             "overrides it."
         )
-    if module.bidirectional:
+    if layer.bidirectional:
         raise ValueError(
-            "Session: module must have one direction, got a bidirectional module, whose second "
+            "Session: layer must have one direction, got a bidirectional layer, whose second "
             "direction begins with the last step."
         )
 

@@ -34,7 +34,7 @@ cpu::StackShape stack_shape(const std::string& cell, std::int64_t layers, std::i
   check_size("layers", layers, 1);
   const LayerShape layer = shape_of(cell, 1, 1, input_size, hidden_size, proj_size, directions);
   const CellInfo& info = cell_info(layer.cell);
-  if (info.states > 2 || info.parameters > 0 || !info.dense)
+  if (!cpu::StackShape::supports(info))
     throw py::value_error("cell must be one of a public module, got '" + cell + "'");
   return {layer.cell, int(layers), int(directions), input_size, hidden_size, proj_size};
 }
@@ -90,7 +90,7 @@ void define_for(py::module_& m, const char* dtype) {
                        std::int64_t hidden_size, std::int64_t proj_size, std::int64_t batch,
                        std::int64_t threads) {
              check_size("batch", batch, 1);
-             check_size("threads", threads, 0);
+             check_size("threads", threads, 1);
              return new Session(stack_shape(cell, layers, 1, input_size, hidden_size, proj_size),
                                 batch, int(threads));
            }),
@@ -98,10 +98,17 @@ void define_for(py::module_& m, const char* dtype) {
            py::arg("proj_size"), py::arg("batch"), py::arg("threads"))
       .def("pack", &pack<T, Session>, py::arg("weights"), "Copies the weights.")
       .def(
+          "step",
+          [](Session& session, Address x, Address y) {
+            const py::gil_scoped_release others_may_run;
+            session.step(at<T>(x), at<T>(y));
+          },
+          "Runs the next step: x, y.")
+      .def(
           "run",
           [](Session& session, Address x, std::int64_t steps, Address y) {
             const py::gil_scoped_release others_may_run;
-            session.run(at<T>(x), steps, at<T>(y));
+            session.run(at<T>(x), steps, at<T>(y), true);
           },
           "Runs the next steps: x, steps, y.")
       .def(
@@ -111,7 +118,15 @@ void define_for(py::module_& m, const char* dtype) {
       .def(
           "write_states",
           [](Session& session, Address h, Address c) { session.write_states(at<T>(h), at<T>(c)); },
-          "Replaces the states by h and c; 0: zeros.");
+          "Replaces the states by h and c; 0: zeros.")
+      .def(
+          "clear_row",
+          [](Session& session, std::int64_t row) {
+            if (row < 0 || row >= session.batch())
+              throw py::value_error("row must be below the batch size");
+            session.clear_row(row);
+          },
+          py::arg("row"), "Sets the states of a sequence to zero.");
 }
 
 }  // namespace

@@ -18,6 +18,11 @@ struct StackShape {
 
   std::int64_t output_size() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
   int states() const { return layers * directions; }                                    // L*D
+  // Whether the cell is one of a public module: packed layers have at most h and c, and no
+  // parameters per unit.
+  static bool supports(const CellInfo& cell) {
+    return cell.states <= 2 && cell.parameters == 0 && cell.dense;
+  }
   bool has_cell_state() const { return cell_info(cell).states == 2; }
   // Numbers of values of h and of c of a batch; 0 if the cell has no c.
   std::int64_t h_size(std::int64_t batch) const { return states() * batch * output_size(); }
@@ -51,13 +56,15 @@ class PackedStack {
                               ParallelFor parallel_for) const;
 
   const StackShape& shape() const { return shape_; }
-
- private:
+  // Without a sequence.
   LayerShape layer_shape(int layer) const;
+  // The plan that a layer is packed for.
+  const Plan& panel_plan(int layer) const { return plans_[layer]; }
   T* panels(int layer, int direction) const {
     return static_cast<T*>(panels_->data()) + offsets_[layer * shape_.directions + direction];
   }
 
+ private:
   const StackShape shape_;
   std::vector<Plan> plans_;            // [L] that the panels are packed for
   std::vector<std::int64_t> offsets_;  // [L*D] of the panels, in elements

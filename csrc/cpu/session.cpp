@@ -1,20 +1,12 @@
 #include "cpu/session.h"
 
 #include <algorithm>
-#include <functional>
-#include <optional>
-#include <stdexcept>
 
 #include "cpu/runtime/thread_pool.h"
+#include "cpu/serial_stack.h"
 
 namespace fastrnn::cpu {
 namespace {
-
-template <class T>
-bool overlap(const T* a, std::int64_t a_size, const T* b, std::int64_t b_size) {
-  const std::less<const T*> before;
-  return before(a, b + b_size) && before(b, a + a_size);
-}
 
 template <class T>
 void copy_or_clear(const T* from, std::int64_t size, T* to) {
@@ -24,16 +16,26 @@ void copy_or_clear(const T* from, std::int64_t size, T* to) {
     std::fill_n(to, size, T(0));
 }
 
+// Clears a row of states [layers, batch, units].
+template <class T>
+void clear(T* states, std::int64_t layers, std::int64_t batch, std::int64_t units,
+           std::int64_t row) {
+  for (std::int64_t layer = 0; layer < layers; ++layer)
+    std::fill_n(states + (layer * batch + row) * units, units, T(0));
+}
+
 }  // namespace
+
+SessionBusy::SessionBusy()
+    : std::runtime_error(
+          "Session: only one call at a time is possible, but a call of another thread is running "
+          "(or was running when this process was forked).") {}
 
 template <class T>
 class Session<T>::Use {
  public:
   explicit Use(Session& session) : session_(session) {
-    if (session.in_use_.exchange(true, std::memory_order_acquire))
-      throw std::runtime_error(
-          "Session: only one call at a time is possible, but a call of another thread is running "
-          "(or was running when this process was forked).");
+    if (session.in_use_.exchange(true, std::memory_order_acquire)) throw SessionBusy();
   }
   ~Use() { session_.in_use_.store(false, std::memory_order_release); }
   Use(const Use&) = delete;
@@ -45,15 +47,19 @@ class Session<T>::Use {
 
 template <class T>
 Session<T>::Session(const StackShape& shape, std::int64_t batch, int threads)
-    : stack_(shape, threads > 0 ? threads : thread_pool().threads()),
+    : stack_(shape, threads),
       batch_(batch),
       h_size_(shape.h_size(batch)),
       c_size_(shape.c_size(batch)),
       states_size_(h_size_ + c_size_),
       most_threads_(threads),
+      serial_(threads == 1 ? std::make_unique<SerialStack<T>>(stack_, batch) : nullptr),
       states_(std::size_t(2 * states_size_) * sizeof(T)) {
-  std::fill_n(h(0), 2 * states_size_, T(0));
+  std::fill_n(h(), 2 * states_size_, T(0));
 }
+
+template <class T>
+Session<T>::~Session() = default;
 
 template <class T>
 void Session<T>::pack(const LayerWeights<T>* weights) {
@@ -62,35 +68,62 @@ void Session<T>::pack(const LayerWeights<T>* weights) {
 }
 
 template <class T>
-void Session<T>::run(const T* x, std::int64_t steps, T* y) {
+void Session<T>::step(const T* x, T* y) {
   const Use use(*this);
-  const std::int64_t x_size = steps * batch_ * shape().input_size;
-  std::optional<Workspace> copy;
-  if (overlap(x, x_size, y, steps * batch_ * shape().output_size())) {
-    copy.emplace(std::size_t(x_size) * sizeof(T));
-    T* const copied = static_cast<T*>(copy->data());
-    std::copy_n(x, x_size, copied);
-    x = copied;
+  if (serial_ != nullptr) return serial_->run(x, 1, y, h(), c(), false);
+  // The call must not read what it has written, and x may overlap y.
+  const std::int64_t x_size = batch_ * shape().input_size;
+  const Workspace copy(std::size_t(x_size) * sizeof(T));
+  T* const copied = static_cast<T*>(copy.data());
+  std::copy_n(x, x_size, copied);
+  run_on_pool(copied, 1, y);
+}
+
+template <class T>
+void Session<T>::run(const T* x, std::int64_t steps, T* y, bool asks) {
+  const Use use(*this);
+  if (serial_ == nullptr) return run_on_pool(x, steps, y);
+  std::copy_n(h(), states_size_, saved_h());
+  try {
+    serial_->run(x, steps, y, h(), c(), asks);
+  } catch (...) {
+    std::copy_n(saved_h(), states_size_, h());
+    throw;
   }
+}
+
+template <class T>
+void Session<T>::run_on_pool(const T* x, std::int64_t steps, T* y) {
   const ThreadPool pool = thread_pool();
-  const int threads = most_threads_ == 1 ? 1 : pool.threads();
-  stack_.forward({steps, batch_, x, h(current_), c(current_), y, h(1 - current_), c(1 - current_)},
-                 most_threads_ > 0 ? std::min(threads, most_threads_) : threads, pool.parallel_for);
-  current_ = 1 - current_;
+  std::copy_n(h(), states_size_, saved_h());
+  try {
+    stack_.forward({steps, batch_, x, saved_h(), saved_c(), y, h(), c()},
+                   std::min(pool.threads(), most_threads_), pool.parallel_for);
+  } catch (...) {
+    std::copy_n(saved_h(), states_size_, h());
+    throw;
+  }
 }
 
 template <class T>
 void Session<T>::read_states(T* to_h, T* to_c) {
   const Use use(*this);
-  std::copy_n(h(current_), h_size_, to_h);
-  if (c_size_ > 0) std::copy_n(c(current_), c_size_, to_c);
+  std::copy_n(h(), h_size_, to_h);
+  if (c_size_ > 0) std::copy_n(c(), c_size_, to_c);
 }
 
 template <class T>
 void Session<T>::write_states(const T* from_h, const T* from_c) {
   const Use use(*this);
-  copy_or_clear(from_h, h_size_, h(current_));
-  if (c_size_ > 0) copy_or_clear(from_c, c_size_, c(current_));
+  copy_or_clear(from_h, h_size_, h());
+  if (c_size_ > 0) copy_or_clear(from_c, c_size_, c());
+}
+
+template <class T>
+void Session<T>::clear_row(std::int64_t row) {
+  const Use use(*this);
+  clear(h(), shape().layers, batch_, shape().output_size(), row);
+  if (c_size_ > 0) clear(c(), shape().layers, batch_, shape().hidden_size, row);
 }
 
 template class Session<float>;

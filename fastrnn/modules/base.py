@@ -28,6 +28,7 @@ from fastrnn.layer_call import (
 from fastrnn.modules.quantization_warning import warn_if_left_float
 from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
 from fastrnn.ops.packed import PreparedWeights, StackShape
+from fastrnn.session import Session
 from fastrnn.spec import (
     BIASES,
     BY_MODE,
@@ -242,6 +243,21 @@ class RecurrentBase(nn.RNNBase):
         """Drops the copy of the weights that `prepare` has packed, and returns the module."""
         self.__dict__.pop("_prepared", None)
         return self
+
+    def stream(self, batch_size: int = 1, threads: int = 1) -> Session:
+        """Returns a session that runs sequences step by step, with a packed copy of the weights.
+
+            session = layer.stream()
+            y = session.step(x)             # x [1,I], y [1,R]
+
+        For inference on the CPU, of layers with one direction. `fastrnn.Session` and
+        docs/session.md describe its use, speed and errors.
+
+        Args:
+            batch_size: B, number of sequences that run at the same time. Default: 1
+            threads: largest number of threads per call. Default: 1
+        """
+        return Session(self, batch_size, threads)
 
     def train(self: _Module, mode: bool = True) -> _Module:
         """Sets training or eval mode. Training mode drops the copy of `prepare`."""

@@ -7,11 +7,13 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 
 import fastrnn
+from fastrnn import c_interface
 
 #: packages that ``fastrnn charlm`` needs besides torch
 CHARLM_PACKAGES = ("rich", "matplotlib", "safetensors", "numpy")
@@ -72,7 +74,14 @@ def _run(given: list[str]) -> int:
     commands.add_parser("compare", help="time fastrnn, torch.nn and other libraries on a shape")
     about = commands.add_parser("info", help="show versions, CPU, CUDA and execution plans")
     about.add_argument("--json", action="store_true", help="print JSON")
+    about.add_argument("--cflags", action="store_true", help="print the flags to compile C with")
+    about.add_argument("--libs", action="store_true", help="print the flags to link C with")
     options = parser.parse_args(given)
+
+    if options.cflags or options.libs:
+        flags = c_interface.compile_flags() if options.cflags else []
+        print(shlex.join(flags + (c_interface.link_flags() if options.libs else [])))
+        return 0
 
     from fastrnn.tools import info
 

@@ -224,6 +224,19 @@ def test_prepared_weights_and_sessions_begin_with_the_states(name: str) -> None:
     for _ in range(2):
         torch.testing.assert_close(session.run(x), expected)
         session.reset()
+    session = layer.stream(batch_size=2)
+    session.run(x.expand(-1, 2, -1).contiguous())
+    untouched = session.state
+    session.reset(1)
+    for before, after, initial in zip(
+        *[
+            state if isinstance(state, tuple) else (state,)
+            for state in (untouched, session.state, states_of(layer, 2))
+        ],
+        strict=True,
+    ):
+        assert torch.equal(after[:, 0], before[:, 0])
+        assert torch.equal(after[:, 1], initial[:, 1])
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")

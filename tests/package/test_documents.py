@@ -64,7 +64,8 @@ def test_the_navigation_lists_every_page() -> None:
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs(code: str) -> None:
+def test_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # examples write files
     exec(compile(code, "an example", "exec"), {})
 
 

@@ -1,7 +1,7 @@
 """Layers of the architecture: no #include or import may lead to a higher or neighbouring layer.
 
-cells <- problem <- { cpu | cuda } <- { torch | bindings } <- Python
-Python: init, ops <- backends <- engine <- functional, modules <- convert, quantization, session,
+cells <- problem <- { cpu | cuda } <- { torch | bindings | c } <- Python
+Python: init, ops <- backends, session <- engine <- functional, modules <- convert, quantization,
         tbptt <- diagnostics, tools
 """
 
@@ -27,6 +27,7 @@ MAY_INCLUDE = {
     "slots": set(),
     "torch": {"torch", "slots", "cpu", "problem", "cells"},
     "torch_cuda": {"torch", "torch_cuda", "slots", "cuda", "problem", "cells"},
+    "c": {"c", "cpu", "problem", "cells"},
     "bindings": {"bindings", "slots", "cpu", "cuda", "problem", "cells"},
 }
 
@@ -37,6 +38,7 @@ OUTSIDE = {
     "cpu": r"pthread\.h|sched\.h|unistd\.h|sys/(mman|syscall)\.h|linux/futex\.h"
     r"|cpuid\.h|immintrin\.h",
     "cuda": CUDA_TOOLKIT,
+    "c": r"fastrnn\.h",
     "torch": STABLE_TORCH,
     "torch_cuda": f"{STABLE_TORCH}|{CUDA_TOOLKIT}",
     "bindings": r"pybind11/.+|unistd\.h|sys/syscall\.h",
@@ -49,15 +51,15 @@ CELLS_STANDARD = {"cmath", "cstdint", "cstring", "type_traits", "utility"}
 # on an earlier line. Groups on the same line must not import each other.
 PYTHON_ORDER = [
     {"_C"},
-    {"_library", "_torch_internals"},
+    {"_library", "_torch_internals", "c_interface"},
     {"spec", "tracing"},
     {"layer_call"},
     {"autocast", "checks", "init", "reference"},
     {"ops"},
-    {"backends"},
+    {"backends", "session"},
     {"engine"},
     {"functional", "modules"},
-    {"convert", "explanation", "flops", "quantization", "session", "tbptt"},
+    {"convert", "explanation", "flops", "quantization", "tbptt"},
     {"diagnostics"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"tools"},
@@ -207,6 +209,8 @@ def test_every_part_of_the_package_has_a_place() -> None:
         ("torch/ops.cpp", "#include <torch/extension.h>"),
         ("torch/ops_cuda.cpp", '#include "cpu/api.h"'),
         ("bindings/module.cpp", "#include <torch/csrc/stable/tensor.h>"),
+        ("c/api.cpp", '#include "torch/arguments.h"'),
+        ("cpu/session.cpp", "#include <fastrnn.h>"),
         ("bindings/module.cpp", '#include "torch/arguments.h"'),
         ("torch/slots.h", '#include "torch/arguments.h"'),
     ],

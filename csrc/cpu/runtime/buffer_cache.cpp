@@ -39,8 +39,8 @@ void* fresh(std::size_t bytes) {
   const bool huge = bytes >= 2 * kHugePage;
   void* buffer = ::operator new(bytes, std::align_val_t(huge ? kHugePage : 64), std::nothrow);
   if (buffer == nullptr)
-    throw std::runtime_error("fastrnn: there is no memory for a buffer of " +
-                             std::to_string(bytes) + " bytes.");
+    throw OutOfMemory("fastrnn: there is no memory for a buffer of " + std::to_string(bytes) +
+                      " bytes.");
   use_huge_pages(buffer, bytes);
   return buffer;
 }

@@ -10,13 +10,18 @@
 #pragma once
 
 #include <cstddef>
+#include <stdexcept>
 
 #include "cpu/api.h"
 
 namespace fastrnn::cpu {
 
-// Returns at least `bytes` bytes, aligned for any vector. Throws std::runtime_error if there is no
-// memory.
+// There is no memory for a buffer.
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Returns at least `bytes` bytes, aligned for any vector. Throws OutOfMemory.
 FASTRNN_EXPORT void* acquire_buffer(std::size_t bytes);
 // bytes: as in acquire_buffer.
 FASTRNN_EXPORT void release_buffer(void* buffer, std::size_t bytes) noexcept;

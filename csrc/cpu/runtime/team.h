@@ -144,6 +144,9 @@ struct Team {
   WorkQueues work_queues;
   const int threads;
   Team* below = nullptr;  // the team that computes this team's input at the same time, or null
+  // The first step goes through its blocks from the last one to the first. Steps alternate, so that
+  // each one begins with the weights that are still in the cache; so do calls of one step.
+  bool backwards = false;
 
   Interruption& interruption;
   bool asks;  // whether rank 0 is the calling thread

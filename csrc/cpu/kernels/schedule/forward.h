@@ -192,24 +192,27 @@ class ForwardWalk {
     for (std::int64_t i = 0; i < width_; i += kLanes) Vec::load(from + i).store(to + i);
   }
 
+  // Whether a step goes through the blocks from the last one to the first.
+  bool goes_back(int parity) const { return (parity != 0) != team_.backwards; }
+
   // Calls body(block) for this rank's blocks and, if blocks are shared, for blocks that the other
   // ranks of its group have not started.
   template <class Wait, class Body>
   void for_each_block(int parity, Wait&& wait, Body&& body) {
     if (!plan_.shared) {
-      for (std::int64_t i = 0; i < blocks_.size(); ++i) body(blocks_.zigzag(i, parity != 0));
+      for (std::int64_t i = 0; i < blocks_.size(); ++i) body(blocks_.zigzag(i, goes_back(parity)));
       return;
     }
     std::int64_t i;
     while (work_queues_.take(rank_, parity, blocks_.size(), true, i))
-      body(blocks_.zigzag(i, parity != 0));
+      body(blocks_.zigzag(i, goes_back(parity)));
     wait();  // all ranks have left the step before, so its queues can be refilled
     work_queues_.refill(rank_, 1 - parity);
     for (int next = 1; next < plan_.unit_groups; ++next) {
       const int group = (rank_ + next) % plan_.unit_groups;
       const IndexRange theirs(panel_layout_.unit_blocks, group, plan_.unit_groups);
       while (work_queues_.take(group_first_ + group, parity, theirs.size(), false, i))
-        body(theirs.zigzag(i, parity != 0));
+        body(theirs.zigzag(i, goes_back(parity)));
     }
   }
 
@@ -224,8 +227,8 @@ class ForwardWalk {
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
     const std::int64_t tiles = tile_count(0, own, tile_height_);
     for_each_block(parity, wait, [&](std::int64_t block) {
-      const std::int64_t next =
-          parity != 0 ? std::max(block - 1, blocks_.begin) : std::min(block + 1, blocks_.end - 1);
+      const std::int64_t next = goes_back(parity) ? std::max(block - 1, blocks_.begin)
+                                                  : std::min(block + 1, blocks_.end - 1);
       std::int64_t index = 0;
       for_each_tile(0, own, tile_height_, [&](std::int64_t first, int count) {
         const std::int64_t row = rows_.row(first);
