@@ -31,13 +31,14 @@ class Microkernel:
 
     types: tuple[str, ...] = ()  # () if no instance is required: only the existing ones are checked
     rows: str = ""  # function in tile_shape.h: largest number of rows for n vectors
-    chains: str = ""  # function in tile_shape.h: number of chains for m rows and n vectors
+    chains: str = "1"  # function in tile_shape.h: number of chains for m rows and n vectors
     table: str = "cpu/kernels/table.h"  # header whose inclusion in isa/*.cpp creates the instances
     depth: int = 1  # steps along K per multiply-add
     widens: bool = False  # the loop also widens its values: once per row, vector and step along K
 
 
-# An instance name<types, M> has one vector; further arguments do not matter.
+# An instance name<types, M> has one vector; further arguments do not matter. For amx_tile, M and N
+# count tile registers.
 MICROKERNELS = {
     "tile": Microkernel(("float", "double"), rows="tile_rows", chains="tile_chains"),
     "prefetching_tile": Microkernel(),
@@ -50,6 +51,11 @@ MICROKERNELS = {
         table="cpu/kernels/bfloat16/table.h",
         depth=2,
         widens=True,
+    ),
+    "amx_tile": Microkernel(
+        ("",),
+        rows="amx_row_tiles",
+        table="cpu/kernels/bfloat16/table.h",
     ),
 }
 
@@ -71,12 +77,12 @@ MICROKERNEL = re.compile(
 )
 JUMP = re.compile(r"j\w+|b(\..+)?|cbn?z|tbn?z")
 RETURN = re.compile(r"ret\w*|call\w*|bl|blr|br")
-MULTIPLY_ADD = re.compile(r"vfn?m(add|sub)\w+|fml[as]|vdpbf16ps")
+MULTIPLY_ADD = re.compile(r"vfn?m(add|sub)\w+|fml[as]|vdpbf16ps|tdpbf16ps")
 WIDENING = re.compile(r"vpslld|vpandd?|vandps")
 PRODUCT = re.compile(r"v?mulp[sd]|fmul")
 SUM = re.compile(r"v?addp[sd]|fadd")
 MOVE = re.compile(r"v?mov[^i]\w*|mov|fmov")
-VECTOR = re.compile(r"%[xyz]mm\d+|\b[vqdshb]\d+\b")
+VECTOR = re.compile(r"%[xyzt]mm\d+|\b[vqdshb]\d+\b")
 INTEGER = re.compile(r"%r\w+|%e\w\w|\b[wx]\d+\b")
 MEMORY = re.compile(r"\(|(?<!\.[bhsd])\[")  # but not the lane v0.s[1]
 STACK = {"x86_64": r"\(%rsp", "aarch64": r"\[sp"}
@@ -249,6 +255,7 @@ def shapes(isa: str, machine: str, kernel: Microkernel) -> dict[tuple[int, int],
     macros = (CSRC / "cpu" / "isa" / f"{isa}.cpp").read_text(encoding="utf-8")
     if not kernel.types or f'#include "{kernel.table}"' not in macros:
         return {}
+    chains = kernel.chains if kernel.chains == "1" else f"{kernel.chains}(m, n)"
     program = [
         "#include <cstdint>",
         "#include <cstdio>",
@@ -261,7 +268,7 @@ def shapes(isa: str, machine: str, kernel: Microkernel) -> dict[tuple[int, int],
         "int main() {",
         "  for (int n = 1; n <= kTileVectors; ++n)",
         f"    for (int m = 1; m <= {kernel.rows}(n); ++m)",
-        f'      std::printf("%d %d %d\\n", m, n, {kernel.chains}(m, n));',
+        f'      std::printf("%d %d %d\\n", m, n, {chains});',
         "}",
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -3,8 +3,9 @@
     python tests/cpu_paths.py [pytest arguments]
 
 Rounding errors of torch depend on the CPU. Each path makes torch, MKL and oneDNN select the code of
-an older or another CPU. If this CPU lacks a path, the libraries fall back to their best one. The
-exit status is 1 if a test fails on any path. Takes about 2 minutes per path on 2 cores.
+an older or another CPU. The last one also makes fastrnn emulate AMX. If this
+CPU lacks a path, the libraries fall back to their best one. The exit status is 1 if a test fails on
+any path. Takes about 2 minutes per path on 2 cores.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ PATHS: list[dict[str, str]] = [
         "ATEN_CPU_CAPABILITY": "avx512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "FASTRNN_EMULATE_AMX": "1",
         "OMP_NUM_THREADS": "2",
     },
 ]

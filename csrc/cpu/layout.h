@@ -99,9 +99,11 @@ struct PanelLayout {
     const std::int64_t packed = plan.packed ? 1 : 0;  // unpacked weights have no panels
     const std::int64_t width = unit_blocks * cell.gates * unit_block;
     const int recurrent_bytes = weight_bytes(plan.recurrent_format, plan.element_bytes);
-    // Pairs of bfloat16 are as large as an element. A last value along K has a pair of its own.
-    const bool pairs = plan.recurrent_format == WeightFormat::kBfloat16Pairs;
-    const auto depth = [&](std::int64_t k) { return pairs ? divide_up(k, 2) : k; };
+    // A pair of bfloat16 is as large as an element. Other matrices than w_hh are native.
+    const bool pairs = is_bfloat16(plan.recurrent_format);
+    const auto depth = [&](std::int64_t k) {
+      return panel_rows(pairs ? plan.recurrent_format : WeightFormat::kNative, k);
+    };
     w_ih = builder.add(packed * depth(shape.input_size) * width);
     w_hh = builder.add(
         (cell.dense ? packed : 0) *
@@ -127,9 +129,8 @@ struct ForwardLayout {
     WorkspaceBuilder builder;
     h = builder.add(2 * batch * shape.output_size());
     unprojected_h = builder.add(shape.proj_size > 0 ? batch * shape.hidden_size : 0);
-    const int own_states = plan.recurrent_format == WeightFormat::kBfloat16Pairs
-                               ? cell_info(shape.cell).states - 1
-                               : 0;
+    const int own_states =
+        is_bfloat16(plan.recurrent_format) ? cell_info(shape.cell).states - 1 : 0;
     c = builder.add(batch * own_states * shape.hidden_size);
     gates_x = builder.add(plan.input_fused ? 0 : plan.chunk_rows * row);
     size = builder.size();

@@ -235,9 +235,10 @@ Plan make_packed_plan(const LayerShape& shape, const Isa& isa, const Plan& panel
   return plan;
 }
 
-// An instruction that multiplies pairs has twice the multiply-adds of float32. Without it bfloat16
-// pays where a step waits for its weights, because half the bytes arrive sooner. One long sequence
-// of a small layer waits for neither, and keeps float32 copies.
+// AMX multiplies 16 rows with a tile of weights in the time in which an instruction for pairs
+// multiplies two or three. An instruction for pairs has twice the multiply-adds of float32. Without
+// it bfloat16 pays where a step waits for its weights, because half the bytes arrive sooner. One
+// long sequence of a small layer waits for neither, and keeps float32 copies.
 Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
   const Bfloat16Kernels* kernels;
   if (forced_bfloat16_kernels(&kernels)) return {kernels, "forced"};
@@ -245,6 +246,9 @@ Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
   const std::int64_t batch = shape.sequence.batch;
   if (batch == 1 && shape.sequence.steps >= kMinHalfSteps && values < kMinHalfWeights)
     return {nullptr, "one sequence of a small layer does not wait for weights"};
+  if (batch >= kMinTileBatch && shape.hidden_size >= kMinTileUnits &&
+      (kernels = bfloat16_kernels(Bfloat16Product::kTiles)) != nullptr)
+    return {kernels, "an instruction multiplies tiles of pairs"};
   if ((kernels = bfloat16_kernels(Bfloat16Product::kDot)) != nullptr) {
     if (batch > kMostDotElsewhere && std::strcmp(cpu_vendor(), "amd") != 0)
       return {nullptr, "larger batches were measured on AMD CPUs only"};
@@ -255,6 +259,18 @@ Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
   if (batch > (isa().vector_bytes < 64 ? kMostWidenedNarrow : kMostWidened))
     return {nullptr, "without an instruction for bfloat16 only small batches are faster"};
   return {kernels, "the weights are widened as they are loaded"};
+}
+
+// Threads that split the rows of a batch leave parts of the tiles of AMX empty, which take as long
+// as full ones.
+int pick_bfloat16_row_groups(const LayerShape& shape, const Isa& isa, WeightFormat format,
+                             int weight_bytes, int threads) {
+  const int groups = pick_row_groups(shape, Pass::kForward, isa, weight_bytes, threads);
+  const bool has_tiles = format == WeightFormat::kBfloat16Tiles;
+  const bool splits_units = divide_up(shape.hidden_size, kTileUnits) >= threads;
+  return has_tiles && splits_units && shape.sequence.batch < kMinTileRowsPerThread * threads
+             ? 1
+             : groups;
 }
 
 // The rules of float32, for weights of half the size that are always packed: float32 copies would
@@ -271,7 +287,7 @@ Plan make_bfloat16_plan_for(const LayerShape& shape, const Isa& isa, WeightForma
   plan.packed = true;
   plan.together = pick_together(shape, kPass, isa, kWeightBytes, max_threads, directions);
   plan.threads = pick_threads(shape, kPass, max_threads / plan.together);
-  plan.row_groups = pick_row_groups(shape, kPass, isa, kWeightBytes, plan.threads);
+  plan.row_groups = pick_bfloat16_row_groups(shape, isa, format, kWeightBytes, plan.threads);
   plan.unit_groups = plan.threads / plan.row_groups;
   plan.unit_vectors = pick_unit_vectors(shape.hidden_size, plan.vector_lanes,
                                         cell_info(shape.cell).gates, plan.unit_groups);

@@ -78,6 +78,13 @@ constexpr std::int64_t kInt8ChunkRows = 96;
 // of the time of float32 copies with 3 or 4 sequences, and less with 1 or 2; vectors of 64 bytes
 // take less with up to 4.) With the instruction, larger batches were measured on AMD CPUs alone.
 constexpr std::int64_t kMostWidenedNarrow = 2, kMostWidened = 4, kMostDotElsewhere = 4;
+// AMX: minimum batch and units. From instruction counts, not measured: a product with a tile of
+// weights takes 16 cycles for any number of rows, an instruction for pairs 8 cycles per row. With 8
+// rows and 64 units a tile product with its loads and stores takes about half as long, and a batch
+// of 16 to 128 took a third of the time of float32 in an experiment (Emerald Rapids).
+constexpr std::int64_t kMinTileBatch = 8, kMinTileUnits = 64;
+// AMX: units of a tile, and minimum rows per thread where threads split the rows: two tiles.
+constexpr std::int64_t kTileUnits = 16, kMinTileRowsPerThread = 32;
 
 // Multiply-adds of a whole call.
 std::int64_t call_work(const LayerShape& shape, Pass pass);
@@ -88,6 +95,8 @@ int pick_unit_vectors(std::int64_t units, int lanes, int gates, int groups);
 bool pick_packed(const LayerShape& shape, Pass pass);
 WeightFormat pick_recurrent_format(const LayerShape& shape, Pass pass, const Isa& isa,
                                    int element_bytes, WeightFormat allowed);
+int pick_bfloat16_row_groups(const LayerShape& shape, const Isa& isa, WeightFormat format,
+                             int weight_bytes, int threads);
 int pick_together(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                   int max_threads, int directions);
 bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_plan,

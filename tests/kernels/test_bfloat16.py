@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build, check, exact_call, is_in_torch, pack, random, torch_twin
+from support import (
+    CELLS,
+    build,
+    check,
+    exact_call,
+    is_in_torch,
+    pack,
+    random,
+    run_python,
+    torch_twin,
+)
 from tolerance import assert_agrees
 from torch import Tensor, nn
 
@@ -86,6 +96,7 @@ SIZES = [
     (3, 16, 21, 31),
     (3, 17, 40, 48),
     (2, 64, 7, 33),
+    (2, 39, 65, 80),
     (3, 2, 300, 261),
 ]
 
@@ -253,13 +264,17 @@ def test_rule_chooses_by_instruction_set_and_batch() -> None:
     for isa, names in itertools.groupby(KERNELS, lambda pair: pair[0]):
         _C.set_isa(isa)
         try:
-            has_dot = any(name == "avx512_bf16" for _, name in names)
+            available = {name for _, name in names}
+            has_dot = "avx512_bf16" in available
             owner = "avx512_bf16" if has_dot else isa
             most = 2 if isa == "avx2" else 4
             if has_dot and _C.cpu_vendor() == "amd":
                 most = 64
             for batch in (1, 2, 3, 4, 5, 64):
                 chosen = plan(batch)
+                if "amx_bf16" in available and batch >= 8:
+                    assert chosen["bfloat16"].startswith("amx_bf16: ")
+                    continue
                 is_stored = batch <= most
                 assert chosen["recurrent_format"] == ("bfloat16" if is_stored else "native")
                 assert chosen["bfloat16"].startswith(
@@ -267,6 +282,27 @@ def test_rule_chooses_by_instruction_set_and_batch() -> None:
                 )
         finally:
             _C.set_isa(None)
+
+
+@pytest.mark.skipif("avx512" not in _C.available_isas(), reason="the emulation needs AVX-512")
+def test_amx_is_chosen_for_batches() -> None:
+    """Under the emulation, which stands for a CPU with AMX."""
+    code = """
+import torch, fastrnn
+from fastrnn import _C
+for batch, hidden in ((7, 64), (8, 63), (8, 64), (64, 512)):
+    chosen = _C.plan("lstm", 20, batch, 64, hidden, dtype="bfloat16", threads=2)
+    print(chosen["bfloat16"].startswith("amx_bf16"), chosen["row_groups"])
+    print(chosen["recurrent_format"])
+module = fastrnn.GRU(40, 70).bfloat16()
+with torch.inference_mode():
+    call = str(fastrnn.explain(module, torch.zeros(3, 9, 40).bfloat16()))
+print("an instruction multiplies tiles of pairs" in call)
+"""
+    printed = run_python(code, FASTRNN_EMULATE_AMX="1").splitlines()
+    assert printed[0].startswith("False")
+    assert printed[2].startswith("False")
+    assert printed[4:] == ["True 1", "bfloat16_tiles", "True 2", "bfloat16_tiles", "True"]
 
 
 def test_one_sequence_of_a_small_layer_uses_float32_copies() -> None:

@@ -73,6 +73,19 @@ NEON = """
  2bc:	cmp	x0, x1
  2c0:	b.ne	228 <void fastrnn::cpu::baseline::tile<float, 2, 2>(long)+0x228>  // b.any
 """
+AMX = """
+0000000000000000 <void fastrnn::cpu::amx_bf16::amx_tile<2, 1>(long, float*)>:
+   0:	tileloadd (%rax,%r9,1),%tmm0
+  40:	tileloadd (%rax,%rdx,1),%tmm4
+  46:	tileloadd (%rcx,%rdx,1),%tmm5
+  4c:	tileloadd (%rsi,%r8,1),%tmm6
+  52:	tdpbf16ps %tmm6,%tmm4,%tmm0
+  57:	tdpbf16ps %tmm6,%tmm5,%tmm1
+  5c:	add    $0x40,%rax
+  60:	dec    %rdi
+  63:	jne    40 <void fastrnn::cpu::amx_bf16::amx_tile<2, 1>(long)+0x40>
+  65:	tilestored %tmm0,(%rax,%r9,1)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +134,15 @@ def test_product_and_sum_without_fma_count_as_one_multiply_add(kernels: ModuleTy
         "has 1 moves between vector registers",
         "has 1 other vector instructions",
     ]
+
+
+def test_tile_registers_count_as_vectors(kernels: ModuleType) -> None:
+    (loop,) = kernels.loops(only_function(kernels, AMX))
+    assert (loop.multiply_adds, loop.loads, loop.integer) == (2, 3, 3)
+    assert loop.moves == loop.others == loop.spills == 0
+    assert faults(kernels, AMX) == []
+    stored = AMX.replace("add    $0x40,%rax", "tilestored %tmm0,(%rax,%r9,1)")
+    assert faults(kernels, stored) == ["has 1 other vector instructions in its K loop, more than 0"]
 
 
 def test_vector_lanes_do_not_count_as_loads(kernels: ModuleType) -> None:

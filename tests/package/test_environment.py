@@ -37,6 +37,7 @@ BAD = [
     ("FASTRNN_L2_KB", "2M", "a whole number from 0 (a fast L3) to 1048576"),
     ("FASTRNN_L2_KB", "1048577", "a whole number from 0 (a fast L3) to 1048576"),
     ("FASTRNN_POISON", "yes", "0 or 1"),
+    ("FASTRNN_EMULATE_AMX", "2", "0 or 1"),
     ("FASTRNN_WIDEN_BYTES", "16", "32 or 64"),
     ("FASTRNN_VERBOSE", "yes", "0 or 1"),
 ]

@@ -11,6 +11,7 @@ namespace fastrnn::cpu {
 enum class Bfloat16Product {
   kWidened,  // multiply-adds of float32, after a load has been widened
   kDot,      // an instruction that multiplies pairs
+  kTiles,    // AMX: an instruction that multiplies tiles of pairs
 };
 
 struct Bfloat16Kernels {
@@ -25,11 +26,14 @@ struct Bfloat16Kernels {
                               float* panels, const ForwardLayout&, float* scratch, Team&, int rank);
 };
 
-// The kernels of the instruction set in use that this machine runs, or null: those with an
-// instruction for the product, or those that widen.
+// The kernels of the instruction set in use that this machine runs and that multiply in this way,
+// or null.
 const Bfloat16Kernels* bfloat16_kernels(Bfloat16Product product);
 // Returns whether kernels of the instruction set in use are forced, and which; null: float32
 // copies.
 bool forced_bfloat16_kernels(const Bfloat16Kernels** kernels);
+
+// Whether this machine has AMX for bfloat16 and lets this process use it (amx.cpp).
+bool has_amx();
 
 }  // namespace fastrnn::cpu

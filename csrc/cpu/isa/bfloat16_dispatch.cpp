@@ -2,6 +2,8 @@
 // chooses between them is pick_bfloat16_kernels in plan.cpp.
 #include "cpu/isa/bfloat16.h"
 
+#include "cpu/runtime/settings.h"
+
 namespace fastrnn::cpu {
 
 #if defined(__x86_64__)
@@ -14,13 +16,20 @@ extern const Bfloat16Kernels kBfloat16Kernels;
 namespace avx512_bf16 {
 extern const Bfloat16Kernels kBfloat16Kernels;
 }
+namespace amx_bf16 {
+extern const Bfloat16Kernels kBfloat16Kernels;
+}
+namespace amx_bf16_emulated {
+extern const Bfloat16Kernels kBfloat16Kernels;
+}
 #endif
 
 namespace {
 
 struct Row {
   const Bfloat16Kernels* kernels;
-  bool (*runs_here)();  // besides its instruction set
+  bool (*runs_here)();    // besides its instruction set
+  bool emulates = false;  // for tests: runs everywhere, slowly
 };
 
 // The slowest first. (A vector, because it is empty on other architectures.)
@@ -30,6 +39,8 @@ const std::vector<Row>& rows() {
       {&avx2::kBfloat16Kernels, [] { return true; }},
       {&avx512::kBfloat16Kernels, [] { return true; }},
       {&avx512_bf16::kBfloat16Kernels, [] { return bool(__builtin_cpu_supports("avx512bf16")); }},
+      {&amx_bf16_emulated::kBfloat16Kernels, [] { return true; }, true},
+      {&amx_bf16::kBfloat16Kernels, has_amx},
 #endif
   };
   return all;
@@ -48,8 +59,10 @@ bool is_available(const Row& row) {
 }  // namespace
 
 const Bfloat16Kernels* bfloat16_kernels(Bfloat16Product product) {
+  static const bool emulates = emulate_amx_setting();
   for (const Row& row : rows())
-    if (row.kernels->product == product && is_available(row)) return row.kernels;
+    if (row.kernels->product == product && (!row.emulates || emulates) && is_available(row))
+      return row.kernels;
   return nullptr;
 }
 

@@ -30,6 +30,12 @@ int whole_number(const char* name, const std::string& value, int most, const std
   return int(number);
 }
 
+bool zero_or_one(const char* name, const std::string& value) {
+  if (value.empty() || value == "0") return false;
+  if (value == "1") return true;
+  reject_setting(name, "0 or 1", value);
+}
+
 }  // namespace
 
 int threads_setting() {
@@ -42,11 +48,9 @@ int l2_kb_setting() {
   return value.empty() ? -1 : whole_number("FASTRNN_L2_KB", value, 1 << 20, "a fast L3");
 }
 
-bool poison_setting() {
-  const std::string value = setting("FASTRNN_POISON");
-  if (value.empty() || value == "0") return false;
-  if (value == "1") return true;
-  reject_setting("FASTRNN_POISON", "0 or 1", value);
+bool poison_setting() { return zero_or_one("FASTRNN_POISON", setting("FASTRNN_POISON")); }
+bool emulate_amx_setting() {
+  return zero_or_one("FASTRNN_EMULATE_AMX", setting("FASTRNN_EMULATE_AMX"));
 }
 
 int widen_bytes_setting() {
@@ -74,6 +78,7 @@ void check_settings() {
   threads_setting();
   l2_kb_setting();
   poison_setting();
+  emulate_amx_setting();
   widen_bytes_setting();
 }
 

@@ -14,10 +14,11 @@ std::string setting(const char* name);
 [[noreturn]] void reject_setting(const char* name, const std::string& expected,
                                  const std::string& value);
 
-int threads_setting();      // FASTRNN_THREADS: largest number of threads per call, 0: no bound
-bool poison_setting();      // FASTRNN_POISON
-int l2_kb_setting();        // FASTRNN_L2_KB: 0 to 2^20, or -1: chosen by the CPU
-int widen_bytes_setting();  // FASTRNN_WIDEN_BYTES: 32, 64 or 0: chosen by the CPU
-std::string isa_setting();  // FASTRNN_ISA: an available instruction set, or "": the fastest
+int threads_setting();       // FASTRNN_THREADS: largest number of threads per call, 0: no bound
+bool poison_setting();       // FASTRNN_POISON
+bool emulate_amx_setting();  // FASTRNN_EMULATE_AMX
+int l2_kb_setting();         // FASTRNN_L2_KB: 0 to 2^20, or -1: chosen by the CPU
+int widen_bytes_setting();   // FASTRNN_WIDEN_BYTES: 32, 64 or 0: chosen by the CPU
+std::string isa_setting();   // FASTRNN_ISA: an available instruction set, or "": the fastest
 
 }  // namespace fastrnn::cpu

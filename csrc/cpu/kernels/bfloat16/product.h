@@ -1,7 +1,6 @@
 // Weights in bfloat16 as they are stored, multiplied with rows of bfloat16 and added in float32.
 //
-// A panel holds pairs: the weights of a unit for k and k + 1 are one word of 32 bits, [K/2][gates]
-// [U]. So are the values of a row in the caller's memory, so a step along K is a pair of each:
+// A step along K is a pair of values (pairs.h) of a row and of each unit:
 //
 //   sum += a[k] w[k] + a[k+1] w[k+1]
 //
@@ -12,15 +11,11 @@
 // Both products are exact before a sum is rounded, except for denormal numbers.
 #pragma once
 
-#include "cpu/kernels/product/panels.h"
+#include "cpu/kernels/bfloat16/pairs.h"
 
 #include "cpu/isa/bfloat16.h"
 
 FASTRNN_KERNELS_BEGIN
-
-// Two values that follow each other along K, the first one in the lower half.
-using Pair = std::uint32_t;
-constexpr int kPairDepth = 2;
 
 using PairVector = VectorOf<float>::Bits;
 using SumVector = VectorOf<float>::Type;
@@ -29,11 +24,6 @@ FASTRNN_INLINE PairVector load_pairs(const Pair* from) {
   PairVector pairs;
   __builtin_memcpy(&pairs, from, sizeof(pairs));
   return pairs;
-}
-FASTRNN_INLINE Pair load_pair(const Bfloat16* from) {
-  Pair pair;
-  __builtin_memcpy(&pair, from, sizeof(pair));
-  return pair;
 }
 
 #if defined(FASTRNN_BF16_DOT)
@@ -171,44 +161,6 @@ FASTRNN_INLINE PairTile pair_tile_function(int m, int n) {
   return kTables[n - 1][m - 1];
 }
 
-// Packs a block: transposes words of two values.
-inline void pack_pair_panel(const PanelSource<Bfloat16>& source, std::int64_t block,
-                            std::int64_t block_units, Pair* panel) {
-  using Vec = Pack<float>;  // of words that are only moved
-  constexpr int kLanes = Vec::kLanes;
-  const std::int64_t first = block * block_units;
-  const std::int64_t present = std::min(block_units, source.units - first);
-  const std::int64_t width = source.gates * block_units, k_count = source.k_count;
-  for (int gate = 0; gate < source.gates; ++gate) {
-    for (std::int64_t u = 0; u < block_units; u += kLanes) {
-      const Bfloat16* from = source.weights + (gate * source.units + first + u) * source.stride;
-      const std::int64_t rows = std::clamp<std::int64_t>(present - u, 0, kLanes);
-      Pair* to = panel + gate * block_units + u;
-      std::int64_t k = 0;
-      for (; k + kLanes * kPairDepth <= k_count; k += kLanes * kPairDepth) {
-        Vec::Vector words[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          words[i] = Vec::Vector{};
-          if (i < rows) __builtin_memcpy(&words[i], from + i * source.stride + k, sizeof(words[i]));
-        }
-        transpose<float>(words);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i)
-          __builtin_memcpy(to + (k / kPairDepth + i) * width, &words[i], sizeof(words[i]));
-      }
-      for (; k < k_count; k += kPairDepth) {
-        for (std::int64_t i = 0; i < kLanes; ++i) {
-          const Bfloat16* at = from + i * source.stride + k;
-          to[k / kPairDepth * width + i] = i >= rows         ? 0
-                                           : k + 1 < k_count ? load_pair(at)
-                                                             : Pair(at->bits);
-        }
-      }
-    }
-  }
-}
-
 // A format of WeightMatrix (weight_matrix.h).
 struct Bfloat16Pairs {
   using Source = Bfloat16;
@@ -217,12 +169,15 @@ struct Bfloat16Pairs {
   static constexpr int kDepth = kPairDepth;
   static constexpr WeightFormat kFormat = WeightFormat::kBfloat16Pairs;
   static constexpr bool kNeedsPanels = true;
+  static constexpr Bfloat16Product kProduct = kPairProduct;
+
+  static void finish() {}
 
   explicit Bfloat16Pairs(int /*vectors*/) {}
 
   static void pack(const PanelSource<Bfloat16>& source, std::int64_t block,
                    std::int64_t block_units, Pair* panel) {
-    pack_pair_panel(source, block, block_units, panel);
+    pack_pair_panel(source, block, block_units, panel_rows(kFormat, source.k_count), panel);
   }
 
   static int tile_height(const PanelSource<Bfloat16>&, int vectors, bool /*packed*/) {

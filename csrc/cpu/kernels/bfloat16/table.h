@@ -1,13 +1,17 @@
 // The bfloat16 kernels of one instruction set: a row of the table in cpu/isa/bfloat16_dispatch.cpp.
 //
-// They are the time loop of schedule/forward.h with panels of a format that multiplies bfloat16.
-// Another such format, like tiles for AMX, is a record as in product.h: its panels, the rows of its
-// tiles and its product. It needs a source file in cpu/isa/, a row in the dispatch table and a line
-// in pick_bfloat16_kernels (cpu/plan.cpp).
+// They are the time loop of schedule/forward.h with panels of a format that multiplies bfloat16: a
+// record as in product.h or tiles.h, with its panels, the rows of its tiles and its product.
+// Another format needs a source file in cpu/isa/, a row in the dispatch table and a line in
+// pick_bfloat16_kernels (cpu/plan.cpp).
 #pragma once
 
 // First: it compiles the cells for the instruction set.
+#if defined(FASTRNN_BF16_TILES)
+#include "cpu/kernels/bfloat16/tiles.h"
+#else
 #include "cpu/kernels/bfloat16/product.h"
+#endif
 
 #include "cpu/isa/bfloat16.h"
 #include "cpu/kernels/schedule/forward.h"
@@ -20,7 +24,12 @@
 
 FASTRNN_KERNELS_BEGIN
 
-using Bfloat16Panels = ForwardPanels<float, Bfloat16Pairs, Bfloat16Pairs>;
+#if defined(FASTRNN_BF16_TILES)
+using Bfloat16Format = Bfloat16Tiles;
+#else
+using Bfloat16Format = Bfloat16Pairs;
+#endif
+using Bfloat16Panels = ForwardPanels<float, Bfloat16Format, Bfloat16Format>;
 
 inline void bfloat16_pack_rank(const LayerShape& shape, const LayerWeights<Bfloat16>& weights,
                                const Plan& plan, const PanelLayout& layout, float* panels,
@@ -35,14 +44,15 @@ void bfloat16_forward_rank(const Bfloat16Forward& problem, const Plan& plan,
   const Bfloat16Panels packed(problem.shape, problem.weights, plan, panel_layout, panels);
   ForwardWalk<Cell, float, Bfloat16Panels>(problem, plan, packed, layout, scratch, team, rank)
       .run();
+  Bfloat16Format::finish();
 }
 
 extern const Bfloat16Kernels kBfloat16Kernels;
 const Bfloat16Kernels kBfloat16Kernels = {
     FASTRNN_BF16_QUOTED(FASTRNN_ISA),
     FASTRNN_BF16_QUOTED(FASTRNN_BF16_OWNER),
-    kPairProduct,
-    Bfloat16Pairs::kFormat,
+    Bfloat16Format::kProduct,
+    Bfloat16Format::kFormat,
     bfloat16_pack_rank,
     {
 #define FASTRNN_CELL(kind, name, type) bfloat16_forward_rank<type>,

@@ -25,7 +25,11 @@ constexpr int tile_rows(int n) {
 #endif
 }
 constexpr int kTileVectors = 4;
+#if defined(FASTRNN_BF16_TILES)
+constexpr int kTileRows = 32;
+#else
 constexpr int kTileRows = 12;
+#endif
 // Largest number of terms per sum along K, which limits rounding error.
 constexpr std::int64_t kTilePiece = 256;
 
@@ -39,7 +43,9 @@ constexpr int tile_chains(int m, int n) { return m * n >= 8 ? 1 : m * n >= 4 ? 2
 // The same for pairs of bfloat16 (cpu/kernels/bfloat16/product.h). Without an instruction for pairs
 // both halves of all rows and of a vector of B must fit in the registers as well.
 constexpr int pair_rows(int n) {
-#if defined(FASTRNN_BF16_DOT)
+#if defined(FASTRNN_BF16_TILES)
+  return n * 0;  // there are none
+#elif defined(FASTRNN_BF16_DOT)
   return tile_rows(n);
 #elif FASTRNN_REGISTERS >= 32
   return n == 1 ? 8 : n == 2 ? 6 : n == 3 ? 5 : 4;
@@ -53,6 +59,16 @@ constexpr int pair_chains(int m, int n) {
   while (chains > 1 && (chains * n + 2) * m + 2 > FASTRNN_REGISTERS) chains /= 2;
 #endif
   return chains;
+}
+
+// Row tiles of the AMX microkernel (cpu/kernels/bfloat16/tiles.h) for n column tiles. There are 8
+// tile registers: two row tiles with two column tiles take all; one row tile takes up to four.
+constexpr int amx_row_tiles(int n) {
+#if defined(FASTRNN_BF16_TILES)
+  return n <= 2 ? 2 : 1;
+#else
+  return n * 0;  // there are none
+#endif
 }
 
 FASTRNN_KERNELS_END

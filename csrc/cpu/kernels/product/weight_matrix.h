@@ -10,12 +10,13 @@
 //   Format(vectors)          of blocks of so many vectors, all gates together
 //   pack(source, block, block_units, panel)
 //   tile_height(source, vectors, packed)      largest number of rows that multiply takes
+//   finish()                 only in bfloat16: what a thread does after its time loop
 //   multiply(rows, vectors, k_count, a, a_stride, b, b_stride, c, c_stride, column)
 //                            C [rows, *] += A [rows, K] B, B [K][b_stride] a panel, whose vector i
 //                            is added at column[i] of a row of C
 //
-// native.h, half.h and bfloat16/product.h have formats; formats.h lists those that an instruction
-// set has for w_hh beside its own type.
+// native.h, half.h, bfloat16/product.h and bfloat16/tiles.h have formats; formats.h lists those
+// that an instruction set has for w_hh beside its own type.
 #pragma once
 
 #include "cpu/kernels/product/native.h"
@@ -109,7 +110,7 @@ class WeightMatrix {
   }
   std::int64_t panel_width() const { return source_.gates * block_units(); }
   Value* panel(std::int64_t block) const {
-    return panels_ + block * panel_width() * divide_up(source_.k_count, Format::kDepth);
+    return panels_ + block * panel_width() * panel_rows(Format::kFormat, source_.k_count);
   }
   bool has_panel(std::int64_t block) const {
     return Format::kNeedsPanels || packed_ ||
