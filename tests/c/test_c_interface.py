@@ -6,13 +6,27 @@ import ctypes
 import json
 import re
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from c_session import ARGUMENT, BUSY, FILE, FORMAT, LIBRARY, OK, CSession, OpenError
+from c_session import (
+    ARGUMENT,
+    BUSY,
+    FILE,
+    FORMAT,
+    INTERNAL,
+    LIBRARY,
+    MEMORY,
+    OK,
+    CSession,
+    OpenError,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import CELLS, build
@@ -146,6 +160,34 @@ def test_files_that_cannot_be_read_are_reported(tmp_path: Path) -> None:
         assert error.value.args[0] == code
 
 
+def test_a_wrong_environment_variable_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = exported(build("gru", 5, 7).eval(), tmp_path)
+    monkeypatch.setenv("FASTRNN_POISON", "maybe")
+    with pytest.raises(OpenError, match="FASTRNN_POISON must be 0 or 1, got 'maybe'") as error:
+        CSession(path)
+    assert error.value.args[0] == INTERNAL
+
+
+def test_too_little_memory_is_reported_without_torch(tmp_path: Path) -> None:
+    """The process has neither torch nor room for a large batch."""
+    path = exported(build("lstm", 8, 200, num_layers=3).eval(), tmp_path)
+    code = f"""
+import ctypes, resource, sys
+library = ctypes.CDLL({fastrnn.get_library()!r})
+resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
+session = ctypes.c_void_p()
+for batch in (65536, 1):
+    where = ctypes.byref(session)
+    print(library.fastrnn_open({str(path).encode()!r}, ctypes.c_int64(batch), where), bool(session))
+assert "torch" not in sys.modules
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(MEMORY), "False", str(OK), "True"], done.stderr
+
+
 def test_calls_of_two_threads_never_mix(tmp_path: Path) -> None:
     path = exported(build("lstm", 64, 64).eval(), tmp_path)
     x = torch.randn(400, 1, 64)
@@ -215,8 +257,6 @@ def test_export_rejects_what_the_file_cannot_hold(tmp_path: Path) -> None:
 
 def model_bytes(cell: str, **shape: Any) -> bytes:
     """The file of a small layer."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         return exported(build(cell, 2, 3, **shape).eval(), Path(folder)).read_bytes()
 
