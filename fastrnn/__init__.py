@@ -11,6 +11,7 @@ from fastrnn import _C, functional
 from fastrnn import flops as _flops  # noqa: F401 - registers the operators' formulas
 from fastrnn.c_interface import get_include, get_library
 from fastrnn.convert import ConversionReport, convert, patch, unpatch
+from fastrnn.engine.states import Extras
 from fastrnn.explanation import Explanation, explain
 from fastrnn.modules import *
 from fastrnn.modules import cells as _cells
@@ -24,6 +25,7 @@ __version__: str = _C.build_info()["version"]
 __all__ = [
     "ConversionReport",
     "Explanation",
+    "Extras",
     "QuantizedRecurrent",
     "Session",
     "TbpttProgress",

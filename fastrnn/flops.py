@@ -51,7 +51,7 @@ def _products(rows: int, weights: Sequence[Shape], slots: int) -> list[_Products
 def _forward_flops(
     x: Shape, h0: Any, c0: Any, weights: Sequence[Shape], slots: int, *_: Any, **__: Any
 ) -> int:
-    """Counts recurrent_layer, recurrent_forward and recurrent_stack."""
+    """Counts recurrent_layer, recurrent_forward, recurrent_states and recurrent_stack."""
     return sum(map(sum, _products(math.prod(x[:-1]), weights, slots)))
 
 
@@ -71,6 +71,13 @@ def _backward_flops(
     """Counts recurrent_backward: the gradients of h."""
     products = _products(math.prod(y[:-1]), weights, slots)
     return sum(p.h + p.projection for p in products)
+
+
+def _states_backward_flops(
+    d_y: Shape | None, d_h_n: Shape | None, d_c_n: Shape | None, d_c_steps: Shape, *rest: Any
+) -> int:
+    """Counts recurrent_states_backward like recurrent_backward."""
+    return _backward_flops(d_y, d_h_n, d_c_n, *rest)
 
 
 def _gradients_flops(
@@ -102,9 +109,15 @@ def _gradients_flops(
 
 _operators = torch.ops.fastrnn
 register_flop_formula(
-    [_operators.recurrent_layer, _operators.recurrent_forward, _operators.recurrent_stack]
+    [
+        _operators.recurrent_layer,
+        _operators.recurrent_forward,
+        _operators.recurrent_states,
+        _operators.recurrent_stack,
+    ]
 )(_forward_flops)
 register_flop_formula(_operators.recurrent_backward)(_backward_flops)
+register_flop_formula(_operators.recurrent_states_backward)(_states_backward_flops)
 register_flop_formula(
     [_operators.recurrent_gradients, _operators.recurrent_bidirectional_gradients]
 )(_gradients_flops)

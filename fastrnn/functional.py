@@ -26,6 +26,8 @@ Args:
     weight_dtype: keyword only. ``torch.float16`` lets the CPU kernels hold w_hh in float16 where
         that is faster, see docs/float16_weights.md. Default: None
     lengths, resets, reset_state: keyword only, of the first form; see `fastrnn.LSTM`.
+    return_all_states, return_gates: keyword only. If one is true, a `fastrnn.Extras` is the last
+        result.
 
 Returns:
     output [T,B,D*R] (or [B,T,D*R], or [N,D*R]) and the final states, shaped like the initial ones.
@@ -82,6 +84,8 @@ class OneStateFunction(Protocol):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def __call__(
@@ -97,6 +101,8 @@ class OneStateFunction(Protocol):
         bidirectional: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -120,6 +126,8 @@ class TwoStatesFunction(Protocol):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Sequence[Tensor] | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
     @overload
     def __call__(
@@ -135,6 +143,8 @@ class TwoStatesFunction(Protocol):
         bidirectional: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 

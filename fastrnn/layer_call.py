@@ -26,12 +26,14 @@ class Options(NamedTuple):
         weight_format: number of the format in which the CPU may hold w_hh if no gradient is
             recorded; 0 for the dtype of w_hh.
         prepared: the `fastrnn.ops.packed.PreparedWeights` of the module, or None.
+        recorder: the `fastrnn.engine.states.Recorder` that runs the layers, or None.
     """
 
     num_layers: int = 1
     dropout: float = 0.0
     weight_format: int = 0
     prepared: Any = None
+    recorder: Any = None
 
 
 DEFAULTS = Options()

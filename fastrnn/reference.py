@@ -9,7 +9,7 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,24 +33,34 @@ def rnn_step(activation: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
+def lstm_gates(gates_x: Tensor, gates_h: Tensor) -> tuple[Tensor, ...]:
+    """Returns the activations i, f, g, o of an LSTM."""
+    i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+
 def lstm_step(
     gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor, w_unit: None
 ) -> tuple[Tensor, Tensor]:
     """Long short-term memory: c' = f*c + i*g, h' = o*tanh(c')."""
-    i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
-    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    i, f, g, o = lstm_gates(gates_x, gates_h)
     c = f * c + i * g
     return o * torch.tanh(c), c
+
+
+def gru_gates(gates_x: Tensor, gates_h: Tensor) -> tuple[Tensor, ...]:
+    """Returns the activations r, z, n of a GRU."""
+    xr, xz, xn = gates_x.chunk(3, dim=-1)
+    hr, hz, hn = gates_h.chunk(3, dim=-1)
+    r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+    return r, z, torch.tanh(xn + r * hn)
 
 
 def gru_step(
     gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None, w_unit: None
 ) -> tuple[Tensor, None]:
     """Gated recurrent unit: n = tanh(xn + r*hn), h' = (1-z)*n + z*h."""
-    xr, xz, xn = gates_x.chunk(3, dim=-1)
-    hr, hz, hn = gates_h.chunk(3, dim=-1)
-    r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
-    n = torch.tanh(xn + r * hn)
+    _, z, n = gru_gates(gates_x, gates_h)
     return (1 - z) * n + z * h, None
 
 
@@ -97,23 +107,55 @@ STEPS: dict[str, Step] = {
 }
 
 
+class NamedGates(NamedTuple):
+    """The gates of a cell.
+
+    Attributes:
+        names: in the order in which the kernels save their activations, before all else.
+        function: gates_x [*,G*H], gates_h [*,G*H] -> the activation [*,H] of each.
+    """
+
+    names: tuple[str, ...]
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+#: the gates of each cell that has more than its output
+GATES: dict[str, NamedGates] = {
+    "lstm": NamedGates(("i", "f", "g", "o"), lstm_gates),
+    "gru": NamedGates(("r", "z", "n"), gru_gates),
+}
+
+#: y, h_n and c_n of a layer, then [D,N,C*H] or None: the cell states after each step
+StateResults = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+
+
 def reference_layer(call: LayerCall) -> Results:
     """Runs one layer in one or two directions; direction 1 runs backwards in time.
 
     Returns:
         y [T,B,D*R] or [N,D*R]; h_n [D,B,R]; c_n [D,B,C*H] or None.
     """
+    y, h_n, c_n, _ = _run_layer(call, False)
+    return y, h_n, c_n
+
+
+def reference_states(call: LayerCall) -> StateResults:
+    """Does the same as `reference_layer`, and returns the cell states after each step."""
+    return _run_layer(call, True)
+
+
+def _run_layer(call: LayerCall, keeps_c: bool) -> StateResults:
     x, batch_sizes, h0, c0 = call.x, call.batch_sizes, call.h0, call.c0
     batch = h0.shape[1]
     step = STEPS[call.spec.name]
     sizes = [batch] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
-    outputs, h_n, c_n = [], [], []
+    outputs, h_n, c_n, c_all = [], [], [], []
     for direction, w in enumerate(call.weights.directions()):
         gates_x = linear(x, w.w_ih, w.b_ih)
         step_gates_x = gates_x.unbind(0) if batch_sizes is None else torch.split(gates_x, sizes)
         h = h0[direction]
         c = None if c0 is None else c0[direction]
-        h_steps = []
+        h_steps, c_steps = [], []
         steps = range(len(sizes))
         for t in steps if direction == 0 else reversed(steps):
             active = sizes[t]
@@ -124,6 +166,8 @@ def reference_layer(call: LayerCall) -> Results:
             if w.w_hr is not None:
                 h_next = linear(h_next, w.w_hr)
             h_steps.append(h_next)
+            if keeps_c and c_next is not None:
+                c_steps.append(c_next)
             # Rows that are not active keep their state: their sequence has ended or, backwards, has
             # not begun.
             h = torch.cat([h_next, h[active:]]) if active < batch else h_next
@@ -131,12 +175,16 @@ def reference_layer(call: LayerCall) -> Results:
                 c = torch.cat([c_next, c[active:]]) if active < batch else c_next
         if direction == 1:
             h_steps.reverse()
+            c_steps.reverse()
         outputs.append(torch.stack(h_steps) if batch_sizes is None else torch.cat(h_steps))
         h_n.append(h)
         if c is not None:
             c_n.append(c)
+        if c_steps:
+            c_all.append(torch.cat(c_steps))
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return y, torch.stack(h_n), torch.stack(c_n) if c_n else None
+    c = torch.stack(c_n) if c_n else None
+    return y, torch.stack(h_n), c, torch.stack(c_all) if c_all else None
 
 
 def reference_step(call: LayerCall) -> Results:

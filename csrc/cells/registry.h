@@ -35,6 +35,7 @@ struct CellInfo {
   int pre;           // Q, per unit
   int saved;         // S, per unit and step
   int states;        // h, and the cell states
+  int saved_state;   // index in saved of the first cell state, or -1
   int parameters;    // per unit
   bool dense;        // has a recurrent product with w_hh
   bool bounded;      // |h'| <= max(1, |h|)
@@ -47,13 +48,20 @@ struct CellInfo {
 };
 
 inline constexpr CellInfo kCells[] = {
-#define FASTRNN_CELL(kind, name, type)                  \
-  CellInfo{CellKind::kind,      name,                   \
-           type::kGates,        type::kPre,             \
-           type::kSaved,        type::kStates,          \
-           type::kParameters,   type::kDenseRecurrence, \
-           type::kBoundedState, type::kProjects,        \
-           type::kPreX,         type::kPreH},
+#define FASTRNN_CELL(kind, name, type) \
+  CellInfo{CellKind::kind,             \
+           name,                       \
+           type::kGates,               \
+           type::kPre,                 \
+           type::kSaved,               \
+           type::kStates,              \
+           type::kSavedState,          \
+           type::kParameters,          \
+           type::kDenseRecurrence,     \
+           type::kBoundedState,        \
+           type::kProjects,            \
+           type::kPreX,                \
+           type::kPreH},
     FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
 };

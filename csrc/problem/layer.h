@@ -65,6 +65,8 @@ struct LayerBackward {
   std::int64_t d_y_stride;
   const Storage* d_h_n;  // [B, R] or null: zero
   const Storage* d_c_n;  // [B, C*H] or null: zero
+  // [N, C*H] gradients at the cell states after every step, in addition to d_c_n, or null: zero
+  const Storage* d_c_steps;
   PreGradient* d_pre;    // [N, (Q+E)*H] gradients at the pre-activations and parameters
   PreGradient* d_h_all;  // [N, P] gradients at the projected outputs, or null without projection
   Storage* d_h0;         // [B, R]

@@ -246,7 +246,7 @@ void check_input(const LayerArguments& layer, const Tensor& x) {
 // What backward is given beyond the layer itself.
 void check_backward(const LayerArguments& layer, const Tensor& y, const Tensor& saved,
                     const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
-                    const std::optional<Tensor>& d_c_n) {
+                    const std::optional<Tensor>& d_c_n, const std::optional<Tensor>& d_c_steps) {
   layer.check_like("y", y);
   check_sizes("y", y, layer.output_sizes());
   if (layer.cell->saved > 0) {
@@ -273,6 +273,12 @@ void check_backward(const LayerArguments& layer, const Tensor& y, const Tensor& 
   if (d_c_n) {
     layer.check_like("d_c_n", *d_c_n);
     check_sizes("d_c_n", *d_c_n, layer.state_sizes(layer.cell_units()));
+  }
+  FASTRNN_CHECK(!d_c_steps || layer.c0, "d_c_steps must not be given for ", layer.cell->name,
+                ", got a tensor.");
+  if (d_c_steps) {
+    layer.check_like("d_c_steps", *d_c_steps);
+    check_sizes("d_c_steps", *d_c_steps, {layer.directions, layer.rows, layer.cell_units()});
   }
 }
 

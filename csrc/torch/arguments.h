@@ -158,6 +158,7 @@ void check_input(const LayerArguments& layer, const Tensor& x);
 // Checks what backward gets beyond the layer itself.
 void check_backward(const LayerArguments& layer, const Tensor& y, const Tensor& saved,
                     const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
-                    const std::optional<Tensor>& d_c_n);
+                    const std::optional<Tensor>& d_c_n,
+                    const std::optional<Tensor>& d_c_steps = std::nullopt);
 
 }  // namespace fastrnn

@@ -77,6 +77,29 @@ void run(const LayerArguments& layer, const BackwardInputs& inputs,
   cpu::backward(problems, int(layer.directions), threads(), parallel_for);
 }
 
+FourTensors forward_of(const Tensor& x, const Tensor& h0, const std::optional<Tensor>& c0,
+                       const std::vector<Tensor>& weights, int64_t slots,
+                       const std::optional<std::vector<Tensor>>& sequence, const std::string& cell,
+                       int64_t outputs, WeightFormat format) {
+  const ScalarType dtype = checked_dtype("x", x), compute = accumulate_type(dtype);
+  if (dtype == ScalarType::BFloat16) {
+    const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, dtype);
+    check_input(layer, x);
+    if (cpu::computes_bfloat16(layer.shape(0))) {
+      const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
+      run_bfloat16(layer, x, results);
+      return results.tensors(layer);
+    }
+  }
+  const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, compute);
+  check_input(layer, x);
+  const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
+  const Tensor input = layer.to_compute(x);
+  compute == ScalarType::Double ? run<double>(layer, input, results, format)
+                                : run<float>(layer, input, results, format);
+  return results.tensors(layer);
+}
+
 FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                               std::vector<Tensor> weights, int64_t slots,
                               std::optional<std::vector<Tensor>> sequence, StringHandle cell_handle,
@@ -85,24 +108,8 @@ FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
     const std::string cell = consume_string(cell_handle);
     FASTRNN_CHECK(weight_format >= 0 && weight_format < kWeightFormatCount,
                   "weight_format must be the number of a format, got ", weight_format, ".");
-    const auto format = WeightFormat(weight_format);
-    const ScalarType dtype = checked_dtype("x", x), compute = accumulate_type(dtype);
-    if (dtype == ScalarType::BFloat16) {
-      const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, dtype);
-      check_input(layer, x);
-      if (cpu::computes_bfloat16(layer.shape(0))) {
-        const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
-        run_bfloat16(layer, x, results);
-        return results.tensors(layer);
-      }
-    }
-    const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, compute);
-    check_input(layer, x);
-    const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
-    const Tensor input = layer.to_compute(x);
-    compute == ScalarType::Double ? run<double>(layer, input, results, format)
-                                  : run<float>(layer, input, results, format);
-    return results.tensors(layer);
+    return forward_of(x, h0, c0, weights, slots, sequence, cell, outputs,
+                      WeightFormat(weight_format));
   });
 }
 
@@ -111,6 +118,18 @@ ThreeTensors recurrent_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
                              std::optional<std::vector<Tensor>> sequence, StringHandle cell) {
   auto [y, h_n, c_n, saved] = recurrent_forward(x, h0, c0, weights, slots, sequence, cell, 0, 0);
   return {y, h_n, c_n};
+}
+
+FiveTensors recurrent_states(Tensor x, Tensor h0, std::optional<Tensor> c0,
+                             std::vector<Tensor> weights, int64_t slots,
+                             std::optional<std::vector<Tensor>> sequence,
+                             StringHandle cell_handle) {
+  return guarded([&] {
+    const std::string cell = consume_string(cell_handle);
+    return with_step_states(forward_of(x, h0, c0, weights, slots, sequence, cell,
+                                       int64_t(1) << kSaved, WeightFormat(0)),
+                            cell);
+  });
 }
 
 template <class T>
@@ -166,6 +185,22 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> recurrent_stack(
   });
 }
 
+FourTensors backward_of(const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
+                        const std::optional<Tensor>& d_c_n, const std::optional<Tensor>& d_c_steps,
+                        const Tensor& h0, const std::optional<Tensor>& c0,
+                        const std::vector<Tensor>& weights, int64_t slots,
+                        const std::optional<std::vector<Tensor>>& sequence, const Tensor& y,
+                        const Tensor& saved, const std::string& cell) {
+  const ScalarType compute = accumulate_type(checked_dtype("y", y));
+  const LayerArguments layer("y", y, h0, c0, weights, slots, sequence, cell, compute);
+  check_backward(layer, y, saved, d_y, d_h_n, d_c_n, d_c_steps);
+  const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n, d_c_steps);
+  const BackwardOutputs outputs(layer, y, ordinary);
+  compute == ScalarType::Double ? run<double>(layer, inputs, outputs)
+                                : run<float>(layer, inputs, outputs);
+  return outputs.tensors(layer);
+}
+
 FourTensors recurrent_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
                                std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
                                std::vector<Tensor> weights, int64_t slots,
@@ -173,14 +208,20 @@ FourTensors recurrent_backward(std::optional<Tensor> d_y, std::optional<Tensor> 
                                StringHandle cell_handle) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
-    const ScalarType compute = accumulate_type(checked_dtype("y", y));
-    const LayerArguments layer("y", y, h0, c0, weights, slots, sequence, cell, compute);
-    check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
-    const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-    const BackwardOutputs outputs(layer, y, ordinary);
-    compute == ScalarType::Double ? run<double>(layer, inputs, outputs)
-                                  : run<float>(layer, inputs, outputs);
-    return outputs.tensors(layer);
+    return backward_of(d_y, d_h_n, d_c_n, std::nullopt, h0, c0, weights, slots, sequence, y, saved,
+                       cell);
+  });
+}
+
+FourTensors recurrent_states_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
+                                      std::optional<Tensor> d_c_n, Tensor d_c_steps, Tensor h0,
+                                      std::optional<Tensor> c0, std::vector<Tensor> weights,
+                                      int64_t slots, std::optional<std::vector<Tensor>> sequence,
+                                      Tensor y, Tensor saved, StringHandle cell_handle) {
+  return guarded([&] {
+    const std::string cell = consume_string(cell_handle);
+    return backward_of(d_y, d_h_n, d_c_n, d_c_steps, h0, c0, weights, slots, sequence, y, saved,
+                       cell);
   });
 }
 
@@ -363,6 +404,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kLayerSchema);
   m.def(fastrnn::kStoredLayerSchema);
   m.def(fastrnn::kBackwardSchema);
+  m.def(fastrnn::kStatesSchema);
+  m.def(fastrnn::kStatesBackwardSchema);
   m.def(fastrnn::kGradientsSchema);
   m.def(fastrnn::kBidirectionalGradientsSchema);
   m.def(fastrnn::kStackSchema);
@@ -375,6 +418,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("recurrent_layer", TORCH_BOX(&fastrnn::recurrent_layer));
   m.impl("recurrent_stack", TORCH_BOX(&fastrnn::recurrent_stack));
   m.impl("recurrent_backward", TORCH_BOX(&fastrnn::recurrent_backward));
+  m.impl("recurrent_states", TORCH_BOX(&fastrnn::recurrent_states));
+  m.impl("recurrent_states_backward", TORCH_BOX(&fastrnn::recurrent_states_backward));
   m.impl("recurrent_gradients", TORCH_BOX(&fastrnn::recurrent_gradients));
   m.impl("recurrent_bidirectional_gradients",
          TORCH_BOX(&fastrnn::recurrent_bidirectional_gradients));

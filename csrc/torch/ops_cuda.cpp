@@ -84,6 +84,17 @@ void run_in(ScalarType dtype, const Arguments&... arguments) {
   }
 }
 
+FourTensors forward_of(const Tensor& x, const Tensor& h0, const std::optional<Tensor>& c0,
+                       const std::vector<Tensor>& weights, int64_t slots,
+                       const std::optional<std::vector<Tensor>>& sequence, const std::string& cell,
+                       int64_t outputs) {
+  const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, checked_dtype("x", x));
+  check_input(layer, x);
+  const ForwardOutputs results(layer, has_slot(outputs, kSaved), x);
+  run_in(layer.dtype, layer, x, results);
+  return results.tensors(layer);
+}
+
 FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
                               std::vector<Tensor> weights, int64_t slots,
                               std::optional<std::vector<Tensor>> sequence, StringHandle cell_handle,
@@ -93,12 +104,19 @@ FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
     const DeviceGuard guard = on_device_of("x", x);
     FASTRNN_CHECK(weight_format == 0,
                   "weight_format is for the CPU, got tensors on a CUDA device.");
-    const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell,
-                               checked_dtype("x", x));
-    check_input(layer, x);
-    const ForwardOutputs results(layer, has_slot(outputs, kSaved), x);
-    run_in(layer.dtype, layer, x, results);
-    return results.tensors(layer);
+    return forward_of(x, h0, c0, weights, slots, sequence, cell, outputs);
+  });
+}
+
+FiveTensors recurrent_states(Tensor x, Tensor h0, std::optional<Tensor> c0,
+                             std::vector<Tensor> weights, int64_t slots,
+                             std::optional<std::vector<Tensor>> sequence,
+                             StringHandle cell_handle) {
+  return guarded([&] {
+    const std::string cell = consume_string(cell_handle);
+    const DeviceGuard guard = on_device_of("x", x);
+    return with_step_states(
+        forward_of(x, h0, c0, weights, slots, sequence, cell, int64_t(1) << kSaved), cell);
   });
 }
 
@@ -109,6 +127,21 @@ ThreeTensors recurrent_layer(Tensor x, Tensor h0, std::optional<Tensor> c0,
   return {y, h_n, c_n};
 }
 
+FourTensors backward_of(const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
+                        const std::optional<Tensor>& d_c_n, const std::optional<Tensor>& d_c_steps,
+                        const Tensor& h0, const std::optional<Tensor>& c0,
+                        const std::vector<Tensor>& weights, int64_t slots,
+                        const std::optional<std::vector<Tensor>>& sequence, const Tensor& y,
+                        const Tensor& saved, const std::string& cell) {
+  const DeviceGuard guard = on_device_of("y", y);
+  const LayerArguments layer("y", y, h0, c0, weights, slots, sequence, cell, checked_dtype("y", y));
+  check_backward(layer, y, saved, d_y, d_h_n, d_c_n, d_c_steps);
+  const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n, d_c_steps);
+  const BackwardOutputs outputs(layer, y);
+  run_in(layer.dtype, layer, inputs, outputs);
+  return outputs.tensors(layer);
+}
+
 FourTensors recurrent_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
                                std::optional<Tensor> d_c_n, Tensor h0, std::optional<Tensor> c0,
                                std::vector<Tensor> weights, int64_t slots,
@@ -116,14 +149,20 @@ FourTensors recurrent_backward(std::optional<Tensor> d_y, std::optional<Tensor> 
                                StringHandle cell_handle) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
-    const DeviceGuard guard = on_device_of("y", y);
-    const LayerArguments layer("y", y, h0, c0, weights, slots, sequence, cell,
-                               checked_dtype("y", y));
-    check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
-    const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-    const BackwardOutputs outputs(layer, y);
-    run_in(layer.dtype, layer, inputs, outputs);
-    return outputs.tensors(layer);
+    return backward_of(d_y, d_h_n, d_c_n, std::nullopt, h0, c0, weights, slots, sequence, y, saved,
+                       cell);
+  });
+}
+
+FourTensors recurrent_states_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
+                                      std::optional<Tensor> d_c_n, Tensor d_c_steps, Tensor h0,
+                                      std::optional<Tensor> c0, std::vector<Tensor> weights,
+                                      int64_t slots, std::optional<std::vector<Tensor>> sequence,
+                                      Tensor y, Tensor saved, StringHandle cell_handle) {
+  return guarded([&] {
+    const std::string cell = consume_string(cell_handle);
+    return backward_of(d_y, d_h_n, d_c_n, d_c_steps, h0, c0, weights, slots, sequence, y, saved,
+                       cell);
   });
 }
 
@@ -139,4 +178,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
   m.impl("recurrent_forward", TORCH_BOX(&fastrnn::recurrent_forward));
   m.impl("recurrent_layer", TORCH_BOX(&fastrnn::recurrent_layer));
   m.impl("recurrent_backward", TORCH_BOX(&fastrnn::recurrent_backward));
+  m.impl("recurrent_states", TORCH_BOX(&fastrnn::recurrent_states));
+  m.impl("recurrent_states_backward", TORCH_BOX(&fastrnn::recurrent_states_backward));
 }

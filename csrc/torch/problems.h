@@ -13,6 +13,7 @@ namespace fastrnn {
 
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // null.
 inline int64_t direction_offset(const Tensor& t, int64_t d) {
@@ -63,6 +64,21 @@ struct ForwardOutputs {
   }
 };
 
+// The results of recurrent_states from those of recurrent_forward.
+inline FiveTensors with_step_states(const FourTensors& results, const std::string& cell_name) {
+  const auto& [y, h_n, c_n, saved] = results;
+  const CellInfo& cell = *find_cell(cell_name);
+  const ScalarType dtype = checked_dtype("y", y);
+  if (cell.states == 1) return {y, h_n, c_n, placeholder(dtype, y), saved};
+  const int64_t hidden = saved.size(2) / cell.saved;
+  Tensor own = saved;
+  const Tensor view =
+      torch::stable::narrow(own, 2, cell.saved_state * hidden, cell.cell_states() * hidden);
+  Tensor c_steps = empty(sizes_of(view), dtype, y);
+  torch::stable::copy_(c_steps, view);
+  return {y, h_n, c_n, c_steps, saved};
+}
+
 template <class S, class A>
 LayerForward<S, A> forward_problem(const LayerArguments& layer, int64_t d, const Rows& x,
                                    const ForwardOutputs& outputs) {
@@ -85,15 +101,17 @@ struct BackwardInputs {
   Rows y;
   Tensor saved;
   std::optional<Rows> d_y;
-  std::optional<Tensor> d_h_n, d_c_n;
+  std::optional<Tensor> d_h_n, d_c_n, d_c_steps;
 
   BackwardInputs(const LayerArguments& layer, const Tensor& y_, const Tensor& saved_,
                  const std::optional<Tensor>& d_y_, const std::optional<Tensor>& d_h_n_,
-                 const std::optional<Tensor>& d_c_n_)
+                 const std::optional<Tensor>& d_c_n_,
+                 const std::optional<Tensor>& d_c_steps_ = std::nullopt)
       : y(layer.to_compute(y_)),
         saved(saved_),
         d_h_n(layer.contiguous_compute(d_h_n_)),
-        d_c_n(layer.contiguous_compute(d_c_n_)) {
+        d_c_n(layer.contiguous_compute(d_c_n_)),
+        d_c_steps(layer.contiguous_compute(d_c_steps_)) {
     if (d_y_) d_y.emplace(layer.to_compute(*d_y_));
   }
 };
@@ -143,6 +161,7 @@ LayerBackward<S, A, S> backward_problem(const LayerArguments& layer, int64_t d,
   }
   problem.d_h_n = input_of<S>(inputs.d_h_n, d);
   problem.d_c_n = input_of<S>(inputs.d_c_n, d);
+  problem.d_c_steps = input_of<S>(inputs.d_c_steps, d);
   problem.d_pre = output_of<S>(outputs.d_pre, d);
   problem.d_h_all = output_of<S>(outputs.d_h_all, d);
   problem.d_h0 = output_of<S>(outputs.d_h0, d);

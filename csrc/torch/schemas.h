@@ -32,6 +32,18 @@ constexpr const char* kBackwardSchema =
     "recurrent_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor h0, Tensor? c0, "
     "Tensor[] weights, int slots, Tensor[]? sequence, Tensor y, Tensor saved, str cell) "
     "-> (Tensor d_pre, Tensor d_h_all, Tensor d_h0, Tensor d_c0)";
+// One layer with what every step leaves: c_steps [D, N, C*H], the cell states after it, and saved
+// of recurrent_forward, from which Python takes the gates. Its autograd (fastrnn/ops/states.py)
+// passes gradients through y, h_n, c_n and c_steps.
+constexpr const char* kStatesSchema =
+    "recurrent_states(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, "
+    "Tensor[]? sequence, str cell) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c_steps, Tensor saved)";
+// recurrent_backward with the gradient of c_steps.
+constexpr const char* kStatesBackwardSchema =
+    "recurrent_states_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor d_c_steps, "
+    "Tensor h0, Tensor? c0, Tensor[] weights, int slots, Tensor[]? sequence, Tensor y, "
+    "Tensor saved, str cell) -> (Tensor d_pre, Tensor d_h_all, Tensor d_h0, Tensor d_c0)";
 // CPU only: the time loop of backward and the products after it in one call. w_hr has no result of
 // its own, and cells with w_unit are refused. (Layers of two directions have an operator of their
 // own, so that one direction does not pay for the results of the second.)

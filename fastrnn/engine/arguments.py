@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrnn import checks
 from fastrnn.engine.ragged import NO_MARKS, Marks, run_marked
 from fastrnn.engine.run import run
+from fastrnn.engine.states import Extras, recorder_of
 from fastrnn.layer_call import LayerCall, Options, Results, SequenceMembers
 from fastrnn.spec import WEIGHT_FORMATS, CellSpec, Weights, slots_of
 
@@ -27,7 +28,12 @@ _PADDED = (
 )
 _PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
 #: keyword arguments of both forms, and their defaults
-_KEYWORDS = {"weight_dtype": None, **NO_MARKS._asdict()}
+_KEYWORDS = {
+    "weight_dtype": None,
+    **NO_MARKS._asdict(),
+    "return_all_states": False,
+    "return_gates": False,
+}
 
 
 def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -64,11 +70,11 @@ def run_one_state(
     """Runs a function with one state, called in either form."""
     values = _arguments(spec, args, kwargs)
     try:
-        output, h_n, _ = _checked_run(spec, None, values)
+        (output, h_n, _), *extras = _checked_run(spec, None, values)
     except Exception:
         checks.explain_function(spec, values)
         raise
-    return output, h_n
+    return (output, h_n, *extras)  # type: ignore[return-value]
 
 
 def run_two_states(
@@ -83,15 +89,22 @@ def run_two_states(
         if len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
         h0, c0 = hx
-        result = _checked_run(spec, c0, {**values, "hx": h0})
+        results, *extras = _checked_run(spec, c0, {**values, "hx": h0})
     except Exception:
         checks.explain_function(spec, values)
         raise
-    return cast("tuple[Tensor, Tensor, Tensor]", result)
+    return cast("tuple[Tensor, Tensor, Tensor]", (*results, *extras))
 
 
-def _checked_run(spec: CellSpec, cx: Tensor | None, values: dict[str, Any]) -> Results:
-    """Checks every shape (`run` does not) and runs the layers."""
+def _checked_run(
+    spec: CellSpec, cx: Tensor | None, values: dict[str, Any]
+) -> tuple[Results] | tuple[Results, Extras]:
+    """Checks every shape (`run` does not) and runs the layers.
+
+    Returns:
+        The results; then the extras, if they are requested.
+    """
+    recorder = recorder_of(values["return_all_states"], values["return_gates"])
     checks.check_options(spec, values)
     x: Tensor = values["input"]
     hx: Tensor = values["hx"]
@@ -152,14 +165,24 @@ def _checked_run(spec: CellSpec, cx: Tensor | None, values: dict[str, Any]) -> R
         hx,
         cx,
         Weights(params, slots_of(values["has_biases"], size != hidden)),
-        Options(num_layers, values["dropout"] if values["train"] else 0.0, weight_format),
+        Options(
+            num_layers,
+            values["dropout"] if values["train"] else 0.0,
+            weight_format,
+            recorder=recorder,
+        ),
     )
     marks = Marks(*(values[name] for name in Marks._fields))
+    batch_first: bool = values["batch_first"]
     if all(mark is None for mark in marks):
-        return run(call, values["batch_first"])
-    if batch_sizes is not None:
-        marks.check_absent("packed data")
-    return run_marked(call, marks, values["batch_first"])
+        results = run(call, batch_first)
+    else:
+        if batch_sizes is not None:
+            marks.check_absent("packed data")
+        results = run_marked(call, marks, batch_first)
+    if recorder is None:
+        return (results,)
+    return results, recorder.extras(batch_first, results[0], results[2])
 
 
 def _check(condition: bool, message: str) -> None:

@@ -75,6 +75,9 @@ def choose(call: LayerCall, backends: Sequence[Backend] = PRIORITY) -> Backend:
     Raises:
         RuntimeError: no backend does; the message is the reason of the last one.
     """
+    if call.options.recorder is not None:  # it chooses for each layer
+        recorder: Backend = call.options.recorder
+        return recorder
     if _watcher is not None:
         return _watcher(call, backends)
     for backend in backends:

@@ -182,11 +182,15 @@ def _final(state: Tensor, initial: Tensor, segments: Segments) -> Tensor:
 def _run_segments(call: LayerCall, ragged: Ragged, segments: Segments) -> Results:
     """Runs stacked layers of which every direction has these segments."""
     steps, batch, _ = call.x.shape
+    recorder = call.options.recorder
     if len(segments.rows) == 0:
+        if recorder is not None:
+            recorder.skip(call)
         directions = call.h0.shape[0] // call.options.num_layers
         y = call.x.new_zeros(steps, batch, directions * call.h0.shape[-1])
         return y, call.h0.clone(), None if call.c0 is None else call.c0.clone()
     rows = segments.rows.to(call.x.device)
+    recorded = 0 if recorder is None else recorder.count
     y, h_n, c_n = run(
         call._replace(
             x=take(call.x.flatten(0, 1), 0, rows),
@@ -195,6 +199,8 @@ def _run_segments(call: LayerCall, ragged: Ragged, segments: Segments) -> Result
             c0=None if call.c0 is None else _initial(call.c0, ragged.reset_c, segments),
         )
     )
+    if recorder is not None:
+        recorder.move(lambda t: put(t, 0, rows, steps * batch), recorded, (steps, batch))
     y = put(y, 0, rows, steps * batch).view(steps, batch, -1)
     h_n = _final(h_n, call.h0, segments)
     return y, h_n, None if c_n is None or call.c0 is None else _final(c_n, call.c0, segments)
@@ -240,7 +246,7 @@ def _run_directions(call: LayerCall, ragged: Ragged, directions: int) -> Results
     flat, slots = call.weights
     layers, dropout = call.options.num_layers, call.options.dropout
     count = len(flat) // (layers * directions)
-    options = Options(weight_format=call.options.weight_format)
+    options = Options(weight_format=call.options.weight_format, recorder=call.options.recorder)
     x = call.x
     h_n, c_n = [], []
     for layer in range(layers):

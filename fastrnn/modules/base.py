@@ -17,6 +17,7 @@ from fastrnn.backends import torch_step
 from fastrnn.engine import choose
 from fastrnn.engine.ragged import NO_MARKS, Marks, run_marked
 from fastrnn.engine.run import run
+from fastrnn.engine.states import Extras, Recorder, map_extras, recorder_of
 from fastrnn.layer_call import (
     DEFAULTS,
     PADDED,
@@ -392,6 +393,7 @@ class RecurrentBase(nn.RNNBase):
         sequence: SequenceTensors,
         weights: Weights,
         marks: Marks = NO_MARKS,
+        recorder: Recorder | None = None,
     ) -> tuple[Tensor, Hidden]:
         spec = BY_MODE[self.mode]
         h0, c0 = self._states(hx) if spec.has_cell_state else (hx, None)
@@ -405,6 +407,8 @@ class RecurrentBase(nn.RNNBase):
                 WEIGHT_FORMATS[self._weight_dtype],
                 prepared,
             )
+        if recorder is not None:
+            options = options._replace(recorder=recorder)
         call = LayerCall(spec, input, sequence, h0, c0, weights, options)
         swapped = self.batch_first and sequence.named().batch_sizes is None
         if marks is NO_MARKS:
@@ -524,10 +528,17 @@ class RecurrentBase(nn.RNNBase):
         lengths: Tensor | None,
         resets: Tensor | None,
         reset_state: Hidden,
+        return_all_states: bool,
+        return_gates: bool,
     ) -> tuple[Tensor | PackedSequence, Hidden]:
         rejection = None
         marks = NO_MARKS
         try:
+            if return_all_states is not False or return_gates is not False:
+                marks = Marks(lengths, resets, reset_state)
+                return self._run_recorded(  # type: ignore[return-value]
+                    input, hx, marks, return_all_states, return_gates
+                )
             if lengths is None and resets is None and reset_state is None:
                 try:
                     quick = self._run_fast_path(input, hx)  # type: ignore[arg-type]
@@ -549,17 +560,54 @@ class RecurrentBase(nn.RNNBase):
             checks.explain_layer(self, input, hx)
             raise
 
+    def _run_recorded(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Hidden,
+        marks: Marks,
+        return_all_states: bool,
+        return_gates: bool,
+    ) -> tuple[Tensor | PackedSequence, Hidden, Extras]:
+        """Runs a call that also returns states or gates of every step."""
+        if all(mark is None for mark in marks):
+            marks = NO_MARKS
+        recorder = recorder_of(return_all_states, return_gates)
+        options = {
+            **marks._asdict(),
+            "return_all_states": return_all_states or None,
+            "return_gates": return_gates or None,
+        }
+        node = leaf_call(self, input, hx, options)
+        if node is not None:
+            return node  # type: ignore[no-any-return]
+        output, hidden = self._run_general_path(input, hx, marks, recorder)
+        assert recorder is not None  # one option is true
+        c_n = hidden[1] if BY_MODE[self.mode].has_cell_state else None
+        if isinstance(output, PackedSequence):
+            return output, hidden, recorder.extras(False, output.data, c_n)
+        extras = recorder.extras(self.batch_first, output, c_n)
+        if output.is_nested:
+            return output, hidden, map_extras(extras, lambda t: self._nest(t, output))
+        if output.dim() == 2:  # no batch dimension
+            batch_dim = 0 if self.batch_first else 2
+            extras = map_extras(extras, lambda t: t.squeeze(batch_dim))
+        return output, hidden, extras
+
     def _run_general_path(
-        self, input: Tensor | PackedSequence, hx: Hidden, marks: Marks = NO_MARKS
+        self,
+        input: Tensor | PackedSequence,
+        hx: Hidden,
+        marks: Marks = NO_MARKS,
+        recorder: Recorder | None = None,
     ) -> tuple[Tensor | PackedSequence, Hidden]:
         """Runs any call. `_run` replaces unclear errors."""
         weights = self._weights()
         if isinstance(input, PackedSequence):
             marks.check_absent("a PackedSequence")
-            return self._run_packed(input, hx, weights)
+            return self._run_packed(input, hx, weights, recorder)
         if input.is_nested and input.layout is torch.jagged:
             marks.check_absent("a nested tensor")
-            return self._run_nested(input, hx)
+            return self._run_nested(input, hx, recorder)
         dim = input.dim()
         if dim not in (2, 3):
             raise ValueError(self._wrong_input_message.format(dim))
@@ -576,7 +624,7 @@ class RecurrentBase(nn.RNNBase):
         without_tracing(self.check_forward_args, input, hx, None)
         if self._learns_initial_state and marks.resets is not None and marks.reset_state is None:
             marks = marks._replace(reset_state=self._learned_states(1))
-        output, hidden = self._compute(input, hx, PADDED, weights, marks)
+        output, hidden = self._compute(input, hx, PADDED, weights, marks, recorder)
         if is_batched:
             return output, hidden
         output = output.squeeze(batch_dim)
@@ -584,7 +632,9 @@ class RecurrentBase(nn.RNNBase):
             return output, hidden.squeeze(1)
         return output, tuple([state.squeeze(1) for state in hidden])
 
-    def _run_nested(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden]:
+    def _run_nested(
+        self, input: Tensor, hx: Hidden, recorder: Recorder | None
+    ) -> tuple[Tensor, Hidden]:
         """Runs a jagged tensor [B,jagged,I]; the output is jagged in the same way."""
         jagged: Any = input
         if jagged.dim() != 3 or jagged.lengths() is not None:
@@ -597,15 +647,30 @@ class RecurrentBase(nn.RNNBase):
         x = jagged.to_padded_tensor(0.0)
         y: Any
         y, hidden = self._run_general_path(
-            x if self.batch_first else x.transpose(0, 1), hx, Marks(lengths=lengths)
+            x if self.batch_first else x.transpose(0, 1), hx, Marks(lengths=lengths), recorder
         )
+        return self._nest(y, input), hidden
+
+    def _nest(self, padded: Tensor, like: Any) -> Tensor:
+        """Returns the values of a padded batch as a jagged tensor like another.
+
+        Args:
+            padded: [T,B,*] or [T,*,B,*] with one dimension between; [B,T,*] with ``batch_first``.
+            like: [B,jagged,*].
+        """
         if not self.batch_first:
-            y = y.transpose(0, 1)
-        exists = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
-        return torch.nested.nested_tensor_from_jagged(y[exists], offsets), hidden
+            padded = padded.transpose(0, 1) if padded.dim() == 3 else padded.permute(2, 0, 1, 3)
+        offsets = like.offsets()
+        steps = torch.arange(padded.shape[1], device=padded.device)
+        values = padded[steps < offsets.diff().unsqueeze(1)]
+        return torch.nested.nested_tensor_from_jagged(values, offsets)
 
     def _run_packed(
-        self, packed: PackedSequence, hx: Hidden, weights: Weights
+        self,
+        packed: PackedSequence,
+        hx: Hidden,
+        weights: Weights,
+        recorder: Recorder | None = None,
     ) -> tuple[PackedSequence, Hidden]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         for indices in (sorted_indices, unsorted_indices):
@@ -629,7 +694,7 @@ class RecurrentBase(nn.RNNBase):
         else:
             without_tracing(self.check_forward_args, data, hx, batch_sizes)
         sequence = SequenceMembers(batch_sizes).pack()
-        output, hidden = self._compute(data, hx, sequence, weights)
+        output, hidden = self._compute(data, hx, sequence, weights, NO_MARKS, recorder)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden(hidden, unsorted_indices)
 

@@ -65,10 +65,13 @@ class RNN(OneState):
             before such a step the row's state becomes ``reset_state``.
         reset_state: shaped like ``hx``; zeros if omitted.
             The batch may be 1, and a first dimension T gives a state for each step.
+        return_all_states: whether the third result has ``states``, those of every step.
+        return_gates: whether the third result has ``gates``, the activations of every step.
 
     Outputs:
         output: [T,B,D*H], [T,D*H] or a `PackedSequence`, the states of the last layer at each step.
         h_n: [L*D,B,H] or [L*D,H], the state after the last step of each sequence.
+        extras: only with ``return_all_states`` or ``return_gates``: a `fastrnn.Extras`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in ``torch.nn.RNN``, with its messages.
@@ -127,6 +130,8 @@ class RNN(OneState):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     @overload_method
@@ -137,6 +142,8 @@ class RNN(OneState):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[PackedSequence, Tensor]: ...
     def forward(
         self,
@@ -145,18 +152,26 @@ class RNN(OneState):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
         if is_scripting():
             if lengths is not None or resets is not None or reset_state is not None:
                 raise RuntimeError("lengths and resets must not be given in TorchScript, got one")
+            if return_all_states or return_gates:
+                raise RuntimeError(
+                    "return_all_states and return_gates must be False in TorchScript"
+                )
             # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
                 return self._script_padded(input, hx)
         else:
-            return self._run(input, hx, lengths, resets, reset_state)
+            return self._run(
+                input, hx, lengths, resets, reset_state, return_all_states, return_gates
+            )
 
 
 class LSTM(TwoStates):
@@ -201,10 +216,13 @@ class LSTM(TwoStates):
             before such a step the row's state becomes ``reset_state``.
         reset_state: shaped like ``hx``; zeros if omitted.
             The batch may be 1, and a first dimension T gives a state for each step.
+        return_all_states: whether the third result has ``states``, those of every step.
+        return_gates: whether the third result has ``gates``, the activations of every step.
 
     Outputs:
         output: [T,B,D*R], [T,D*R] or a `PackedSequence`, the states of the last layer at each step.
         (h_n, c_n): the states after the last step of each sequence, shaped like ``hx``.
+        extras: only with ``return_all_states`` or ``return_gates``: a `fastrnn.Extras`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in ``torch.nn.LSTM``, with its messages.
@@ -334,6 +352,8 @@ class LSTM(TwoStates):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: tuple[Tensor, Tensor] | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
     @overload
     @overload_method
@@ -344,6 +364,8 @@ class LSTM(TwoStates):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: tuple[Tensor, Tensor] | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
     def forward(
         self,
@@ -352,18 +374,26 @@ class LSTM(TwoStates):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Any = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> Any:
         """Runs the network over ``input`` from the states ``hx``; see the class for the shapes."""
         if is_scripting():
             if lengths is not None or resets is not None or reset_state is not None:
                 raise RuntimeError("lengths and resets must not be given in TorchScript, got one")
+            if return_all_states or return_gates:
+                raise RuntimeError(
+                    "return_all_states and return_gates must be False in TorchScript"
+                )
             # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
                 return self._script_padded(input, hx)
         else:
-            return self._run(input, hx, lengths, resets, reset_state)
+            return self._run(
+                input, hx, lengths, resets, reset_state, return_all_states, return_gates
+            )
 
 
 class GRU(OneState):
@@ -401,10 +431,13 @@ class GRU(OneState):
             before such a step the row's state becomes ``reset_state``.
         reset_state: shaped like ``hx``; zeros if omitted.
             The batch may be 1, and a first dimension T gives a state for each step.
+        return_all_states: whether the third result has ``states``, those of every step.
+        return_gates: whether the third result has ``gates``, the activations of every step.
 
     Outputs:
         output: [T,B,D*H], [T,D*H] or a `PackedSequence`, the states of the last layer at each step.
         h_n: [L*D,B,H] or [L*D,H], the state after the last step of each sequence.
+        extras: only with ``return_all_states`` or ``return_gates``: a `fastrnn.Extras`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in ``torch.nn.GRU``, with its messages.
@@ -448,6 +481,8 @@ class GRU(OneState):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     @overload_method
@@ -458,6 +493,8 @@ class GRU(OneState):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> tuple[PackedSequence, Tensor]: ...
     def forward(
         self,
@@ -466,18 +503,26 @@ class GRU(OneState):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
         if is_scripting():
             if lengths is not None or resets is not None or reset_state is not None:
                 raise RuntimeError("lengths and resets must not be given in TorchScript, got one")
+            if return_all_states or return_gates:
+                raise RuntimeError(
+                    "return_all_states and return_gates must be False in TorchScript"
+                )
             # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
                 return self._script_padded(input, hx)
         else:
-            return self._run(input, hx, lengths, resets, reset_state)
+            return self._run(
+                input, hx, lengths, resets, reset_state, return_all_states, return_gates
+            )
 
 
 #: for each cell, its class and the constructor arguments that select it

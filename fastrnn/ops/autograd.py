@@ -20,7 +20,7 @@ from fastrnn._torch_internals import (
     unbound_apply,
 )
 from fastrnn.layer_call import PADDED, LayerCall, Results, SequenceTensors
-from fastrnn.ops.gradients import Gradients, gradients
+from fastrnn.ops.gradients import Gradients, Outputs, gradients
 from fastrnn.ops.operators import (
     OPERATORS,
     captured_layer,
@@ -65,7 +65,7 @@ class LayerFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, slots, sequence, x, h0, c0, *weights = inputs
         y, _, c_n, saved = output
-        _save_for_backward(ctx, x, h0, c0, sequence, spec, slots, weights, y, saved)
+        save_for_backward(ctx, x, h0, c0, sequence, spec, slots, weights, y, saved)
         ctx.mark_non_differentiable(*([c_n, saved] if c0 is None else [saved]))
 
     @staticmethod
@@ -73,7 +73,7 @@ class LayerFunction(torch.autograd.Function):
         ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, _: None
     ) -> Gradients:
         # compiled code passes zeros for outputs without a gradient
-        return _backward_of(ctx, d_y, d_h_n, d_c_n if ctx.has_c0 else None)
+        return backward_of(ctx, d_y, d_h_n, d_c_n if ctx.has_c0 else None)
 
 
 class EagerLayerFunction(torch.autograd.Function):
@@ -106,7 +106,7 @@ class EagerLayerFunction(torch.autograd.Function):
             spec.name,
             spec.training_outputs,
         )
-        _save_for_backward(ctx, x, h0, c0, sequence, spec, slots, weights, y, saved)
+        save_for_backward(ctx, x, h0, c0, sequence, spec, slots, weights, y, saved)
         y = None if h0.dim() == 2 else lazy_clone(y)
         return (y, h_n) if c0 is None else (y, h_n, c_n)
 
@@ -114,10 +114,10 @@ class EagerLayerFunction(torch.autograd.Function):
     def backward(
         ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None = None
     ) -> Gradients:
-        return _backward_of(ctx, d_y, d_h_n, d_c_n)
+        return backward_of(ctx, d_y, d_h_n, d_c_n)
 
 
-def _save_for_backward(
+def save_for_backward(
     ctx: Any,
     x: Tensor,
     h0: Tensor,
@@ -129,7 +129,7 @@ def _save_for_backward(
     y: Tensor,
     saved: Tensor,
 ) -> None:
-    """Saves the values that `_backward_of` reads.
+    """Saves the values that `backward_of` reads.
 
     Only tensors are passed to ``save_for_backward``, as tools that draw autograd graphs expect.
     """
@@ -165,11 +165,15 @@ def _saved_tensors(ctx: Any) -> Sequence[Tensor]:
 _BEFORE_X = 3  # the inputs before x: spec, slots and sequence
 
 
-def _backward_of(
-    ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None
+def backward_of(
+    ctx: Any,
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    d_c_steps: Tensor | None = None,
 ) -> Gradients:
-    """Returns the gradients of all inputs of `LayerFunction` or `EagerLayerFunction`."""
-    if d_y is None and d_h_n is None and d_c_n is None:
+    """Returns the gradients of all inputs of `LayerFunction` and of functions like it."""
+    if d_y is None and d_h_n is None and d_c_n is None and d_c_steps is None:
         return (None,) * len(ctx.needs_input_grad)
     x, h0, y, saved, *rest = _saved_tensors(ctx)
     c0 = rest.pop(0) if ctx.has_c0 else None
@@ -179,7 +183,9 @@ def _backward_of(
         sequence, rest = SequenceTensors(rest[:count], sequence_slots), rest[count:]
     call = LayerCall(ctx.spec, x, sequence, h0, c0, Weights(rest, ctx.slots))
     needs = ctx.needs_input_grad[_BEFORE_X:]
-    d_outputs = (d_y, d_h_n, d_c_n)
+    d_outputs: Outputs = (d_y, d_h_n, d_c_n)
+    if d_c_steps is not None:
+        d_outputs = (d_y, d_h_n, d_c_n, d_c_steps)
     if is_any_autocast_enabled() and autocast.acts_on(x):  # forward has already cast the tensors
         with torch.autocast(x.device.type, enabled=False):
             found = gradients(call, needs, d_outputs, y, saved)
@@ -222,7 +228,7 @@ def _eager_layer(call: LayerCall) -> Results:
     return h_n if y is None else y, h_n, c_n
 
 
-def _call_of(
+def call_of(
     spec: CellSpec,
     x: Tensor,
     h0: Tensor,
@@ -248,7 +254,7 @@ def _layer_autograd(
     """Runs ``recurrent_layer`` under autograd: the code of the dispatch key "Autograd"."""
     spec = CELLS.get(cell)  # the kernel raises for an unknown cell
     if spec is not None:
-        call = _call_of(spec, x, h0, c0, weights, slots, sequence)
+        call = call_of(spec, x, h0, c0, weights, slots, sequence)
         if records_gradient(call):
             apply: Any = LayerFunction.apply
             y, h_n, c_n, _ = apply(spec, call.weights.slots, call.sequence, x, h0, c0, *weights)
@@ -270,10 +276,10 @@ def _layer_autocast(
     """Runs ``recurrent_layer`` under autocast, with the types of `fastrnn.autocast`."""
     spec = CELLS.get(cell)  # the kernel raises for an unknown cell
     is_cast = autocast.acts_on(x)  # False if autocast is enabled only on the weights' device
-    with ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+    with ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
         if spec is None or not is_cast:
             return layer_op(x, h0, c0, weights, slots, sequence, cell)  # type: ignore[no-any-return]
-        call = _call_of(spec, x, h0, c0, weights, slots, sequence)
+        call = call_of(spec, x, h0, c0, weights, slots, sequence)
         cast = autocast.cast_call(call)
         y, h_n, c_n = layer_op(cast.x, cast.h0, cast.c0, cast.weights.flat, slots, sequence, cell)
         y, h_n, c_cast = autocast.cast_results(call, decode_layer(call, y, h_n, c_n))
@@ -288,14 +294,14 @@ def _reject_layout(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-_AUTOCAST_KEYS = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
-_implementations = torch.library.Library("fastrnn", "IMPL")
-_implementations.impl("recurrent_layer", _layer_autograd, "Autograd")
+AUTOCAST_KEYS = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
+implementations = torch.library.Library("fastrnn", "IMPL")
+implementations.impl("recurrent_layer", _layer_autograd, "Autograd")
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _implementations.impl("recurrent_layer", _layer_autocast, _key)
+    implementations.impl("recurrent_layer", _layer_autocast, _key)
 for _operator in OPERATORS:
     for _key in ("Sparse", "SparseCsr", "NestedTensor", "Quantized"):
         for _device in ("CPU", "CUDA"):
-            _implementations.impl(_operator, _reject_layout, _key + _device)
+            implementations.impl(_operator, _reject_layout, _key + _device)
     for _key in ("MkldnnCPU", "AutogradNestedTensor"):
-        _implementations.impl(_operator, _reject_layout, _key)
+        implementations.impl(_operator, _reject_layout, _key)

@@ -154,6 +154,10 @@ class _FakeArguments:
     def saved_sizes(self, rows: Sequence[int]) -> tuple[int, int, int]:
         return self.directions, math.prod(rows), self.spec.saved * self.hidden
 
+    def step_sizes(self) -> tuple[int, int, int]:
+        """Returns the sizes of c_steps."""
+        return self.directions, math.prod(self.rows), self.spec.cell_states * self.hidden
+
     def expect_backward(
         self,
         d_y: Tensor | None,
@@ -162,6 +166,7 @@ class _FakeArguments:
         c0: Tensor | None,
         y: Tensor,
         saved: Tensor,
+        d_c_steps: Tensor | None = None,
     ) -> None:
         self.expect_like("y", y)
         _expect_sizes("y", y, self.outputs)
@@ -175,10 +180,15 @@ class _FakeArguments:
             d_c_n is None or c0 is not None,
             f"d_c_n must not be given for {self.spec.name}, got a tensor",
         )
+        _expect(
+            d_c_steps is None or c0 is not None,
+            f"d_c_steps must not be given for {self.spec.name}, got a tensor",
+        )
         for name, t, sizes in (
             ("d_y", d_y, self.outputs),
             ("d_h_n", d_h_n, (*self.states, self.size)),
             ("d_c_n", d_c_n, (*self.states, self.spec.cell_states * self.hidden)),
+            ("d_c_steps", d_c_steps, self.step_sizes()),
         ):
             if t is not None:
                 self.expect_like(name, t)
@@ -240,6 +250,25 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = _FakeArguments("y", y, h0, c0, weights, slots, sequence, cell)
     layer.expect_backward(d_y, d_h_n, d_c_n, c0, y, saved)
+    return _backward_results(layer, h0, c0, y)
+
+
+def _states_backward_fake(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    d_c_steps: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    slots: int,
+    sequence: list[Tensor] | None,
+    y: Tensor,
+    saved: Tensor,
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layer = _FakeArguments("y", y, h0, c0, weights, slots, sequence, cell)
+    layer.expect_backward(d_y, d_h_n, d_c_n, c0, y, saved, d_c_steps)
     return _backward_results(layer, h0, c0, y)
 
 
@@ -326,7 +355,23 @@ def _layer_fake(
     return y, h_n, c_n
 
 
+def _states_fake(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    slots: int,
+    sequence: list[Tensor] | None,
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, h_n, c_n, saved = _forward_fake(x, h0, c0, weights, slots, sequence, cell, _SAVED)
+    layer = _FakeArguments("x", x, h0, c0, weights, slots, sequence, cell)
+    return y, h_n, c_n, x.new_empty(0 if c0 is None else layer.step_sizes()), saved
+
+
 torch.library.register_fake("fastrnn::recurrent_forward", _forward_fake)
+torch.library.register_fake("fastrnn::recurrent_states", _states_fake)
+torch.library.register_fake("fastrnn::recurrent_states_backward", _states_backward_fake)
 torch.library.register_fake("fastrnn::recurrent_layer", _layer_fake)
 torch.library.register_fake("fastrnn::recurrent_stack", _stack_fake)
 torch.library.register_fake("fastrnn::recurrent_backward", _backward_fake)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fastrnn._torch_internals import are_transforms_active, forward_ad, is_batched
 from fastrnn.layer_call import LayerCall, SequenceTensors
-from fastrnn.ops.composite import composite_layer
-from fastrnn.ops.operators import backward_op, decode, gradient_ops
+from fastrnn.ops.composite import composite_layer, composite_states
+from fastrnn.ops.operators import backward_op, decode, gradient_ops, states_backward_op
 from fastrnn.ops.sequence import is_traced, previous_states
 from fastrnn.spec import (
     GRADIENT_OUTPUTS,
@@ -42,8 +42,11 @@ from fastrnn.spec import (
 #: the gradients of x, h0, c0 and each weight; None if not needed
 Gradients = tuple["Tensor | None", ...]
 
-#: the gradients of y, h_n and c_n; None for zero
-Outputs = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+#: the gradients of y, h_n and c_n, None for zero; then that of c_steps, if it is not zero
+Outputs = (
+    tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+    | tuple["Tensor | None", "Tensor | None", "Tensor | None", Tensor]
+)
 
 _D_X, _D_H0, _D_C0, _D_H_ALL, _FIRST_WEIGHT = range(5)
 _PER_DIRECTION = len(GRADIENT_OUTPUTS) - _FIRST_WEIGHT
@@ -70,14 +73,14 @@ def gradients(
     Args:
         call: the layer.
         needs: whether the gradients of x, h0, c0 and each weight are needed.
-        d_outputs: the gradients of y, h_n and c_n; None for zero.
+        d_outputs: the gradients of the results, see `Outputs`.
         y, saved: results of ``recurrent_forward``.
     """
     transformed = _is_transformed(*d_outputs)
     if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         # vmap over the backward pass, create_graph=True, or gradients with tangents
         return differentiable_gradients(call, needs, d_outputs, transformed)
-    is_one_operator = call.x.is_cpu and not call.weights.has(UNIT)
+    is_one_operator = call.x.is_cpu and not call.weights.has(UNIT) and len(d_outputs) == 3
     compute = cpu_gradients if is_one_operator else gradients_by_torch
     return compute(call, needs, d_outputs, y, saved)
 
@@ -144,7 +147,8 @@ def gradients_by_torch(
     spec, x, sequence, h0, c0, weights, _ = call
     need_x, need_h0, need_c0, *need_weights = needs
     flat, slots = weights
-    d_pre, d_h_all, d_h0, d_c0 = backward_op(
+    loop = backward_op if len(d_outputs) == 3 else states_backward_op
+    d_pre, d_h_all, d_h0, d_c0 = loop(
         *d_outputs, h0, c0, flat, slots | sequence.slots, sequence.flat, y, saved, spec.name
     )
     rows, width = d_pre.shape[1:]
@@ -308,7 +312,8 @@ def differentiable_gradients(
         x, h0, c0, *flat = [
             next(variables) if need else t for t, need in zip(inputs, needs, strict=True)
         ]
-        outputs = composite_layer(
+        compute: Any = composite_layer if len(d_outputs) == 3 else composite_states
+        outputs = compute(
             call._replace(x=x, h0=h0, c0=c0, weights=Weights(flat, call.weights.slots))
         )
         return tuple(

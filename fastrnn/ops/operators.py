@@ -58,8 +58,11 @@ def _interruptible(operator: Any) -> Any:
 forward_op = torch.ops.fastrnn.recurrent_forward.default
 layer_op = torch.ops.fastrnn.recurrent_layer.default
 backward_op = torch.ops.fastrnn.recurrent_backward.default
+states_op = torch.ops.fastrnn.recurrent_states.default
+states_backward_op = torch.ops.fastrnn.recurrent_states_backward.default
 
 interruptible_forward = _interruptible(forward_op)
+interruptible_states = _interruptible(states_op)
 _interruptible_stack = _interruptible(torch.ops.fastrnn.recurrent_stack.default)
 #: the operators that compute gradients, by number of directions
 gradient_ops = {
@@ -75,6 +78,8 @@ OPERATORS = (
     "recurrent_gradients",
     "recurrent_bidirectional_gradients",
     "recurrent_stack",
+    "recurrent_states",
+    "recurrent_states_backward",
 )
 
 #: dtypes that the kernels compute with

@@ -27,9 +27,11 @@ from support import (
     build,
     by_kernels,
     by_reference,
+    changed,
     check,
     pack,
     random,
+    reference_math,
     slots_by_count,
 )
 from tolerance import Change, assert_agrees, assert_is_between
@@ -38,7 +40,7 @@ from torch import Tensor, nn
 from fastrnn.backends import torch_step
 from fastrnn.layer_call import SequenceMembers, SequenceTensors
 from fastrnn.modules import base
-from fastrnn.ops import autograd, gradients, operators
+from fastrnn.ops import autograd, gradients, operators, states
 from fastrnn.spec import CELLS as SPECS
 from fastrnn.spec import PROJECTION, Weights
 
@@ -70,7 +72,7 @@ class Call(ctypes.Structure):
         + [("y_stride", ctypes.c_int64)]
         + [(name, ctypes.c_void_p) for name in ("h_n", "c_n", "saved", "d_y")]
         + [("d_y_stride", ctypes.c_int64)]
-        + [(name, ctypes.c_void_p) for name in ("d_h_n", "d_c_n")]
+        + [(name, ctypes.c_void_p) for name in ("d_h_n", "d_c_n", "d_c_steps")]
         + [(name, ctypes.c_void_p) for name in ("d_pre", "d_h_all", "d_h0", "d_c0")]
     )
 
@@ -155,6 +157,7 @@ class Kernels:
         y: Tensor,
         saved: Tensor,
         cell: str,
+        d_c_steps: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         spec = SPECS[cell]
         directions, batch, out = h0.shape
@@ -169,6 +172,7 @@ class Kernels:
         d_c0 = y.new_empty(0) if c0 is None else poison(*c0.shape, dtype=y.dtype)
         d_h_n = None if d_h_n is None else d_h_n.contiguous()
         d_c_n = None if d_c_n is None else d_c_n.contiguous()
+        d_c_steps = None if d_c_steps is None else d_c_steps.contiguous()
         calls, kept = [], []
         for d in range(directions):
             call, tensors = self._call(
@@ -179,7 +183,7 @@ class Kernels:
                 set_tensor(call, "saved", saved[d])
             if d_y_rows is not None:
                 set_rows(call, "d_y", d_y_rows[:, d * out :])
-            for name, given in (("d_h_n", d_h_n), ("d_c_n", d_c_n)):
+            for name, given in (("d_h_n", d_h_n), ("d_c_n", d_c_n), ("d_c_steps", d_c_steps)):
                 if given is not None:
                     set_tensor(call, name, given[d])
             set_tensor(call, "d_pre", d_pre[d])
@@ -192,6 +196,29 @@ class Kernels:
             kept.append(tensors)
         self.run("run_backward", calls)
         return d_pre, d_h_all, d_h0, d_c0
+
+    def states(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        slots: int,
+        sequence: Sequence[Tensor] | None,
+        cell: str,
+    ) -> tuple[Tensor, ...]:
+        """Runs recurrent_states: with a gradient by fastrnn's code, without one by `forward`."""
+        if torch.is_grad_enabled():
+            return states._states_autograd(x, h0, c0, list(weights), slots, sequence, cell)  # type: ignore[arg-type]
+        y, h_n, c_n, saved = self.forward(x, h0, c0, weights, slots, sequence, cell, -1)
+        spec = SPECS[cell]
+        values = saved.unflatten(2, (spec.saved, -1))[:, :, spec.saved - spec.cell_states :]
+        return y, h_n, c_n, values.flatten(2).to(y.dtype), saved
+
+    def states_backward(
+        self, d_y: Any, d_h_n: Any, d_c_n: Any, d_c_steps: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        return self.backward(d_y, d_h_n, d_c_n, *rest, d_c_steps=d_c_steps)
 
     def _call(
         self,
@@ -314,6 +341,8 @@ def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[K
     monkeypatch.setattr(torch_step, "is_faster_in_half", lambda *_: False)
     monkeypatch.setattr(gradients, "cpu_gradients", gradients.gradients_by_torch)
     monkeypatch.setattr(gradients, "backward_op", kernels.backward)
+    monkeypatch.setattr(states, "interruptible_states", kernels.states)
+    monkeypatch.setattr(gradients, "states_backward_op", kernels.states_backward)
     yield kernels
     persistent = kernels.choice == PERSISTENT
     assert kernels.persistent == [persistent] * max(len(kernels.persistent), 1)
@@ -521,6 +550,42 @@ def test_input_size_0_matches_reference(kernels: Kernels, cell: str) -> None:
         return by_reference(*given, [change(w) for w in weights], None, spec)
 
     assert_agrees(ours, theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("proj", [0, 5])
+@pytest.mark.parametrize("choice", [STEPWISE, PERSISTENT], ids=["stepwise", "persistent"])
+def test_gradients_of_the_cell_states_of_every_step(
+    kernels: Kernels, choice: int, proj: int, packed: bool, dtype: torch.dtype
+) -> None:
+    kernels.choice = choice
+    module = build("lstm", 4, 20, proj_size=proj, bidirectional=True, dtype=dtype)
+    lengths = [5, 3, 3, 1]
+    rows = make_input(sum(lengths), 4, dtype=dtype)
+    x = rows if packed else make_input(6, 4, 4, dtype=dtype)
+
+    def call(module: nn.Module, x: Tensor, h0: Tensor, c0: Tensor) -> list[Tensor]:
+        given: Any = pack(x, lengths, enforce_sorted=True) if packed else x
+        output, (h_n, c_n), extras = module(given, (h0, c0), return_all_states=True)
+        outputs = [output.data if packed else output, h_n, c_n, *extras.states]
+        weights = [
+            make_input(*t.shape, dtype=torch.float64, seed=index).detach().to(t.dtype)
+            for index, t in enumerate(outputs)
+        ]
+        inputs = [x, h0, c0, *module.parameters()]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, weights)]
+
+    given = (x, *make_states(module, 4, dtype))
+    with reference_math():
+        theirs = call(module, *given)
+
+    def exact(change: Any) -> list[Tensor]:
+        wide = [change(t).requires_grad_() for t in given]
+        with reference_math():
+            return call(changed(module, change), *wide)
+
+    assert_agrees(call(module, *given), theirs, exact)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -150,7 +150,7 @@ struct ForwardStep {
 };
 
 // One step backward. Rows that end at this step read their gradients from d_h_n and d_c_n, other
-// rows those that the step after wrote.
+// rows those that the step after wrote. d_c_steps is added to either.
 template <class Cell, class S>
 struct BackwardStep {
   using A = Accumulate<S>;
@@ -166,11 +166,12 @@ struct BackwardStep {
   const S* d_h_n;          // [B, H] or null
   const S* d_y;            // [n, H], d_y_stride apart, or null
   std::int64_t d_y_stride;
-  A* d_c;             // [B, C*H] the running gradient at c'; store writes that at c
-  const S* d_c_n;     // [B, C*H] or null
-  const A* saved;     // [n, S*H]
-  const S* h;         // [n, H], h_stride apart: y of this step (only cells that read h'),
-  const S* h_before;  // and of the step before (only cells that read h)
+  A* d_c;              // [B, C*H] the running gradient at c'; store writes that at c
+  const S* d_c_n;      // [B, C*H] or null
+  const S* d_c_steps;  // [n, C*H] or null
+  const A* saved;      // [n, S*H]
+  const S* h;          // [n, H], h_stride apart: y of this step (only cells that read h'),
+  const S* h_before;   // and of the step before (only cells that read h)
   std::int64_t h_stride;
   const S* h0;            // [B, H]
   const A* saved_before;  // [n, S*H] of the step before: its saved cell state is c
@@ -187,6 +188,7 @@ struct BackwardStep {
     S d_y, d_h_n;
     A d_c[kCellLength];
     S d_c_n[kCellLength];
+    S d_c_step[kCellLength];
     S parameters[cells::kParametersLength<Cell>];
     bool starts, ends;  // from c0, not c_before; with d_h_n and d_c_n, not d_c
   };
@@ -208,6 +210,7 @@ struct BackwardStep {
         inputs.d_c[s] = d_c[j];
       else if (d_c_n != nullptr)
         inputs.d_c_n[s] = d_c_n[j];
+      if (d_c_steps != nullptr) inputs.d_c_step[s] = d_c_steps[j];
       if (inputs.starts)
         inputs.c0[s] = c0[j];
       else
@@ -233,6 +236,7 @@ struct BackwardStep {
     for (int s = 0; s < kCellStates; ++s) {
       state[s + 1] = inputs.starts ? A(widen(inputs.c0[s])) : inputs.c_before[s];
       d_next_state[s + 1] = inputs.ends ? A(widen(inputs.d_c_n[s])) : inputs.d_c[s];
+      d_next_state[s + 1] += widen(inputs.d_c_step[s]);
     }
     for (int k = 0; k < Cell::kParameters; ++k) parameters[k] = widen(inputs.parameters[k]);
     Outputs outputs{};

@@ -147,7 +147,7 @@ struct Call {
   void *h_n, *c_n, *saved;
   const void* d_y;
   std::int64_t d_y_stride;
-  const void *d_h_n, *d_c_n;
+  const void *d_h_n, *d_c_n, *d_c_steps;
   void *d_pre, *d_h_all, *d_h0, *d_c0;
 };
 
@@ -227,6 +227,7 @@ bool backward(const Call* calls, int directions) {
     problems[d].d_y_stride = calls[d].d_y_stride;
     put(problems[d].d_h_n, calls[d].d_h_n);
     put(problems[d].d_c_n, calls[d].d_c_n);
+    put(problems[d].d_c_steps, calls[d].d_c_steps);
     put(problems[d].d_pre, calls[d].d_pre);
     put(problems[d].d_h_all, calls[d].d_h_all);
     put(problems[d].d_h0, calls[d].d_h0);

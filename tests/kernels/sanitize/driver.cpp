@@ -312,7 +312,7 @@ struct Checker {
   void backward(const Directions& directions) const {
     const std::int64_t width = layer.info().gradient_columns() * hidden;
     std::vector<Weights> weights;
-    std::vector<Matrix<T>> h0, c0, y, saved, d_y, d_h_n, d_c_n;
+    std::vector<Matrix<T>> h0, c0, y, saved, d_y, d_h_n, d_c_n, d_c_steps;
     for (const Direction* d : directions) {
       weights.emplace_back(*this, *d);
       h0.emplace_back(d->h0, batch, outputs);
@@ -322,6 +322,7 @@ struct Checker {
       d_y.emplace_back(d->d_y, rows, outputs, 3);
       d_h_n.emplace_back(d->d_h_n, batch, outputs);
       d_c_n.emplace_back(d->d_c_n, batch, cell_units);
+      d_c_steps.emplace_back(d->d_c_steps, d->d_c_steps.empty() ? 0 : rows, cell_units);
     }
     run_as_planned(plan(cpu::Pass::kBackward, directions), any_threads, name("backward"), [&] {
       std::vector<Matrix<T>> d_pre, d_h_all, d_h0, d_c0;
@@ -345,6 +346,7 @@ struct Checker {
         problem.d_y_stride = d_y[i].stride();
         problem.d_h_n = d_h_n[i].data();
         problem.d_c_n = layer.info().states > 1 ? d_c_n[i].data() : nullptr;
+        problem.d_c_steps = directions[i]->d_c_steps.empty() ? nullptr : d_c_steps[i].data();
         problem.d_pre = d_pre[i].data();
         problem.d_h_all = layer.sizes.proj_size > 0 ? d_h_all[i].data() : nullptr;
         problem.d_h0 = d_h0[i].data();

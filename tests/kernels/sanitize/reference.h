@@ -45,6 +45,7 @@ struct Direction {
   Values w_ih, w_hh, b_ih, b_hh;               // [G*H, I] [G*H, R] [G*H] [G*H]
   Values w_hr, w_unit;                         // [P, H] [E*H]
   Values h0, c0, d_y, d_h_n, d_c_n;            // [B, R] [B, C*H] [N, R] [B, R] [B, C*H]
+  Values d_c_steps;                            // [N, C*H], or empty in forward direction
   Values y, h_n, c_n, saved;                   // [N, R] [B, R] [B, C*H] [N, S*H]
   Values d_pre, d_h_all, d_h0, d_c0;           // [N, (Q+E)*H] [N, R] [B, R] [B, C*H]
   Values d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh;  // [N, I] and like the weights
@@ -108,6 +109,7 @@ class Layer {
     d.d_y = draw(rows * output_size(), 1.0);
     d.d_h_n = draw(batch() * output_size(), 1.0);
     d.d_c_n = draw(batch() * cell_units(), 1.0);
+    if (reverse) d.d_c_steps = draw(rows * cell_units(), 1.0);
     switch (cell) {
 #define FASTRNN_CELL(kind, name, type) \
   case CellKind::kind:                 \
@@ -226,6 +228,8 @@ class Layer {
                     ? d.c0[size(i)]
                     : d.saved[size((before * Cell::kSaved + Cell::kSavedState + s) * hidden + u)];
             d_next_state[s + 1] = d.d_c0[size(i)];
+            if (!d.d_c_steps.empty())
+              d_next_state[s + 1] += d.d_c_steps[size((row * kCellStates + s) * hidden + u)];
           }
           for (int i = 0; i < Cell::kParameters; ++i)
             parameters[i] = d.w_unit[size(i * hidden + u)];

@@ -5,8 +5,9 @@
 //   carry   = direct part + d_pre_t[hidden side] w_hh   for this rank's own units of h
 //
 // The carry of a row is d_h_n at the step where the row ends, and d_h0 after the step where it
-// starts (csrc/problem/sequence.h). The gradients of the weights and of x are products over all
-// steps, computed after this loop (gradients.h).
+// starts (csrc/problem/sequence.h). The gradient of the cell states is d_c_n at the step where the
+// row ends, plus d_c_steps of every step. The gradients of the weights and of x are products over
+// all steps, computed after this loop (gradients.h).
 #pragma once
 
 #include "cpu/kernels/product/weight_matrix.h"
@@ -49,6 +50,7 @@ class BackwardWalk {
       const StepRows at = shape_.sequence.at(shape_.sequence.step(k));
       const std::int64_t own = rows_.count(at.rows);
       begin_rows(at, own);
+      add_step_gradients(at, own);
       if (shape_.proj_size > 0) {
         store_output_gradients(at, own);
         synchronise();
@@ -118,6 +120,20 @@ class BackwardWalk {
       load_state(problem_.d_h_n, b, output_size_, own_out(), carry(b));
       std::fill(carry(b) + own_out().end, carry(b) + last, T(0));  // units that pad the last block
       load_cell_states(b, hidden);
+    }
+  }
+  // d_c += d_c_steps of this step, for the units whose d_c this rank reads next.
+  void add_step_gradients(const StepRows& at, std::int64_t own) {
+    if (kCellStates == 0 || problem_.d_c_steps == nullptr) return;
+    const IndexRange units = own_hidden();
+    for (std::int64_t i = 0; i < own; ++i) {
+      const std::int64_t b = rows_.row(i);
+      for (std::int64_t s = 0; s < kCellStates; ++s) {
+        const T* from =
+            problem_.d_c_steps + ((at.first + b) * kCellStates + s) * shape_.hidden_size;
+        T* to = problem_.d_c0 + (b * kCellStates + s) * shape_.hidden_size;
+        for (std::int64_t j = units.begin; j < units.end; ++j) to[j] += from[j];
+      }
     }
   }
   // For rows that start at this step, the carry is the gradient of the initial state. (d_c is kept

@@ -25,6 +25,7 @@ struct BackwardArguments : DirectionArguments<S> {
   std::int64_t d_y_stride;
   const S* d_h_n;
   const S* d_c_n;
+  const S* d_c_steps;
   S* d_pre;
   S* d_h_all;  // [N, P] (only with a projection)
   S* d_h0;
@@ -140,6 +141,8 @@ struct BackwardLoop {
           body.saved = args.saved + at.first * Cell::kSaved * hidden;
           body.saved_before = args.saved + at.first_before * Cell::kSaved * hidden;
         }
+        if (args.d_c_steps != nullptr)
+          body.d_c_steps = args.d_c_steps + at.first * cells::kCellStates<Cell> * hidden;
         body.d_pre = args.d_pre + at.first * cells::kGradientColumns<Cell> * hidden;
       }
 

@@ -324,6 +324,7 @@ class PersistentBackward : PersistentPass<S, Backward<S>, Machine> {
       args.d_y_stride = problem.d_y_stride;
       args.d_h_n = problem.d_h_n;
       args.d_c_n = problem.d_c_n;
+      args.d_c_steps = problem.d_c_steps;
       args.d_pre = problem.d_pre;
       args.d_h_all = problem.d_h_all;
       args.d_h0 = problem.d_h0;

@@ -220,6 +220,8 @@ class StepwiseBackward {
     }
     body.d_c = d_c_;
     body.d_c_n = problem_.d_c_n;
+    if (problem_.d_c_steps != nullptr)
+      body.d_c_steps = problem_.d_c_steps + at.first * cells::kCellStates<Cell> * hidden;
     if (problem_.saved != nullptr) body.saved = problem_.saved + at.first * Cell::kSaved * hidden;
     body.h = problem_.y + at.first * problem_.y_stride;
     body.h_before = problem_.y + at.first_before * problem_.y_stride;
