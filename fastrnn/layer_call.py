@@ -17,6 +17,10 @@ from fastrnn.spec import FIRST_SEQUENCE_SLOT, CellSpec, Weights
 Results = tuple[Tensor, Tensor, Tensor | None]
 
 
+#: the option ``recompute="full"``
+FULL = -1
+
+
 class Options(NamedTuple):
     """Options of a call.
 
@@ -26,12 +30,15 @@ class Options(NamedTuple):
         weight_format: number of the format in which the CPU may hold w_hh if no gradient is
             recorded; 0 for the dtype of w_hh.
         prepared: the `fastrnn.ops.packed.PreparedWeights` of the module, or None.
+        recompute: number of steps of a chunk whose saved values backward computes again, `FULL` to
+            choose it, or 0 to save them.
     """
 
     num_layers: int = 1
     dropout: float = 0.0
     weight_format: int = 0
     prepared: Any = None
+    recompute: int = 0
 
 
 DEFAULTS = Options()

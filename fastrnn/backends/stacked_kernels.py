@@ -14,7 +14,7 @@ WHOLE_STACK = True
 
 
 def unsupported(call: LayerCall) -> str:
-    num_layers, dropout, weight_format, _ = call.options
+    num_layers, dropout, weight_format, *_ = call.options
     if num_layers == 1:
         return "there is a single layer"
     x = call.x

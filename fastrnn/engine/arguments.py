@@ -27,7 +27,7 @@ _PADDED = (
 )
 _PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
 #: keyword arguments of both forms, and their defaults
-_KEYWORDS = {"weight_dtype": None, **NO_MARKS._asdict()}
+_KEYWORDS = {"weight_dtype": None, "recompute": "none", **NO_MARKS._asdict()}
 
 
 def _arguments(spec: CellSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +100,7 @@ def _checked_run(spec: CellSpec, cx: Tensor | None, values: dict[str, Any]) -> R
     num_layers: int = values["num_layers"]
     directions = 2 if values["bidirectional"] else 1
     weight_format = WEIGHT_FORMATS[checks.check_weight_dtype(values["weight_dtype"])]
+    recompute = checks.check_recompute(values["recompute"])
     if batch_sizes is None:
         _check(x.dim() == 3, f"input must have 3 dimensions, got {x.dim()}")
         batch = x.shape[0] if values["batch_first"] else x.shape[1]
@@ -152,7 +153,12 @@ def _checked_run(spec: CellSpec, cx: Tensor | None, values: dict[str, Any]) -> R
         hx,
         cx,
         Weights(params, slots_of(values["has_biases"], size != hidden)),
-        Options(num_layers, values["dropout"] if values["train"] else 0.0, weight_format),
+        Options(
+            num_layers,
+            values["dropout"] if values["train"] else 0.0,
+            weight_format,
+            recompute=recompute,
+        ),
     )
     marks = Marks(*(values[name] for name in Marks._fields))
     if all(mark is None for mark in marks):

@@ -78,6 +78,7 @@ class RecurrentBase(nn.RNNBase):
     _weight_dtype: torch.dtype | None = None
     # without an annotation, which TorchScript would read
     _prepared = cast("PreparedWeights | None", None)
+    _recompute = cast("int | str", "none")
     _overrides_checks: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -86,9 +87,15 @@ class RecurrentBase(nn.RNNBase):
             cls._overrides_checks = True
 
     def __init__(
-        self, mode: str, *args: Any, weight_dtype: torch.dtype | None = None, **kwargs: Any
+        self,
+        mode: str,
+        *args: Any,
+        weight_dtype: torch.dtype | None = None,
+        recompute: int | str = "none",
+        **kwargs: Any,
     ) -> None:
         self.weight_dtype = weight_dtype
+        self.recompute = recompute
         try:
             is_in_torch = BY_MODE[mode].torch.torch_function is not None
             super().__init__(mode if is_in_torch else "RNN_TANH", *args, **kwargs)
@@ -130,6 +137,25 @@ class RecurrentBase(nn.RNNBase):
         else:
             self._weight_dtype = weight_dtype
 
+    @property
+    @torch.jit.unused
+    def recompute(self) -> int | str:
+        """``"none"``, ``"full"`` or k: how backward gets the activations of the forward pass.
+
+        With k, forward keeps the states before every k steps only, and backward computes the
+        activations of k steps at a time again. "full" chooses k, about the square root of the
+        number of steps. It can be changed at any time; docs/memory.md describes what it saves and
+        costs.
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, recompute: int | str) -> None:
+        if checks.check_recompute(recompute) == 0:
+            self.__dict__.pop("_recompute", None)
+        else:
+            self._recompute = recompute if isinstance(recompute, str) else int(recompute)
+
     def __prepare_scriptable__(self) -> nn.Module:
         """Returns the module that ``torch.jit.script`` compiles.
 
@@ -161,10 +187,12 @@ class RecurrentBase(nn.RNNBase):
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """Returns the constructor's arguments as torch shows them, and ``weight_dtype`` if set."""
+        """Returns the constructor's arguments as torch shows them, and those of fastrnn if set."""
         text = super().extra_repr()
         if self._weight_dtype is not None:
             text += f", weight_dtype={self._weight_dtype}"
+        if self._recompute != "none":
+            text += f", recompute={self._recompute!r}"
         return text
 
     def prepare(self: _Module) -> _Module:
@@ -335,13 +363,19 @@ class RecurrentBase(nn.RNNBase):
         h0, c0 = self._states(hx) if spec.has_cell_state else (hx, None)
         options = DEFAULTS
         prepared = None if torch.compiler.is_compiling() else self._prepared
-        if self.num_layers > 1 or self._weight_dtype is not None or prepared is not None:
+        if (
+            self.num_layers > 1
+            or self._weight_dtype is not None
+            or prepared is not None
+            or self._recompute != "none"
+        ):
             options = Options(
                 self.num_layers,
                 # not read unless needed: Dynamo would make a float an input of compiled code
                 self.dropout if self.num_layers > 1 and self.training else 0.0,
                 WEIGHT_FORMATS[self._weight_dtype],
                 prepared,
+                checks.check_recompute(self._recompute),
             )
         call = LayerCall(spec, input, sequence, h0, c0, weights, options)
         swapped = self.batch_first and sequence.named().batch_sizes is None
@@ -406,7 +440,8 @@ class RecurrentBase(nn.RNNBase):
             slots |= PROJECTION
         if torch.is_grad_enabled():
             if (
-                NoneType in map(type, weights)
+                self._recompute != "none"
+                or NoneType in map(type, weights)
                 or type(h0) is not Tensor
                 or not (c0 is None or type(c0) is Tensor)
             ):

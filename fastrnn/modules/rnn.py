@@ -50,6 +50,9 @@ class RNN(OneState):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
+            before each k steps are kept, and backward computes the rest again, see docs/memory.md.
+            Default: ``"none"``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -93,6 +96,7 @@ class RNN(OneState):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        recompute: int | str = "none",
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -179,6 +183,9 @@ class LSTM(TwoStates):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
+            before each k steps are kept, and backward computes the rest again, see docs/memory.md.
+            Default: ``"none"``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -225,6 +232,7 @@ class LSTM(TwoStates):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        recompute: int | str = "none",
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -355,6 +363,9 @@ class GRU(OneState):
         device, dtype: of the parameters.
         weight_dtype: ``torch.float16`` lets inference of one sequence on the CPU round w_hh, for
             speed, see docs/float16_weights.md. Default: ``None``
+        recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
+            before each k steps are kept, and backward computes the rest again, see docs/memory.md.
+            Default: ``"none"``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -397,6 +408,7 @@ class GRU(OneState):
         dtype: torch.dtype | None = None,
         *,
         weight_dtype: torch.dtype | None = None,
+        recompute: int | str = "none",
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

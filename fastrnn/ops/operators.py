@@ -60,6 +60,8 @@ layer_op = torch.ops.fastrnn.recurrent_layer.default
 backward_op = torch.ops.fastrnn.recurrent_backward.default
 
 interruptible_forward = _interruptible(forward_op)
+chunked_forward_op = _interruptible(torch.ops.fastrnn.recurrent_chunked_forward.default)
+chunked_gradients_op = _interruptible(torch.ops.fastrnn.recurrent_chunked_gradients.default)
 _interruptible_stack = _interruptible(torch.ops.fastrnn.recurrent_stack.default)
 #: the operators that compute gradients, by number of directions
 gradient_ops = {
@@ -75,6 +77,8 @@ OPERATORS = (
     "recurrent_gradients",
     "recurrent_bidirectional_gradients",
     "recurrent_stack",
+    "recurrent_chunked_forward",
+    "recurrent_chunked_gradients",
 )
 
 #: dtypes that the kernels compute with
