@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn.layer_call import FULL
 from fastrnn.spec import BY_MODE, WEIGHT_FORMATS, CellSpec
 
 #: dtypes that a layer can compute with, by the kernels or by torch
@@ -433,6 +434,29 @@ def check_weight_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
         return weight_dtype
     known = " or ".join(map(str, WEIGHT_FORMATS))
     raise ValueError(f"weight_dtype must be {known}, got {describe(weight_dtype)}")
+
+
+def check_recompute(recompute: Any) -> int:
+    """Returns ``recompute`` as in `fastrnn.layer_call.Options`.
+
+    Raises:
+        TypeError: it is neither a string nor an integer.
+        ValueError: it is another string, or less than 1.
+    """
+    expected = "recompute must be 'none', 'full' or a number of steps from 1 on, got "
+    if isinstance(recompute, str):
+        if recompute not in ("none", "full"):
+            raise ValueError(expected + repr(recompute))
+        return FULL if recompute == "full" else 0
+    try:
+        steps = operator.index(recompute)
+    except TypeError:
+        raise TypeError(expected + describe(recompute)) from None
+    if is_bool(recompute):
+        raise TypeError(expected + describe(recompute))
+    if steps < 1:
+        raise ValueError(expected + str(steps))
+    return steps
 
 
 def is_bool(value: Any) -> bool:

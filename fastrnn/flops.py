@@ -6,6 +6,8 @@ all steps), each layer and direction has
     forward     x w_ih^T: 2*N*G*H*I    h w_hh^T: 2*N*G*H*R    with a projection: 2*N*R*H
     backward    gradient of h: the same as h w_hh^T and the projection; gradients of x, w_ih and
                 w_hh, if needed: the same as the forward products of x and h
+
+With ``recompute``, backward includes the forward products of cells that save values.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrnn import _library
-from fastrnn.spec import GRADIENT_OUTPUTS, WEIGHT_SLOTS, present
+from fastrnn.spec import CELLS, GRADIENT_OUTPUTS, WEIGHT_SLOTS, present
 
 _library.load()
 
@@ -107,6 +109,13 @@ def _gradients_flops(
     return total
 
 
+def _chunked_gradients_flops(*arguments: Any, **_: Any) -> int:
+    """Counts recurrent_chunked_gradients, which runs forward again if the cell saves values."""
+    cell: str = arguments[-3]
+    again = _forward_flops(*arguments[3:8]) if CELLS[cell].saved else 0
+    return again + _gradients_flops(*arguments[:-1])
+
+
 _operators = torch.ops.fastrnn
 register_flop_formula(
     [
@@ -114,8 +123,10 @@ register_flop_formula(
         _operators.recurrent_forward,
         _operators.recurrent_states,
         _operators.recurrent_stack,
+        _operators.recurrent_chunked_forward,
     ]
 )(_forward_flops)
+register_flop_formula(_operators.recurrent_chunked_gradients)(_chunked_gradients_flops)
 register_flop_formula(_operators.recurrent_backward)(_backward_flops)
 register_flop_formula(_operators.recurrent_states_backward)(_states_backward_flops)
 register_flop_formula(

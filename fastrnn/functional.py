@@ -25,6 +25,8 @@ Args:
         are.
     weight_dtype: keyword only. ``torch.float16`` lets the CPU kernels hold w_hh in float16 where
         that is faster, see docs/float16_weights.md. Default: None
+    recompute: keyword only. ``"full"`` or a number of steps saves memory in training, see
+        docs/memory.md. Default: ``"none"``
     lengths, resets, reset_state: keyword only, of the first form; see `fastrnn.LSTM`.
     return_all_states, return_gates: keyword only. If one is true, a `fastrnn.Extras` is the last
         result.
@@ -35,7 +37,7 @@ Returns:
 Raises:
     TypeError: an argument is missing, unknown or of the wrong type.
     RuntimeError: shapes, dtypes or devices do not fit together.
-    ValueError: ``num_layers``, ``dropout`` or ``weight_dtype`` has an invalid value.
+    ValueError: ``num_layers``, ``dropout``, ``weight_dtype`` or ``recompute`` has an invalid value.
 
 Differences from torch: every shape is checked first and named in the message; tensors of different
 floating-point types work under autocast on every device; the backward pass works in eval mode;
@@ -81,6 +83,7 @@ class OneStateFunction(Protocol):
         batch_first: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        recompute: int | str = "none",
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
@@ -103,6 +106,7 @@ class OneStateFunction(Protocol):
         weight_dtype: torch.dtype | None = None,
         return_all_states: bool = False,
         return_gates: bool = False,
+        recompute: int | str = "none",
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -123,6 +127,7 @@ class TwoStatesFunction(Protocol):
         batch_first: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        recompute: int | str = "none",
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Sequence[Tensor] | None = None,
@@ -145,6 +150,7 @@ class TwoStatesFunction(Protocol):
         weight_dtype: torch.dtype | None = None,
         return_all_states: bool = False,
         return_gates: bool = False,
+        recompute: int | str = "none",
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 

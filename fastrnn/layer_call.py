@@ -17,6 +17,10 @@ from fastrnn.spec import FIRST_SEQUENCE_SLOT, CellSpec, Weights
 Results = tuple[Tensor, Tensor, Tensor | None]
 
 
+#: the option ``recompute="full"``
+FULL = -1
+
+
 class Options(NamedTuple):
     """Options of a call.
 
@@ -27,6 +31,8 @@ class Options(NamedTuple):
             recorded; 0 for the dtype of w_hh.
         prepared: the `fastrnn.ops.packed.PreparedWeights` of the module, or None.
         recorder: the `fastrnn.engine.states.Recorder` that runs the layers, or None.
+        recompute: number of steps of a chunk whose saved values backward computes again, `FULL` to
+            choose it, or 0 to save them.
     """
 
     num_layers: int = 1
@@ -34,6 +40,7 @@ class Options(NamedTuple):
     weight_format: int = 0
     prepared: Any = None
     recorder: Any = None
+    recompute: int = 0
 
 
 DEFAULTS = Options()

@@ -83,11 +83,19 @@ constexpr int kMaxDirections = 2;
 FASTRNN_EXPORT void set_interrupted(bool (*function)());
 constexpr const char* kInterrupted = "fastrnn: the call was interrupted by a signal.";
 
+// The layer of whose steps and directions a call computes a part (cpu/recompute.h). The call packs
+// and divides the weights as a call for the whole layer does, so that the results have the same
+// bits.
+struct WholeLayer {
+  LayerShape shape;
+  int directions;
+};
+
 // Run the whole sequence of the directions of a layer (1 or 2, which differ only in `reverse` and
-// their pointers). T: float or double.
+// their pointers), or the part of a layer. T: float or double.
 template <class T>
 FASTRNN_EXPORT void forward(const LayerForward<T, T>* directions, int count, int threads,
-                            ParallelFor parallel_for);
+                            ParallelFor parallel_for, const WholeLayer* whole = nullptr);
 // Runs layers of one direction; the y of a layer is the x of the next. Two layers run at the same
 // time where that is faster: the upper one then follows the lower one by a few steps.
 template <class T>
@@ -95,9 +103,9 @@ FASTRNN_EXPORT void forward_stack(const LayerForward<T, T>* layers, int count, i
                                   ParallelFor parallel_for);
 template <class T>
 FASTRNN_EXPORT void backward(const LayerBackward<T, T>* directions, int count, int threads,
-                             ParallelFor parallel_for);
-// Computes the gradients that are products over all steps, after backward. Both directions may add
-// to one d_x: they run one after the other.
+                             ParallelFor parallel_for, const WholeLayer* whole = nullptr);
+// Computes the gradients that are products over steps, after backward. Both directions may add to
+// one d_x: they run one after the other.
 template <class T>
 FASTRNN_EXPORT void gradients(const LayerGradients<T>* directions, int count, int threads,
                               ParallelFor parallel_for);

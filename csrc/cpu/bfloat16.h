@@ -22,9 +22,9 @@ FASTRNN_EXPORT std::string bfloat16_reason(const LayerShape& shape);
 FASTRNN_EXPORT Plan make_bfloat16_plan(const LayerShape& shape, int threads, int directions);
 
 // Runs the directions of a layer (1 or 2, which differ only in `reverse` and their pointers), if
-// computes_bfloat16(shape).
+// computes_bfloat16(shape). whole: as for forward in cpu/api.h.
 FASTRNN_EXPORT void bfloat16_forward(const Bfloat16Forward* directions, int count, int threads,
-                                     ParallelFor parallel_for);
+                                     ParallelFor parallel_for, const WholeLayer* whole = nullptr);
 
 // Bfloat16 kernels of the instruction set in use that this machine can run, the slowest first.
 FASTRNN_EXPORT std::vector<std::string> available_bfloat16_kernels();

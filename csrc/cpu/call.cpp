@@ -219,11 +219,16 @@ ThreadReservation reserve_threads(int wanted, int threads) {
   return ThreadReservation(wanted, wanted == 1 ? 1 : std::min(threads, usable_cpus()));
 }
 
-// plan_for(threads): the plan for up to so many threads.
+int bounded_threads(int threads) {
+  const int bound = max_threads();
+  return std::max(bound > 0 ? std::min(threads, bound) : threads, 1);
+}
+
+// plan_for(threads): the plan for up to so many threads of a layer of this shape.
 template <class PassOf, class PlanFor>
-void run(const PassOf& pass, const typename PassOf::Problem* problems, int count, int threads,
-         ParallelFor parallel_for, const PlanFor& plan_for) {
-  if (is_forked() && call_work(problems[0].shape, PassOf::kPass) < kMinForkedWork) threads = 1;
+void run(const PassOf& pass, const typename PassOf::Problem* problems, int count,
+         const LayerShape& shape, int threads, ParallelFor parallel_for, const PlanFor& plan_for) {
+  if (is_forked() && call_work(shape, PassOf::kPass) < kMinForkedWork) threads = 1;
   Plan plan = plan_for(threads);
   const int wanted = plan.threads * plan.together;
   const ThreadReservation reservation = reserve_threads(wanted, threads);
@@ -233,12 +238,29 @@ void run(const PassOf& pass, const typename PassOf::Problem* problems, int count
     Job<PassOf>(pass, problems + done, plan.together, plans).run(parallel_for);
 }
 
+// The same for the part of a layer. plan_for(threads): the plan of the whole layer.
+template <class PassOf, class PlanFor>
+void run_part(const PassOf& pass, const typename PassOf::Problem* problems, int count,
+              const WholeLayer& whole, int threads, ParallelFor parallel_for,
+              const PlanFor& plan_for) {
+  run(pass, problems, count, whole.shape, threads, parallel_for, [&](int granted) {
+    const Plan plan = plan_for(granted);
+    return whole.directions == count
+               ? plan
+               : make_direction_plan(whole.shape, PassOf::kPass, plan, bounded_threads(granted));
+  });
+}
+
+// The same with the plan for a type of the kernels. whole: null if the problems are all.
 template <class PassOf>
 void run(const PassOf& pass, const typename PassOf::Problem* problems, int count,
-         WeightFormat allowed_format, int threads, ParallelFor parallel_for) {
-  run(pass, problems, count, threads, parallel_for, [&](int granted) {
-    return make_plan(problems[0].shape, PassOf::kPass, sizeof(typename PassOf::Value), granted,
-                     count, allowed_format);
+         WeightFormat allowed_format, int threads, ParallelFor parallel_for,
+         const WholeLayer* whole = nullptr) {
+  const WholeLayer own = {problems[0].shape, count};
+  const WholeLayer& all = whole != nullptr ? *whole : own;
+  run_part(pass, problems, count, all, threads, parallel_for, [&](int granted) {
+    return make_plan(all.shape, PassOf::kPass, sizeof(typename PassOf::Value), granted,
+                     all.directions, allowed_format);
   });
 }
 
@@ -248,11 +270,6 @@ bool stack_plans(const LayerShape& upper, int element_bytes, Plan* plans) {
   plans[0].chunk_rows = pick_follow_rows(upper, plans[0]);
   plans[1].chunk_rows = pick_follow_rows(upper, plans[1]);
   return true;
-}
-
-int bounded_threads(int threads) {
-  const int bound = max_threads();
-  return std::max(bound > 0 ? std::min(threads, bound) : threads, 1);
 }
 
 // Runs two layers of a stack at the same time with their plans. Returns false, having done nothing,
@@ -285,10 +302,10 @@ bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int el
 }
 
 template <class T>
-void forward(const LayerForward<T, T>* directions, int count, int threads,
-             ParallelFor parallel_for) {
+void forward(const LayerForward<T, T>* directions, int count, int threads, ParallelFor parallel_for,
+             const WholeLayer* whole) {
   run(ForwardPass<T>{isa().walks<T>()}, directions, count, directions[0].recurrent_format, threads,
-      parallel_for);
+      parallel_for, whole);
 }
 
 template <class T>
@@ -307,9 +324,9 @@ void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
 
 template <class T>
 void backward(const LayerBackward<T, T>* directions, int count, int threads,
-              ParallelFor parallel_for) {
+              ParallelFor parallel_for, const WholeLayer* whole) {
   run(BackwardPass<T>{isa().walks<T>()}, directions, count, WeightFormat::kNative, threads,
-      parallel_for);
+      parallel_for, whole);
 }
 
 template <class T>
@@ -338,19 +355,21 @@ Plan make_bfloat16_plan(const LayerShape& shape, int threads, int directions) {
 }
 
 void bfloat16_forward(const Bfloat16Forward* directions, int count, int threads,
-                      ParallelFor parallel_for) {
-  const LayerShape& shape = directions[0].shape;
-  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(shape).kernels;
+                      ParallelFor parallel_for, const WholeLayer* whole) {
+  const WholeLayer own = {directions[0].shape, count};
+  const WholeLayer& all = whole != nullptr ? *whole : own;
+  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(all.shape).kernels;
   if (kernels == nullptr) throw std::runtime_error("fastrnn: there are no kernels for bfloat16.");
-  run(Bfloat16Pass{*kernels}, directions, count, threads, parallel_for, [&](int granted) {
-    return make_bfloat16_plan_for(shape, isa(), kernels->format, bounded_threads(granted), count);
+  run_part(Bfloat16Pass{*kernels}, directions, count, all, threads, parallel_for, [&](int granted) {
+    return make_bfloat16_plan_for(all.shape, isa(), kernels->format, bounded_threads(granted),
+                                  all.directions);
   });
 }
 
 void int8_forward(const Int8Forward* directions, int count, int threads, ParallelFor parallel_for) {
-  run(Int8Pass{int8_kernels()}, directions, count, threads, parallel_for, [&](int granted) {
-    return make_int8_plan(directions[0].shape, isa(), bounded_threads(granted), count);
-  });
+  const LayerShape& shape = directions[0].shape;
+  run(Int8Pass{int8_kernels()}, directions, count, shape, threads, parallel_for,
+      [&](int granted) { return make_int8_plan(shape, isa(), bounded_threads(granted), count); });
 }
 
 Plan make_panel_plan(const LayerShape& shape, int element_bytes, int threads) {
@@ -373,8 +392,10 @@ template <class T>
 void forward_packed(const PackedForward<T>* directions, int count, const Plan& panel_plan,
                     int threads, ParallelFor parallel_for) {
   const Isa& isa = isa_named(panel_plan.isa);
-  run(PackedPass<T>{isa.walks<T>()}, directions, count, threads, parallel_for, [&](int granted) {
-    return make_packed_plan(directions[0].shape, isa, panel_plan, bounded_threads(granted), count);
+  const LayerShape& shape = directions[0].shape;
+  const PackedPass<T> pass{isa.walks<T>()};
+  run(pass, directions, count, shape, threads, parallel_for, [&](int granted) {
+    return make_packed_plan(shape, isa, panel_plan, bounded_threads(granted), count);
   });
 }
 
@@ -391,12 +412,15 @@ bool forward_packed_pair(const PackedForward<T>* layers, const Plan* panel_plans
          run_pair(PackedPass<T>{isa.walks<T>()}, layers, plans, threads, parallel_for);
 }
 
-template void forward<float>(const LayerForward<float, float>*, int, int, ParallelFor);
-template void forward<double>(const LayerForward<double, double>*, int, int, ParallelFor);
+template void forward(const LayerForward<float, float>*, int, int, ParallelFor, const WholeLayer*);
+template void forward(const LayerForward<double, double>*, int, int, ParallelFor,
+                      const WholeLayer*);
 template void forward_stack<float>(const LayerForward<float, float>*, int, int, ParallelFor);
-template void backward<float>(const LayerBackward<float, float>*, int, int, ParallelFor);
 template void forward_stack<double>(const LayerForward<double, double>*, int, int, ParallelFor);
-template void backward<double>(const LayerBackward<double, double>*, int, int, ParallelFor);
+template void backward(const LayerBackward<float, float>*, int, int, ParallelFor,
+                       const WholeLayer*);
+template void backward(const LayerBackward<double, double>*, int, int, ParallelFor,
+                       const WholeLayer*);
 template void gradients<float>(const LayerGradients<float>*, int, int, ParallelFor);
 template void gradients<double>(const LayerGradients<double>*, int, int, ParallelFor);
 template void pack_panels(const LayerShape&, const LayerWeights<float>&, const Plan&, float*);

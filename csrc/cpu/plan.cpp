@@ -207,6 +207,16 @@ Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int eleme
   return plan;
 }
 
+Plan make_direction_plan(const LayerShape& shape, Pass pass, const Plan& both, int threads) {
+  Plan plan = both;
+  plan.together = 1;
+  plan.unit_groups = std::max(pick_threads(shape, pass, threads) / plan.row_groups, 1);
+  plan.threads = plan.row_groups * plan.unit_groups;
+  plan.shared = pass == Pass::kForward && pick_shared(shape, plan);
+  plan.prefetch = pick_prefetch(shape, pass, plan);
+  return plan;
+}
+
 Plan make_panel_plan_for(const LayerShape& shape, const Isa& isa, int element_bytes,
                          int max_threads) {
   Plan plan = make_plan_for(shape, Pass::kForward, isa, element_bytes, max_threads, 1,

@@ -110,6 +110,9 @@ std::int64_t pick_gradient_depth(const LayerShape& shape, int element_bytes);
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                    int max_threads, int directions, WeightFormat allowed_format);
+// The plan of one direction of a layer of two, on the threads of both, with the tiles that it has
+// in the plan of both: its results have the same bits.
+Plan make_direction_plan(const LayerShape& shape, Pass pass, const Plan& both, int threads);
 // The plan for panels that outlive a call (cpu/panels.h), and the plan of a call that uses them.
 Plan make_panel_plan_for(const LayerShape& shape, const Isa& isa, int element_bytes,
                          int max_threads);

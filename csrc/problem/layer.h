@@ -50,6 +50,9 @@ struct LayerForward {
   // [N, S*H] the values that backward needs, in the order of the cell's saved, or null
   Accumulator* saved;
   WeightFormat recurrent_format;  // format that w_hh may have where it is faster
+  // [B, C*H] or null. If Storage is not Accumulator: the initial cell states, which the call
+  // replaces by the final ones. c0 is not read then.
+  Accumulator* unrounded_c;
 };
 
 template <class Storage, class Accumulator, class PreGradient = Accumulator>
@@ -73,8 +76,7 @@ struct LayerBackward {
   Storage* d_c0;         // [B, C*H] or null
 };
 
-// The products over all steps after the backward time loop: gradients of the weights and of the
-// input.
+// The products after the backward time loop: gradients of the weights and of the input.
 template <class Value>
 struct LayerGradients {
   LayerShape shape;
@@ -85,7 +87,9 @@ struct LayerGradients {
   const Value* h0;  // [B, R]
   const Value* y;   // [N, R], y_stride apart
   std::int64_t y_stride;
-  const Value* d_pre;  // [N, (Q+E)*H]
+  RowRange rows;        // the rows of [N, *] to compute with: all, or a part (cpu/recompute.h)
+  bool add_to_weights;  // d_w += instead of =, because other rows were there before
+  const Value* d_pre;   // [rows.count, (Q+E)*H]
   // Results; null: not needed.
   Value* d_x;     // [N, I]
   bool add_to_x;  // d_x += instead of =, because the other direction has written d_x

@@ -83,6 +83,20 @@ struct Sequence {
             later};
   }
 
+  // The step that owns a row of [N, *].
+  FASTRNN_HD std::int64_t step_of(std::int64_t row) const {
+    std::int64_t first = 0, last = steps - 1;
+    while (first < last) {
+      const std::int64_t middle = first + (last - first + 1) / 2;
+      if (step_offset[middle] <= row) {
+        first = middle;
+      } else {
+        last = middle - 1;
+      }
+    }
+    return first;
+  }
+
   // The rows of the steps begin ... end - 1 in order of computation.
   FASTRNN_HD RowRange rows_between(std::int64_t begin, std::int64_t end) const {
     const std::int64_t low = reverse ? step(end - 1) : step(begin);

@@ -243,23 +243,31 @@ void check_input(const LayerArguments& layer, const Tensor& x) {
                 " of w_ih, got ", size, ".");
 }
 
-// What backward is given beyond the layer itself.
+void check_kept(const LayerArguments& layer, const char* name, const Tensor& kept,
+                std::initializer_list<int64_t> sizes) {
+  check_sizes(name, kept, sizes);
+  const ScalarType expected = accumulate_type(layer.dtype);
+  const int32_t code =
+      expected == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  FASTRNN_CHECK(dtype_code(kept) == code && kept.is_contiguous() && DeviceId(kept) == layer.place,
+                name, " must be the result of recurrent_forward, got another tensor.");
+  check_memory(name, kept, value_bytes(expected));
+}
+
 void check_backward(const LayerArguments& layer, const Tensor& y, const Tensor& saved,
                     const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,
                     const std::optional<Tensor>& d_c_n, const std::optional<Tensor>& d_c_steps) {
+  if (layer.cell->saved > 0)
+    check_kept(layer, "saved", saved,
+               {layer.directions, layer.rows, layer.cell->saved * layer.hidden_size});
+  check_gradients(layer, y, d_y, d_h_n, d_c_n, d_c_steps);
+}
+
+void check_gradients(const LayerArguments& layer, const Tensor& y, const std::optional<Tensor>& d_y,
+                     const std::optional<Tensor>& d_h_n, const std::optional<Tensor>& d_c_n,
+                     const std::optional<Tensor>& d_c_steps) {
   layer.check_like("y", y);
   check_sizes("y", y, layer.output_sizes());
-  if (layer.cell->saved > 0) {
-    check_sizes("saved", saved,
-                {layer.directions, layer.rows, layer.cell->saved * layer.hidden_size});
-    const ScalarType expected = accumulate_type(layer.dtype);
-    const int32_t code =
-        expected == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    FASTRNN_CHECK(
-        dtype_code(saved) == code && saved.is_contiguous() && DeviceId(saved) == layer.place,
-        "saved must be the result of recurrent_forward, got another tensor.");
-    check_memory("saved", saved, value_bytes(accumulate_type(layer.dtype)));
-  }
   if (d_y) {
     layer.check_like("d_y", *d_y);
     check_sizes("d_y", *d_y, layer.output_sizes());

@@ -155,6 +155,13 @@ std::vector<int64_t> packed_step_rows(const Tensor& batch_sizes, int64_t batch);
 // Checks the last dimension of x.
 void check_input(const LayerArguments& layer, const Tensor& x);
 
+// Checks the values that forward has kept for backward.
+void check_kept(const LayerArguments& layer, const char* name, const Tensor& kept,
+                std::initializer_list<int64_t> sizes);
+// Checks y and the gradients of the results of forward.
+void check_gradients(const LayerArguments& layer, const Tensor& y, const std::optional<Tensor>& d_y,
+                     const std::optional<Tensor>& d_h_n, const std::optional<Tensor>& d_c_n,
+                     const std::optional<Tensor>& d_c_steps = std::nullopt);
 // Checks what backward gets beyond the layer itself.
 void check_backward(const LayerArguments& layer, const Tensor& y, const Tensor& saved,
                     const std::optional<Tensor>& d_y, const std::optional<Tensor>& d_h_n,

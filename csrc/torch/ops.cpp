@@ -225,40 +225,6 @@ FourTensors recurrent_states_backward(std::optional<Tensor> d_y, std::optional<T
   });
 }
 
-// The tensors that the products are written into, in the layer's compute type; empty where they are
-// not asked for. Each direction has d_w_ih, d_w_hh, d_b_ih and d_b_hh, biases or not.
-struct GradientOutputs {
-  Tensor d_x;
-  std::vector<Tensor> d_weights;
-
-  GradientOutputs(const LayerArguments& layer, const Tensor& x, const std::vector<Tensor>& weights,
-                  int64_t slots, int64_t outputs)
-      : d_x(has_slot(outputs, kDX) ? ordinary(sizes_of(x), layer.compute, x)
-                                   : placeholder(layer.compute, x)) {
-    const int64_t count = count_slots(slots);
-    d_weights.reserve(layer.directions * kGradientsPerDirection);
-    for (int64_t d = 0; d < layer.directions; ++d) {
-      for (int slot = kWIh; slot < kGradientsPerDirection; ++slot) {
-        const int output = kDWIh + int(d) * kGradientsPerDirection + slot;
-        if (has_slot(slots, slot) && has_slot(outputs, output)) {
-          const Tensor& weight = weights[d * count + count_slots(slots, slot)];
-          d_weights.push_back(ordinary(sizes_of(weight), layer.compute, weight));
-        } else {
-          d_weights.push_back(placeholder(layer.compute, x));
-        }
-      }
-    }
-  }
-
-  // Null where it is not asked for.
-  template <class T>
-  T* weight(int64_t d, WeightSlot slot) const {
-    const Tensor& t = d_weights[d * kGradientsPerDirection + slot];
-    return t.dim() == 1 && t.size(0) == 0 ? nullptr : static_cast<T*>(t.data_ptr());
-  }
-};
-static_assert(kBHh + 1 == kGradientsPerDirection, "the results follow the weight slots");
-
 template <class T>
 void run(const LayerArguments& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
          const GradientOutputs& outputs, bool need_x) {
@@ -266,22 +232,8 @@ void run(const LayerArguments& layer, const Rows& x, const Rows& y, const Tensor
     std::memset(outputs.d_x.data_ptr(), 0, size_t(layer.rows * layer.input_size) * sizeof(T));
   LayerGradients<T> problems[cpu::kMaxDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
-    LayerGradients<T>& problem = problems[d] = {};
-    problem.shape = layer.shape(d);
-    problem.w_ih = static_cast<const T*>(layer.direction[d].w_ih.data);
-    problem.w_ih_stride = layer.direction[d].w_ih.stride;
-    problem.x = static_cast<const T*>(x.data);
-    problem.x_stride = x.stride;
-    problem.h0 = input_of<T>(layer.h0, d);
-    problem.y = static_cast<const T*>(y.data) + d * layer.out();
-    problem.y_stride = y.stride;
-    problem.d_pre = input_of<T>(d_pre, d);
-    problem.d_x = need_x ? static_cast<T*>(outputs.d_x.data_ptr()) : nullptr;
-    problem.add_to_x = d > 0;
-    problem.d_w_ih = outputs.weight<T>(d, kWIh);
-    problem.d_w_hh = outputs.weight<T>(d, kWHh);
-    problem.d_b_ih = outputs.weight<T>(d, kBIh);
-    problem.d_b_hh = outputs.weight<T>(d, kBHh);
+    problems[d] = gradient_problem<T>(layer, d, x, y, outputs, need_x);
+    problems[d].d_pre = input_of<T>(d_pre, d);
   }
   cpu::gradients(problems, int(layer.directions), threads(), parallel_for);
 }
@@ -309,7 +261,7 @@ Gradients gradients_of(int64_t directions, const std::optional<Tensor>& d_y,
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardOutputs walked(layer, x, ordinary, recycled);
-  GradientOutputs products(layer, x, weights, slots, outputs);
+  GradientOutputs products(layer, x, weights, slots, outputs, ordinary);
   const Rows x_rows(layer.to_compute(x));
   if (compute == ScalarType::Double) {
     run<double>(layer, inputs, walked);
@@ -321,14 +273,6 @@ Gradients gradients_of(int64_t directions, const std::optional<Tensor>& d_y,
   for (Tensor& d_weight : products.d_weights) d_weight = layer.from_compute(d_weight);
   auto [d_pre, d_h_all, d_h0, d_c0] = walked.tensors(layer);
   return {{layer.from_compute(products.d_x), d_h0, d_c0, d_h_all}, std::move(products.d_weights)};
-}
-
-using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using TwelveTensors =
-    decltype(std::tuple_cat(std::declval<EightTensors>(), std::declval<FourTensors>()));
-
-FourTensors four(const std::vector<Tensor>& tensors, size_t first) {
-  return {tensors[first], tensors[first + 1], tensors[first + 2], tensors[first + 3]};
 }
 
 EightTensors recurrent_gradients(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
@@ -411,6 +355,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kStackSchema);
   m.def(fastrnn::kInt8Schema);
   m.def(fastrnn::kSegmentsSchema);
+  m.def(fastrnn::kChunkedForwardSchema);
+  m.def(fastrnn::kChunkedGradientsSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

@@ -14,6 +14,13 @@ namespace fastrnn {
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using TwelveTensors =
+    decltype(std::tuple_cat(std::declval<EightTensors>(), std::declval<FourTensors>()));
+
+inline FourTensors four(const std::vector<Tensor>& tensors, size_t first) {
+  return {tensors[first], tensors[first + 1], tensors[first + 2], tensors[first + 3]};
+}
 
 // null.
 inline int64_t direction_offset(const Tensor& t, int64_t d) {
@@ -79,9 +86,9 @@ inline FiveTensors with_step_states(const FourTensors& results, const std::strin
   return {y, h_n, c_n, c_steps, saved};
 }
 
+// Without results.
 template <class S, class A>
-LayerForward<S, A> forward_problem(const LayerArguments& layer, int64_t d, const Rows& x,
-                                   const ForwardOutputs& outputs) {
+LayerForward<S, A> forward_inputs(const LayerArguments& layer, int64_t d, const Rows& x) {
   LayerForward<S, A> problem{};
   problem.shape = layer.shape(d);
   problem.weights = layer.direction[d].view<S>();
@@ -89,6 +96,13 @@ LayerForward<S, A> forward_problem(const LayerArguments& layer, int64_t d, const
   problem.x_stride = x.stride;
   problem.h0 = input_of<S>(layer.h0, d);
   problem.c0 = input_of<S>(layer.c0, d);
+  return problem;
+}
+
+template <class S, class A>
+LayerForward<S, A> forward_problem(const LayerArguments& layer, int64_t d, const Rows& x,
+                                   const ForwardOutputs& outputs) {
+  LayerForward<S, A> problem = forward_inputs<S, A>(layer, d, x);
   problem.y = static_cast<S*>(outputs.y.data_ptr()) + d * layer.out();
   problem.y_stride = layer.directions * layer.out();
   problem.h_n = output_of<S>(outputs.h_n, d);
@@ -166,6 +180,63 @@ LayerBackward<S, A, S> backward_problem(const LayerArguments& layer, int64_t d,
   problem.d_h_all = output_of<S>(outputs.d_h_all, d);
   problem.d_h0 = output_of<S>(outputs.d_h0, d);
   problem.d_c0 = output_of<S>(outputs.d_c0, d);
+  return problem;
+}
+
+// The tensors that the products are written into, in the layer's compute type; empty where they are
+// not asked for. Each direction has d_w_ih, d_w_hh, d_b_ih and d_b_hh, biases or not.
+struct GradientOutputs {
+  Tensor d_x;
+  std::vector<Tensor> d_weights;
+
+  GradientOutputs(const LayerArguments& layer, const Tensor& x, const std::vector<Tensor>& weights,
+                  int64_t slots, int64_t outputs, Allocate allocate)
+      : d_x(has_slot(outputs, kDX) ? allocate(sizes_of(x), layer.compute, x)
+                                   : placeholder(layer.compute, x)) {
+    const int64_t count = count_slots(slots);
+    d_weights.reserve(layer.directions * kGradientsPerDirection);
+    for (int64_t d = 0; d < layer.directions; ++d) {
+      for (int slot = kWIh; slot < kGradientsPerDirection; ++slot) {
+        const int output = kDWIh + int(d) * kGradientsPerDirection + slot;
+        if (has_slot(slots, slot) && has_slot(outputs, output)) {
+          const Tensor& weight = weights[d * count + count_slots(slots, slot)];
+          d_weights.push_back(allocate(sizes_of(weight), layer.compute, weight));
+        } else {
+          d_weights.push_back(placeholder(layer.compute, x));
+        }
+      }
+    }
+  }
+
+  // Null where it is not asked for.
+  template <class T>
+  T* weight(int64_t d, WeightSlot slot) const {
+    const Tensor& t = d_weights[d * kGradientsPerDirection + slot];
+    return t.dim() == 1 && t.size(0) == 0 ? nullptr : static_cast<T*>(t.data_ptr());
+  }
+};
+static_assert(kBHh + 1 == kGradientsPerDirection, "the results follow the weight slots");
+
+// Without d_pre.
+template <class T>
+LayerGradients<T> gradient_problem(const LayerArguments& layer, int64_t d, const Rows& x,
+                                   const Rows& y, const GradientOutputs& outputs, bool need_x) {
+  LayerGradients<T> problem{};
+  problem.shape = layer.shape(d);
+  problem.w_ih = static_cast<const T*>(layer.direction[d].w_ih.data);
+  problem.w_ih_stride = layer.direction[d].w_ih.stride;
+  problem.x = static_cast<const T*>(x.data);
+  problem.x_stride = x.stride;
+  problem.h0 = input_of<T>(layer.h0, d);
+  problem.y = static_cast<const T*>(y.data) + d * layer.out();
+  problem.y_stride = y.stride;
+  problem.rows = {0, layer.rows};
+  problem.d_x = need_x ? static_cast<T*>(outputs.d_x.data_ptr()) : nullptr;
+  problem.add_to_x = d > 0;
+  problem.d_w_ih = outputs.weight<T>(d, kWIh);
+  problem.d_w_hh = outputs.weight<T>(d, kWHh);
+  problem.d_b_ih = outputs.weight<T>(d, kBIh);
+  problem.d_b_hh = outputs.weight<T>(d, kBHh);
   return problem;
 }
 

@@ -59,6 +59,21 @@ constexpr const char* kBidirectionalGradientsSchema =
     "-> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, "
     "Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, "
     "Tensor d_w_ih_reverse, Tensor d_w_hh_reverse, Tensor d_b_ih_reverse, Tensor d_b_hh_reverse)";
+// CPU only: training that computes the saved values again (cpu/recompute.h), in chunks of at least
+// `chunk` steps. states [D, chunks, B*R + B*C*H] holds the states before each chunk; it is empty
+// for a cell that saves no values.
+constexpr const char* kChunkedForwardSchema =
+    "recurrent_chunked_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, "
+    "Tensor[]? sequence, str cell, int chunk) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor states)";
+// The results of recurrent_bidirectional_gradients, for either number of directions. Cells with
+// w_unit and layers with w_hr are refused; d_h_all is empty.
+constexpr const char* kChunkedGradientsSchema =
+    "recurrent_chunked_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor h0, "
+    "Tensor? c0, Tensor[] weights, int slots, Tensor[]? sequence, Tensor y, Tensor states, "
+    "str cell, int outputs, int chunk) -> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, "
+    "Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, "
+    "Tensor d_w_ih_reverse, Tensor d_w_hh_reverse, Tensor d_b_ih_reverse, Tensor d_b_hh_reverse)";
 // CPU only: inference of one layer with int8 weights, without gradients. x, h0 and c0 are float32.
 // weights holds 7 tensors per direction (problem/int8_layer.h): panels [ceil(H/16), ceil(K/4), G,
 // 16, 4] of w_ih and of w_hh, then scales_ih, scales_hh (float32) and sums_ih, sums_hh (int32)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastrnn._torch_internals import are_transforms_active, forward_ad
 from fastrnn.backends.conditions import unsupported_tensors, unsupported_transform
-from fastrnn.layer_call import LayerCall
-from fastrnn.ops import kernel_layer
+from fastrnn.layer_call import LayerCall, Results
+from fastrnn.ops import kernel_layer, recomputed_layer, recomputes
 from fastrnn.tracing import is_capturing, size
 
 NAME = "kernels"
@@ -24,4 +24,5 @@ def unsupported(call: LayerCall) -> str:
     return unsupported_tensors(call)
 
 
-run = kernel_layer
+def run(call: LayerCall) -> Results:
+    return recomputed_layer(call) if recomputes(call) else kernel_layer(call)

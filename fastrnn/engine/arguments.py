@@ -30,6 +30,7 @@ _PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
 #: keyword arguments of both forms, and their defaults
 _KEYWORDS = {
     "weight_dtype": None,
+    "recompute": "none",
     **NO_MARKS._asdict(),
     "return_all_states": False,
     "return_gates": False,
@@ -113,6 +114,7 @@ def _checked_run(
     num_layers: int = values["num_layers"]
     directions = 2 if values["bidirectional"] else 1
     weight_format = WEIGHT_FORMATS[checks.check_weight_dtype(values["weight_dtype"])]
+    recompute = checks.check_recompute(values["recompute"])
     if batch_sizes is None:
         _check(x.dim() == 3, f"input must have 3 dimensions, got {x.dim()}")
         batch = x.shape[0] if values["batch_first"] else x.shape[1]
@@ -170,6 +172,7 @@ def _checked_run(
             values["dropout"] if values["train"] else 0.0,
             weight_format,
             recorder=recorder,
+            recompute=recompute,
         ),
     )
     marks = Marks(*(values[name] for name in Marks._fields))

@@ -246,7 +246,11 @@ def _run_directions(call: LayerCall, ragged: Ragged, directions: int) -> Results
     flat, slots = call.weights
     layers, dropout = call.options.num_layers, call.options.dropout
     count = len(flat) // (layers * directions)
-    options = Options(weight_format=call.options.weight_format, recorder=call.options.recorder)
+    options = Options(
+        weight_format=call.options.weight_format,
+        recorder=call.options.recorder,
+        recompute=call.options.recompute,
+    )
     x = call.x
     h_n, c_n = [], []
     for layer in range(layers):

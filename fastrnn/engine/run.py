@@ -55,7 +55,9 @@ def run_stack(call: LayerCall, backend: Backend) -> Results:
     if num_layers == 1 or backend.WHOLE_STACK:
         return backend.run(call)
     spec, x, sequence, h0, c0, (flat, slots), options = call
-    layer_options = DEFAULTS._replace(weight_format=options.weight_format)
+    layer_options = DEFAULTS._replace(
+        weight_format=options.weight_format, recompute=options.recompute
+    )
     count = len(flat) // num_layers
     directions = size(h0, 0) // num_layers
     h_n, c_n = [], []

@@ -81,6 +81,7 @@ class RecurrentBase(nn.RNNBase):
     # without an annotation, which TorchScript would read
     _prepared = cast("PreparedWeights | None", None)
     _learns_initial_state = False
+    _recompute = cast("int | str", "none")
     _overrides_checks: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -94,9 +95,11 @@ class RecurrentBase(nn.RNNBase):
         *args: Any,
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
+        recompute: int | str = "none",
         **kwargs: Any,
     ) -> None:
         self.weight_dtype = weight_dtype
+        self.recompute = recompute
         try:
             is_in_torch = BY_MODE[mode].torch.torch_function is not None
             super().__init__(mode if is_in_torch else "RNN_TANH", *args, **kwargs)
@@ -166,6 +169,25 @@ class RecurrentBase(nn.RNNBase):
         else:
             self._weight_dtype = weight_dtype
 
+    @property
+    @torch.jit.unused
+    def recompute(self) -> int | str:
+        """``"none"``, ``"full"`` or k: how backward gets the activations of the forward pass.
+
+        With k, forward keeps the states before every k steps only, and backward computes the
+        activations of k steps at a time again. "full" chooses k, about the square root of the
+        number of steps. It can be changed at any time; docs/memory.md describes what it saves and
+        costs.
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, recompute: int | str) -> None:
+        if checks.check_recompute(recompute) == 0:
+            self.__dict__.pop("_recompute", None)
+        else:
+            self._recompute = recompute if isinstance(recompute, str) else int(recompute)
+
     def __prepare_scriptable__(self) -> nn.Module:
         """Returns the module that ``torch.jit.script`` compiles.
 
@@ -197,12 +219,14 @@ class RecurrentBase(nn.RNNBase):
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """Returns the constructor's arguments as torch shows them, and ``weight_dtype`` if set."""
+        """Returns the constructor's arguments as torch shows them, and those of fastrnn if set."""
         text = super().extra_repr()
         if self._weight_dtype is not None:
             text += f", weight_dtype={self._weight_dtype}"
         if self._learns_initial_state:
             text += ", learn_initial_state=True"
+        if self._recompute != "none":
+            text += f", recompute={self._recompute!r}"
         return text
 
     def prepare(self: _Module) -> _Module:
@@ -399,13 +423,19 @@ class RecurrentBase(nn.RNNBase):
         h0, c0 = self._states(hx) if spec.has_cell_state else (hx, None)
         options = DEFAULTS
         prepared = None if torch.compiler.is_compiling() else self._prepared
-        if self.num_layers > 1 or self._weight_dtype is not None or prepared is not None:
+        if (
+            self.num_layers > 1
+            or self._weight_dtype is not None
+            or prepared is not None
+            or self._recompute != "none"
+        ):
             options = Options(
                 self.num_layers,
                 # not read unless needed: Dynamo would make a float an input of compiled code
                 self.dropout if self.num_layers > 1 and self.training else 0.0,
                 WEIGHT_FORMATS[self._weight_dtype],
                 prepared,
+                checks.check_recompute(self._recompute),
             )
         if recorder is not None:
             options = options._replace(recorder=recorder)
@@ -472,7 +502,8 @@ class RecurrentBase(nn.RNNBase):
             slots |= PROJECTION
         if torch.is_grad_enabled():
             if (
-                NoneType in map(type, weights)
+                self._recompute != "none"
+                or NoneType in map(type, weights)
                 or type(h0) is not Tensor
                 or not (c0 is None or type(c0) is Tensor)
             ):

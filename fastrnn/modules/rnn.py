@@ -54,6 +54,9 @@ class RNN(OneState):
             speed, see docs/float16_weights.md. Default: ``None``
         learn_initial_state: adds the parameter ``h_0`` [L*D,1,H], zero at first: the state of a
             call without ``hx``, and of a reset without ``reset_state``. Default: ``False``
+        recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
+            before each k steps are kept, and backward computes the rest again, see docs/memory.md.
+            Default: ``"none"``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -101,6 +104,7 @@ class RNN(OneState):
         *,
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
+        recompute: int | str = "none",
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -204,6 +208,9 @@ class LSTM(TwoStates):
             Default: ``False``
         forget_bias: the initial sum of b_if and b_hf, as `fastrnn.init.forget_bias_` sets it; by
             default both are drawn like the other biases. Default: ``None``
+        recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
+            before each k steps are kept, and backward computes the rest again, see docs/memory.md.
+            Default: ``"none"``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -257,6 +264,7 @@ class LSTM(TwoStates):
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
         forget_bias: float | None = None,
+        recompute: int | str = "none",
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -420,6 +428,9 @@ class GRU(OneState):
             speed, see docs/float16_weights.md. Default: ``None``
         learn_initial_state: adds the parameter ``h_0`` [L*D,1,H], zero at first: the state of a
             call without ``hx``, and of a reset without ``reset_state``. Default: ``False``
+        recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
+            before each k steps are kept, and backward computes the rest again, see docs/memory.md.
+            Default: ``"none"``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -466,6 +477,7 @@ class GRU(OneState):
         *,
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
+        recompute: int | str = "none",
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

@@ -13,6 +13,7 @@ from fastrnn.ops.operators import (
     raise_unless_rejected,
     records_gradient,
 )
+from fastrnn.ops.recompute import recomputed_layer, recomputes
 
 __all__ = [
     "DEVICES",
@@ -24,5 +25,7 @@ __all__ = [
     "infer_stack",
     "kernel_layer",
     "raise_unless_rejected",
+    "recomputed_layer",
+    "recomputes",
     "records_gradient",
 ]

@@ -65,6 +65,15 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
     return False
 
 
+def is_differentiated(d_outputs: Outputs) -> tuple[bool, bool]:
+    """Whether a transform is active in backward, and whether its gradients are differentiated.
+
+    They are under vmap over the backward pass, create_graph=True, or with tangents.
+    """
+    transformed = _is_transformed(*d_outputs)
+    return transformed, transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def gradients(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, y: Tensor, saved: Tensor
 ) -> Gradients:
@@ -76,9 +85,8 @@ def gradients(
         d_outputs: the gradients of the results, see `Outputs`.
         y, saved: results of ``recurrent_forward``.
     """
-    transformed = _is_transformed(*d_outputs)
-    if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        # vmap over the backward pass, create_graph=True, or gradients with tangents
+    transformed, differentiated = is_differentiated(d_outputs)
+    if differentiated:
         return differentiable_gradients(call, needs, d_outputs, transformed)
     is_one_operator = call.x.is_cpu and not call.weights.has(UNIT) and len(d_outputs) == 3
     compute = cpu_gradients if is_one_operator else gradients_by_torch
@@ -91,7 +99,7 @@ def cpu_gradients(
     """Computes the gradients by one operator of the CPU."""
     spec, x, (sequence, bits), h0, c0, (weights, slots), _ = call
     directions = h0.shape[0] if h0.dim() == 3 else 1
-    outputs, indices = _select_results(slots, directions, needs)
+    outputs, indices = select_results(slots, directions, needs)
     results = gradient_ops[directions](
         *d_outputs, x, h0, c0, weights, slots | bits, sequence, y, saved, spec.name, outputs
     )
@@ -108,7 +116,7 @@ def cpu_gradients(
 
 
 @functools.cache
-def _select_results(
+def select_results(
     slots: int, directions: int, needs: tuple[bool, ...]
 ) -> tuple[int, tuple[int | None, ...]]:
     """Selects results of the gradient operator.

@@ -63,6 +63,8 @@ states_backward_op = torch.ops.fastrnn.recurrent_states_backward.default
 
 interruptible_forward = _interruptible(forward_op)
 interruptible_states = _interruptible(states_op)
+chunked_forward_op = _interruptible(torch.ops.fastrnn.recurrent_chunked_forward.default)
+chunked_gradients_op = _interruptible(torch.ops.fastrnn.recurrent_chunked_gradients.default)
 _interruptible_stack = _interruptible(torch.ops.fastrnn.recurrent_stack.default)
 #: the operators that compute gradients, by number of directions
 gradient_ops = {
@@ -80,6 +82,8 @@ OPERATORS = (
     "recurrent_stack",
     "recurrent_states",
     "recurrent_states_backward",
+    "recurrent_chunked_forward",
+    "recurrent_chunked_gradients",
 )
 
 #: dtypes that the kernels compute with

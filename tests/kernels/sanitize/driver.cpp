@@ -26,6 +26,7 @@
 
 #include "cpu/api.h"
 #include "cpu/bfloat16.h"
+#include "cpu/recompute.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/cache.h"
 #include "cpu/runtime/thread_budget.h"
@@ -398,6 +399,7 @@ struct Checker {
         problem.h0 = h0[i].data();
         problem.y = y[i].data();
         problem.y_stride = y[i].stride();
+        problem.rows = {0, problem.shape.sequence.total_rows()};
         problem.d_pre = d_pre[i].data();
         problem.d_x = d_x.data();
         problem.add_to_x = i > 0;
@@ -426,6 +428,115 @@ struct Checker {
     if (half_weights) return;
     backward(directions);
     gradients(directions);
+    if (layer.sizes.proj_size == 0 && layer.info().parameters == 0 && rows > 0) {
+      recompute<T>(directions, tolerance);
+      if constexpr (sizeof(T) == 4) {
+        for (const std::string& kernels : cpu::available_bfloat16_kernels()) {
+          cpu::set_bfloat16_kernels(kernels);
+          recompute<Bfloat16>(directions, 6e-2);
+        }
+        cpu::set_bfloat16_kernels("");
+      }
+    }
+  }
+
+  // Forward and backward in chunks of two steps.
+  template <class Storage>
+  void recompute(const Directions& directions, double tolerance) const {
+    const std::int64_t length = 2, count = std::int64_t(directions.size());
+    const std::int64_t chunks = std::max(cpu::chunk_count(layer.shape(false), length),
+                                         cpu::chunk_count(layer.shape(true), length));
+    const std::int64_t state_size = cpu::chunk_state_size(layer.shape(false));
+    const Matrix<Storage> stored_x(layer.x, rows, inputs, 2);
+    const Matrix<T> x(layer.x, rows, inputs, 2);
+    Matrix<Storage> stored_y(rows, outputs * count, y_stride(directions));
+    Matrix<T> d_x(rows, inputs, inputs);
+    Values d_x_of_all(layer.x.size());
+    std::vector<WeightsOf<Storage>> stored;
+    std::vector<Weights> weights;
+    std::vector<Matrix<Storage>> stored_h0, stored_c0, h_n, c_n;
+    std::vector<Matrix<T>> states, h0, c0, y, d_y, d_h_n, d_c_n;
+    std::vector<fastrnn::LayerForward<Storage, T>> forward;
+    std::vector<T*> kept;
+    for (const Direction* d : directions) {
+      stored.emplace_back(*this, *d);
+      weights.emplace_back(*this, *d);
+      stored_h0.emplace_back(d->h0, batch, outputs);
+      stored_c0.emplace_back(d->c0, batch, cell_units);
+      h0.emplace_back(d->h0, batch, outputs);
+      c0.emplace_back(d->c0, batch, cell_units);
+      h_n.emplace_back(batch, outputs, outputs);
+      c_n.emplace_back(batch, cell_units, cell_units);
+      states.emplace_back(chunks, state_size, state_size);
+      y.emplace_back(d->y, rows, outputs, 2);
+      d_y.emplace_back(d->d_y, rows, outputs, 3);
+      d_h_n.emplace_back(d->d_h_n, batch, outputs);
+      d_c_n.emplace_back(d->d_c_n, batch, cell_units);
+      for (std::size_t i = 0; i < d_x_of_all.size(); ++i) d_x_of_all[i] += d->d_x[i];
+    }
+    for (std::size_t i = 0; i < directions.size(); ++i) {
+      fastrnn::LayerForward<Storage, T> problem{};
+      problem.shape = layer.shape(directions[i]->reverse);
+      problem.weights = stored[i].pointers();
+      problem.x = stored_x.data();
+      problem.x_stride = stored_x.stride();
+      problem.h0 = stored_h0[i].data();
+      problem.c0 = stored_c0[i].data();
+      problem.y = stored_y.data() + std::int64_t(i) * outputs;
+      problem.y_stride = stored_y.stride();
+      problem.h_n = h_n[i].data();
+      problem.c_n = c_n[i].data();
+      forward.push_back(problem);
+      kept.push_back(states[i].data());
+    }
+    cpu::forward_in_chunks(forward.data(), int(count), length, kept.data(), threads, parallel_for);
+    for (std::size_t i = 0; i < directions.size(); ++i) {
+      const Direction& d = *directions[i];
+      stored_y.check(d.y, tolerance, name("y in chunks"), std::int64_t(i) * outputs, outputs);
+      h_n[i].check(d.h_n, tolerance, name("h_n in chunks"));
+      if (layer.info().states > 1) c_n[i].check(d.c_n, tolerance, name("c_n in chunks"));
+    }
+    for (std::size_t i = 0; i < directions.size(); ++i) {
+      const Direction& d = *directions[i];
+      Matrix<T> d_h0(batch, outputs, outputs), d_c0(batch, cell_units, cell_units);
+      Matrix<T> d_w_ih(gate_rows, inputs, inputs), d_w_hh(recurrent_rows, outputs, outputs);
+      Matrix<T> d_b_ih(1, gate_rows, gate_rows), d_b_hh(1, recurrent_rows, recurrent_rows);
+      cpu::ChunkedBackward<Storage, T> problem{};
+      problem.forward = forward[i];
+      problem.forward.y = problem.forward.h_n = problem.forward.c_n = nullptr;
+      problem.states = states[i].data();
+      problem.directions = int(count);
+      problem.backward.shape = problem.gradients.shape = layer.shape(d.reverse);
+      problem.backward.weights = weights[i].pointers();
+      problem.backward.h0 = problem.gradients.h0 = h0[i].data();
+      problem.backward.c0 = c0[i].data();
+      problem.backward.y = problem.gradients.y = y[i].data();
+      problem.backward.y_stride = problem.gradients.y_stride = y[i].stride();
+      problem.backward.d_y = d_y[i].data();
+      problem.backward.d_y_stride = d_y[i].stride();
+      problem.backward.d_h_n = d_h_n[i].data();
+      problem.backward.d_c_n = layer.info().states > 1 ? d_c_n[i].data() : nullptr;
+      problem.backward.d_h0 = d_h0.data();
+      problem.backward.d_c0 = layer.info().states > 1 ? d_c0.data() : nullptr;
+      problem.gradients.w_ih = weights[i].w_ih.data();
+      problem.gradients.w_ih_stride = weights[i].w_ih.stride();
+      problem.gradients.x = x.data();
+      problem.gradients.x_stride = x.stride();
+      problem.gradients.d_x = d_x.data();
+      problem.gradients.add_to_x = i > 0;
+      problem.gradients.d_w_ih = d_w_ih.data();
+      problem.gradients.d_b_ih = d_b_ih.data();
+      problem.gradients.d_w_hh = layer.info().dense ? d_w_hh.data() : nullptr;
+      problem.gradients.d_b_hh = layer.info().dense ? d_b_hh.data() : nullptr;
+      cpu::backward_in_chunks(problem, length, threads, parallel_for);
+      d_h0.check(d.d_h0, tolerance, name("d_h0 in chunks"));
+      if (layer.info().states > 1) d_c0.check(d.d_c0, tolerance, name("d_c0 in chunks"));
+      d_w_ih.check(d.d_w_ih, tolerance, name("d_w_ih in chunks"));
+      d_w_hh.check(d.d_w_hh, tolerance, name("d_w_hh in chunks"));
+      d_b_ih.check(d.d_b_ih, tolerance, name("d_b_ih in chunks"));
+      d_b_hh.check(d.d_b_hh, tolerance, name("d_b_hh in chunks"));
+    }
+    d_x.check(d_x_of_all, tolerance, name("d_x in chunks"));
   }
 };
 
@@ -443,6 +554,8 @@ std::vector<Case> cases() {
       {"row groups", 24, 130, 0, padded(3, 9)},
       {"packed sequences", 9, 131, 0, {7, 6, 6, 4, 4, 3, 2, 1, 1}},
       {"packed, few sequences", 33, 131, 0, {9, 5, 2}},
+      {"many steps", 3, 5, 0, padded(61, 5)},
+      {"packed, many steps", 3, 5, 0, {150, 149, 60, 2}},
       {"wide input", 270, 21, 0, padded(3, 4)},
       {"many rows", 6, 9, 0, padded(90, 3)},
   };
@@ -636,6 +749,7 @@ void check_interruption() {
   gradients.h0 = h0.data();
   gradients.y = y.data();
   gradients.y_stride = kHidden;
+  gradients.rows = {0, forward.shape.sequence.total_rows()};
   gradients.d_pre = d_pre.data();
   gradients.d_w_ih = d_w_ih.data();
   gradients.d_w_hh = d_w_hh.data();

@@ -22,7 +22,8 @@ using TileFunction = void (*)(std::int64_t k_count, const T* a, std::int64_t a_s
 
 // kPrefetches: each step along K also loads the cache line at `next` into the private cache, and
 // moves `next` on by next_step bytes.
-template <class T, int M, int N, bool kPrefetches>
+// kChains: number of independent sums per element, see tile_chains.
+template <class T, int M, int N, int kChains, bool kPrefetches>
 FASTRNN_INLINE void tile_body(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
                               std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column,
                               [[maybe_unused]] const char* next,
@@ -30,7 +31,6 @@ FASTRNN_INLINE void tile_body(std::int64_t k_count, const T* a, std::int64_t a_s
   using P = Pack<T>;
   using Vector = typename P::Vector;
   constexpr int V = P::kLanes;
-  constexpr int kChains = tile_chains(M, N);
   // A step holds its vectors of B in registers or, where these do not fit, its values of A.
   constexpr int kOthers = FASTRNN_VECTOR_BYTES == 16 ? 2 : 1;  // a broadcast, SSE2's product
   constexpr bool kHoldRows = M < N && kChains * M * N + N + kOthers > FASTRNN_REGISTERS;
@@ -108,7 +108,8 @@ FASTRNN_INLINE void tile_body(std::int64_t k_count, const T* a, std::int64_t a_s
 template <class T, int M, int N>
 void tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
           std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column) {
-  tile_body<T, M, N, false>(k_count, a, a_stride, b, b_stride, c, c_stride, column, nullptr, 0);
+  tile_body<T, M, N, tile_chains(M, N), false>(k_count, a, a_stride, b, b_stride, c, c_stride,
+                                               column, nullptr, 0);
 }
 
 // tile<T, m, n> for m = 1 ... tile_rows(n).
@@ -128,6 +129,39 @@ FASTRNN_INLINE TileFunction<T> tile_function(int m, int n) {
   return kTables[n - 1][m - 1];
 }
 
+// The same product with one sum per element for any number of rows: the bits of a row do not depend
+// on the tile that computes it.
+template <class T, int M, int N>
+void steady_tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
+                 std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column) {
+  tile_body<T, M, N, 1, false>(k_count, a, a_stride, b, b_stride, c, c_stride, column, nullptr, 0);
+}
+
+template <class T, int M, int N>
+constexpr TileFunction<T> steady_tile_of() {
+  if constexpr (tile_chains(M, N) == 1) {
+    return tile<T, M, N>;
+  } else {
+    return steady_tile<T, M, N>;
+  }
+}
+
+template <class T, int N, std::size_t... M>
+constexpr std::array<TileFunction<T>, sizeof...(M)> steady_table(std::index_sequence<M...>) {
+  return {{steady_tile_of<T, int(M) + 1, N>()...}};
+}
+
+template <class T>
+FASTRNN_INLINE TileFunction<T> steady_tile_function(int m, int n) {
+  static constexpr auto kOne = steady_table<T, 1>(std::make_index_sequence<tile_rows(1)>{});
+  static constexpr auto kTwo = steady_table<T, 2>(std::make_index_sequence<tile_rows(2)>{});
+  static constexpr auto kThree = steady_table<T, 3>(std::make_index_sequence<tile_rows(3)>{});
+  static constexpr auto kFour = steady_table<T, 4>(std::make_index_sequence<tile_rows(4)>{});
+  static constexpr const TileFunction<T>* kTables[] = {kOne.data(), kTwo.data(), kThree.data(),
+                                                       kFour.data()};
+  return kTables[n - 1][m - 1];
+}
+
 // The same product, which loads memory that is needed later.
 template <class T>
 using PrefetchingTile = void (*)(std::int64_t k_count, const T* a, std::int64_t a_stride,
@@ -138,7 +172,8 @@ template <class T, int M, int N>
 void prefetching_tile(std::int64_t k_count, const T* a, std::int64_t a_stride, const T* b,
                       std::int64_t b_stride, T* c, std::int64_t c_stride, const int* column,
                       const char* next, std::int64_t next_step) {
-  tile_body<T, M, N, true>(k_count, a, a_stride, b, b_stride, c, c_stride, column, next, next_step);
+  tile_body<T, M, N, tile_chains(M, N), true>(k_count, a, a_stride, b, b_stride, c, c_stride,
+                                              column, next, next_step);
 }
 
 template <class T, int N, std::size_t... M>

@@ -108,7 +108,7 @@ class ForwardWalk {
     for (std::int64_t i = rows_.count(at.first_starting); i < rows_.count(at.rows); ++i) {
       const std::int64_t b = rows_.row(i);
       copy_state(problem_.h0, b, output_size_, out, h(parity));
-      copy_cell_states(b, hidden, c_state());
+      if (kKeepsC || problem_.unrounded_c == nullptr) copy_cell_states(b, hidden, c_state());
     }
   }
   // Without steps the initial states are the final ones.
@@ -142,6 +142,7 @@ class ForwardWalk {
   // [B, S, H] the S states beside h of the step before, which the step replaces.
   T* c_state() const {
     if constexpr (kKeepsC) return problem_.c_n;
+    if (problem_.unrounded_c != nullptr) return problem_.unrounded_c;
     return scratch_ + layout_.c;
   }
 

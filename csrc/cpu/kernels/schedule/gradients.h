@@ -1,11 +1,15 @@
-// The products after the backward time loop: over the rows of all steps, in any order, because they
-// depend on d_pre alone.
+// The products after the backward time loop, which depend on d_pre alone: over the rows of all
+// steps, or of a part of them.
 //
 //   d_w_ih = d_pre[x side]^T x    d_w_hh = d_pre[h side]^T h_prev    d_b = column sums of d_pre
 //   d_x    = d_pre[x side] w_ih
 //
 // A rank owns rows of the results: gate rows of d_w, rows of d_x. It copies its factors into blocks
 // that stay in its cache (A [rows, depth], B in panels [depth, U]), so no rank ever waits.
+//
+// d_w and d_b are sums over blocks of `depth` rows, which begin at multiples of `depth` and are
+// added in the order in which the backward time loop reaches them: from the last row, or from the
+// first if the sequence is reversed. So backward by parts of the steps gives the same bits.
 #pragma once
 
 #include "cpu/kernels/product/panels.h"
@@ -22,7 +26,7 @@ class GradientWalk {
         shape_(problem.shape),
         hidden_(shape_.hidden_size),
         width_(cells::kGradientColumns<Cell> * hidden_),
-        rows_(shape_.sequence.total_rows()),
+        rows_(problem.rows),
         team_(team),
         rank_(rank),
         ranks_(plan.threads),
@@ -35,7 +39,6 @@ class GradientWalk {
     const Runs runs_x(Cell::kPreX), runs_h(Cell::kPreH);
     auto x_row = [this](std::int64_t row) { return problem_.x + row * problem_.x_stride; };
     weight_gradient(runs_x, x_row, shape_.input_size, problem_.d_w_ih, problem_.d_b_ih);
-    step_ = 0;
     auto h_row = [this](std::int64_t row) { return state_before(row); };
     weight_gradient(runs_h, h_row, shape_.output_size(), problem_.d_w_hh, problem_.d_b_hh);
     if (problem_.d_x != nullptr) input_gradient(runs_x);
@@ -70,11 +73,33 @@ class GradientWalk {
   // The h from which a row of [N, *] was computed. Fast if rows are asked for in ascending order.
   const T* state_before(std::int64_t row) {
     const Sequence& sequence = shape_.sequence;
-    if (row < sequence.offset(step_)) step_ = 0;
-    while (row >= sequence.offset(step_) + sequence.rows(step_)) ++step_;
+    auto owns = [&](std::int64_t step) {
+      return row >= sequence.offset(step) && row < sequence.offset(step) + sequence.rows(step);
+    };
+    if (!owns(step_) && (++step_ == sequence.steps || !owns(step_))) step_ = sequence.step_of(row);
     const StepRows at = sequence.at(step_);
     return at.state_before(row - at.first, problem_.y, problem_.y_stride, problem_.h0,
                            shape_.output_size());
+  }
+
+  // Calls body(first row, number of rows, whether it is the first block) until it returns false.
+  template <class Body>
+  void for_each_block(Body&& body) const {
+    const std::int64_t begin = rows_.first, end = begin + rows_.count;
+    bool first = !problem_.add_to_weights;
+    if (begin == end && first) {  // sums over no rows are zero
+      body(begin, 0, first);
+    } else if (shape_.sequence.reverse) {
+      for (std::int64_t k = begin, next; k < end; k = next, first = false) {
+        next = std::min((k / depth_ + 1) * depth_, end);
+        if (!body(k, next - k, first)) return;
+      }
+    } else {
+      for (std::int64_t k = end, next; k > begin; k = next, first = false) {
+        next = std::max((k - 1) / depth_ * depth_, begin);
+        if (!body(next, k - next, first)) return;
+      }
+    }
   }
 
   // d_w [gates*H, columns] = d_pre[side]^T input, d_b its column sums.
@@ -86,28 +111,29 @@ class GradientWalk {
       for (std::int64_t m = own.begin; m < own.end; m += kRows) {
         const std::int64_t count = std::min(kRows, own.end - m);
         const std::int64_t to = run.gate * hidden_ + m, from = run.pre * hidden_ + m;
-        std::int64_t k = 0;
-        do {
-          const std::int64_t depth = std::min(depth_, rows_ - k);
-          if (team_.gives_up(rank_, depth * count * columns)) return;
-          copy_transposed(problem_.d_pre + k * width_ + from, depth, count,
-                          d_b == nullptr ? nullptr : d_b + to, k == 0);
+        for_each_block([&](std::int64_t k, std::int64_t depth, bool first) {
+          if (team_.gives_up(rank_, depth * count * columns)) return false;
+          copy_transposed(problem_.d_pre + (k - rows_.first) * width_ + from, depth, count,
+                          d_b == nullptr ? nullptr : d_b + to, first);
           for (std::int64_t j = 0; d_w != nullptr && j < columns; j += kColumns) {
             const std::int64_t wide = std::min(kColumns, columns - j);
             copy_panels([&](std::int64_t i) { return input_row(k + i) + j; }, depth, wide);
             multiply(a_, pitch_, count, depth, {b_, depth * kU, kU}, wide, d_w + to * columns + j,
-                     columns, k > 0);
+                     columns, !first);
           }
-          k += depth;
-        } while (k < rows_);
+          return true;
+        });
       }
     }
   }
 
   // d_x [N, I] = d_pre[x side] w_ih.
   void input_gradient(const Runs& runs) {
-    const IndexRange own(rows_, rank_, ranks_);
+    const IndexRange own(rows_.count, rank_, ranks_);
     const std::int64_t columns = shape_.input_size;
+    // A part of the rows gives the same bits. Layers of one block of rows have no parts, and small
+    // tiles are faster otherwise.
+    const bool steady = shape_.sequence.total_rows() > depth_;
     for (std::int64_t j = 0; j < columns; j += kColumns) {
       const std::int64_t wide = std::min(kColumns, columns - j);
       bool add = problem_.add_to_x;
@@ -122,11 +148,12 @@ class GradientWalk {
           for (std::int64_t m = own.begin; m < own.end; m += kRows) {
             if (team_.gives_up(rank_, kRows * depth * wide)) return;
             const T* a = problem_.d_pre + m * width_ + run.pre * hidden_ + k;
-            T* c = problem_.d_x + m * columns + j;
+            T* c = problem_.d_x + (rows_.first + m) * columns + j;
             const std::int64_t count = std::min(kRows, own.end - m);
-            multiply(a, width_, count, depth, {w, kU, problem_.w_ih_stride}, lie, c, columns, add);
+            multiply(a, width_, count, depth, {w, kU, problem_.w_ih_stride}, lie, c, columns, add,
+                     steady);
             multiply(a, width_, count, depth, {b_, depth * kU, kU}, wide - lie, c + lie, columns,
-                     add);
+                     add, steady);
           }
           add = true;
         }
@@ -183,29 +210,29 @@ class GradientWalk {
   // limits rounding error. Several sums, or a part of a vector, are put together in a scratch tile;
   // one sum of whole vectors goes straight to C, with the same bits.
   void multiply(const T* a, std::int64_t a_stride, std::int64_t rows, std::int64_t depth,
-                const Panels& b, std::int64_t columns, T* c, std::int64_t c_stride,
-                bool add) const {
+                const Panels& b, std::int64_t columns, T* c, std::int64_t c_stride, bool add,
+                bool steady = false) const {
     static constexpr int kColumn[kTileVectors] = {0, kLanes, 2 * kLanes, 3 * kLanes};
     alignas(64) T scratch[kTileRows * kU];
     for (std::int64_t j = 0; j < columns; j += kU) {
       const std::int64_t wide = std::min(kU, columns - j);
       const int vectors = int(divide_up(wide, kLanes));
       for_each_tile(0, rows, tile_rows(vectors), [&](std::int64_t row, int count) {
+        const auto function =
+            steady ? steady_tile_function<T>(count, vectors) : tile_function<T>(count, vectors);
         T* to = c + row * c_stride + j;
         if (depth <= kTilePiece && vectors * kLanes == wide) {
           if (!add)
             for (int m = 0; m < count; ++m)
               for (int n = 0; n < vectors; ++n) Vec(T(0)).store(to + m * c_stride + n * kLanes);
-          tile_function<T>(count, vectors)(depth, a + row * a_stride, a_stride,
-                                           b.first + j / kU * b.panel_step, b.stride, to, c_stride,
-                                           kColumn);
+          function(depth, a + row * a_stride, a_stride, b.first + j / kU * b.panel_step, b.stride,
+                   to, c_stride, kColumn);
           return;
         }
         for (int i = 0; i < count * kU; i += kLanes) Vec(T(0)).store(scratch + i);
         for (std::int64_t k = 0; k < depth; k += kTilePiece)
-          tile_function<T>(count, vectors)(std::min(kTilePiece, depth - k), a + row * a_stride + k,
-                                           a_stride, b.first + j / kU * b.panel_step + k * b.stride,
-                                           b.stride, scratch, kU, kColumn);
+          function(std::min(kTilePiece, depth - k), a + row * a_stride + k, a_stride,
+                   b.first + j / kU * b.panel_step + k * b.stride, b.stride, scratch, kU, kColumn);
         for (int m = 0; m < count; ++m) {
           for (int n = 0; n < vectors; ++n) {
             Vec sum = Vec::load(scratch + m * kU + n * kLanes);
@@ -221,7 +248,8 @@ class GradientWalk {
 
   const LayerGradients<T>& problem_;
   const LayerShape& shape_;
-  const std::int64_t hidden_, width_, rows_;
+  const std::int64_t hidden_, width_;
+  const RowRange rows_;
   Team& team_;
   const int rank_, ranks_;
   const std::int64_t depth_, pitch_;
