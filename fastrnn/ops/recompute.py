@@ -298,7 +298,7 @@ def _gradients_by_chunks(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, y: Tensor, kept: Kept
 ) -> Gradients:
     need_x, need_h0, need_c0, *need_weights = needs
-    d_y, d_h_n, d_c_n = d_outputs
+    d_y, d_h_n, d_c_n = d_outputs[:3]
     chunks, directions = list(_chunks(call)), _directions(call)
     size, count = call.h0.shape[-1], len(need_weights) // len(directions)
     per_chunk = 1 if call.c0 is None else 2
