@@ -435,7 +435,7 @@ class RecurrentBase(nn.RNNBase):
                 self.dropout if self.num_layers > 1 and self.training else 0.0,
                 WEIGHT_FORMATS[self._weight_dtype],
                 prepared,
-                checks.check_recompute(self._recompute),
+                recompute=checks.check_recompute(self._recompute),
             )
         if recorder is not None:
             options = options._replace(recorder=recorder)
