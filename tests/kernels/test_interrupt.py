@@ -97,6 +97,19 @@ check()
     run_python(PREAMBLE + code)
 
 
+def test_signal_ends_backward_in_chunks() -> None:
+    """No call of a chunk is long enough to ask for signals itself."""
+    code = """
+module = fastrnn.GRU(8, 32, recompute=96)
+def graph(steps):
+    return module(torch.randn(steps, 1, 8, requires_grad=True))[0].sum()
+short, long = graph(60_000), graph(1_200_000)
+expect(KeyboardInterrupt, long.backward, lambda: short.backward(retain_graph=True))
+check()
+"""
+    run_python(PREAMBLE + code)
+
+
 def test_handler_may_raise_or_return() -> None:
     """The handler's exception reaches the caller. A handler that returns changes no bit."""
     code = """
