@@ -87,11 +87,10 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   check_size("layers", layers, 1);
   py::dict result;
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
-  const bool is_bfloat16_forward = dtype == "bfloat16" && !training;
   const fastrnn::cpu::Plan chosen =
-      is_bfloat16_forward
-          ? fastrnn::cpu::make_bfloat16_plan(shape, int(threads), int(directions))
-          // half types: in float32
+      dtype == "bfloat16"
+          ? fastrnn::cpu::make_bfloat16_plan(shape, pass, int(threads), int(directions))
+          // float16: in float32
           : fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
                                     dtype == "float32" ? allowed : WeightFormat::kNative);
   result["schedule"] = "persistent";
@@ -105,7 +104,9 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["back_vectors"] = chosen.back_vectors;
   result["packed"] = chosen.packed;
   result["recurrent_format"] = weight_format_info(chosen.recurrent_format).name;
-  if (is_bfloat16_forward) result["bfloat16"] = fastrnn::cpu::bfloat16_reason(shape);
+  if (dtype == "bfloat16")
+    result["bfloat16"] = training ? fastrnn::cpu::bfloat16_gradients_reason(shape)
+                                  : fastrnn::cpu::bfloat16_reason(shape);
   result["input"] = chosen.input_fused ? "fused" : "ahead";
   result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;

@@ -118,6 +118,39 @@ struct Bfloat16Pass {
   }
 };
 
+struct Bfloat16BackwardPass {
+  using Value = float;
+  using Problem = Bfloat16Backward;
+  static constexpr Pass kPass = Pass::kBackward;
+
+  const Bfloat16Kernels& kernels;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    return BackwardLayout(shape, plan).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, float* workspace, Team& team,
+                int rank) const {
+    kernels.backward[int(problem.shape.cell)](problem, plan, BackwardLayout(problem.shape, plan),
+                                              workspace, team, rank);
+  }
+};
+
+struct Bfloat16GradientPass {
+  using Value = float;
+  using Problem = Bfloat16Gradients;
+  static constexpr Pass kPass = Pass::kGradients;
+
+  const Bfloat16Kernels& kernels;
+
+  std::int64_t workspace_size(const LayerShape&, const Plan& plan) const {
+    return plan.threads * Bfloat16GradientLayout::kRankSize;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, float* workspace, Team& team,
+                int rank) const {
+    kernels.gradients[int(problem.shape.cell)](problem, plan, workspace, team, rank);
+  }
+};
+
 struct Int8Pass {
   using Value = char;
   using Problem = Int8Forward;
@@ -286,6 +319,11 @@ bool run_pair(const PassOf& pass, const typename PassOf::Problem* layers, const 
   return true;
 }
 
+std::string to_string(const Bfloat16Choice& choice) {
+  const std::string name = choice.kernels == nullptr ? "float32 copies" : choice.kernels->name;
+  return name + ": " + choice.reason;
+}
+
 }  // namespace
 
 Plan make_plan(const LayerShape& shape, Pass pass, int element_bytes, int threads, int directions,
@@ -340,18 +378,27 @@ bool computes_bfloat16(const LayerShape& shape) {
   return pick_bfloat16_kernels(shape).kernels != nullptr;
 }
 
-std::string bfloat16_reason(const LayerShape& shape) {
-  const Bfloat16Choice choice = pick_bfloat16_kernels(shape);
-  const std::string name = choice.kernels == nullptr ? "float32 copies" : choice.kernels->name;
-  return name + ": " + choice.reason;
+bool computes_bfloat16_backward(const LayerShape& shape) {
+  return pick_bfloat16_backward(shape).kernels != nullptr;
+}
+bool computes_bfloat16_gradients(const LayerShape& shape) {
+  return pick_bfloat16_gradients(shape).kernels != nullptr;
 }
 
-Plan make_bfloat16_plan(const LayerShape& shape, int threads, int directions) {
-  const Bfloat16Kernels* kernels = pick_bfloat16_kernels(shape).kernels;
-  if (kernels == nullptr)
-    return make_plan(shape, Pass::kForward, sizeof(float), threads, directions);
-  return make_bfloat16_plan_for(shape, isa(), kernels->format, bounded_threads(threads),
-                                directions);
+std::string bfloat16_reason(const LayerShape& shape) {
+  return to_string(pick_bfloat16_kernels(shape));
+}
+std::string bfloat16_gradients_reason(const LayerShape& shape) {
+  return to_string(pick_bfloat16_gradients(shape));
+}
+
+Plan make_bfloat16_plan(const LayerShape& shape, Pass pass, int threads, int directions) {
+  const bool is_forward = pass == Pass::kForward;
+  const Bfloat16Kernels* kernels =
+      (is_forward ? pick_bfloat16_kernels(shape) : pick_bfloat16_backward(shape)).kernels;
+  if (kernels == nullptr) return make_plan(shape, pass, sizeof(float), threads, directions);
+  const auto make = is_forward ? make_bfloat16_plan_for : make_bfloat16_backward_plan_for;
+  return make(shape, isa(), kernels->format, bounded_threads(threads), directions);
 }
 
 void bfloat16_forward(const Bfloat16Forward* directions, int count, int threads,
@@ -363,6 +410,27 @@ void bfloat16_forward(const Bfloat16Forward* directions, int count, int threads,
   run_part(Bfloat16Pass{*kernels}, directions, count, all, threads, parallel_for, [&](int granted) {
     return make_bfloat16_plan_for(all.shape, isa(), kernels->format, bounded_threads(granted),
                                   all.directions);
+  });
+}
+
+void bfloat16_backward(const Bfloat16Backward* directions, int count, int threads,
+                       ParallelFor parallel_for) {
+  const LayerShape& shape = directions[0].shape;
+  const Bfloat16Kernels* kernels = pick_bfloat16_backward(shape).kernels;
+  if (kernels == nullptr) throw std::runtime_error("fastrnn: there are no kernels for bfloat16.");
+  run(Bfloat16BackwardPass{*kernels}, directions, count, threads, parallel_for, [&](int granted) {
+    return make_bfloat16_backward_plan_for(shape, isa(), kernels->format, bounded_threads(granted),
+                                           count);
+  });
+}
+
+void bfloat16_gradients(const Bfloat16Gradients* directions, int count, int threads,
+                        ParallelFor parallel_for) {
+  const LayerShape& shape = directions[0].shape;
+  const Bfloat16Kernels* kernels = pick_bfloat16_gradients(shape).kernels;
+  if (kernels == nullptr) throw std::runtime_error("fastrnn: there are no kernels for bfloat16.");
+  run(Bfloat16GradientPass{*kernels}, directions, count, threads, parallel_for, [&](int granted) {
+    return make_plan(shape, Pass::kGradients, sizeof(float), granted, count);
   });
 }
 

@@ -140,9 +140,10 @@ struct ForwardLayout {
 struct BackwardLayout {
   std::int64_t out_block, out_blocks;    // units of h per block, ceil(R / out_block)
   std::int64_t unit_block, unit_blocks;  // hidden units per block, with a projection
-  std::int64_t panels_h;                 // [out_blocks, G*H, out_block]
-  std::int64_t panels_p;                 // [unit_blocks, P, unit_block]
-  std::int64_t carry;  // [B, out_blocks*out_block]  gradient at h, passed from step to step
+  std::int64_t panels_h;  // [out_blocks, G*H, out_block]; in bfloat16 [.., G*H/2, ..] pairs
+  std::int64_t panels_p;  // [unit_blocks, P, unit_block]
+  std::int64_t carry;     // [B, out_blocks*out_block]  gradient at h, passed from step to step
+  std::int64_t rounded;   // [2, B, G*H] bfloat16       d_pre of two steps, if w_hh is in bfloat16
   std::int64_t size;
 
   BackwardLayout(const LayerShape& shape, const Plan& plan) {
@@ -151,10 +152,12 @@ struct BackwardLayout {
     out_blocks = divide_up(shape.output_size(), out_block);
     unit_blocks = shape.proj_size > 0 ? divide_up(shape.hidden_size, unit_block) : 0;
     WorkspaceBuilder builder;
-    panels_h =
-        builder.add(cell.dense ? out_blocks * cell.gates * shape.hidden_size * out_block : 0);
+    const std::int64_t gates = cell.gates * shape.hidden_size;
+    panels_h = builder.add(
+        cell.dense ? out_blocks * panel_rows(plan.recurrent_format, gates) * out_block : 0);
     panels_p = builder.add(unit_blocks * shape.proj_size * unit_block);
     carry = builder.add(shape.sequence.batch * out_blocks * out_block);
+    rounded = builder.add(is_bfloat16(plan.recurrent_format) ? shape.sequence.batch * gates : 0);
     size = builder.size();
   }
 };

@@ -271,6 +271,31 @@ Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
   return {kernels, "the weights are widened as they are loaded"};
 }
 
+// The product with w_hh of a backward step is faster where an instruction multiplies pairs.
+Bfloat16Choice pick_bfloat16_backward(const LayerShape& shape) {
+  if (!cell_info(shape.cell).dense) return {nullptr, "the cell has no product"};
+  return pick_bfloat16_gradients(shape);
+}
+
+// The products after backward read each factor often, so a conversion of x and w_ih to float32 is
+// not what they wait for: they are faster where an instruction multiplies pairs.
+Bfloat16Choice pick_bfloat16_gradients(const LayerShape& shape) {
+  const Bfloat16Kernels* kernels;
+  if (forced_bfloat16_kernels(&kernels)) {
+    if (kernels != nullptr && kernels->gradients[0] == nullptr) kernels = nullptr;
+    return {kernels, "forced"};
+  }
+  if (shape.sequence.steps * shape.sequence.batch < kMinGradientRows)
+    return {nullptr, "few rows do not pay for packing pairs"};
+  if ((kernels = bfloat16_kernels(Bfloat16Product::kTiles)) != nullptr)
+    return {kernels, "an instruction multiplies tiles of pairs"};
+  if ((kernels = bfloat16_kernels(Bfloat16Product::kDot)) == nullptr)
+    return {nullptr, "no instruction multiplies pairs"};
+  if (std::strcmp(cpu_vendor(), "amd") != 0)
+    return {nullptr, "an instruction for pairs was measured on AMD CPUs only"};
+  return {kernels, "an instruction multiplies pairs of values"};
+}
+
 // Threads that split the rows of a batch leave parts of the tiles of AMX empty, which take as long
 // as full ones.
 int pick_bfloat16_row_groups(const LayerShape& shape, const Isa& isa, WeightFormat format,
@@ -306,6 +331,25 @@ Plan make_bfloat16_plan_for(const LayerShape& shape, const Isa& isa, WeightForma
   plan.input_fused = pick_input_fused(shape, kWeightBytes, plan.row_groups, plan.unit_groups);
   plan.shared = pick_shared(shape, plan);
   plan.chunk_rows = pick_chunk_rows(shape);
+  return plan;
+}
+
+// The rules of float32, except that threads share the units where they would leave tiles empty.
+Plan make_bfloat16_backward_plan_for(const LayerShape& shape, const Isa& isa, WeightFormat format,
+                                     int max_threads, int directions) {
+  Plan plan = make_plan_for(shape, Pass::kBackward, isa, sizeof(float), max_threads, directions,
+                            WeightFormat::kNative);
+  plan.recurrent_format = format;
+  plan.packed = true;
+  plan.prefetch = false;
+  const std::int64_t tiles = divide_up(shape.output_size(), kTileUnits);
+  if (format == WeightFormat::kBfloat16Tiles && tiles >= plan.threads &&
+      shape.sequence.batch < kMinTileRowsPerThread * plan.threads) {
+    plan.row_groups = 1;
+    plan.unit_groups = plan.threads;
+    plan.back_vectors =
+        pick_unit_vectors(shape.output_size(), plan.vector_lanes, 1, plan.unit_groups);
+  }
   return plan;
 }
 

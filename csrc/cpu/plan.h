@@ -83,6 +83,8 @@ constexpr std::int64_t kMostWidenedNarrow = 2, kMostWidened = 4, kMostDotElsewhe
 // rows and 64 units a tile product with its loads and stores takes about half as long, and a batch
 // of 16 to 128 took a third of the time of float32 in an experiment (Emerald Rapids).
 constexpr std::int64_t kMinTileBatch = 8, kMinTileUnits = 64;
+// bfloat16: minimum steps times batch for backward.
+constexpr std::int64_t kMinGradientRows = 32;
 // AMX: units of a tile, and minimum rows per thread where threads split the rows: two tiles.
 constexpr std::int64_t kTileUnits = 16, kMinTileRowsPerThread = 32;
 
@@ -124,8 +126,13 @@ struct Bfloat16Choice {
   const char* reason;  // for users
 };
 Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape);
+// The same for the backward time loop and for the products after it.
+Bfloat16Choice pick_bfloat16_backward(const LayerShape& shape);
+Bfloat16Choice pick_bfloat16_gradients(const LayerShape& shape);
 Plan make_bfloat16_plan_for(const LayerShape& shape, const Isa& isa, WeightFormat format,
                             int max_threads, int directions);
+Plan make_bfloat16_backward_plan_for(const LayerShape& shape, const Isa& isa, WeightFormat format,
+                                     int max_threads, int directions);
 // The plan for int8 weights.
 Plan make_int8_plan(const LayerShape& shape, const Isa& isa, int max_threads, int directions);
 // The same plan for one thread, for teams that get no other threads.

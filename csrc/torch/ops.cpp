@@ -1,5 +1,5 @@
-// The operators' schemas and their CPU implementation. Forward in bfloat16 has kernels for tensors
-// as they are stored (cpu/bfloat16.h). Otherwise half types are computed in float32: inputs and
+// The operators' schemas and their CPU implementation. Bfloat16 has kernels for tensors as they
+// are stored (cpu/bfloat16.h). Otherwise half types are computed in float32: inputs and
 // weights are cast before, outputs after. saved, d_pre and d_h_all are float32 either way.
 #include "cpu/api.h"
 #include "cpu/bfloat16.h"
@@ -238,6 +238,47 @@ void run(const LayerArguments& layer, const Rows& x, const Rows& y, const Tensor
   cpu::gradients(problems, int(layer.directions), threads(), parallel_for);
 }
 
+// The same with x, y, h0 and w_ih in bfloat16 as they are stored.
+void run_bfloat16(const LayerArguments& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
+                  const GradientOutputs& outputs, bool need_x) {
+  if (need_x && layer.hidden_size == 0)  // a product over no units writes nothing
+    std::memset(outputs.d_x.data_ptr(), 0, size_t(layer.rows * layer.input_size) * sizeof(float));
+  cpu::Bfloat16Gradients problems[cpu::kMaxDirections];
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    cpu::Bfloat16Gradients& problem = problems[d] = {};
+    problem.shape = layer.shape(d);
+    problem.w_ih = static_cast<const Bfloat16*>(layer.direction[d].w_ih.data);
+    problem.w_ih_stride = layer.direction[d].w_ih.stride;
+    problem.x = static_cast<const Bfloat16*>(x.data);
+    problem.x_stride = x.stride;
+    problem.h0 = input_of<Bfloat16>(layer.h0, d);
+    problem.y = static_cast<const Bfloat16*>(y.data) + d * layer.out();
+    problem.y_stride = y.stride;
+    problem.d_pre = input_of<float>(d_pre, d);
+    problem.d_x = need_x ? static_cast<float*>(outputs.d_x.data_ptr()) : nullptr;
+    problem.add_to_x = d > 0;
+    problem.d_w_ih = outputs.weight<float>(d, kWIh);
+    problem.d_w_hh = outputs.weight<float>(d, kWHh);
+    problem.d_b_ih = outputs.weight<float>(d, kBIh);
+    problem.d_b_hh = outputs.weight<float>(d, kBHh);
+  }
+  cpu::bfloat16_gradients(problems, int(layer.directions), threads(), parallel_for);
+}
+
+// The backward time loop with w_hh in bfloat16 as it is stored; `stored`: the layer in bfloat16.
+void run_bfloat16(const LayerArguments& layer, const LayerArguments& stored,
+                  const BackwardInputs& inputs, const BackwardOutputs& outputs) {
+  cpu::Bfloat16Backward problems[cpu::kMaxDirections];
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    static_cast<LayerBackward<float, float>&>(problems[d]) =
+        backward_problem<float, float>(layer, d, inputs, outputs);
+    const auto weights = stored.direction[d].view<Bfloat16>();
+    problems[d].stored_w_hh = weights.w_hh;
+    problems[d].stored_w_hh_stride = weights.w_hh_stride;
+  }
+  cpu::bfloat16_backward(problems, int(layer.directions), threads(), parallel_for);
+}
+
 // The results of recurrent_gradients, for either number of directions.
 struct Gradients {
   FourTensors first;  // d_x, d_h0, d_c0, d_h_all
@@ -262,8 +303,17 @@ Gradients gradients_of(int64_t directions, const std::optional<Tensor>& d_y,
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardOutputs walked(layer, x, ordinary, recycled);
   GradientOutputs products(layer, x, weights, slots, outputs, ordinary);
-  const Rows x_rows(layer.to_compute(x));
-  if (compute == ScalarType::Double) {
+  const bool stored =
+      layer.dtype == ScalarType::BFloat16 && cpu::computes_bfloat16_gradients(layer.shape(0));
+  const Rows x_rows(stored ? x : layer.to_compute(x));
+  if (stored) {
+    const LayerArguments bfloat16("x", x, h0, c0, weights, slots, sequence, cell, layer.dtype);
+    if (cpu::computes_bfloat16_backward(layer.shape(0)))
+      run_bfloat16(layer, bfloat16, inputs, walked);
+    else
+      run<float>(layer, inputs, walked);
+    run_bfloat16(bfloat16, x_rows, Rows(y), walked.d_pre, products, has_slot(outputs, kDX));
+  } else if (compute == ScalarType::Double) {
     run<double>(layer, inputs, walked);
     run<double>(layer, x_rows, inputs.y, walked.d_pre, products, has_slot(outputs, kDX));
   } else {

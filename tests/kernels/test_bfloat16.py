@@ -1,4 +1,4 @@
-"""Forward in bfloat16 as it is stored: the CPU's kernels with pairs of weights."""
+"""Layers in bfloat16 as they are stored: the CPU's kernels with pairs of weights."""
 
 from __future__ import annotations
 
@@ -136,6 +136,30 @@ def test_packed_sequences_agree(kernels: str, cell: str, bidirectional: bool) ->
     lengths = [3, 9, 1, 9, 2]
     x = pack(torch.randn(sum(lengths), 9, dtype=BF16), lengths, False)
     check(module, x, states(module, len(lengths)))
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_gradients_over_many_rows_and_columns_agree(kernels: str, threads: int, cell: str) -> None:
+    """The products after backward add blocks of rows, of columns and of the depth."""
+    module = build(cell, 270, 125, dtype=BF16)
+    x = torch.randn(33, 17, 270, dtype=BF16, requires_grad=True)
+    check(module, x, states(module, 17))
+
+
+def test_nan_in_a_gradient_spreads(kernels: str) -> None:
+    module = build("gru", 7, 35, dtype=BF16)
+    x = torch.randn(6, 4, 7, dtype=BF16, requires_grad=True)
+    d_y = torch.ones(6, 4, 35, dtype=BF16)
+    d_y[3, 1, 2] = math.nan
+    module(x)[0].backward(d_y)
+    assert x.grad is not None
+    assert x.grad[:4, 1].isnan().all()
+    assert not x.grad[:, [0, 2, 3]].isnan().any()
+    assert not x.grad[4:].isnan().any()
+    for weight in module.parameters():
+        assert weight.grad is not None
+        assert weight.grad.isnan().any()
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True)
@@ -327,10 +351,37 @@ def test_baseline_converts_to_float32() -> None:
         _C.set_isa(None)
 
 
-def test_backward_plans_are_in_float32() -> None:
-    chosen = plan(1, training=True)
-    assert chosen["recurrent_format"] == "native"
-    assert "bfloat16" not in chosen
+def test_backward_needs_an_instruction_for_the_product() -> None:
+    for isa, names in itertools.groupby(KERNELS, lambda pair: pair[0]):
+        _C.set_isa(isa)
+        try:
+            available = {name for _, name in names}
+            is_stored = "amx_bf16" in available
+            is_stored |= "avx512_bf16" in available and _C.cpu_vendor() == "amd"
+            for batch, stored in ((64, is_stored), (1, False)):
+                chosen = plan(batch, training=True)
+                assert (chosen["recurrent_format"] != "native") == stored
+                assert chosen["bfloat16"].startswith("float32 copies: ") != stored
+        finally:
+            _C.set_isa(None)
+
+
+def test_autocast_keeps_a_bfloat16_module_as_it_is(kernels: str) -> None:
+    """Its results have the bits of a call without autocast, which float32 copies have not."""
+    module = build("lstm", 40, 64, dtype=BF16)
+    found = []
+    for enabled in (False, True):
+        x = torch.randn(
+            20, 9, 40, dtype=BF16, requires_grad=True, generator=torch.Generator().manual_seed(3)
+        )
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = module(x)[0]
+        y.float().square().sum().backward()
+        found.append([y, x.grad, *(weight.grad for weight in module.parameters())])
+    for plain, cast in zip(*found, strict=True):
+        assert plain.dtype == BF16
+        assert torch.equal(plain, cast)
 
 
 def test_explain_names_the_format(kernels: str) -> None:

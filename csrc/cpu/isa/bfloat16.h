@@ -14,6 +14,16 @@ enum class Bfloat16Product {
   kTiles,    // AMX: an instruction that multiplies tiles of pairs
 };
 
+// Memory of a rank for the products after backward, in words of 32 bits: copies of A [kRows,
+// kDepth] in bfloat16 and of B [kDepth / 2, kColumns] in pairs, which fit in the private cache of a
+// core. Rows of A are kPitch apart: a power of two would map all rows to the same cache sets.
+struct Bfloat16GradientLayout {
+  static constexpr std::int64_t kRows = 240, kColumns = 256, kDepth = 512, kPitch = kDepth + 32;
+  static constexpr std::int64_t kRankSize = kRows * kPitch / 2 + kDepth / 2 * kColumns;
+  static constexpr std::int64_t a(int rank) { return rank * kRankSize; }
+  static constexpr std::int64_t b(int rank) { return a(rank) + kRows * kPitch / 2; }
+};
+
 struct Bfloat16Kernels {
   const char* name;
   const char* isa;  // the instruction set that these kernels belong to
@@ -24,6 +34,11 @@ struct Bfloat16Kernels {
                float* panels, int rank);
   void (*forward[kCellCount])(const Bfloat16Forward&, const Plan&, const PanelLayout&,
                               float* panels, const ForwardLayout&, float* scratch, Team&, int rank);
+  // Null without an instruction for the product.
+  void (*backward[kCellCount])(const Bfloat16Backward&, const Plan&, const BackwardLayout&,
+                               float* workspace, Team&, int rank);
+  void (*gradients[kCellCount])(const Bfloat16Gradients&, const Plan&, float* workspace, Team&,
+                                int rank);
 };
 
 // The kernels of the instruction set in use that this machine runs and that multiply in this way,

@@ -41,7 +41,9 @@ void forward_rank(const LayerForward<T, T>& problem, const Plan& plan,
 template <class Cell, class T>
 void backward_rank(const LayerBackward<T, T>& problem, const Plan& plan,
                    const BackwardLayout& layout, T* workspace, Team& team, int rank) {
-  BackwardWalk<Cell, T>(problem, plan, layout, workspace, team, rank).run();
+  BackwardWalk<Cell, T>(problem, problem.weights.w_hh, problem.weights.w_hh_stride, plan, layout,
+                        workspace, team, rank)
+      .run();
 }
 
 template <class Cell, class T>

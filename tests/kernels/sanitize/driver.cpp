@@ -252,8 +252,8 @@ struct Checker {
     };
     for (const std::string& kernels : cpu::available_bfloat16_kernels()) {
       cpu::set_bfloat16_kernels(kernels);
-      const cpu::Plan plan =
-          cpu::make_bfloat16_plan(layer.shape(false), threads, int(directions.size()));
+      const cpu::Plan plan = cpu::make_bfloat16_plan(layer.shape(false), cpu::Pass::kForward,
+                                                     threads, int(directions.size()));
       forward_of<Bfloat16>(directions, plan, 6e-2, "bfloat16, " + kernels + ", ", run);
     }
     cpu::set_bfloat16_kernels("");

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/kernels/product/panels.h"
+#include "cpu/kernels/vector/storage.h"
 #include "problem/bfloat16.h"
 
 FASTRNN_KERNELS_BEGIN
@@ -17,9 +18,43 @@ FASTRNN_INLINE Pair load_pair(const Bfloat16* from) {
   return pair;
 }
 
+// A vector of pairs: `lanes` values of two rows, zeros beyond them; null: zeros.
+FASTRNN_INLINE VectorOf<float>::Bits interleaved(const Bfloat16* first, const Bfloat16* second,
+                                                 std::int64_t lanes) {
+  using Bits = VectorOf<float>::Bits;
+  Bits low{}, high{};
+  if (first != nullptr) {
+    const Pack<float> values = load_values(first, lanes);
+    __builtin_memcpy(&low, &values.v, sizeof(low));
+  }
+  if (second != nullptr) {
+    const Pack<float> values = load_values(second, lanes);
+    __builtin_memcpy(&high, &values.v, sizeof(high));
+  }
+  return ((low >> 16) & 0xffff) | high;
+}
+
+// Packs a block of [K, units]: interleaves rows.
+inline void pack_pair_rows(const PanelSource<Bfloat16>& source, std::int64_t block,
+                           std::int64_t block_units, std::int64_t panel_rows, Pair* panel) {
+  constexpr int kLanes = Pack<float>::kLanes;
+  const std::int64_t first = block * block_units;
+  for (std::int64_t row = 0; row < panel_rows; ++row) {
+    const std::int64_t k = row * kPairDepth;
+    const Bfloat16* at = source.weights + k * source.stride + first;
+    for (std::int64_t u = 0; u < block_units; u += kLanes) {
+      const auto pairs = interleaved(k < source.k_count ? at + u : nullptr,
+                                     k + 1 < source.k_count ? at + source.stride + u : nullptr,
+                                     source.units - first - u);
+      __builtin_memcpy(panel + row * block_units + u, &pairs, sizeof(pairs));
+    }
+  }
+}
+
 // Packs a block: transposes words of two values. Rows beyond K, up to `panel_rows`, are 0.
 inline void pack_pair_panel(const PanelSource<Bfloat16>& source, std::int64_t block,
                             std::int64_t block_units, std::int64_t panel_rows, Pair* panel) {
+  if (!source.unit_is_row) return pack_pair_rows(source, block, block_units, panel_rows, panel);
   using Vec = Pack<float>;  // of words that are only moved
   constexpr int kLanes = Vec::kLanes;
   const std::int64_t first = block * block_units;

@@ -14,6 +14,8 @@
 #endif
 
 #include "cpu/isa/bfloat16.h"
+#include "cpu/kernels/bfloat16/gradients.h"
+#include "cpu/kernels/schedule/backward.h"
 #include "cpu/kernels/schedule/forward.h"
 
 #if !defined(FASTRNN_BF16_OWNER)
@@ -47,6 +49,28 @@ void bfloat16_forward_rank(const Bfloat16Forward& problem, const Plan& plan,
   Bfloat16Format::finish();
 }
 
+#if defined(FASTRNN_BF16_TILES) || defined(FASTRNN_BF16_DOT)
+template <class Cell>
+void bfloat16_gradient_rank(const Bfloat16Gradients& problem, const Plan& plan, float* workspace,
+                            Team& team, int rank) {
+  Bfloat16GradientWalk<Cell, Bfloat16Format>(problem, plan, workspace, team, rank).run();
+  Bfloat16Format::finish();
+}
+template <class Cell>
+void bfloat16_backward_rank(const Bfloat16Backward& problem, const Plan& plan,
+                            const BackwardLayout& layout, float* workspace, Team& team, int rank) {
+  BackwardWalk<Cell, float, Bfloat16Format>(
+      problem, problem.stored_w_hh, problem.stored_w_hh_stride, plan, layout, workspace, team, rank)
+      .run();
+  Bfloat16Format::finish();
+}
+#define FASTRNN_BF16_BACKWARD(type) bfloat16_backward_rank<type>
+#define FASTRNN_BF16_GRADIENTS(type) bfloat16_gradient_rank<type>
+#else
+#define FASTRNN_BF16_BACKWARD(type) nullptr
+#define FASTRNN_BF16_GRADIENTS(type) nullptr
+#endif
+
 extern const Bfloat16Kernels kBfloat16Kernels;
 const Bfloat16Kernels kBfloat16Kernels = {
     FASTRNN_BF16_QUOTED(FASTRNN_ISA),
@@ -56,6 +80,16 @@ const Bfloat16Kernels kBfloat16Kernels = {
     bfloat16_pack_rank,
     {
 #define FASTRNN_CELL(kind, name, type) bfloat16_forward_rank<type>,
+        FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+    },
+    {
+#define FASTRNN_CELL(kind, name, type) FASTRNN_BF16_BACKWARD(type),
+        FASTRNN_CELLS(FASTRNN_CELL)
+#undef FASTRNN_CELL
+    },
+    {
+#define FASTRNN_CELL(kind, name, type) FASTRNN_BF16_GRADIENTS(type),
         FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
     },

@@ -11,13 +11,20 @@
 #pragma once
 
 #include "cpu/kernels/product/weight_matrix.h"
+#include "cpu/kernels/vector/storage.h"
 
 FASTRNN_KERNELS_BEGIN
 
-template <class Cell, class T>
+// Recurrent: the format of w_hh (weight_matrix.h). If it multiplies another type than T, d_pre of a
+// step is rounded to that type for the product.
+template <class Cell, class T, class Recurrent = NativeFormat<T>>
 class BackwardWalk {
+  using Operand = typename Recurrent::Operand;
+  static constexpr bool kRounds = !std::is_same_v<Operand, T>;
+
  public:
-  BackwardWalk(const LayerBackward<T, T>& problem, const Plan& plan, const BackwardLayout& layout,
+  BackwardWalk(const LayerBackward<T, T>& problem, const typename Recurrent::Source* w_hh,
+               std::int64_t w_hh_stride, const Plan& plan, const BackwardLayout& layout,
                T* workspace, Team& team, int rank)
       : problem_(problem),
         shape_(problem.shape),
@@ -34,8 +41,7 @@ class BackwardWalk {
         output_size_(shape_.output_size()),
         carry_stride_(layout.out_blocks * layout.out_block),
         columns_(kZero, 1, plan.back_vectors, kLanes),
-        w_hh_({problem.weights.w_hh, problem.weights.w_hh_stride, false, 1, output_size_,
-               Cell::kGates * shape_.hidden_size},
+        w_hh_({w_hh, w_hh_stride, false, 1, output_size_, Cell::kGates * shape_.hidden_size},
               workspace + layout.panels_h, plan.back_vectors, plan.packed),
         w_hr_({problem.weights.w_hr, problem.weights.w_hr_stride, false, 1, shape_.hidden_size,
                output_size_},
@@ -49,6 +55,7 @@ class BackwardWalk {
       if (team_.gives_up(rank_, step_work())) return arrive_for(k + 1);
       const StepRows at = shape_.sequence.at(shape_.sequence.step(k));
       const std::int64_t own = rows_.count(at.rows);
+      if constexpr (kRounds) rounded_ = rounded(k % 2);
       begin_rows(at, own);
       add_step_gradients(at, own);
       if (shape_.proj_size > 0) {
@@ -100,6 +107,12 @@ class BackwardWalk {
     const int row_group = rank_ / plan_.unit_groups;
     if constexpr (Cell::kDenseRecurrence) w_hh_.pack(out_blocks_.cut(row_group, plan_.row_groups));
     if (shape_.proj_size > 0) w_hr_.pack(unit_blocks_.cut(row_group, plan_.row_groups));
+  }
+
+  // d_pre [B, G*H] of a step, for the product. Other ranks still read that of the step before.
+  Operand* rounded(int parity) const {
+    return reinterpret_cast<Operand*>(workspace_ + layout_.rounded) +
+           parity * shape_.sequence.batch * Cell::kGates * shape_.hidden_size;
   }
 
   T* carry(std::int64_t b) const { return workspace_ + layout_.carry + b * carry_stride_; }
@@ -217,6 +230,7 @@ class BackwardWalk {
     const T* c_before;  // [C*H]
     T* d_c;             // [C*H]
     T* d_pre;           // [(Q+E)*H]
+    Operand* rounded;   // [G*H] the hidden side of d_pre
     const T* w_unit;    // [E*H]
     T* d_h;             // [R] the carry, or null with a projection
 
@@ -233,6 +247,7 @@ class BackwardWalk {
         d_c = p.d_c0 + b * kCellStates * hidden;
       }
       d_pre = p.d_pre + row * kColumns * hidden;
+      if constexpr (kRounds) rounded = walk.rounded_ + b * Cell::kGates * hidden;
       if constexpr (Cell::kParameters > 0) w_unit = p.weights.w_unit;
       d_h = walk.shape_.proj_size > 0 ? nullptr : walk.carry(b);
     }
@@ -259,9 +274,20 @@ class BackwardWalk {
         cells::StepGradientInputs<Vec>{saved, state, next_state, d_next_state, parameters},
         cells::StepGradientOutputs<Vec>{d_pre, d_state, d_pre + Cell::kPre});
     for (int q = 0; q < kColumns; ++q) d_pre[q].store(row.d_pre + q * row.hidden + unit, lanes);
+    if constexpr (kRounds)
+      for (int q = 0; q < Cell::kGates; ++q)
+        store_values(d_pre[q], row.rounded + q * row.hidden + unit, lanes);
     for (int s = 0; s < kCellStates; ++s)
       d_state[s + 1].store(row.d_c + s * row.hidden + unit, lanes);
     if (row.d_h != nullptr) (Cell::kDirectPath ? d_state[0] : Vec(T(0))).store(row.d_h + unit);
+  }
+
+  // What the product with w_hh reads: rows of d_pre, `width` apart, or rounded ones.
+  const Operand* operand(const StepRows& at, std::int64_t width) const {
+    if constexpr (kRounds)
+      return rounded_;
+    else
+      return problem_.d_pre + at.first * width;
   }
 
   // carry += d_pre[hidden side] w_hh. The columns of the hidden side come first in d_pre (kPreH =
@@ -270,8 +296,9 @@ class BackwardWalk {
   void propagate(std::int64_t k, const StepRows& at, std::int64_t own) {
     const std::int64_t width = kColumns * shape_.hidden_size, depth = w_hh_.k_count();
     const std::int64_t part = plan_.prefetch ? std::min(kPartDepth, depth) : depth;
-    const T* d_pre = problem_.d_pre + at.first * width;
-    const std::int64_t a_stride = rows_.stride * width, c_stride = rows_.stride * carry_stride_;
+    const std::int64_t a_row = kRounds ? depth : width;
+    const Operand* d_pre = operand(at, width);
+    const std::int64_t a_stride = rows_.stride * a_row, c_stride = rows_.stride * carry_stride_;
     const int height = w_hh_.tile_height();
     const std::int64_t tiles = tile_count(0, own, height);
     for (std::int64_t i = 0; i < out_blocks_.size(); ++i) {
@@ -287,16 +314,18 @@ class BackwardWalk {
           if (shape_.proj_size > 0 && first == 0)  // all of dh went through w_hr: no direct part
             for (int m = 0; m < count; ++m)
               for (std::int64_t j = 0; j < layout_.out_block; ++j) c[m * c_stride + j] = T(0);
-          const T* a = d_pre + row * width;
-          if (!plan_.prefetch) {
+          const Operand* a = d_pre + row * a_row;
+          if (kRounds || !plan_.prefetch) {
             w_hh_.multiply(block, count, a, a_stride, c, c_stride, columns_);
             return;
           }
-          const Prefetch prefetch = last < depth ? w_hh_.panel_part(block, index, tiles, last,
-                                                                    std::min(last + part, depth))
-                                                 : w_hh_.panel_part(next, index, tiles, 0, part);
-          w_hh_.multiply_part(block, first, last, count, a, a_stride, c, c_stride, columns_,
-                              prefetch);
+          if constexpr (!kRounds) {
+            const Prefetch prefetch = last < depth ? w_hh_.panel_part(block, index, tiles, last,
+                                                                      std::min(last + part, depth))
+                                                   : w_hh_.panel_part(next, index, tiles, 0, part);
+            w_hh_.multiply_part(block, first, last, count, a, a_stride, c, c_stride, columns_,
+                                prefetch);
+          }
           ++index;
         });
       }
@@ -315,7 +344,9 @@ class BackwardWalk {
   const IndexRange out_blocks_, unit_blocks_;
   const std::int64_t output_size_, carry_stride_;
   const Columns columns_;
-  const WeightMatrix<T> w_hh_, w_hr_;
+  const WeightMatrix<T, Recurrent> w_hh_;
+  const WeightMatrix<T> w_hr_;
+  Operand* rounded_ = nullptr;  // of this step
 };
 
 FASTRNN_KERNELS_END

@@ -1,0 +1,118 @@
+"""Lengths on a device whose values the host does not read.
+
+The kernels run all T steps of all rows. The results beyond a row's end are then replaced:
+
+    lengths 4, 2     x  x00 x01 x02 x03     y  y00 y01 y02 y03     h_n  y03
+                        x10 x11  0   0         y10 y11  0   0           y11
+
+Direction 1 gets each row in reverse order within its length, and runs as direction 0. Everything is
+queued on the stream, so a call can be part of a CUDA graph. The time is that of the padded batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as dropout_function
+
+from fastrnn._torch_internals import are_transforms_active, forward_ad
+from fastrnn.engine.run import run
+from fastrnn.engine.states import Recorder
+from fastrnn.layer_call import LayerCall, Options, Results
+from fastrnn.spec import Weights
+
+#: cells whose states stay finite whatever the steps beyond a row's end compute from x = 0; an h
+#: that overflows there would make the gradient of w_hh NaN
+_BOUNDED = frozenset({"rnn_tanh", "rnn_sigmoid", "gru", "lstm"})
+
+
+def can_run(call: LayerCall) -> bool:
+    """Whether a call with lengths can run without their values."""
+    return call.spec.name in _BOUNDED and call.options.recorder is None
+
+
+class _Mirror(torch.autograd.Function):
+    """Gathers rows of t [T,B,*] by an index [T,B] that is its own inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return _gather(t, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return _mirror(gradient, index), None
+
+
+def _gather(t: Tensor, index: Tensor) -> Tensor:
+    return t.gather(0, index.unsqueeze(-1).expand(-1, -1, t.shape[-1]))
+
+
+def _mirror(t: Tensor, index: Tensor) -> Tensor:
+    if are_transforms_active() or forward_ad._current_level >= 0:
+        return _gather(t, index)
+    return _Mirror.apply(t, index)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def run_lengths_on_device(call: LayerCall, lengths: Tensor) -> Results:
+    """Runs stacked layers over a padded batch with lengths, without reading their values.
+
+    Args:
+        call: the layers; x [T,B,I], of a cell that `can_run`.
+        lengths: int64 [B] on the device of x. Values beyond 0 ... T count as 0 or T.
+
+    Returns:
+        y [T,B,D*R], zero beyond a row's length; h_n and c_n, the states after each row's last step.
+    """
+    spec, x, sequence, h0, c0, (flat, slots), own = call
+    steps = x.shape[0]
+    if steps == 0:
+        return run(call)
+    lengths = lengths.clamp(0, steps)
+    t = torch.arange(steps, device=lengths.device).unsqueeze(1)
+    exists = t < lengths  # [T,B]
+    mirrored = torch.where(exists, lengths - 1 - t, t)
+    is_last = (t == lengths - 1).unsqueeze(-1)
+    is_empty = (lengths == 0).unsqueeze(-1)
+    exists = exists.unsqueeze(-1)
+
+    def final(states: Tensor, initial: Tensor) -> Tensor:
+        """Returns the state after each row's last step, [B,*] from states [T,B,*]."""
+        last = torch.where(is_last, states, 0).sum(0, dtype=states.dtype)
+        return torch.where(is_empty, initial, last.to(initial.dtype))
+
+    directions = h0.shape[0] // own.num_layers
+    count = len(flat) // h0.shape[0]
+    h_n, c_n = [], []
+    x = torch.where(exists, x, 0)  # padding may hold anything, such as NaN
+    for layer in range(own.num_layers):
+        if layer > 0 and own.dropout > 0:
+            x = dropout_function(x, own.dropout, training=True)
+        outputs = []
+        for direction in range(directions):
+            index = layer * directions + direction
+            states = slice(index, index + 1)
+            recorder = None if c0 is None else Recorder(True, False)
+            options = Options(weight_format=own.weight_format, recorder=recorder)
+            y, _, _ = run(
+                LayerCall(
+                    spec,
+                    _mirror(x, mirrored) if direction else x,
+                    sequence,
+                    h0[states],
+                    None if c0 is None else c0[states],
+                    Weights(flat[index * count : (index + 1) * count], slots),
+                    options,
+                )
+            )
+            h_n.append(final(y, h0[index]))
+            if recorder is not None and c0 is not None:
+                _, c = recorder.extras(False, y, c0).states
+                c_n.append(final(c.squeeze(1), c0[index]))
+            y = torch.where(exists, y, 0)
+            outputs.append(_mirror(y, mirrored) if direction else y)
+        x = torch.cat(outputs, -1) if directions > 1 else outputs[0]
+    return x, torch.stack(h_n), torch.stack(c_n) if c_n else None
