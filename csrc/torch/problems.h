@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "problem/layer.h"
@@ -54,6 +55,10 @@ struct ForwardOutputs {
       saved = allocate({layer.directions, layer.rows, layer.cell->saved * layer.hidden_size},
                        accumulate_type(layer.compute), like);
   }
+
+  // Tensors that exist.
+  ForwardOutputs(Tensor y_, Tensor h_n_, std::optional<Tensor> c_n_, std::optional<Tensor> saved_)
+      : y(std::move(y_)), h_n(std::move(h_n_)), c_n(std::move(c_n_)), saved(std::move(saved_)) {}
 
   // As the schema returns them, with placeholders.
   FourTensors tensors(const LayerArguments& layer) const {

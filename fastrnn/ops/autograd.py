@@ -143,7 +143,7 @@ def _save_for_backward(
     ctx.has_c0, ctx.sequence_slots = c0 is not None, sequence.slots
 
 
-def _saved_tensors(ctx: Any) -> Sequence[Tensor]:
+def saved_tensors(ctx: Any) -> Sequence[Tensor]:
     """Returns the saved tensors.
 
     Raises:
@@ -171,7 +171,7 @@ def _backward_of(
     """Returns the gradients of all inputs of `LayerFunction` or `EagerLayerFunction`."""
     if d_y is None and d_h_n is None and d_c_n is None:
         return (None,) * len(ctx.needs_input_grad)
-    x, h0, y, saved, *rest = _saved_tensors(ctx)
+    x, h0, y, saved, *rest = saved_tensors(ctx)
     c0 = rest.pop(0) if ctx.has_c0 else None
     sequence, sequence_slots = PADDED, ctx.sequence_slots
     if sequence_slots:

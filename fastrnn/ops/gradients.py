@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastrnn._torch_internals import are_transforms_active, forward_ad, is_batched
-from fastrnn.layer_call import LayerCall, SequenceTensors
+from fastrnn.layer_call import LayerCall, Results, SequenceTensors
 from fastrnn.ops.composite import composite_layer
 from fastrnn.ops.operators import backward_op, decode, gradient_ops
 from fastrnn.ops.sequence import is_traced, previous_states
@@ -51,7 +51,7 @@ _W_HR = WEIGHT_SLOTS.index("w_hr")
 _BEFORE_WEIGHTS = 3  # x, h0 and c0 come before the weights
 
 
-def _is_transformed(*tensors: Tensor | None) -> bool:
+def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether a transform of ``torch.func`` is active or ``is_grads_batched`` wraps a tensor."""
     if are_transforms_active():
         return True
@@ -73,10 +73,16 @@ def gradients(
         d_outputs: the gradients of y, h_n and c_n; None for zero.
         y, saved: results of ``recurrent_forward``.
     """
-    transformed = _is_transformed(*d_outputs)
+    transformed = is_transformed(*d_outputs)
     if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         # vmap over the backward pass, create_graph=True, or gradients with tangents
-        return differentiable_gradients(call, needs, d_outputs, transformed)
+
+        def run(x: Tensor, h0: Tensor, c0: Tensor | None, *flat: Tensor) -> Results:
+            weights = Weights(flat, call.weights.slots)
+            return composite_layer(call._replace(x=x, h0=h0, c0=c0, weights=weights))
+
+        inputs = (call.x, call.h0, call.c0, *call.weights.flat)
+        return differentiable_gradients(run, inputs, needs, d_outputs, transformed)
     is_one_operator = call.x.is_cpu and not call.weights.has(UNIT)
     compute = cpu_gradients if is_one_operator else gradients_by_torch
     return compute(call, needs, d_outputs, y, saved)
@@ -88,24 +94,40 @@ def cpu_gradients(
     """Computes the gradients by one operator of the CPU."""
     spec, x, (sequence, bits), h0, c0, (weights, slots), _ = call
     directions = h0.shape[0] if h0.dim() == 3 else 1
-    outputs, indices = _select_results(slots, directions, needs)
+    outputs, indices = select_results(slots, directions, needs)
     results = gradient_ops[directions](
         *d_outputs, x, h0, c0, weights, slots | bits, sequence, y, saved, spec.name, outputs
     )
+    return decode_gradients(call, results, indices, saved)
+
+
+def decode_gradients(
+    call: LayerCall, results: Sequence[Tensor], indices: tuple[int | None, ...], saved: Tensor
+) -> Gradients:
+    """Returns the gradients from the results of a gradient operator of the CPU.
+
+    Args:
+        call: the layer.
+        results: the operator's results; that of ``w_hr`` is computed here.
+        indices: of `select_results`.
+        saved: the values that forward has saved.
+    """
     found = decode(results, indices)
+    weights, slots = call.weights
     if slots & PROJECTION:
+        directions = call.h0.shape[0] if call.h0.dim() == 3 else 1
         count = len(weights) // directions
         for direction in range(directions):
             w_hr = (direction + 1) * count - 1  # the last slot
             d_h_all = found[_BEFORE_WEIGHTS + w_hr]
             if d_h_all is not None:
-                d_w_hr = _projection_gradient(spec, d_h_all[direction], saved[direction])
+                d_w_hr = _projection_gradient(call.spec, d_h_all[direction], saved[direction])
                 found[_BEFORE_WEIGHTS + w_hr] = _cast(d_w_hr, weights[w_hr])
     return tuple(found)
 
 
 @functools.cache
-def _select_results(
+def select_results(
     slots: int, directions: int, needs: tuple[bool, ...]
 ) -> tuple[int, tuple[int | None, ...]]:
     """Selects results of the gradient operator.
@@ -298,18 +320,26 @@ def _projection_gradient(spec: CellSpec, d_h: Tensor, saved: Tensor) -> Tensor:
 
 
 def differentiable_gradients(
-    call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, transformed: bool
+    run: Callable[..., Results],
+    inputs: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    d_outputs: Outputs,
+    transformed: bool,
 ) -> Gradients:
-    """Computes the gradients by ordinary operations, which can be differentiated again."""
-    inputs: tuple[Any, ...] = (call.x, call.h0, call.c0, *call.weights.flat)
+    """Computes the gradients by ordinary operations, which can be differentiated again.
+
+    Args:
+        run: runs the layer by differentiable operations, from ``inputs``.
+        inputs: the tensors that may need a gradient, or None.
+        needs: whether each of them does.
+        d_outputs: the gradients of y, h_n and c_n; None for zero.
+        transformed: whether a transform is active.
+    """
 
     def forward(*wanted: Tensor) -> tuple[Tensor, ...]:
         variables = iter(wanted)
-        x, h0, c0, *flat = [
-            next(variables) if need else t for t, need in zip(inputs, needs, strict=True)
-        ]
-        outputs = composite_layer(
-            call._replace(x=x, h0=h0, c0=c0, weights=Weights(flat, call.weights.slots))
+        outputs = run(
+            *[next(variables) if need else t for t, need in zip(inputs, needs, strict=True)]
         )
         return tuple(
             output
