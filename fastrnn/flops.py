@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrnn import _library
+from fastrnn.ops.sequence import is_traced
 from fastrnn.spec import CELLS, GRADIENT_OUTPUTS, WEIGHT_SLOTS, present
 
 _library.load()
@@ -99,8 +101,12 @@ def _gradients_flops(
     **_: Any,
 ) -> int:
     """Counts recurrent_gradients and recurrent_bidirectional_gradients: the requested results."""
+    return _gradients_of_rows(math.prod(x[:-1]), weights, slots, outputs)
+
+
+def _gradients_of_rows(rows: int, weights: Sequence[Shape], slots: int, outputs: int) -> int:
     total = 0
-    for direction, p in enumerate(_products(math.prod(x[:-1]), weights, slots)):
+    for direction, p in enumerate(_products(rows, weights, slots)):
         d_w_ih = _FIRST_WEIGHT + direction * _PER_DIRECTION
         total += p.h + p.projection
         total += p.x * ((outputs & 1) + (outputs >> d_w_ih & 1)) + p.h * (
@@ -114,6 +120,46 @@ def _chunked_gradients_flops(*arguments: Any, **_: Any) -> int:
     cell: str = arguments[-3]
     again = _forward_flops(*arguments[3:8]) if CELLS[cell].saved else 0
     return again + _gradients_flops(*arguments[:-1])
+
+
+def _marked_rows(x: Tensor, lengths: Tensor | None) -> int:
+    """Returns the rows that exist, or all rows of a graph, in which the lengths are unknown."""
+    if lengths is None or is_traced(lengths):
+        return x.shape[0] * x.shape[1]
+    return int(lengths.sum())
+
+
+def _ragged_flops(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    slots: int,
+    lengths: Tensor | None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Counts ragged_layer and ragged_forward."""
+    return sum(map(sum, _products(_marked_rows(x, lengths), [w.shape for w in weights], slots)))
+
+
+def _ragged_gradients_flops(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    slots: int,
+    lengths: Tensor | None,
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Counts ragged_gradients."""
+    rows = _marked_rows(x, lengths)
+    shapes = [w.shape for w in weights]
+    return _gradients_of_rows(rows, shapes, slots, rest[-1])
 
 
 _operators = torch.ops.fastrnn
@@ -132,3 +178,7 @@ register_flop_formula(_operators.recurrent_states_backward)(_states_backward_flo
 register_flop_formula(
     [_operators.recurrent_gradients, _operators.recurrent_bidirectional_gradients]
 )(_gradients_flops)
+register_flop_formula([_operators.ragged_layer, _operators.ragged_forward], get_raw=True)(
+    _ragged_flops
+)
+register_flop_formula(_operators.ragged_gradients, get_raw=True)(_ragged_gradients_flops)

@@ -418,10 +418,11 @@ void bfloat16_backward(const Bfloat16Backward* directions, int count, int thread
   const LayerShape& shape = directions[0].shape;
   const Bfloat16Kernels* kernels = pick_bfloat16_backward(shape).kernels;
   if (kernels == nullptr) throw std::runtime_error("fastrnn: there are no kernels for bfloat16.");
-  run(Bfloat16BackwardPass{*kernels}, directions, count, threads, parallel_for, [&](int granted) {
-    return make_bfloat16_backward_plan_for(shape, isa(), kernels->format, bounded_threads(granted),
-                                           count);
-  });
+  run(Bfloat16BackwardPass{*kernels}, directions, count, shape, threads, parallel_for,
+      [&](int granted) {
+        return make_bfloat16_backward_plan_for(shape, isa(), kernels->format,
+                                               bounded_threads(granted), count);
+      });
 }
 
 void bfloat16_gradients(const Bfloat16Gradients* directions, int count, int threads,
@@ -429,9 +430,10 @@ void bfloat16_gradients(const Bfloat16Gradients* directions, int count, int thre
   const LayerShape& shape = directions[0].shape;
   const Bfloat16Kernels* kernels = pick_bfloat16_gradients(shape).kernels;
   if (kernels == nullptr) throw std::runtime_error("fastrnn: there are no kernels for bfloat16.");
-  run(Bfloat16GradientPass{*kernels}, directions, count, threads, parallel_for, [&](int granted) {
-    return make_plan(shape, Pass::kGradients, sizeof(float), granted, count);
-  });
+  run(Bfloat16GradientPass{*kernels}, directions, count, shape, threads, parallel_for,
+      [&](int granted) {
+        return make_plan(shape, Pass::kGradients, sizeof(float), granted, count);
+      });
 }
 
 void int8_forward(const Int8Forward* directions, int count, int threads, ParallelFor parallel_for) {

@@ -18,7 +18,7 @@ namespace fastrnn {
 struct MarkedBatch {
   std::int64_t steps, batch;
   const std::int64_t* lengths;  // [B], from 0 to `steps`
-  const bool* resets;           // [T, B], or null: none
+  const std::uint8_t* resets;   // [T, B], 1 before a step with a reset, or null: none
   bool backwards;               // the direction runs backwards in time
 };
 
@@ -44,7 +44,7 @@ inline Segments cut(const MarkedBatch& batch) {
   for (std::int64_t b = 0; b < batch.batch; ++b) {
     for (std::int64_t k = 0; k < batch.lengths[b]; ++k) {
       const bool is_reset =
-          batch.resets != nullptr && batch.resets[step_of(b, k) * batch.batch + b];
+          batch.resets != nullptr && batch.resets[step_of(b, k) * batch.batch + b] != 0;
       if (k == 0 || is_reset) pieces.push_back({b, k, 0, is_reset});
       longest = std::max(longest, ++pieces.back().length);
     }

@@ -8,7 +8,7 @@
 #include <array>
 #include <cstring>
 
-#include "torch/problems.h"
+#include "torch/cpu_layer.h"
 #include "torch/schemas.h"
 #include "torch/thread_pool.h"
 
@@ -21,14 +21,14 @@ int64_t bytes_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return bytes;
 }
 
-// What a caller gets to hold is a tensor of torch's allocator: its storage can be resized.
+}  // namespace
+
 Tensor ordinary(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
   Tensor t = empty(sizes, dtype, like);
   cpu::use_huge_pages(t.data_ptr(), bytes_of(sizes, dtype));
   return t;
 }
 
-// Of memory that is kept from one call to the next, for what never leaves a call.
 Tensor recycled(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
   constexpr int64_t kWorthwhile =
       128 * 1024;  // bytes; below, the allocator's own memory stays warm
@@ -40,12 +40,14 @@ Tensor recycled(const std::vector<int64_t>& sizes, ScalarType dtype, const Tenso
                                   [bytes](void* buffer) { cpu::release_buffer(buffer, bytes); });
 }
 
-// For saved. Beyond malloc's largest threshold fresh pages would come with each call: at T=100,
+// Beyond malloc's largest threshold fresh pages would come with each call: at T=100,
 // B=128, H=256 they cost 4 to 6% of an LSTM's training step on two cores of an AMD EPYC (Zen 5).
 Tensor for_saved(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
   constexpr int64_t kMapped = 32 * 1024 * 1024;  // bytes
   return (bytes_of(sizes, dtype) < kMapped ? ordinary : recycled)(sizes, dtype, like);
 }
+
+namespace {
 
 template <class T>
 void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
@@ -77,6 +79,22 @@ void run(const LayerArguments& layer, const BackwardInputs& inputs,
   cpu::backward(problems, int(layer.directions), threads(), parallel_for);
 }
 
+}  // namespace
+
+void run_forward(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
+                 WeightFormat weight_format) {
+  switch (layer.compute) {
+    case ScalarType::BFloat16:
+      return run_bfloat16(layer, x, outputs);
+    case ScalarType::Double:
+      return run<double>(layer, x, outputs, weight_format);
+    default:
+      return run<float>(layer, x, outputs, weight_format);
+  }
+}
+
+namespace {
+
 FourTensors forward_of(const Tensor& x, const Tensor& h0, const std::optional<Tensor>& c0,
                        const std::vector<Tensor>& weights, int64_t slots,
                        const std::optional<std::vector<Tensor>>& sequence, const std::string& cell,
@@ -87,16 +105,14 @@ FourTensors forward_of(const Tensor& x, const Tensor& h0, const std::optional<Te
     check_input(layer, x);
     if (cpu::computes_bfloat16(layer.shape(0))) {
       const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
-      run_bfloat16(layer, x, results);
+      run_forward(layer, x, results);
       return results.tensors(layer);
     }
   }
   const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, compute);
   check_input(layer, x);
   const ForwardOutputs results(layer, has_slot(outputs, kSaved), x, for_saved);
-  const Tensor input = layer.to_compute(x);
-  compute == ScalarType::Double ? run<double>(layer, input, results, format)
-                                : run<float>(layer, input, results, format);
+  run_forward(layer, layer.to_compute(x), results, format);
   return results.tensors(layer);
 }
 
@@ -279,50 +295,64 @@ void run_bfloat16(const LayerArguments& layer, const LayerArguments& stored,
   cpu::bfloat16_backward(problems, int(layer.directions), threads(), parallel_for);
 }
 
-// The results of recurrent_gradients, for either number of directions.
-struct Gradients {
-  FourTensors first;  // d_x, d_h0, d_c0, d_h_all
-  std::vector<Tensor> d_weights;
-};
+}  // namespace
 
-Gradients gradients_of(int64_t directions, const std::optional<Tensor>& d_y,
-                       const std::optional<Tensor>& d_h_n, const std::optional<Tensor>& d_c_n,
-                       const Tensor& x, const Tensor& h0, const std::optional<Tensor>& c0,
-                       const std::vector<Tensor>& weights, int64_t slots,
-                       const std::optional<std::vector<Tensor>>& sequence, const Tensor& y,
-                       const Tensor& saved, const std::string& cell, int64_t outputs) {
+Gradients run_gradients(const LayerArguments& layer, const BackwardInputs& inputs, const Tensor& x,
+                        const std::vector<Tensor>& weights, int64_t slots, int64_t outputs,
+                        Allocate allocate_x, const StoredLayer* stored) {
+  const BackwardOutputs walked(layer, x, ordinary, recycled);
+  GradientOutputs products(layer, x, weights, slots, outputs, ordinary, allocate_x);
+  const bool need_x = has_slot(outputs, kDX);
+  const Rows x_rows(stored != nullptr ? x : layer.to_compute(x));
+  if (stored != nullptr) {
+    if (cpu::computes_bfloat16_backward(layer.shape(0)))
+      run_bfloat16(layer, stored->layer, inputs, walked);
+    else
+      run<float>(layer, inputs, walked);
+    run_bfloat16(stored->layer, x_rows, stored->y, walked.d_pre, products, need_x);
+  } else if (layer.compute == ScalarType::Double) {
+    run<double>(layer, inputs, walked);
+    run<double>(layer, x_rows, inputs.y, walked.d_pre, products, need_x);
+  } else {
+    run<float>(layer, inputs, walked);
+    run<float>(layer, x_rows, inputs.y, walked.d_pre, products, need_x);
+  }
+  return {products.d_x, walked.d_h0, walked.d_c0, walked.d_h_all, std::move(products.d_weights)};
+}
+
+void check_no_parameters(const LayerArguments& layer) {
+  FASTRNN_CHECK(layer.cell->parameters == 0,
+                "cell must be one without w_unit (recurrent_backward computes the others), got '",
+                std::string(layer.cell->name), "'.");
+}
+
+namespace {
+
+// The results of recurrent_gradients, for either number of directions: d_x, d_h0, d_c0, d_h_all and
+// those of the weights.
+std::vector<Tensor> gradients_of(int64_t directions, const std::optional<Tensor>& d_y,
+                                 const std::optional<Tensor>& d_h_n,
+                                 const std::optional<Tensor>& d_c_n, const Tensor& x,
+                                 const Tensor& h0, const std::optional<Tensor>& c0,
+                                 const std::vector<Tensor>& weights, int64_t slots,
+                                 const std::optional<std::vector<Tensor>>& sequence,
+                                 const Tensor& y, const Tensor& saved, const std::string& cell,
+                                 int64_t outputs) {
   const ScalarType compute = accumulate_type(checked_dtype("x", x));
   const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, compute);
   FASTRNN_CHECK(layer.directions == directions, "h0 must hold the states of ", directions,
                 " direction(s), got ", layer.directions, ".");
-  FASTRNN_CHECK(layer.cell->parameters == 0,
-                "cell must be one without w_unit (recurrent_backward computes the others), got '",
-                cell, "'.");
+  check_no_parameters(layer);
   check_input(layer, x);
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n);
-  const BackwardOutputs walked(layer, x, ordinary, recycled);
-  GradientOutputs products(layer, x, weights, slots, outputs, ordinary);
-  const bool stored =
-      layer.dtype == ScalarType::BFloat16 && cpu::computes_bfloat16_gradients(layer.shape(0));
-  const Rows x_rows(stored ? x : layer.to_compute(x));
-  if (stored) {
+  if (layer.dtype == ScalarType::BFloat16 && cpu::computes_bfloat16_gradients(layer.shape(0))) {
     const LayerArguments bfloat16("x", x, h0, c0, weights, slots, sequence, cell, layer.dtype);
-    if (cpu::computes_bfloat16_backward(layer.shape(0)))
-      run_bfloat16(layer, bfloat16, inputs, walked);
-    else
-      run<float>(layer, inputs, walked);
-    run_bfloat16(bfloat16, x_rows, Rows(y), walked.d_pre, products, has_slot(outputs, kDX));
-  } else if (compute == ScalarType::Double) {
-    run<double>(layer, inputs, walked);
-    run<double>(layer, x_rows, inputs.y, walked.d_pre, products, has_slot(outputs, kDX));
-  } else {
-    run<float>(layer, inputs, walked);
-    run<float>(layer, x_rows, inputs.y, walked.d_pre, products, has_slot(outputs, kDX));
+    const StoredLayer stored{bfloat16, Rows(y)};
+    return run_gradients(layer, inputs, x, weights, slots, outputs, ordinary, &stored)
+        .tensors(layer);
   }
-  for (Tensor& d_weight : products.d_weights) d_weight = layer.from_compute(d_weight);
-  auto [d_pre, d_h_all, d_h0, d_c0] = walked.tensors(layer);
-  return {{layer.from_compute(products.d_x), d_h0, d_c0, d_h_all}, std::move(products.d_weights)};
+  return run_gradients(layer, inputs, x, weights, slots, outputs, ordinary).tensors(layer);
 }
 
 EightTensors recurrent_gradients(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
@@ -333,9 +363,9 @@ EightTensors recurrent_gradients(std::optional<Tensor> d_y, std::optional<Tensor
                                  int64_t outputs) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
-    auto [first, d_weights] = gradients_of(1, d_y, d_h_n, d_c_n, x, h0, c0, weights, slots,
-                                           sequence, y, saved, cell, outputs);
-    return std::tuple_cat(first, four(d_weights, 0));
+    const std::vector<Tensor> found = gradients_of(1, d_y, d_h_n, d_c_n, x, h0, c0, weights, slots,
+                                                   sequence, y, saved, cell, outputs);
+    return std::tuple_cat(four(found, 0), four(found, 4));
   });
 }
 
@@ -346,9 +376,9 @@ TwelveTensors recurrent_bidirectional_gradients(
     int64_t outputs) {
   return guarded([&] {
     const std::string cell = consume_string(cell_handle);
-    auto [first, d_weights] = gradients_of(2, d_y, d_h_n, d_c_n, x, h0, c0, weights, slots,
-                                           sequence, y, saved, cell, outputs);
-    return std::tuple_cat(first, four(d_weights, 0), four(d_weights, 4));
+    const std::vector<Tensor> found = gradients_of(2, d_y, d_h_n, d_c_n, x, h0, c0, weights, slots,
+                                                   sequence, y, saved, cell, outputs);
+    return std::tuple_cat(four(found, 0), four(found, 4), four(found, 8));
   });
 }
 
@@ -407,6 +437,9 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kSegmentsSchema);
   m.def(fastrnn::kChunkedForwardSchema);
   m.def(fastrnn::kChunkedGradientsSchema);
+  m.def(fastrnn::kRaggedForwardSchema);
+  m.def(fastrnn::kRaggedLayerSchema);
+  m.def(fastrnn::kRaggedGradientsSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

@@ -95,7 +95,7 @@ TwelveTensors recurrent_chunked_gradients(std::optional<Tensor> d_y, std::option
     check_gradients(layer, y, d_y, d_h_n, d_c_n);
     const BackwardInputs inputs(layer, y, states, d_y, d_h_n, d_c_n);
     const BackwardOutputs walked(layer, x, no_rows);
-    GradientOutputs products(layer, x, weights, slots, outputs, empty);
+    GradientOutputs products(layer, x, weights, slots, outputs, empty, empty);
     const bool need_x = has_slot(outputs, kDX);
     if (need_x && layer.hidden_size == 0)  // a product over no units writes nothing
       std::memset(products.d_x.data_ptr(), 0,

@@ -42,7 +42,7 @@ SegmentTensors cut_segments(Tensor lengths_, std::optional<Tensor> resets_, int6
                     "resets must have the shape ", text(std::vector<int64_t>{steps, batch.batch}),
                     ", got ", text(sizes_of(*resets_)), ".");
       resets = as_contiguous(*resets_);
-      batch.resets = static_cast<const bool*>(resets->const_data_ptr());
+      batch.resets = static_cast<const uint8_t*>(resets->const_data_ptr());
     }
     const Segments segments = cut(batch);
     const auto copy = [&](const std::vector<int64_t>& values) {

@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "problem/layer.h"
@@ -62,6 +63,10 @@ struct ForwardOutputs {
       saved = allocate({layer.directions, layer.rows, layer.cell->saved * layer.hidden_size},
                        accumulate_type(layer.compute), like);
   }
+
+  // Tensors that exist.
+  ForwardOutputs(Tensor y_, Tensor h_n_, std::optional<Tensor> c_n_, std::optional<Tensor> saved_)
+      : y(std::move(y_)), h_n(std::move(h_n_)), c_n(std::move(c_n_)), saved(std::move(saved_)) {}
 
   // As the schema returns them, with placeholders.
   FourTensors tensors(const LayerArguments& layer) const {
@@ -190,8 +195,8 @@ struct GradientOutputs {
   std::vector<Tensor> d_weights;
 
   GradientOutputs(const LayerArguments& layer, const Tensor& x, const std::vector<Tensor>& weights,
-                  int64_t slots, int64_t outputs, Allocate allocate)
-      : d_x(has_slot(outputs, kDX) ? allocate(sizes_of(x), layer.compute, x)
+                  int64_t slots, int64_t outputs, Allocate allocate, Allocate allocate_x)
+      : d_x(has_slot(outputs, kDX) ? allocate_x(sizes_of(x), layer.compute, x)
                                    : placeholder(layer.compute, x)) {
     const int64_t count = count_slots(slots);
     d_weights.reserve(layer.directions * kGradientsPerDirection);

@@ -88,4 +88,30 @@ constexpr const char* kSegmentsSchema =
     "cut_segments(Tensor lengths, Tensor? resets, int steps, bool backwards) "
     "-> (Tensor batch_sizes, Tensor rows, Tensor initial, Tensor final)";
 
+// One layer over a padded batch x [T, B, I] whose rows have lengths and resets: the segments as one
+// packed batch. lengths int64 [B], resets bool or float64 (0 and 1) [T, B], both on the CPU;
+// without them all rows have T steps and no reset. reset_h and reset_c, the states after a reset,
+// have the shape of h0 and c0, or [T, D, B, *]; zeros if they are not given. y is zero beyond a
+// row's length. No size depends on the values: saved [D, T*B, S*H] holds in its first rows those of
+// the packed batch. On CUDA Python implements these operators (fastrnn/ops/ragged.py).
+constexpr const char* kRaggedForwardSchema =
+    "ragged_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, Tensor? lengths, "
+    "Tensor? resets, Tensor? reset_h, Tensor? reset_c, str cell, int outputs) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)";
+// The same without `saved`, for graphs, as recurrent_layer.
+constexpr const char* kRaggedLayerSchema =
+    "ragged_layer(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, Tensor? lengths, "
+    "Tensor? resets, Tensor? reset_h, Tensor? reset_c, str cell) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n)";
+// Its gradients, as recurrent_bidirectional_gradients: d_h_all [D, T*B, P] holds in its first rows
+// those of the packed batch and is zero beyond.
+constexpr const char* kRaggedGradientsSchema =
+    "ragged_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor h0, Tensor? c0, "
+    "Tensor[] weights, int slots, Tensor? lengths, Tensor? resets, Tensor? reset_h, "
+    "Tensor? reset_c, Tensor y, Tensor saved, str cell, int outputs) "
+    "-> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_h_all, "
+    "Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, "
+    "Tensor d_w_ih_reverse, Tensor d_w_hh_reverse, Tensor d_b_ih_reverse, Tensor d_b_hh_reverse, "
+    "Tensor d_reset_h, Tensor d_reset_c)";
+
 }  // namespace fastrnn

@@ -36,6 +36,14 @@ inline constexpr const char* kGradientOutputNames[kGradientOutputs] = {
     "d_x", "d_h0", "d_c0", "d_h_all", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh"};
 inline constexpr int kGradientsPerDirection = kGradientOutputs - kDWIh;
 
+// Results of ragged_gradients: as recurrent_bidirectional_gradients, then those of the states after
+// a reset.
+enum RaggedGradientOutput : int {
+  kDResetH = kGradientOutputs + kGradientsPerDirection,
+  kDResetC,
+  kRaggedGradientOutputs
+};
+
 constexpr bool has_slot(std::int64_t mask, int slot) { return mask >> slot & 1; }
 // Slots from `first` on and below `end` that are present.
 constexpr int count_between(std::int64_t mask, int first, int end) {

@@ -20,7 +20,7 @@ from torch.nn.functional import dropout as dropout_function
 from fastrnn._torch_internals import are_transforms_active, forward_ad
 from fastrnn.engine.run import run
 from fastrnn.engine.states import Recorder
-from fastrnn.layer_call import LayerCall, Options, Results
+from fastrnn.layer_call import LayerCall, Results
 from fastrnn.spec import Weights
 
 #: cells whose states stay finite whatever the steps beyond a row's end compute from x = 0; an h
@@ -96,7 +96,7 @@ def run_lengths_on_device(call: LayerCall, lengths: Tensor) -> Results:
             index = layer * directions + direction
             states = slice(index, index + 1)
             recorder = None if c0 is None else Recorder(True, False)
-            options = Options(weight_format=own.weight_format, recorder=recorder)
+            options = own._replace(num_layers=1, dropout=0.0, recorder=recorder)
             y, _, _ = run(
                 LayerCall(
                     spec,

@@ -1,16 +1,8 @@
-"""Padded batches whose rows have lengths and resets.
+"""Lengths and resets of padded batches: their checks, and the way to compute them.
 
-A row is cut into segments: at each reset and at its end. A segment is a sequence of its own, with
-an initial state of its own, so the segments of all rows are one packed batch, which the kernels
-compute in as many steps as the longest segment has:
-
-    resets of row 0   0 0 1 0 0       segments   x00 x01          from h0
-    resets of row 1   0 0 0 0 .                  x02 x03 x04      from the reset state
-                                                 x10 x11 x12 x13  from h0
-
-Direction 1 runs backwards in time, so its segments end where those of direction 0 begin: with
-resets, the directions of a layer run one after the other. The indices are computed on the CPU from
-the values of lengths and resets; on CUDA this waits for the stream.
+Stacked layers run by an operator per layer (`fastrnn.ops.ragged`) in graphs, and a single layer
+also in eager code on the CPU. Otherwise they are composed (`fastrnn.ops.segments`) of the backends'
+packed batches.
 """
 
 from __future__ import annotations
@@ -20,12 +12,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout as dropout_function
 
-from fastrnn._torch_internals import are_transforms_active, forward_ad
-from fastrnn.engine.run import run
-from fastrnn.layer_call import LayerCall, Options, Results, SequenceMembers
-from fastrnn.spec import Weights
-from fastrnn.tracing import is_capturing
+from fastrnn import autocast
+from fastrnn.backends.conditions import unsupported_tensors, unsupported_transform
+from fastrnn.engine import choose
+from fastrnn.engine.checks import check_layers
+from fastrnn.engine.lengths_on_device import can_run, run_lengths_on_device
+from fastrnn.engine.run import run, without_autocast_in_graphs
+from fastrnn.layer_call import DEFAULTS, LayerCall, Results
+from fastrnn.ops import ragged_layer
+from fastrnn.ops.ragged import cast_states
+from fastrnn.ops.segments import Ragged, run_composed, slice_states
+from fastrnn.spec import CellSpec, Weights
+from fastrnn.tracing import is_capturing, is_in_onnx_export, size, without_tracing
 
 
 class Marks(NamedTuple):
@@ -51,230 +51,28 @@ class Marks(NamedTuple):
 NO_MARKS = Marks()
 
 
-class Ragged(NamedTuple):
-    """Lengths and resets of a padded batch, checked.
-
-    Attributes:
-        lengths: int64 [B] on the CPU, from 0 to T; None if all are T.
-        resets: bool [T,B] on the CPU; None if there are none.
-        reset_h: state after a reset, [L*D,B,R], or [T,L*D,B,R] for one per step; None for zeros.
-        reset_c: the same for the cell states.
-    """
-
-    lengths: Tensor | None
-    resets: Tensor | None
-    reset_h: Tensor | None = None
-    reset_c: Tensor | None = None
-
-
-class Segments(NamedTuple):
-    """The segments of a padded batch as one packed batch of N rows and A segments.
-
-    Attributes:
-        batch_sizes: int64 [longest segment], rows of each step.
-        rows: [N] for each packed row, its row t*B + b of the padded batch.
-        initial: [A] for each segment b if it starts from h0, and B + t*B + b after a reset.
-        final: [B] for each row its last segment, or A + b if it has no steps.
-    """
-
-    batch_sizes: Tensor
-    rows: Tensor
-    initial: Tensor
-    final: Tensor
-
-
-_cut = torch.ops.fastrnn.cut_segments.default
-
-
-def cut(
-    steps: int, batch: int, lengths: Tensor | None, resets: Tensor | None, backwards: bool
-) -> Segments:
-    """Cuts a padded batch into segments.
-
-    Args:
-        steps, batch: T and B.
-        lengths, resets: as in `Ragged`.
-        backwards: whether the direction runs backwards in time.
-    """
-    if lengths is None:
-        lengths = torch.full((batch,), steps)
-    return Segments(*_cut(lengths, resets, steps, backwards))
-
-
-class _Take(torch.autograd.Function):
-    """index_select for an index that names nothing twice; its derivative then only copies."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, dim: int, index: Tensor) -> Tensor:
-        ctx.dim, ctx.index, ctx.size = dim, index, t.shape[dim]
-        return t.index_select(dim, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return put(gradient, ctx.dim, ctx.index, ctx.size), None, None
-
-
-class _Put(torch.autograd.Function):
-    """The inverse of `_Take`: the slices of t, at these places among zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-        ctx.dim, ctx.index = dim, index
-        shape = list(t.shape)
-        shape[dim] = size
-        return t.new_zeros(shape).index_copy_(dim, index, t)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return take(gradient, ctx.dim, ctx.index), None, None, None
-
-
-def _is_transformed() -> bool:
-    return are_transforms_active() or forward_ad._current_level >= 0
-
-
-def take(t: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Returns the slices of t at an index that names nothing twice."""
-    if _is_transformed():
-        return t.index_select(dim, index)
-    return _Take.apply(t, dim, index)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def put(t: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-    """Returns zeros with the slices of t at an index that names nothing twice."""
-    if _is_transformed():
-        shape = list(t.shape)
-        shape[dim] = size
-        return t.new_zeros(shape).index_copy(dim, index, t)
-    return _Put.apply(t, dim, index, size)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _initial(state: Tensor, reset: Tensor | None, segments: Segments) -> Tensor:
-    """Returns the initial states of the segments [L*D,A,*].
-
-    Args:
-        state: [L*D,B,*] initial states of the rows.
-        reset: [L*D,B,*] or [T,L*D,B,*] states after a reset; None for zeros.
-        segments: the segments.
-    """
-    batch, index = state.shape[1], segments.initial
-    after_reset = index >= batch
-    if reset is None or not bool(after_reset.any()):
-        first = (~after_reset).nonzero().squeeze(1)
-        chosen = take(state, 1, index[first].to(state.device))
-        return put(chosen, 1, first.to(state.device), len(index))
-    if reset.dim() == 3:  # the same at every step
-        index = torch.where(after_reset, batch + (index - batch) % batch, index)
-        choices = reset
-    else:
-        choices = reset.transpose(0, 1).flatten(1, 2)
-    return torch.cat([state, choices], 1).index_select(1, index.to(state.device))
-
-
-def _final(state: Tensor, initial: Tensor, segments: Segments) -> Tensor:
-    """Returns the final states of the rows [L*D,B,*] from those of the segments."""
-    index = segments.final.to(state.device)
-    if bool((segments.final >= state.shape[1]).any()):
-        return take(torch.cat([state, initial], 1), 1, index)
-    return take(state, 1, index)
-
-
-def _run_segments(call: LayerCall, ragged: Ragged, segments: Segments) -> Results:
-    """Runs stacked layers of which every direction has these segments."""
-    steps, batch, _ = call.x.shape
-    recorder = call.options.recorder
-    if len(segments.rows) == 0:
-        if recorder is not None:
-            recorder.skip(call)
-        directions = call.h0.shape[0] // call.options.num_layers
-        y = call.x.new_zeros(steps, batch, directions * call.h0.shape[-1])
-        return y, call.h0.clone(), None if call.c0 is None else call.c0.clone()
-    rows = segments.rows.to(call.x.device)
-    recorded = 0 if recorder is None else recorder.count
-    y, h_n, c_n = run(
-        call._replace(
-            x=take(call.x.flatten(0, 1), 0, rows),
-            sequence=SequenceMembers(segments.batch_sizes).pack(),
-            h0=_initial(call.h0, ragged.reset_h, segments),
-            c0=None if call.c0 is None else _initial(call.c0, ragged.reset_c, segments),
-        )
-    )
-    if recorder is not None:
-        recorder.move(lambda t: put(t, 0, rows, steps * batch), recorded, (steps, batch))
-    y = put(y, 0, rows, steps * batch).view(steps, batch, -1)
-    h_n = _final(h_n, call.h0, segments)
-    return y, h_n, None if c_n is None or call.c0 is None else _final(c_n, call.c0, segments)
-
-
-def _slice(ragged: Ragged, states: slice) -> Ragged:
-    """Returns the reset states of some layers and directions."""
-
-    def of(state: Tensor | None) -> Tensor | None:
-        if state is None:
+def as_ragged(marks: Marks, spec: CellSpec, batch_first: bool) -> Ragged | None:
+    """Returns unchecked marks as the operators take them, or None if they need a conversion."""
+    lengths, resets, state = marks
+    if not (lengths is None or (type(lengths) is Tensor and lengths.is_cpu)):
+        return None
+    if resets is not None:
+        if type(resets) is not Tensor or resets.dim() != 2 or resets.dtype != torch.bool:
             return None
-        return state[states] if state.dim() == 3 else state[:, states]
-
-    return ragged._replace(reset_h=of(ragged.reset_h), reset_c=of(ragged.reset_c))
-
-
-def run_ragged(call: LayerCall, ragged: Ragged) -> Results:
-    """Runs stacked layers over a padded batch with lengths and resets.
-
-    Args:
-        call: the layers; x [T,B,I].
-        ragged: lengths and resets.
-
-    Returns:
-        y [T,B,D*R], zero beyond a row's length; h_n [L*D,B,R] and c_n [L*D,B,C*H], the states after
-        the last step of each row.
-    """
-    steps, batch, _ = call.x.shape
-    lengths, resets = ragged.lengths, ragged.resets
-    if resets is None and (lengths is None or bool((lengths == steps).all())):
-        return run(call)
-    layers = call.options.num_layers
-    directions = call.h0.shape[0] // layers
-    if resets is None or directions == 1:
-        return _run_segments(call, ragged, cut(steps, batch, lengths, resets, False))
-    return _run_directions(call, ragged, directions)
-
-
-def _run_directions(call: LayerCall, ragged: Ragged, directions: int) -> Results:
-    """Runs bidirectional layers, each direction with segments of its own."""
-    steps, batch, _ = call.x.shape
-    segments = [cut(steps, batch, ragged.lengths, ragged.resets, back) for back in (False, True)]
-    flat, slots = call.weights
-    layers, dropout = call.options.num_layers, call.options.dropout
-    count = len(flat) // (layers * directions)
-    options = Options(
-        weight_format=call.options.weight_format,
-        recorder=call.options.recorder,
-        recompute=call.options.recompute,
-    )
-    x = call.x
-    h_n, c_n = [], []
-    for layer in range(layers):
-        if layer > 0 and dropout > 0:
-            x = torch.nn.functional.dropout(x, dropout, training=True)
-        outputs = []
-        for direction in range(directions):
-            index = layer * directions + direction
-            states = slice(index, index + 1)
-            own = call._replace(
-                x=x,
-                h0=call.h0[states],
-                c0=None if call.c0 is None else call.c0[states],
-                weights=Weights(flat[index * count : (index + 1) * count], slots),
-                options=options,
-            )
-            # the rows of direction 1 are in its order of computation, so it runs as direction 0
-            y, h, c = _run_segments(own, _slice(ragged, states), segments[direction])
-            outputs.append(y)
-            h_n.append(h)
-            if c is not None:
-                c_n.append(c)
-        x = torch.cat(outputs, -1)
-    return x, torch.cat(h_n), torch.cat(c_n) if c_n else None
+        if batch_first:
+            resets = resets.t()
+    if state is None:
+        return Ragged(lengths, resets)
+    reset_h, reset_c = state, None
+    if spec.has_cell_state:
+        if not isinstance(state, tuple | list) or len(state) != 2:
+            return None
+        reset_h, reset_c = state
+    if resets is None or not isinstance(reset_h, Tensor):
+        return None
+    if spec.has_cell_state and not isinstance(reset_c, Tensor):
+        return None
+    return Ragged(lengths, resets, reset_h, reset_c)
 
 
 def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
@@ -285,50 +83,173 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
         marks: lengths and resets.
         batch_first: whether x, y and ``resets`` have the batch first.
 
+    Returns:
+        y, zero beyond a row's length; h_n [L*D,B,R] and c_n [L*D,B,C*H], the states after the last
+        step of each row.
+
     Raises:
         TypeError, ValueError: a mark does not fit.
-        RuntimeError: a graph is being captured.
+        RuntimeError: the graph that is captured cannot have marks.
     """
-    if is_capturing():
-        raise RuntimeError("lengths and resets must not be given to a captured graph, got one")
     if batch_first:
         call = call._replace(x=call.x.transpose(0, 1))
-    y, h_n, c_n = run_ragged(call, _checked(call, marks, batch_first))
+    without_tracing(_check_kinds, call, marks, batch_first)
+    is_graph = torch.compiler.is_compiling() or is_capturing()
+    if not is_graph and _stays_on_device(call, marks):
+        results = run_lengths_on_device(call, marks.lengths.detach().to(call.x.device, torch.int64))
+        return results[0].transpose(0, 1) if batch_first else results[0], *results[1:]
+    ragged = _convert(call, marks, batch_first)
+    reason = _unsupported(call)
+    if is_graph and not reason:
+        y, h_n, c_n = _run_in_graph(call, ragged)
+    elif is_capturing():
+        raise RuntimeError(f"lengths and resets cannot be in this graph: {reason}.")
+    else:
+        ragged = _check_values(ragged, size(call.x, 0))
+        if not reason and call.options == DEFAULTS and choose.may_use_fast_path() and call.x.is_cpu:
+            check_layers(call)
+            y, h_n, c_n = ragged_layer(call, ragged)
+        else:
+            y, h_n, c_n = run_composed(call, ragged, run)
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
 
-def _checked(call: LayerCall, marks: Marks, batch_first: bool) -> Ragged:
-    steps, batch, _ = call.x.shape
-    lengths = resets = reset_h = reset_c = None
-    if marks.lengths is not None:
-        lengths = check_lengths(marks.lengths, steps, batch)
-    if marks.resets is not None:
-        resets = check_resets(marks.resets, steps, batch, batch_first)
+def _stays_on_device(call: LayerCall, marks: Marks) -> bool:
+    """Whether a call on CUDA runs without waiting for the stream."""
+    lengths: Any = marks.lengths
+    return call.x.is_cuda and marks.resets is None and lengths.is_cuda and can_run(call)
+
+
+def _unsupported(call: LayerCall) -> str:
+    """Returns the reason why there is no operator for a call with marks, or ""."""
+    if is_in_onnx_export():
+        return "ONNX does not have this operator"
+    if call.options.recorder is not None:
+        return "the operator returns neither states nor gates of every step"
+    reason = unsupported_transform() or unsupported_tensors(call)
+    return reason.format(dtype=str(call.x.dtype).removeprefix("torch."), device=call.x.device)
+
+
+def _run_in_graph(call: LayerCall, ragged: Ragged) -> Results:
+    """Runs stacked layers by an operator per layer."""
+    if not autocast.acts_on(call.x):
+        check_layers(call)
+        return _run_layers(call, ragged)
+    cast = autocast.cast_call(call)
+    with without_autocast_in_graphs(cast.x):
+        check_layers(cast)
+        results = _run_layers(cast, cast_states(ragged, cast.x.dtype))
+    return autocast.cast_results(call, results)
+
+
+def _run_layers(call: LayerCall, ragged: Ragged) -> Results:
+    """Runs the layers in order. Each one reads the output of the layer below, after dropout."""
+    (flat, slots), (num_layers, dropout, *_) = call.weights, call.options
+    count = len(flat) // num_layers
+    directions = size(call.h0, 0) // num_layers
+    x = call.x
+    h_n, c_n = [], []
+    for index in range(num_layers):
+        if index > 0 and dropout > 0:
+            x = dropout_function(x, dropout, training=True)
+        states = slice(index * directions, (index + 1) * directions)
+        own = call._replace(
+            x=x,
+            h0=call.h0[states],
+            c0=None if call.c0 is None else call.c0[states],
+            weights=Weights(flat[index * count : (index + 1) * count], slots),
+            options=DEFAULTS,
+        )
+        x, h, c = ragged_layer(own, slice_states(ragged, states))
+        h_n.append(h)
+        if c is not None:
+            c_n.append(c)
+    return x, torch.cat(h_n), torch.cat(c_n) if c_n else None
+
+
+def _states(marks: Marks, call: LayerCall) -> list[tuple[str, Any, Tensor]]:
+    """Returns, for each state after a reset that is given, its name, itself and the initial one."""
     state = marks.reset_state
-    if state is not None:
-        if resets is None:
-            raise ValueError("reset_state must be given together with resets, got it alone")
-        if call.c0 is None:
-            reset_h = check_reset_state(state, call.h0, steps, "reset_state")
-        elif not isinstance(state, tuple | list) or len(state) != 2:
-            kind = type(state).__name__
-            raise TypeError(f"reset_state must be a pair of tensors, h and c, got {kind}")
-        else:
-            reset_h = check_reset_state(state[0], call.h0, steps, "reset_state[0]")
-            reset_c = check_reset_state(state[1], call.c0, steps, "reset_state[1]")
-    return Ragged(lengths, resets, reset_h, reset_c)
+    if state is None:
+        return []
+    if call.c0 is None:
+        return [("reset_state", state, call.h0)]
+    return [
+        ("reset_state[0]", state[0], call.h0),
+        ("reset_state[1]", state[1], call.c0),
+    ]
+
+
+def _check_kinds(call: LayerCall, marks: Marks, batch_first: bool) -> None:
+    """Checks everything except the values of the marks."""
+    steps, batch, _ = call.x.shape
+    if marks.lengths is not None:
+        check_lengths(marks.lengths, batch)
+    if marks.resets is not None:
+        check_resets(marks.resets, steps, batch, batch_first)
+    state = marks.reset_state
+    if state is None:
+        return
+    if marks.resets is None:
+        raise ValueError("reset_state must be given together with resets, got it alone")
+    if call.c0 is not None and (not isinstance(state, tuple | list) or len(state) != 2):
+        kind = type(state).__name__
+        raise TypeError(f"reset_state must be a pair of tensors, h and c, got {kind}")
+    for name, own, like in _states(marks, call):
+        check_reset_state(own, like, steps, name)
+
+
+def _convert(call: LayerCall, marks: Marks, batch_first: bool) -> Ragged:
+    """Returns checked marks as the operators take them; resets may still be float64."""
+    lengths, resets = marks.lengths, marks.resets
+    if lengths is not None:
+        lengths = lengths.detach().to("cpu", torch.int64)
+    if resets is not None:
+        resets = resets.detach().cpu()
+        if resets.dim() == 3:
+            resets = resets.squeeze(-1)
+        if resets.dtype != torch.bool:
+            resets = resets.to(torch.float64)
+        if batch_first:
+            resets = resets.t()
+    expanded = [None, None]
+    for index, (_, own, like) in enumerate(_states(marks, call)):
+        # a batch of 1 serves all rows
+        expanded[index] = own.expand(*own.shape[:-2], like.shape[-2], like.shape[-1])
+    return Ragged(lengths, resets, *expanded)
+
+
+def _check_values(ragged: Ragged, steps: int) -> Ragged:
+    """Checks the values of the marks. Returns them with resets as bool.
+
+    Raises:
+        ValueError: a length is negative or larger than T, or a reset is neither 0 nor 1.
+    """
+    lengths, resets = ragged.lengths, ragged.resets
+    if lengths is not None and len(lengths):
+        wrong = lengths[(lengths < 0) | (lengths > steps)]
+        if len(wrong):
+            raise ValueError(
+                f"lengths must be from 0 to the {steps} steps of input, got {int(wrong[0])}"
+            )
+    if resets is not None and resets.dtype != torch.bool:
+        is_one = resets == 1
+        if not bool((is_one | (resets == 0)).all()):
+            raise ValueError("resets must hold only 0 and 1, got another value")
+        resets = is_one
+    return ragged._replace(resets=resets)
 
 
 def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
-def check_lengths(lengths: Any, steps: int, batch: int) -> Tensor:
-    """Returns ``lengths`` as int64 [B] on the CPU.
+def check_lengths(lengths: Any, batch: int) -> None:
+    """Checks the kind of ``lengths``.
 
     Raises:
         TypeError: it is no tensor of integers.
-        ValueError: its shape or a value does not fit.
+        ValueError: its shape does not fit.
     """
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex():
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
@@ -337,19 +258,14 @@ def check_lengths(lengths: Any, steps: int, batch: int) -> Tensor:
         raise TypeError("lengths must be a tensor of integers, got torch.bool")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have the shape [{batch}], got {_shape(lengths)}")
-    own = lengths.detach().to("cpu", torch.int64)
-    if batch and not 0 <= int(own.min()) <= int(own.max()) <= steps:
-        wrong = own[(own < 0) | (own > steps)][0]
-        raise ValueError(f"lengths must be from 0 to the {steps} steps of input, got {int(wrong)}")
-    return own
 
 
-def check_resets(resets: Any, steps: int, batch: int, batch_first: bool) -> Tensor:
-    """Returns ``resets`` as bool [T,B] on the CPU.
+def check_resets(resets: Any, steps: int, batch: int, batch_first: bool) -> None:
+    """Checks the kind of ``resets``.
 
     Raises:
         TypeError: it is no tensor of real numbers.
-        ValueError: its shape does not fit, or a value is neither 0 nor 1.
+        ValueError: its shape does not fit.
     """
     if not isinstance(resets, Tensor) or resets.is_complex():
         kind = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
@@ -357,17 +273,10 @@ def check_resets(resets: Any, steps: int, batch: int, batch_first: bool) -> Tens
     sizes = [batch, steps] if batch_first else [steps, batch]
     if list(resets.shape) not in (sizes, [*sizes, 1]):
         raise ValueError(f"resets must have the shape {sizes}, got {_shape(resets)}")
-    own = resets.detach().reshape(sizes).cpu()
-    if own.dtype != torch.bool:
-        is_one = own == 1
-        if not bool((is_one | (own == 0)).all()):
-            raise ValueError("resets must hold only 0 and 1, got another value")
-        own = is_one
-    return own.t() if batch_first else own
 
 
-def check_reset_state(state: Any, like: Tensor, steps: int, name: str) -> Tensor:
-    """Returns a state after a reset as [L*D,B,*] or [T,L*D,B,*].
+def check_reset_state(state: Any, like: Tensor, steps: int, name: str) -> None:
+    """Checks the kind of a state after a reset.
 
     Args:
         state: the state, whose batch may be 1.
@@ -389,4 +298,3 @@ def check_reset_state(state: Any, like: Tensor, steps: int, name: str) -> Tensor
             f"{name} must have the shape {[count, batch, size]}, or one with a batch of 1 or with "
             f"{steps} steps before, got {_shape(state)}"
         )
-    return state.expand(*sizes)

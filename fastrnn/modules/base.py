@@ -15,7 +15,7 @@ from fastrnn import checks
 from fastrnn.backends import prepared as prepared_backend
 from fastrnn.backends import torch_step
 from fastrnn.engine import choose
-from fastrnn.engine.ragged import NO_MARKS, Marks, run_marked
+from fastrnn.engine.ragged import NO_MARKS, Marks, as_ragged, run_marked
 from fastrnn.engine.run import run
 from fastrnn.engine.states import Extras, Recorder, map_extras, recorder_of
 from fastrnn.layer_call import (
@@ -27,7 +27,7 @@ from fastrnn.layer_call import (
     SequenceTensors,
 )
 from fastrnn.modules.quantization_warning import warn_if_left_float
-from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
+from fastrnn.ops import HALF, forward_op, kernel_layer, ragged_layer, raise_unless_rejected
 from fastrnn.ops.packed import PreparedWeights, StackShape
 from fastrnn.session import Session
 from fastrnn.spec import (
@@ -451,7 +451,9 @@ class RecurrentBase(nn.RNNBase):
         """Returns h and c, or h and None if the cell has no cell state."""
         return hx, None
 
-    def _run_fast_path(self, input: Tensor, hx: Hidden) -> tuple[Tensor, Hidden] | None:
+    def _run_fast_path(
+        self, input: Tensor, hx: Hidden, marks: Marks = NO_MARKS
+    ) -> tuple[Tensor, Hidden] | None:
         """Fast path: runs one layer, or prepared layers, by the kernels. None if it does not apply.
 
         The general path takes longer than the kernel of a small layer. Here only the operator
@@ -460,7 +462,7 @@ class RecurrentBase(nn.RNNBase):
         """
         if not choose.may_use_fast_path():  # first, so that compiled code guards on nothing else
             return None
-        if self._prepared is not None:
+        if self._prepared is not None and marks is NO_MARKS:
             results = self._run_prepared(self._prepared, input, hx)
             if results is not None:
                 return results
@@ -500,7 +502,19 @@ class RecurrentBase(nn.RNNBase):
         slots = MATRICES | BIASES if self.bias else MATRICES
         if self.proj_size:
             slots |= PROJECTION
-        if torch.is_grad_enabled():
+        if marks is not NO_MARKS:
+            ragged = as_ragged(marks, spec, batch_first)
+            if (
+                ragged is None
+                or not input.is_cpu
+                or self._learns_initial_state
+                or self._recompute != "none"
+                or NoneType in map(type, weights)
+            ):
+                return None
+            named = Weights(weights, slots)  # type: ignore[arg-type]
+            y, h_n, c_n = ragged_layer(LayerCall(spec, input, PADDED, h0, c0, named), ragged)
+        elif torch.is_grad_enabled():
             if (
                 self._recompute != "none"
                 or NoneType in map(type, weights)
@@ -570,16 +584,15 @@ class RecurrentBase(nn.RNNBase):
                 return self._run_recorded(  # type: ignore[return-value]
                     input, hx, marks, return_all_states, return_gates
                 )
-            if lengths is None and resets is None and reset_state is None:
-                try:
-                    quick = self._run_fast_path(input, hx)  # type: ignore[arg-type]
-                    if quick is not None:
-                        return quick
-                except Exception as error:
-                    raise_unless_rejected(error)
-                    rejection = error
-            else:
+            if lengths is not None or resets is not None or reset_state is not None:
                 marks = Marks(lengths, resets, reset_state)
+            try:
+                quick = self._run_fast_path(input, hx, marks)  # type: ignore[arg-type]
+                if quick is not None:
+                    return quick
+            except Exception as error:
+                raise_unless_rejected(error)
+                rejection = error
             options = None if marks is NO_MARKS else marks._asdict()
             node = leaf_call(self, input, hx, options)
             if node is not None:

@@ -161,17 +161,17 @@ class RNN(OneState):
     ) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
         if is_scripting():
-            if lengths is not None or resets is not None or reset_state is not None:
-                raise RuntimeError("lengths and resets must not be given in TorchScript, got one")
             if return_all_states or return_gates:
                 raise RuntimeError(
                     "return_all_states and return_gates must be False in TorchScript"
                 )
             # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
+                if lengths is not None or resets is not None or reset_state is not None:
+                    raise ValueError("lengths and resets need a padded batch, got packed data")
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
-                return self._script_padded(input, hx)
+                return self._script_padded(input, hx, lengths, resets, reset_state)
         else:
             return self._run(
                 input, hx, lengths, resets, reset_state, return_all_states, return_gates
@@ -387,17 +387,17 @@ class LSTM(TwoStates):
     ) -> Any:
         """Runs the network over ``input`` from the states ``hx``; see the class for the shapes."""
         if is_scripting():
-            if lengths is not None or resets is not None or reset_state is not None:
-                raise RuntimeError("lengths and resets must not be given in TorchScript, got one")
             if return_all_states or return_gates:
                 raise RuntimeError(
                     "return_all_states and return_gates must be False in TorchScript"
                 )
             # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
+                if lengths is not None or resets is not None or reset_state is not None:
+                    raise ValueError("lengths and resets need a padded batch, got packed data")
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
-                return self._script_padded(input, hx)
+                return self._script_padded(input, hx, lengths, resets, reset_state)
         else:
             return self._run(
                 input, hx, lengths, resets, reset_state, return_all_states, return_gates
@@ -520,17 +520,17 @@ class GRU(OneState):
     ) -> Any:
         """Runs the network over ``input`` from the state ``hx``; see the class for the shapes."""
         if is_scripting():
-            if lengths is not None or resets is not None or reset_state is not None:
-                raise RuntimeError("lengths and resets must not be given in TorchScript, got one")
             if return_all_states or return_gates:
                 raise RuntimeError(
                     "return_all_states and return_gates must be False in TorchScript"
                 )
             # the compiler skips the arm of the other type only in an if with an else
             if isinstance(input, PackedSequence):
+                if lengths is not None or resets is not None or reset_state is not None:
+                    raise ValueError("lengths and resets need a padded batch, got packed data")
                 return self._script_packed(input, hx)
             else:  # noqa: RET505
-                return self._script_padded(input, hx)
+                return self._script_padded(input, hx, lengths, resets, reset_state)
         else:
             return self._run(
                 input, hx, lengths, resets, reset_state, return_all_states, return_gates

@@ -13,6 +13,7 @@ from fastrnn.ops.operators import (
     raise_unless_rejected,
     records_gradient,
 )
+from fastrnn.ops.ragged import ragged_layer
 from fastrnn.ops.recompute import recomputed_layer, recomputes
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "forward_op",
     "infer_stack",
     "kernel_layer",
+    "ragged_layer",
     "raise_unless_rejected",
     "recomputed_layer",
     "recomputes",

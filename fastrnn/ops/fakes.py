@@ -369,6 +369,96 @@ def _states_fake(
     return y, h_n, c_n, x.new_empty(0 if c0 is None else layer.step_sizes()), saved
 
 
+def expect_ragged(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    slots: int,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    cell: str,
+) -> None:
+    """Checks a layer with marks as csrc/torch/ops_ragged.cpp, but not the values of the marks."""
+    _expect(h0.dim() == 3, f"h0 must be [D, B, R], got {h0.dim()} dimensions")
+    _FakeArguments("x", x, h0, c0, weights, slots, None, cell).expect_input(x)
+    steps, batch, _ = x.shape
+    for name, t, sizes, dtypes in (
+        ("lengths", lengths, (batch,), (torch.int64,)),
+        ("resets", resets, (steps, batch), (torch.bool, torch.float64)),
+    ):
+        if t is not None:
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            _expect(
+                t.device.type == "cpu" and t.dtype in dtypes,
+                f"{name} must be {len(sizes)}-D {kinds} on the CPU, got another tensor",
+            )
+            _expect_sizes(name, t, sizes)
+    _expect(reset_c is None or c0 is not None, "reset_c must not be given without c0, got a tensor")
+    for name, t, like in (("reset_h", reset_h, h0), ("reset_c", reset_c, c0)):
+        if t is not None and like is not None:
+            _expect(t.dtype == x.dtype, f"{name} must have the dtype {x.dtype} of the input")
+            _expect_sizes(name, t, (*([steps] if t.dim() == 4 else []), *like.shape))
+
+
+def _ragged_forward_fake(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    slots: int,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    cell: str,
+    outputs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    expect_ragged(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell)
+    return _forward_fake(x, h0, c0, weights, slots, None, cell, outputs)
+
+
+def _ragged_layer_fake(*args: Any) -> tuple[Tensor, ...]:
+    outputs = 0
+    return _ragged_forward_fake(*(*args, outputs))[:3]
+
+
+def _ragged_gradients_fake(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    slots: int,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    cell: str,
+    outputs: int,
+) -> tuple[Tensor, ...]:
+    expect_ragged(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell)
+    found = _gradients_fake(
+        h0.shape[0],
+        *(d_y, d_h_n, d_c_n, x, h0, c0, weights, slots, None, y, saved, cell, outputs),
+    )
+    first = _FIRST_WEIGHT + 2 * _PER_DIRECTION
+    d_resets = [
+        x.new_empty(t.shape if t is not None and outputs >> (first + index) & 1 else 0)
+        for index, t in enumerate((reset_h, reset_c))
+    ]
+    return *found, *(x.new_empty(0) for _ in range(first - len(found))), *d_resets
+
+
+torch.library.register_fake("fastrnn::ragged_forward", _ragged_forward_fake)
+torch.library.register_fake("fastrnn::ragged_layer", _ragged_layer_fake)
+torch.library.register_fake("fastrnn::ragged_gradients", _ragged_gradients_fake)
 torch.library.register_fake("fastrnn::recurrent_forward", _forward_fake)
 torch.library.register_fake("fastrnn::recurrent_states", _states_fake)
 torch.library.register_fake("fastrnn::recurrent_states_backward", _states_backward_fake)

@@ -54,7 +54,7 @@ _W_HR = WEIGHT_SLOTS.index("w_hr")
 _BEFORE_WEIGHTS = 3  # x, h0 and c0 come before the weights
 
 
-def _is_transformed(*tensors: Tensor | None) -> bool:
+def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether a transform of ``torch.func`` is active or ``is_grads_batched`` wraps a tensor."""
     if are_transforms_active():
         return True
@@ -70,7 +70,7 @@ def is_differentiated(d_outputs: Outputs) -> tuple[bool, bool]:
 
     They are under vmap over the backward pass, create_graph=True, or with tangents.
     """
-    transformed = _is_transformed(*d_outputs)
+    transformed = is_transformed(*d_outputs)
     return transformed, transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
@@ -87,7 +87,7 @@ def gradients(
     """
     transformed, differentiated = is_differentiated(d_outputs)
     if differentiated:
-        return differentiable_gradients(call, needs, d_outputs, transformed)
+        return composite_gradients(call, needs, d_outputs, transformed)
     is_one_operator = call.x.is_cpu and not call.weights.has(UNIT) and len(d_outputs) == 3
     compute = cpu_gradients if is_one_operator else gradients_by_torch
     return compute(call, needs, d_outputs, y, saved)
@@ -103,14 +103,30 @@ def cpu_gradients(
     results = gradient_ops[directions](
         *d_outputs, x, h0, c0, weights, slots | bits, sequence, y, saved, spec.name, outputs
     )
+    return decode_gradients(call, results, indices, saved)
+
+
+def decode_gradients(
+    call: LayerCall, results: Sequence[Tensor], indices: tuple[int | None, ...], saved: Tensor
+) -> Gradients:
+    """Returns the gradients from the results of a gradient operator of the CPU.
+
+    Args:
+        call: the layer.
+        results: the operator's results; that of ``w_hr`` is computed here.
+        indices: of `select_results`.
+        saved: the values that forward has saved.
+    """
     found = decode(results, indices)
+    weights, slots = call.weights
     if slots & PROJECTION:
+        directions = call.h0.shape[0] if call.h0.dim() == 3 else 1
         count = len(weights) // directions
         for direction in range(directions):
             w_hr = (direction + 1) * count - 1  # the last slot
             d_h_all = found[_BEFORE_WEIGHTS + w_hr]
             if d_h_all is not None:
-                d_w_hr = _projection_gradient(spec, d_h_all[direction], saved[direction])
+                d_w_hr = _projection_gradient(call.spec, d_h_all[direction], saved[direction])
                 found[_BEFORE_WEIGHTS + w_hr] = _cast(d_w_hr, weights[w_hr])
     return tuple(found)
 
@@ -309,20 +325,41 @@ def _projection_gradient(spec: CellSpec, d_h: Tensor, saved: Tensor) -> Tensor:
     return torch.mm(d_h.t(), _cast(BEFORE_PROJECTION[spec.name](saved), d_h))
 
 
-def differentiable_gradients(
+def composite_gradients(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, transformed: bool
 ) -> Gradients:
-    """Computes the gradients by ordinary operations, which can be differentiated again."""
-    inputs: tuple[Any, ...] = (call.x, call.h0, call.c0, *call.weights.flat)
+    """Computes the gradients of a layer by `differentiable_gradients`."""
+    compute: Any = composite_layer if len(d_outputs) == 3 else composite_states
+
+    def run(x: Tensor, h0: Tensor, c0: Tensor | None, *flat: Tensor) -> Any:
+        weights = Weights(flat, call.weights.slots)
+        return compute(call._replace(x=x, h0=h0, c0=c0, weights=weights))
+
+    inputs = (call.x, call.h0, call.c0, *call.weights.flat)
+    return differentiable_gradients(run, inputs, needs, d_outputs, transformed)
+
+
+def differentiable_gradients(
+    run: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    d_outputs: Outputs,
+    transformed: bool,
+) -> Gradients:
+    """Computes the gradients by ordinary operations, which can be differentiated again.
+
+    Args:
+        run: runs the layer by differentiable operations, from ``inputs``.
+        inputs: the tensors that may need a gradient, or None.
+        needs: whether each of them does.
+        d_outputs: the gradients of y, h_n and c_n; None for zero.
+        transformed: whether a transform is active.
+    """
 
     def forward(*wanted: Tensor) -> tuple[Tensor, ...]:
         variables = iter(wanted)
-        x, h0, c0, *flat = [
-            next(variables) if need else t for t, need in zip(inputs, needs, strict=True)
-        ]
-        compute: Any = composite_layer if len(d_outputs) == 3 else composite_states
-        outputs = compute(
-            call._replace(x=x, h0=h0, c0=c0, weights=Weights(flat, call.weights.slots))
+        outputs = run(
+            *[next(variables) if need else t for t, need in zip(inputs, needs, strict=True)]
         )
         return tuple(
             output

@@ -20,20 +20,23 @@ from fastrnn.layer_call import LayerCall, Results
 _library.load()
 
 
+_RAGGED = "fastrnn::ragged_forward() "
+
+
 def raise_interruption(error: BaseException) -> None:
     """Raises the signal handler's exception (Ctrl-C: KeyboardInterrupt) if it ended the call."""
     _C.raise_interruption(str(error))
 
 
 def raise_unless_rejected(error: Exception) -> None:
-    """Raises the error again unless `forward_op` or the dispatcher rejected the arguments.
+    """Raises the error again unless an operator or the dispatcher rejected the arguments.
 
     The general path may support rejected arguments or explain them in torch's words. Any other
     failure (not enough memory, a bug) must not be retried, because that would hide it.
     """
     raise_interruption(error)
     message = str(error)
-    is_rejection = message.startswith(("fastrnn: ", "fastrnn::recurrent_forward() "))
+    is_rejection = message.startswith(("fastrnn: ", "fastrnn::recurrent_forward() ", _RAGGED))
     is_failure = message.startswith("fastrnn: the call failed: ")
     # the dispatcher raises NotImplementedError for a device without kernels
     if is_failure or not (is_rejection or isinstance(error, NotImplementedError)):
@@ -60,6 +63,7 @@ layer_op = torch.ops.fastrnn.recurrent_layer.default
 backward_op = torch.ops.fastrnn.recurrent_backward.default
 states_op = torch.ops.fastrnn.recurrent_states.default
 states_backward_op = torch.ops.fastrnn.recurrent_states_backward.default
+ragged_layer_op = torch.ops.fastrnn.ragged_layer.default
 
 interruptible_forward = _interruptible(forward_op)
 interruptible_states = _interruptible(states_op)
@@ -71,6 +75,9 @@ gradient_ops = {
     1: _interruptible(torch.ops.fastrnn.recurrent_gradients.default),
     2: _interruptible(torch.ops.fastrnn.recurrent_bidirectional_gradients.default),
 }
+#: the operators of padded batches with lengths and resets (`fastrnn.ops.ragged`)
+ragged_forward = _interruptible(torch.ops.fastrnn.ragged_forward.default)
+ragged_gradients = _interruptible(torch.ops.fastrnn.ragged_gradients.default)
 
 OPERATORS = (
     "layer",
@@ -84,6 +91,9 @@ OPERATORS = (
     "recurrent_states_backward",
     "recurrent_chunked_forward",
     "recurrent_chunked_gradients",
+    "ragged_forward",
+    "ragged_layer",
+    "ragged_gradients",
 )
 
 #: dtypes that the kernels compute with

@@ -41,8 +41,8 @@ from fastrnn.ops.autograd import saved_tensors
 from fastrnn.ops.gradients import (
     Gradients,
     Outputs,
+    composite_gradients,
     cpu_gradients,
-    differentiable_gradients,
     gradients_by_torch,
     is_differentiated,
     select_results,
@@ -167,7 +167,7 @@ def _gradients(
     """Returns the gradients of x, h0, c0 and each weight; see `fastrnn.ops.gradients.gradients`."""
     transformed, differentiated = is_differentiated(d_outputs)
     if differentiated:
-        return differentiable_gradients(call, needs, d_outputs, transformed)
+        return composite_gradients(call, needs, d_outputs, transformed)
     if not _is_one_operator(call):
         return _gradients_by_chunks(call, needs, d_outputs, y, kept)
     spec, x, (sequence, bits), h0, c0, (weights, slots), options = call

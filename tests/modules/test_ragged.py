@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn.engine.ragged import cut
+from fastrnn.ops.segments import cut
 from fastrnn.reference import STEPS
 from fastrnn.spec import BY_MODE, Weights, slots_of_names
 
@@ -197,6 +197,25 @@ def test_equal_lengths_run_the_padded_batch() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_marks_may_be_changed_before_backward() -> None:
+    """As buffers for the episode starts of the next rollout."""
+    module = build("lstm", I, H, dtype=F64)
+    x, marks = make(T, B, I), marks_of(module, "lengths, resets")
+    wanted = [x, *module.parameters()]
+    expected = torch.autograd.grad(module(x, **marks)[0].sum(), wanted)
+    loss = module(x, **marks)[0].sum()
+    marks["lengths"].zero_()
+    marks["resets"].logical_not_()
+    assert_same_in_double(torch.autograd.grad(loss, wanted), expected)
+
+
+def test_output_may_be_changed_before_backward() -> None:
+    module = build("gru", I, H, dtype=F64)
+    x, marks = make(T, B, I), marks_of(module, "lengths, resets")
+    found = torch.autograd.grad(module(x, **marks)[0].relu_().sum(), x)
+    assert_same_in_double(found, torch.autograd.grad(module(x, **marks)[0].relu().sum(), x))
+
+
 def test_lengths_match_a_packed_sequence() -> None:
     module = build("lstm", I, H, num_layers=2, bidirectional=True)
     x, lengths = make(T, B, I, dtype=torch.float32), torch.tensor([2, 7, 1, 4, 4])
@@ -271,14 +290,6 @@ def test_second_derivatives_and_transforms() -> None:
         x.detach().expand(2, T, B, I), *plain[1:]
     )
     assert_same_in_double(batched[0][1], call(*plain)[0])
-
-
-@pytest.mark.slow
-def test_compiled_module_matches_eager() -> None:
-    module = build("lstm", I, H, dtype=F64)
-    x, marks = make(T, B, I), marks_of(module, "lengths, resets")
-    compiled = torch.compile(module)(x, **marks)
-    assert_same_in_double(leaves(compiled), leaves(module(x, **marks)))
 
 
 @given(st.integers(0, 6), st.integers(0, 5), st.booleans(), st.booleans(), st.integers(0, 99))
@@ -360,26 +371,6 @@ def test_marks_need_a_padded_batch() -> None:
     state = torch.zeros(1, B, H)
     error = raised(lambda: module(torch.randn(T, B, I), resets=RESETS, reset_state=state))
     assert "reset_state must be a pair of tensors" in str(error)
-
-
-def test_captured_graphs_have_no_marks() -> None:
-    module = build("gru", I, H)
-    x, lengths = torch.randn(T, B, I), torch.full((B,), 2)
-    with pytest.raises(RuntimeError, match="must not be given to a captured graph"):
-        torch.jit.trace(lambda x: module(x, lengths=lengths), x)
-
-    class Outer(nn.Module):  # TorchScript calls an overloaded forward only from another module
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = module
-
-        def forward(self, x: Tensor, lengths: Optional[Tensor]) -> Tensor:  # noqa: UP045
-            return self.layer(x, None, lengths)[0]
-
-    scripted = torch.jit.script(Outer())
-    assert torch.equal(scripted(x, None), module(x)[0])
-    with pytest.raises(torch.jit.Error, match="must not be given in TorchScript"):
-        scripted(x, lengths)
 
 
 def test_resets_match_a_loop_of_cells() -> None:

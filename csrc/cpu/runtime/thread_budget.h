@@ -60,6 +60,6 @@ class FASTRNN_EXPORT ContentionBackoff {
 
 // Whether this process was forked from one that had loaded this library. The threads of the pool do
 // not exist in it, and a parallel region would wait for them forever.
-bool is_forked();
+FASTRNN_EXPORT bool is_forked();
 
 }  // namespace fastrnn::cpu
