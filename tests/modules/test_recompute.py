@@ -56,10 +56,16 @@ def assert_same_bits(module: nn.Module, x: Any, hx: Any, recompute: Any) -> None
         expected = run(module, x, hx)
         found = run(with_recompute(module, recompute), x, hx)
         assert found.keys() == expected.keys()
-        different = [name for name in expected if not torch.equal(found[name], expected[name])]
+        names = [name for name in expected if not is_product_in_bfloat16(name, expected[name])]
+        different = [name for name in names if not torch.equal(found[name], expected[name])]
         if not different:
             return
         assert not is_last, different
+
+
+def is_product_in_bfloat16(name: str, result: Tensor) -> bool:
+    """Whether backward may compute a result from stored bfloat16, and chunks from float32."""
+    return result.dtype == torch.bfloat16 and not name.startswith("out")
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:
@@ -209,6 +215,13 @@ def test_projections_differ_by_rounding(packed: bool, bidirectional: bool) -> No
     for recompute in (1, 7, "full", 100):
         found = run(with_recompute(module, recompute), x, hx)
         assert_same_in_double(found, run(module, x, hx))
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_bfloat16_is_as_accurate_as_torch(cell: str) -> None:
+    module = build(cell, INPUT, 33, 2, dtype=torch.bfloat16, recompute=5)
+    x = torch.randn(17, 6, INPUT, dtype=torch.bfloat16, requires_grad=True)
+    check(module, x, states(module, 6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
