@@ -16,7 +16,7 @@ std::int64_t h_size(const LayerShape& shape) {  // of the states h of a batch
   return shape.sequence.batch * shape.output_size();
 }
 std::int64_t c_size(const LayerShape& shape) {
-  return shape.sequence.batch * cell_info(shape.cell).cell_states() * shape.hidden_size;
+  return shape.sequence.batch * cell_info(shape_.cell).cell_states() * shape_.hidden_size;
 }
 
 // The steps at which chunks begin in order of computation, and the number of all steps.
@@ -193,6 +193,9 @@ class BackwardInChunks {
     backward.y += chunk.rows.first * backward.y_stride;
     backward.saved = saved_.data();
     if (backward.d_y != nullptr) backward.d_y += chunk.rows.first * backward.d_y_stride;
+    if (backward.d_c_steps != nullptr)
+      backward.d_c_steps +=
+          chunk.rows.first * cell_info(shape_.cell).cell_states() * shape_.hidden_size;
     backward.d_h_n = backward.d_h0;
     backward.d_c_n = backward.d_c0;
     backward.d_pre = d_pre;

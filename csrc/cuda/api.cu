@@ -64,10 +64,15 @@ cublasMath_t math_mode(const Context& context) {
 }
 
 template <class S>
-Plan choose(const LayerShape& shape, int directions, Pass pass, const Context& context) {
-  const Request request{shape,          directions,
-                        pass,           arithmetic<S>(context),
-                        current_chip(), choice_named(std::getenv("FASTRNN_SCHEDULE"))};
+Plan choose(const LayerShape& shape, int directions, Pass pass, const Context& context,
+            bool has_step_gradients = false) {
+  const Request request{shape,
+                        directions,
+                        pass,
+                        arithmetic<S>(context),
+                        current_chip(),
+                        choice_named(std::getenv("FASTRNN_SCHEDULE")),
+                        has_step_gradients};
   Gpu gpu(context.stream, context.blas);
   return make_plan_on<S>(request, gpu);
 }
@@ -80,7 +85,8 @@ Plan plan(const Forward<S>* problems, int directions, const Context& context) {
 }
 template <class S>
 Plan plan(const Backward<S>* problems, int directions, const Context& context) {
-  return choose<S>(problems[0].shape, directions, Pass::kBackward, context);
+  return choose<S>(problems[0].shape, directions, Pass::kBackward, context,
+                   problems[0].d_c_steps != nullptr);
 }
 
 template <class S>

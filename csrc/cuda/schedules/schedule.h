@@ -72,6 +72,7 @@ struct Request {
   Arithmetic arithmetic;
   Chip chip;
   Choice choice = std::nullopt;
+  bool has_step_gradients = false;  // d_c_steps
 };
 
 // How the persistent schedule divides a layer among blocks.

@@ -185,8 +185,13 @@ cuda::Plan plan_of(const Call& call, const LayerShape& shape, int directions, cu
   const cuda::Chip chip = {9, int(call.multiprocessors), int(call.shared_bytes)};
   const cuda::Choice choice =
       call.choice == 0 ? std::nullopt : cuda::Choice(cuda::Schedule(call.choice - 1));
-  const cuda::Request request{shape, directions, pass, cuda::Arithmetic(call.arithmetic),
-                              chip,  choice};
+  const cuda::Request request{shape,
+                              directions,
+                              pass,
+                              cuda::Arithmetic(call.arithmetic),
+                              chip,
+                              choice,
+                              call.d_c_steps != nullptr};
   cuda::Plan plan = cuda::make_plan_on<S>(request, host);
   if (call.chunk_rows > 0) plan.chunk_rows = call.chunk_rows;
   return plan;

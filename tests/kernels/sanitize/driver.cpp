@@ -516,6 +516,8 @@ struct Checker {
       problem.backward.d_y_stride = d_y[i].stride();
       problem.backward.d_h_n = d_h_n[i].data();
       problem.backward.d_c_n = layer.info().states > 1 ? d_c_n[i].data() : nullptr;
+      const Matrix<T> d_c_steps(d.d_c_steps, d.d_c_steps.empty() ? 0 : rows, cell_units);
+      if (!d.d_c_steps.empty()) problem.backward.d_c_steps = d_c_steps.data();
       problem.backward.d_h0 = d_h0.data();
       problem.backward.d_c0 = layer.info().states > 1 ? d_c0.data() : nullptr;
       problem.gradients.w_ih = weights[i].w_ih.data();

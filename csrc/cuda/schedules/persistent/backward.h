@@ -141,8 +141,10 @@ struct BackwardLoop {
           body.saved = args.saved + at.first * Cell::kSaved * hidden;
           body.saved_before = args.saved + at.first_before * Cell::kSaved * hidden;
         }
-        if (args.d_c_steps != nullptr)
-          body.d_c_steps = args.d_c_steps + at.first * cells::kCellStates<Cell> * hidden;
+        if constexpr (!kProjected) {  // plan.h rejects them with a projection
+          if (args.d_c_steps != nullptr)
+            body.d_c_steps = args.d_c_steps + at.first * cells::kCellStates<Cell> * hidden;
+        }
         body.d_pre = args.d_pre + at.first * cells::kGradientColumns<Cell> * hidden;
       }
 
