@@ -16,7 +16,7 @@ std::int64_t h_size(const LayerShape& shape) {  // of the states h of a batch
   return shape.sequence.batch * shape.output_size();
 }
 std::int64_t c_size(const LayerShape& shape) {
-  return shape.sequence.batch * cell_info(shape_.cell).cell_states() * shape_.hidden_size;
+  return shape.sequence.batch * cell_info(shape.cell).cell_states() * shape.hidden_size;
 }
 
 // The steps at which chunks begin in order of computation, and the number of all steps.
