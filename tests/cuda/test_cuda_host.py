@@ -586,6 +586,9 @@ def test_gradients_of_the_cell_states_of_every_step(
             return call(changed(module, change), *wide)
 
     assert_agrees(call(module, *given), theirs, exact)
+    if choice == PERSISTENT and proj:  # that kernel has no such gradients
+        assert kernels.persistent == [True, False]
+        kernels.persistent.pop()
 
 
 @pytest.mark.parametrize("cell", CELLS)

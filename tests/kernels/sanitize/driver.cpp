@@ -431,13 +431,18 @@ struct Checker {
     if (layer.sizes.proj_size == 0 && layer.info().parameters == 0 && rows > 0) {
       recompute<T>(directions, tolerance);
       if constexpr (sizeof(T) == 4) {
-        for (const std::string& kernels : cpu::available_bfloat16_kernels()) {
-          cpu::set_bfloat16_kernels(kernels);
-          recompute<Bfloat16>(directions, 6e-2);
-        }
-        cpu::set_bfloat16_kernels("");
+        // h of a cell without a product grows, and so does its rounding error
+        if (layer.info().dense) recompute_in_bfloat16(directions);
       }
     }
+  }
+
+  void recompute_in_bfloat16(const Directions& directions) const {
+    for (const std::string& kernels : cpu::available_bfloat16_kernels()) {
+      cpu::set_bfloat16_kernels(kernels);
+      recompute<Bfloat16>(directions, 6e-2);
+    }
+    cpu::set_bfloat16_kernels("");
   }
 
   // Forward and backward in chunks of two steps.
