@@ -564,7 +564,7 @@ std::vector<Case> cases() {
       {"many steps", 3, 5, 0, padded(61, 5)},
       {"packed, many steps", 3, 5, 0, {150, 149, 60, 2}},
       {"wide input", 270, 21, 0, padded(3, 4)},
-      {"many rows", 6, 9, 0, padded(90, 3)},
+      {"many rows", 6, 9, 0, padded(9, 30)},
   };
 }
 std::vector<Case> projections() {
