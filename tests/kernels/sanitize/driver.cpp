@@ -431,8 +431,8 @@ struct Checker {
     if (layer.sizes.proj_size == 0 && layer.info().parameters == 0 && rows > 0) {
       recompute<T>(directions, tolerance);
       if constexpr (sizeof(T) == 4) {
-        // h of a cell without a product grows, and so does its rounding error
-        if (layer.info().dense) recompute_in_bfloat16(directions);
+        // h of a cell without a product and the exponentials of slstm make rounding errors grow
+        if (layer.info().dense && layer.info().states <= 2) recompute_in_bfloat16(directions);
       }
     }
   }
