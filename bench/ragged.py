@@ -10,21 +10,15 @@ with `nn` cells and a mask. Calls are interleaved (`fastrnn.tools.benchmark.timi
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from relative_times import Task, print_times
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn.tools.benchmark.measure import machine
-from fastrnn.tools.benchmark.peers import FASTRNN
-from fastrnn.tools.benchmark.timing import interleaved
 
 #         T    B    H = I
 SHAPES = [(50, 16, 64), (100, 32, 128), (50, 64, 256), (128, 128, 256)]
@@ -80,31 +74,14 @@ def calls_of(cell: str, steps: int, batch: int, size: int, training: bool) -> di
     return {title: timed(run) for title, run in runs.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.5, help="time per call and shape")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="file that also gets the results")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    about = machine(options.threads, [FASTRNN])
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    results = []
-    for training in (False, True):
+def tasks() -> Iterator[Task]:
+    """Yields what is compared."""
+    for mode in ("inference", "training"):
         for cell in CELLS:
             for steps, batch, size in SHAPES:
-                samples = interleaved(calls_of(cell, steps, batch, size, training), options.seconds)
-                times = {title: statistics.median(own) for title, own in samples.items()}
-                padded = times["padded"]
-                mode = "training" if training else "inference"
-                shape = f"T{steps} B{batch} H{size}"
-                results.append({"cell": cell, "mode": mode, "shape": shape, "seconds": times})
-                ratios = ", ".join(f"{title} {t / padded:.2f}" for title, t in times.items())
-                print(f"{cell:5}{mode:10}{shape:16}{padded * 1e3:8.2f} ms: {ratios}", flush=True)
-    if options.json is not None:
-        document = {"machine": about, "results": results}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                calls = calls_of(cell, steps, batch, size, mode == "training")
+                yield Task(cell, mode, f"T{steps} B{batch} H{size}", calls)
 
 
 if __name__ == "__main__":
-    main()
+    print_times(__doc__, tasks(), seconds=0.5)

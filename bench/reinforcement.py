@@ -17,25 +17,18 @@ Each figure is a time divided by that of fastrnn. Calls are interleaved
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from relative_times import Task, print_times
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 
 import fastrnn
-from fastrnn.tools.benchmark.measure import machine
-from fastrnn.tools.benchmark.peers import FASTRNN
-from fastrnn.tools.benchmark.timing import interleaved
 
 #          B    T    H = I; the last two are the shapes of TorchRL's own benchmark
 SHAPES = [(8, 128, 64), (128, 128, 256), (4096, 32, 256)]
@@ -124,36 +117,16 @@ def training(run: Run, x: Tensor) -> None:
     run(x).sum().backward()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="time per call and shape")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="file that also gets the results")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    about = {**machine(options.threads, [FASTRNN]), **{name: version(name) for name in PACKAGES}}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    results = []
+def tasks() -> Iterator[Task]:
+    """Yields what is compared, after a check that the results agree."""
     for cell in CELLS:
         for batch, steps, size in SHAPES:
             x, runs = runs_of(cell, batch, steps, size)
             check_alike(x, runs)
-
             for mode, call in (("inference", inference), ("training", training)):
-                calls = {title: partial(call, run, x) for title, run in runs.items()}
-                samples = interleaved(calls, options.seconds)
-                times = {title: statistics.median(own) for title, own in samples.items()}
-                shape = f"B{batch} T{steps} H{size}"
-                results.append({"cell": cell, "mode": mode, "shape": shape, "seconds": times})
-                ratios = ", ".join(
-                    f"{title} {t / times[OURS]:.2f}" for title, t in times.items() if title != OURS
-                )
-                ours = times[OURS] * 1e3
-                print(f"{cell:5}{mode:10}{shape:17}{ours:9.2f} ms: {ratios}", flush=True)
-    if options.json is not None:
-        document = {"machine": about, "results": results}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                calls = {title: partial(call, own, x) for title, own in runs.items()}
+                yield Task(cell, mode, f"B{batch} T{steps} H{size}", calls)
 
 
 if __name__ == "__main__":
-    main()
+    print_times(__doc__, tasks(), seconds=2.0, packages=PACKAGES)

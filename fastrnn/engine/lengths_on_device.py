@@ -11,16 +11,14 @@ queued on the stream, so a call can be part of a CUDA graph. The time is that of
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as dropout_function
 
-from fastrnn._torch_internals import are_transforms_active, forward_ad
 from fastrnn.engine.run import run
 from fastrnn.engine.states import Recorder
 from fastrnn.layer_call import LayerCall, Results
+from fastrnn.ops.segments import take
 from fastrnn.spec import Weights
 
 #: cells whose states stay finite whatever the steps beyond a row's end compute from x = 0; an h
@@ -31,30 +29,6 @@ _BOUNDED = frozenset({"rnn_tanh", "rnn_sigmoid", "gru", "lstm"})
 def can_run(call: LayerCall) -> bool:
     """Whether a call with lengths can run without their values."""
     return call.spec.name in _BOUNDED and call.options.recorder is None
-
-
-class _Mirror(torch.autograd.Function):
-    """Gathers rows of t [T,B,*] by an index [T,B] that is its own inverse."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        return _gather(t, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return _mirror(gradient, index), None
-
-
-def _gather(t: Tensor, index: Tensor) -> Tensor:
-    return t.gather(0, index.unsqueeze(-1).expand(-1, -1, t.shape[-1]))
-
-
-def _mirror(t: Tensor, index: Tensor) -> Tensor:
-    if are_transforms_active() or forward_ad._current_level >= 0:
-        return _gather(t, index)
-    return _Mirror.apply(t, index)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def run_lengths_on_device(call: LayerCall, lengths: Tensor) -> Results:
@@ -74,10 +48,15 @@ def run_lengths_on_device(call: LayerCall, lengths: Tensor) -> Results:
     lengths = lengths.clamp(0, steps)
     t = torch.arange(steps, device=lengths.device).unsqueeze(1)
     exists = t < lengths  # [T,B]
-    mirrored = torch.where(exists, lengths - 1 - t, t)
+    batch = torch.arange(len(lengths), device=lengths.device)
+    mirrored = (torch.where(exists, lengths - 1 - t, t) * len(lengths) + batch).flatten()
     is_last = (t == lengths - 1).unsqueeze(-1)
     is_empty = (lengths == 0).unsqueeze(-1)
     exists = exists.unsqueeze(-1)
+
+    def mirror(rows: Tensor) -> Tensor:
+        """Reverses each row of [T,B,*] within its length."""
+        return take(rows.flatten(0, 1), 0, mirrored).view_as(rows)
 
     def final(states: Tensor, initial: Tensor) -> Tensor:
         """Returns the state after each row's last step, [B,*] from states [T,B,*]."""
@@ -100,7 +79,7 @@ def run_lengths_on_device(call: LayerCall, lengths: Tensor) -> Results:
             y, _, _ = run(
                 LayerCall(
                     spec,
-                    _mirror(x, mirrored) if direction else x,
+                    mirror(x) if direction else x,
                     sequence,
                     h0[states],
                     None if c0 is None else c0[states],
@@ -113,6 +92,6 @@ def run_lengths_on_device(call: LayerCall, lengths: Tensor) -> Results:
                 _, c = recorder.extras(False, y, c0).states
                 c_n.append(final(c.squeeze(1), c0[index]))
             y = torch.where(exists, y, 0)
-            outputs.append(_mirror(y, mirrored) if direction else y)
+            outputs.append(mirror(y) if direction else y)
         x = torch.cat(outputs, -1) if directions > 1 else outputs[0]
     return x, torch.stack(h_n), torch.stack(c_n) if c_n else None

@@ -16,8 +16,6 @@ from torch import Tensor
 from fastrnn import autocast
 from fastrnn._torch_internals import (
     AutoDispatchBelowAutograd,
-    DispatchKey,
-    DispatchKeySet,
     ExcludeDispatchKeyGuard,
     forward_ad,
     is_any_autocast_enabled,
@@ -25,7 +23,7 @@ from fastrnn._torch_internals import (
     unbound_apply,
 )
 from fastrnn.layer_call import PADDED, LayerCall, Results, SequenceMembers
-from fastrnn.ops.autograd import saved_tensors
+from fastrnn.ops.autograd import AUTOCAST_KEYS, implementations, saved_tensors
 from fastrnn.ops.composite import composite_layer
 from fastrnn.ops.fakes import expect_ragged
 from fastrnn.ops.gradients import (
@@ -472,7 +470,7 @@ def _layer_autocast(
     """Runs ``ragged_layer`` under autocast, with the types of `fastrnn.autocast`."""
     spec = CELLS.get(cell)  # the kernel raises for an unknown cell
     marks = Ragged(lengths, resets, reset_h, reset_c)
-    with ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+    with ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
         if spec is None or not autocast.acts_on(x):
             return ragged_layer_op(  # type: ignore[no-any-return]
                 x, h0, c0, weights, slots, *marks, cell
@@ -505,7 +503,6 @@ def _by_parts_fake(*args: Any) -> list[Tensor]:
     ]
 
 
-_AUTOCAST_KEYS = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
 _fragment = torch.library.Library("fastrnn", "FRAGMENT")
 _fragment.define(
     "ragged_gradients_by_parts(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor h0, "
@@ -515,9 +512,8 @@ _fragment.define(
 _fragment.impl("ragged_gradients_by_parts", gradients_by_parts, "CompositeExplicitAutograd")
 torch.library.register_fake("fastrnn::ragged_gradients_by_parts", _by_parts_fake)
 _by_parts_op = torch.ops.fastrnn.ragged_gradients_by_parts.default
-_implementations = torch.library.Library("fastrnn", "IMPL")
-_implementations.impl("ragged_forward", forward_by_parts, "CUDA")
-_implementations.impl("ragged_layer", _layer_by_parts, "CUDA")
-_implementations.impl("ragged_layer", _layer_autograd, "Autograd")
+implementations.impl("ragged_forward", forward_by_parts, "CUDA")
+implementations.impl("ragged_layer", _layer_by_parts, "CUDA")
+implementations.impl("ragged_layer", _layer_autograd, "Autograd")
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _implementations.impl("ragged_layer", _layer_autocast, _key)
+    implementations.impl("ragged_layer", _layer_autocast, _key)

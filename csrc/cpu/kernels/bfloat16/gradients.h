@@ -12,58 +12,12 @@
 
 #include "cpu/kernels/bfloat16/pairs.h"
 #include "cpu/kernels/product/tile.h"
+#include "cpu/kernels/schedule/gradient_rows.h"
 #include "cpu/kernels/vector/storage.h"
 
 #include "cpu/isa/bfloat16.h"
 
 FASTRNN_KERNELS_BEGIN
-
-// The gates of one side in runs whose columns of d_pre are contiguous.
-template <class Cell>
-class GateRuns {
- public:
-  struct Run {
-    int gate, pre, count;
-  };
-
-  explicit GateRuns(const int* pre) {
-    for (int gate = 0; gate < Cell::kGates; ++gate) {
-      if (count_ > 0 && run_[count_ - 1].pre + run_[count_ - 1].count == pre[gate])
-        ++run_[count_ - 1].count;
-      else
-        run_[count_++] = {gate, pre[gate], 1};
-    }
-  }
-  const Run* begin() const { return run_; }
-  const Run* end() const { return run_ + count_; }
-
- private:
-  Run run_[Cell::kGates];
-  int count_ = 0;
-};
-
-// The h [R] from which a row of [N, *] was computed. Fast if rows are asked for in ascending order.
-template <class Value>
-class StatesBefore {
- public:
-  StatesBefore(const LayerShape& shape, const Value* y, std::int64_t y_stride, const Value* h0)
-      : shape_(shape), y_(y), y_stride_(y_stride), h0_(h0) {}
-
-  const Value* of(std::int64_t row) {
-    const Sequence& sequence = shape_.sequence;
-    if (row < sequence.offset(step_)) step_ = 0;
-    while (row >= sequence.offset(step_) + sequence.rows(step_)) ++step_;
-    const StepRows at = sequence.at(step_);
-    return at.state_before(row - at.first, y_, y_stride_, h0_, shape_.output_size());
-  }
-
- private:
-  const LayerShape& shape_;
-  const Value* const y_;
-  const std::int64_t y_stride_;
-  const Value* const h0_;
-  std::int64_t step_ = 0;
-};
 
 template <class Cell, class Format>
 class Bfloat16GradientWalk {

@@ -14,6 +14,7 @@
 
 #include "cpu/kernels/product/panels.h"
 #include "cpu/kernels/product/tile.h"
+#include "cpu/kernels/schedule/gradient_rows.h"
 
 FASTRNN_KERNELS_BEGIN
 
@@ -36,10 +37,11 @@ class GradientWalk {
         b_(workspace + layout.b(rank)) {}
 
   void run() {
-    const Runs runs_x(Cell::kPreX), runs_h(Cell::kPreH);
+    const GateRuns<Cell> runs_x(Cell::kPreX), runs_h(Cell::kPreH);
     auto x_row = [this](std::int64_t row) { return problem_.x + row * problem_.x_stride; };
     weight_gradient(runs_x, x_row, shape_.input_size, problem_.d_w_ih, problem_.d_b_ih);
-    auto h_row = [this](std::int64_t row) { return state_before(row); };
+    StatesBefore<T> states(shape_, problem_.y, problem_.y_stride, problem_.h0);
+    auto h_row = [&](std::int64_t row) { return states.of(row); };
     weight_gradient(runs_h, h_row, shape_.output_size(), problem_.d_w_hh, problem_.d_b_hh);
     if (problem_.d_x != nullptr) input_gradient(runs_x);
   }
@@ -50,37 +52,6 @@ class GradientWalk {
   static constexpr std::int64_t kU = kTileVectors * kLanes;  // columns of a panel
   static constexpr std::int64_t kCopyRows = 12;
   static constexpr std::int64_t kRows = GradientLayout::kRows, kColumns = GradientLayout::kColumns;
-
-  // Gates whose columns of d_pre are contiguous.
-  struct Run {
-    int gate, pre, count;
-  };
-  struct Runs {
-    Run run[Cell::kGates];
-    int count = 0;
-    explicit Runs(const int* pre) {
-      for (int gate = 0; gate < Cell::kGates; ++gate) {
-        if (count > 0 && run[count - 1].pre + run[count - 1].count == pre[gate])
-          ++run[count - 1].count;
-        else
-          run[count++] = {gate, pre[gate], 1};
-      }
-    }
-    const Run* begin() const { return run; }
-    const Run* end() const { return run + count; }
-  };
-
-  // The h from which a row of [N, *] was computed. Fast if rows are asked for in ascending order.
-  const T* state_before(std::int64_t row) {
-    const Sequence& sequence = shape_.sequence;
-    auto owns = [&](std::int64_t step) {
-      return row >= sequence.offset(step) && row < sequence.offset(step) + sequence.rows(step);
-    };
-    if (!owns(step_) && (++step_ == sequence.steps || !owns(step_))) step_ = sequence.step_of(row);
-    const StepRows at = sequence.at(step_);
-    return at.state_before(row - at.first, problem_.y, problem_.y_stride, problem_.h0,
-                           shape_.output_size());
-  }
 
   // Calls body(first row, number of rows, whether it is the first block) until it returns false.
   template <class Body>
@@ -104,9 +75,10 @@ class GradientWalk {
 
   // d_w [gates*H, columns] = d_pre[side]^T input, d_b its column sums.
   template <class InputRow>
-  void weight_gradient(const Runs& runs, InputRow input_row, std::int64_t columns, T* d_w, T* d_b) {
+  void weight_gradient(const GateRuns<Cell>& runs, InputRow input_row, std::int64_t columns, T* d_w,
+                       T* d_b) {
     if (d_w == nullptr && d_b == nullptr) return;
-    for (const Run& run : runs) {
+    for (const auto& run : runs) {
       const IndexRange own(run.count * hidden_, rank_, ranks_);
       for (std::int64_t m = own.begin; m < own.end; m += kRows) {
         const std::int64_t count = std::min(kRows, own.end - m);
@@ -128,7 +100,7 @@ class GradientWalk {
   }
 
   // d_x [N, I] = d_pre[x side] w_ih.
-  void input_gradient(const Runs& runs) {
+  void input_gradient(const GateRuns<Cell>& runs) {
     const IndexRange own(rows_.count, rank_, ranks_);
     const std::int64_t columns = shape_.input_size;
     // A part of the rows gives the same bits. Layers of one block of rows have no parts, and small
@@ -137,7 +109,7 @@ class GradientWalk {
     for (std::int64_t j = 0; j < columns; j += kColumns) {
       const std::int64_t wide = std::min(kColumns, columns - j);
       bool add = problem_.add_to_x;
-      for (const Run& run : runs) {
+      for (const auto& run : runs) {
         for (std::int64_t k = 0; k < run.count * hidden_; k += depth_) {
           const std::int64_t depth = std::min(depth_, run.count * hidden_ - k);
           const T* w = problem_.w_ih + (run.gate * hidden_ + k) * problem_.w_ih_stride + j;
@@ -255,7 +227,6 @@ class GradientWalk {
   const std::int64_t depth_, pitch_;
   T* const a_;
   T* const b_;
-  std::int64_t step_ = 0;
 };
 
 FASTRNN_KERNELS_END
