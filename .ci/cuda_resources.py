@@ -3,6 +3,8 @@
     cuda_resources.py            compiles all of csrc/cuda; fails if a kernel spills or has a stack,
                                  or if the table is out of date (if another nvcc wrote it, only the
                                  names of the kernels are compared)
+    cuda_resources.py --log LOG  the same with the log of a build for 8.0, 9.0a and 10.0, whose nvcc
+                                 had -Xptxas -v, instead of compiling
     cuda_resources.py --write    writes the table
 
 Needs nvcc, the headers of cuBLAS (a CUDA build of torch includes them) and an installed fastrnn,
@@ -21,6 +23,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "cuda_kernels.md"
@@ -77,15 +80,16 @@ def short(name: str) -> str:
     return inner if kernel in ("walk_kernel", "for_each_kernel") else f"{kernel}<{inner}>"
 
 
-def compile_all() -> tuple[str, str]:
-    """Returns nvcc's release, and the kernels of all sources and architectures."""
-    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_under_ci")
+def version_of(nvcc: str) -> str:
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    return re.findall(r"release ([\d.]+), V([\d.]+)", release.stdout)[0][1]
+
+
+def compile_all(setup: dict[str, Any], nvcc: str) -> str:
+    """Returns the log of nvcc for all sources and architectures."""
     cuda = setup["find_cuda"](setup["find_torch"]())
     if cuda is None:
         raise SystemExit("needs nvcc and a torch with CUDA")
-    nvcc = setup["find_nvcc"]()
-    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
-    version = re.findall(r"release ([\d.]+), V([\d.]+)", release.stdout)[0][1]
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_one(job: tuple[Path, str]) -> str:
@@ -108,7 +112,7 @@ def compile_all() -> tuple[str, str]:
         sources = sorted(ROOT.glob("csrc/cuda/**/*.cu"))
         jobs = [(source, arch) for source in sources for arch in ARCHS]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            return version, "".join(pool.map(compile_one, jobs))
+            return "".join(pool.map(compile_one, jobs))
 
 
 def registers_table(found: list[Kernel]) -> list[str]:
@@ -205,10 +209,19 @@ def problems(version: str, found: list[Kernel], table: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table")
-    write = parser.parse_args().write
-    version, log = compile_all()
+    parser.add_argument("--log", type=Path, help="the log of a build, instead of compiling")
+    arguments = parser.parse_args()
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_under_ci")
+    nvcc = setup["find_nvcc"]()
+    if nvcc is None:
+        raise SystemExit("needs nvcc")
+    version = version_of(nvcc)
+    if arguments.log is None:
+        log = compile_all(setup, nvcc)
+    else:
+        log = arguments.log.read_text(encoding="utf-8", errors="replace")
     found = kernels(log)
-    if write:
+    if arguments.write:
         TABLE.write_text(text_of(version, found), encoding="utf-8")
     wrong = problems(version, found, TABLE.read_text(encoding="utf-8"))
     for arch in ARCHS:

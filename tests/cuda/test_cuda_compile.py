@@ -1,15 +1,13 @@
-"""Compiled CUDA kernels do not spill registers, and the table of their registers is current."""
+"""The check that CUDA kernels do not spill and that the table of their registers is current."""
 
 from __future__ import annotations
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "cuda_resources.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="source archives have no .ci")
@@ -55,12 +53,3 @@ def test_spills_and_stale_tables_are_found(script: dict[str, Any]) -> None:
     assert "upload_kernel<double> for sm_90a spills 12 bytes and has a stack of 16" in wrong
     assert "no persistent kernel for sm_100" in wrong
     assert "has other kernels" in wrong
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
-def test_compiled_kernels_do_not_spill_and_the_table_is_current() -> None:
-    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
-    if "needs nvcc" in result.stderr:
-        pytest.skip("needs nvcc and the cuBLAS headers")
-    assert result.returncode == 0, result.stdout + result.stderr
