@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Threads of libgomp, which torch uses, spin for milliseconds while they wait. Where other processes
+# use the CPUs, small operations of torch then take a hundred times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import hypothesis
 import pytest
 import torch
