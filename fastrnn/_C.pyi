@@ -79,6 +79,14 @@ def plan(
     weight_format: str = "native",
     layers: int = 1,
 ) -> Plan: ...
+def casts_to_bfloat16(
+    cell: str,
+    steps: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int = 0,
+) -> bool: ...
 def cuda_plan(
     cell: str,
     steps: int,

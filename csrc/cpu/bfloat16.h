@@ -43,6 +43,8 @@ struct Bfloat16Gradients {
 // Whether these kernels compute forward for a layer of this shape. Otherwise the caller converts
 // its tensors and computes in float32.
 FASTRNN_EXPORT bool computes_bfloat16(const LayerShape& shape);
+// Whether bfloat16 copies of float32 tensors, made for one call, are faster than float32.
+FASTRNN_EXPORT bool bfloat16_pays_for_copies(const LayerShape& shape);
 // One line for users: which kernels compute forward in bfloat16 for this shape, and why.
 FASTRNN_EXPORT std::string bfloat16_reason(const LayerShape& shape);
 // The plan of forward or backward: of float32 copies, unless these kernels compute it.

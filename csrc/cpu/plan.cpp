@@ -271,6 +271,14 @@ Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
   return {kernels, "the weights are widened as they are loaded"};
 }
 
+bool bfloat16_pays_for_copies(const LayerShape& shape) {
+  const Bfloat16Kernels* kernels;
+  if (forced_bfloat16_kernels(&kernels)) return kernels != nullptr;
+  if (shape.sequence.steps * shape.sequence.batch < kMinCastRows) return false;
+  kernels = pick_bfloat16_kernels(shape).kernels;
+  return kernels != nullptr && kernels != bfloat16_kernels(Bfloat16Product::kWidened);
+}
+
 // The product with w_hh of a backward step is faster where an instruction multiplies pairs.
 Bfloat16Choice pick_bfloat16_backward(const LayerShape& shape) {
   if (!cell_info(shape.cell).dense) return {nullptr, "the cell has no product"};

@@ -384,6 +384,84 @@ def test_autocast_keeps_a_bfloat16_module_as_it_is(kernels: str) -> None:
         assert torch.equal(plain, cast)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        ("rnn_relu", {}),
+        ("gru", {"bidirectional": True}),
+        ("lstm", {"num_layers": 2, "batch_first": True}),
+        ("lstm", {"proj_size": 12}),
+    ],
+    ids=str,
+)
+def test_autocast_computes_in_bfloat16(
+    kernels: str, cell: str, options: dict[str, Any], mixed: bool
+) -> None:
+    """The results are those of a bfloat16 module, the gradients those of float32 tensors."""
+    module = build(cell, 40, 33, **options)
+    twin = copy.deepcopy(module).to(BF16)
+    start = torch.randn(20, 9, 40, generator=torch.Generator().manual_seed(3)).to(BF16)
+    found = []
+    for layer, x in ((module, start if mixed else start.float()), (twin, start)):
+        x = x.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=layer is module):
+            y, states = layer(x)
+        results = [y, *(states if isinstance(states, tuple) else [states])]
+        sum(t.float().square().sum() for t in results).backward()
+        found.append([*results, x.grad, *(weight.grad for weight in layer.parameters())])
+    assert all(weight.grad.dtype == torch.float32 for weight in module.parameters())
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got.float(), expected.float())
+
+
+def test_autocast_casts_where_copies_pay() -> None:
+    def casts(isa: str, steps: int, batch: int) -> bool:
+        _C.set_isa(isa)
+        try:
+            return _C.casts_to_bfloat16("lstm", steps, batch, 64, 256)
+        finally:
+            _C.set_isa(None)
+
+    for isa, name in KERNELS:
+        multiplies = _C.plan("lstm", 64, 4, 64, 256, dtype="bfloat16")["bfloat16"]
+        if isa == "avx512" and "multiplies pairs" in multiplies:
+            assert casts(isa, 16, 4)
+            assert not casts(isa, 15, 4)  # few rows
+        if isa == "avx2":
+            assert not casts(isa, 64, 1), name  # the weights would be copied, then widened
+    assert not casts("baseline", 64, 4)
+
+
+def test_few_rows_under_autocast_compute_in_float32() -> None:
+    module = build("lstm", 8, 16)
+    x = torch.randn(5, 2, 8)
+    with torch.no_grad():
+        exact = module(x)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(module(x)[0], exact.to(BF16))
+
+
+def test_float16_weights_and_compiled_graphs_under_autocast_keep_float32(kernels: str) -> None:
+    x = torch.randn(20, 9, 40)
+    layer = fastrnn.GRU(40, 33, weight_dtype=torch.float16)
+    plain = fastrnn.GRU(40, 33)
+    plain.load_state_dict(layer.state_dict())
+    compiled = torch.compile(plain, backend="eager", fullgraph=True)
+    for module, called in ((layer, layer), (plain, compiled)):
+        expected = outputs(module, x)["y"].to(BF16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(called(x)[0].to(BF16), expected)
+
+
+def test_exported_program_under_autocast_computes_in_bfloat16(kernels: str) -> None:
+    layer = fastrnn.GRU(40, 33)
+    x = torch.randn(20, 9, 40)
+    program = torch.export.export(layer, (x,)).module()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(program(x)[0], layer(x)[0])
+
+
 def test_explain_names_the_format(kernels: str) -> None:
     module = build("gru", 5, 20, dtype=BF16)
     with torch.no_grad():
