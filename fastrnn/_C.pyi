@@ -116,6 +116,7 @@ class _packed:
             input_size: int,
             hidden_size: int,
             proj_size: int,
+            residual: bool,
         ) -> None: ...
         def pack(self, weights: Sequence[Sequence[int]]) -> None: ...
         def forward(
@@ -130,6 +131,7 @@ class _packed:
             input_size: int,
             hidden_size: int,
             proj_size: int,
+            residual: bool,
             batch: int,
             threads: int,
         ) -> None: ...

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as dropout_function
 
 from fastrnn import autocast
 from fastrnn.backends.conditions import unsupported_tensors, unsupported_transform
@@ -24,6 +23,7 @@ from fastrnn.layer_call import DEFAULTS, LayerCall, Results
 from fastrnn.ops import ragged_layer
 from fastrnn.ops.ragged import cast_states
 from fastrnn.ops.segments import Ragged, run_composed, slice_states
+from fastrnn.ops.stacking import layer_input, layer_output
 from fastrnn.spec import CellSpec, Weights
 from fastrnn.tracing import is_capturing, is_in_onnx_export, size, without_tracing
 
@@ -143,24 +143,23 @@ def _run_in_graph(call: LayerCall, ragged: Ragged) -> Results:
 
 
 def _run_layers(call: LayerCall, ragged: Ragged) -> Results:
-    """Runs the layers in order. Each one reads the output of the layer below, after dropout."""
-    (flat, slots), (num_layers, dropout, *_) = call.weights, call.options
+    """Runs the layers in order; `fastrnn.ops.stacking` defines what each one reads."""
+    (flat, slots), num_layers = call.weights, call.options.num_layers
     count = len(flat) // num_layers
     directions = size(call.h0, 0) // num_layers
     x = call.x
     h_n, c_n = [], []
     for index in range(num_layers):
-        if index > 0 and dropout > 0:
-            x = dropout_function(x, dropout, training=True)
         states = slice(index * directions, (index + 1) * directions)
         own = call._replace(
-            x=x,
+            x=layer_input(x, index, call.options),
             h0=call.h0[states],
             c0=None if call.c0 is None else call.c0[states],
             weights=Weights(flat[index * count : (index + 1) * count], slots),
             options=DEFAULTS,
         )
-        x, h, c = ragged_layer(own, slice_states(ragged, states))
+        y, h, c = ragged_layer(own, slice_states(ragged, states))
+        x = layer_output(y, x, index, call.options)
         h_n.append(h)
         if c is not None:
             c_n.append(c)

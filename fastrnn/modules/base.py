@@ -82,6 +82,7 @@ class RecurrentBase(nn.RNNBase):
     _prepared = cast("PreparedWeights | None", None)
     _learns_initial_state = False
     _recompute = cast("int | str", "none")
+    _residual = False
     _overrides_checks: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -96,6 +97,7 @@ class RecurrentBase(nn.RNNBase):
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
         recompute: int | str = "none",
+        residual: bool = False,
         **kwargs: Any,
     ) -> None:
         self.weight_dtype = weight_dtype
@@ -108,9 +110,15 @@ class RecurrentBase(nn.RNNBase):
             if not checks.is_bool(self.bidirectional):  # torch.nn would raise at the first call
                 name = type(self.bidirectional).__name__
                 raise TypeError(f"bidirectional should be of type bool, got: {name}")
-            if not checks.is_bool(learn_initial_state):
-                name = type(learn_initial_state).__name__
-                raise TypeError(f"learn_initial_state should be of type bool, got: {name}")
+            for option, value in (
+                ("learn_initial_state", learn_initial_state),
+                ("residual", residual),
+            ):
+                if not checks.is_bool(value):
+                    name = type(value).__name__
+                    raise TypeError(f"{option} should be of type bool, got: {name}")
+            if residual:
+                self._residual = True
             if learn_initial_state:
                 self._add_initial_state()
         except Exception:
@@ -137,8 +145,8 @@ class RecurrentBase(nn.RNNBase):
         if BY_MODE[self.mode].has_cell_state:
             sizes["c_0"] = self.hidden_size
         like: Any = self.weight_hh_l0
-        for name, size in sizes.items():
-            zeros = like.detach().new_zeros(self.num_layers * directions, 1, size)
+        for name, units in sizes.items():
+            zeros = like.detach().new_zeros(self.num_layers * directions, 1, units)
             self.register_parameter(name, nn.Parameter(zeros))
 
     def _initial_state_names(self) -> list[str]:
@@ -188,6 +196,12 @@ class RecurrentBase(nn.RNNBase):
         else:
             self._recompute = recompute if isinstance(recompute, str) else int(recompute)
 
+    @property
+    @torch.jit.unused
+    def residual(self) -> bool:
+        """Whether each layer but the first adds its input to its output."""
+        return self._residual
+
     def __prepare_scriptable__(self) -> nn.Module:
         """Returns the module that ``torch.jit.script`` compiles.
 
@@ -227,6 +241,8 @@ class RecurrentBase(nn.RNNBase):
             text += ", learn_initial_state=True"
         if self._recompute != "none":
             text += f", recompute={self._recompute!r}"
+        if self._residual:
+            text += ", residual=True"
         return text
 
     def prepare(self: _Module) -> _Module:
@@ -259,7 +275,12 @@ class RecurrentBase(nn.RNNBase):
             )
         directions = 2 if self.bidirectional else 1
         shape = StackShape(
-            self.num_layers, directions, self.input_size, self.hidden_size, self.proj_size
+            self.num_layers,
+            directions,
+            self.input_size,
+            self.hidden_size,
+            self.proj_size,
+            self._residual,
         )
         self._prepared = PreparedWeights(owner, BY_MODE[self.mode], shape, weights)
         return self
@@ -436,6 +457,7 @@ class RecurrentBase(nn.RNNBase):
                 WEIGHT_FORMATS[self._weight_dtype],
                 prepared,
                 recompute=checks.check_recompute(self._recompute),
+                residual=self._residual,
             )
         if recorder is not None:
             options = options._replace(recorder=recorder)

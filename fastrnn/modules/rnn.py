@@ -57,6 +57,9 @@ class RNN(OneState):
         recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
             before each k steps are kept, and backward computes the rest again, see docs/memory.md.
             Default: ``"none"``
+        residual: whether the input of each layer but the first is added to its output. The output
+            of the layers 0 to k is z_k = y_k + z_{k-1}, with y_k the states of layer k, which reads
+            dropout(z_{k-1}). The states that are returned are the layers' own. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -105,6 +108,7 @@ class RNN(OneState):
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
         recompute: int | str = "none",
+        residual: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -211,6 +215,9 @@ class LSTM(TwoStates):
         recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
             before each k steps are kept, and backward computes the rest again, see docs/memory.md.
             Default: ``"none"``
+        residual: whether the input of each layer but the first is added to its output. The output
+            of the layers 0 to k is z_k = y_k + z_{k-1}, with y_k the states of layer k, which reads
+            dropout(z_{k-1}). The states that are returned are the layers' own. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -265,6 +272,7 @@ class LSTM(TwoStates):
         learn_initial_state: bool = False,
         forget_bias: float | None = None,
         recompute: int | str = "none",
+        residual: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -431,6 +439,9 @@ class GRU(OneState):
         recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
             before each k steps are kept, and backward computes the rest again, see docs/memory.md.
             Default: ``"none"``
+        residual: whether the input of each layer but the first is added to its output. The output
+            of the layers 0 to k is z_k = y_k + z_{k-1}, with y_k the states of layer k, which reads
+            dropout(z_{k-1}). The states that are returned are the layers' own. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -478,6 +489,7 @@ class GRU(OneState):
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
         recompute: int | str = "none",
+        residual: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
