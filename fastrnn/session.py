@@ -224,11 +224,15 @@ class Session:
     def state(self) -> Any:
         """A copy of the states: h [L,B,R], or for an LSTM the pair of h and c [L,B,H].
 
+        With ``batch_first_states`` they are [B,L,*].
+
         It is what the layer returns as its final state, and what it takes as ``hx``. In float16
         and bfloat16 it is rounded.
         """
         self._check_open("state")
         states = tuple([state.to(self._dtype) for state in self._read_states()])
+        if self._layer.batch_first_states:
+            states = tuple([state.transpose(0, 1) for state in states])
         return states if self._spec.has_cell_state else states[0]
 
     def _read_states(self) -> list[Tensor]:
@@ -260,10 +264,12 @@ class Session:
                 self._fail("load_state", "state", message, describe(state))
             expected.append(self._state_shape(self._shape.hidden_size))
             given, names = list(state), ["state[0]", "state[1]"]
-        kept = [
-            self._accept("load_state", name, value, shape).to(self._kernel_dtype).contiguous()
-            for name, value, shape in zip(names, given, expected, strict=True)
-        ]
+        swaps = self._layer.batch_first_states
+        kept = []
+        for name, value, (layers, batch, units) in zip(names, given, expected, strict=True):
+            shape = (batch, layers, units) if swaps else (layers, batch, units)
+            accepted = self._accept("load_state", name, value, shape).to(self._kernel_dtype)
+            kept.append((accepted.transpose(0, 1) if swaps else accepted).contiguous())
         self._write_states(kept)
 
     @property

@@ -60,7 +60,7 @@ class QuantizedRecurrent(nn.Module):
                 f"quantize: {name} must not have a learned initial state, got "
                 "learn_initial_state=True."
             )
-        for option in ("residual",):
+        for option in ("residual", "batch_first_states"):
             if getattr(layer, option):
                 raise NotImplementedError(f"quantize: {option} of {name} must be False, got True.")
         self.training = False

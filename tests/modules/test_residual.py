@@ -228,7 +228,7 @@ def test_a_single_layer_has_no_sum() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
-@pytest.mark.parametrize("option", ["residual"])
+@pytest.mark.parametrize("option", ["residual", "batch_first_states"])
 def test_quantization_is_rejected(option: str) -> None:
     layer = fastrnn.LSTM(3, 4, 2, **{option: True}).eval()
     with pytest.raises(NotImplementedError, match=f"{option} of LSTM must be False"):
@@ -242,7 +242,7 @@ def test_quantization_is_rejected(option: str) -> None:
         )
 
 
-@pytest.mark.parametrize("option", ["residual"])
+@pytest.mark.parametrize("option", ["residual", "batch_first_states"])
 def test_wrong_type_is_rejected(option: str) -> None:
     with pytest.raises(TypeError, match=f"{option} should be of type bool, got: str"):
         fastrnn.GRU(3, 4, **{option: "yes"})
