@@ -18,6 +18,7 @@ from fastrnn.backends.conditions import unsupported_tensors, unsupported_transfo
 from fastrnn.engine import choose
 from fastrnn.engine.checks import check_layers
 from fastrnn.engine.lengths_on_device import can_run, run_lengths_on_device
+from fastrnn.engine.ragged_states import recorded_layer
 from fastrnn.engine.run import run, without_autocast_in_graphs
 from fastrnn.layer_call import DEFAULTS, LayerCall, Results
 from fastrnn.ops import ragged_layer
@@ -124,8 +125,6 @@ def _unsupported(call: LayerCall) -> str:
     """Returns the reason why there is no operator for a call with marks, or ""."""
     if is_in_onnx_export():
         return "ONNX does not have this operator"
-    if call.options.recorder is not None:
-        return "the operator returns neither states nor gates of every step"
     reason = unsupported_transform() or unsupported_tensors(call)
     return reason.format(dtype=str(call.x.dtype).removeprefix("torch."), device=call.x.device)
 
@@ -158,7 +157,12 @@ def _run_layers(call: LayerCall, ragged: Ragged) -> Results:
             weights=Weights(flat[index * count : (index + 1) * count], slots),
             options=DEFAULTS,
         )
-        y, h, c = ragged_layer(own, slice_states(ragged, states))
+        marks = slice_states(ragged, states)
+        recorder = call.options.recorder
+        if recorder is None:
+            y, h, c = ragged_layer(own, marks)
+        else:
+            y, h, c = recorded_layer(own, marks, recorder)
         x = layer_output(y, x, index, call.options)
         h_n.append(h)
         if c is not None:
