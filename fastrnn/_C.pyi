@@ -124,6 +124,7 @@ class _packed:
             input_size: int,
             hidden_size: int,
             proj_size: int,
+            residual: bool,
         ) -> None: ...
         def pack(self, weights: Sequence[Sequence[int]]) -> None: ...
         def forward(
@@ -138,6 +139,7 @@ class _packed:
             input_size: int,
             hidden_size: int,
             proj_size: int,
+            residual: bool,
             batch: int,
             threads: int,
         ) -> None: ...

@@ -27,6 +27,8 @@ Args:
         that is faster, see docs/float16_weights.md. Default: None
     recompute: keyword only. ``"full"`` or a number of steps saves memory in training, see
         docs/memory.md. Default: ``"none"``
+    residual: keyword only. Whether each layer but the first adds its input to its output, see
+        `fastrnn.LSTM`. Default: False
     lengths, resets, reset_state: keyword only, of the first form; see `fastrnn.LSTM`.
     return_all_states, return_gates: keyword only. If one is true, a `fastrnn.Extras` is the last
         result.
@@ -83,6 +85,7 @@ class OneStateFunction(Protocol):
         batch_first: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        residual: bool = False,
         recompute: int | str = "none",
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
@@ -104,6 +107,7 @@ class OneStateFunction(Protocol):
         bidirectional: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        residual: bool = False,
         return_all_states: bool = False,
         return_gates: bool = False,
         recompute: int | str = "none",
@@ -127,6 +131,7 @@ class TwoStatesFunction(Protocol):
         batch_first: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        residual: bool = False,
         recompute: int | str = "none",
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
@@ -148,6 +153,7 @@ class TwoStatesFunction(Protocol):
         bidirectional: bool,
         *,
         weight_dtype: torch.dtype | None = None,
+        residual: bool = False,
         return_all_states: bool = False,
         return_gates: bool = False,
         recompute: int | str = "none",

@@ -33,6 +33,8 @@ class Options(NamedTuple):
         recorder: the `fastrnn.engine.states.Recorder` that runs the layers, or None.
         recompute: number of steps of a chunk whose saved values backward computes again, `FULL` to
             choose it, or 0 to save them.
+        residual: whether each layer but the first adds its input to its output
+            (`fastrnn.ops.stacking`).
     """
 
     num_layers: int = 1
@@ -41,6 +43,7 @@ class Options(NamedTuple):
     prepared: Any = None
     recorder: Any = None
     recompute: int = 0
+    residual: bool = False
 
 
 DEFAULTS = Options()

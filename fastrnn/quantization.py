@@ -154,6 +154,11 @@ class _QuantizedClass:
                     f"{self.name}: torch quantizes no learned initial state, got "
                     "learn_initial_state=True."
                 )
+            for option in ("residual", "batch_first_states"):
+                if getattr(mod, option, False):
+                    raise NotImplementedError(
+                        f"{self.name}: {option} must be False for torch's quantization, got True."
+                    )
             options |= {
                 "num_layers": mod.num_layers,
                 "batch_first": mod.batch_first,

@@ -19,8 +19,10 @@ from fastrnn.spec import BY_MODE, Weights
 
 __all__ = ["Session"]
 
-# Version of the files that `Session.export` writes. csrc/c/model_file.cpp reads it.
+# Versions of the files that `Session.export` writes: without and with residual connections.
+# csrc/c/model_file.cpp reads them.
 _FILE_VERSION = "1"
+_RESIDUAL_FILE_VERSION = "2"
 
 # Names of the tensors in a file, by slot.
 _FILE_NAMES = {
@@ -69,13 +71,18 @@ class Session:
         self._batch_first = source.batch_first
         self._batch = batch_size
         shape = StackShape(
-            source.num_layers, 1, source.input_size, source.hidden_size, source.proj_size
+            source.num_layers,
+            1,
+            source.input_size,
+            source.hidden_size,
+            source.proj_size,
+            source.residual,
         )
         self._shape = shape
         with torch.no_grad():
             weights, self._dtype = self._weights_to_pack()
         self._kernel_dtype = torch.float32 if self._dtype in HALF else self._dtype
-        sizes = (shape.num_layers, shape.input_size, shape.hidden_size, shape.proj_size)
+        sizes = (shape.num_layers, *shape[2:])
         self._kernel = create(
             "Session", self._kernel_dtype, self._spec.name, *sizes, batch_size, threads
         )
@@ -217,11 +224,15 @@ class Session:
     def state(self) -> Any:
         """A copy of the states: h [L,B,R], or for an LSTM the pair of h and c [L,B,H].
 
+        With ``batch_first_states`` they are [B,L,*].
+
         It is what the layer returns as its final state, and what it takes as ``hx``. In float16
         and bfloat16 it is rounded.
         """
         self._check_open("state")
         states = tuple([state.to(self._dtype) for state in self._read_states()])
+        if self._layer.batch_first_states:
+            states = tuple([state.transpose(0, 1) for state in states])
         return states if self._spec.has_cell_state else states[0]
 
     def _read_states(self) -> list[Tensor]:
@@ -253,10 +264,12 @@ class Session:
                 self._fail("load_state", "state", message, describe(state))
             expected.append(self._state_shape(self._shape.hidden_size))
             given, names = list(state), ["state[0]", "state[1]"]
-        kept = [
-            self._accept("load_state", name, value, shape).to(self._kernel_dtype).contiguous()
-            for name, value, shape in zip(names, given, expected, strict=True)
-        ]
+        swaps = self._layer.batch_first_states
+        kept = []
+        for name, value, (layers, batch, units) in zip(names, given, expected, strict=True):
+            shape = (batch, layers, units) if swaps else (layers, batch, units)
+            accepted = self._accept("load_state", name, value, shape).to(self._kernel_dtype)
+            kept.append((accepted.transpose(0, 1) if swaps else accepted).contiguous())
         self._write_states(kept)
 
     @property
@@ -289,8 +302,8 @@ class Session:
         """Writes the weights to a file for the C interface, in safetensors format.
 
         The tensors are float32 and have torch's names. ``__metadata__`` has the cell and the sizes.
-        docs/c_interface.md describes how to use the file. A learned initial state is not in it:
-        pass it to ``fastrnn_set_state``.
+        A learned initial state is in it as ``h_0`` and ``c_0``. docs/c_interface.md describes how
+        to use the file.
 
         Raises:
             RuntimeError: the weights are float64, or have changed since the session copied them,
@@ -316,9 +329,10 @@ class Session:
                 for slot, weight in direction._asdict().items()
                 if weight is not None
             }
+        tensors.update(self._learned_tensors())
         metadata = {
             "format": "pt",
-            "fastrnn": _FILE_VERSION,
+            "fastrnn": _RESIDUAL_FILE_VERSION if self._shape.residual else _FILE_VERSION,
             "cell": self._spec.name,
             "input_size": str(self._shape.input_size),
             "hidden_size": str(self._shape.hidden_size),
@@ -326,7 +340,23 @@ class Session:
             "proj_size": str(self._shape.proj_size),
             "bias": "true" if "bias_ih_l0" in tensors else "false",
         }
+        if self._shape.residual:
+            metadata["residual"] = "true"
         _write_safetensors(path, metadata, tensors)
+
+    def _learned_tensors(self) -> dict[str, Tensor]:
+        """Returns the learned initial states in float32, by their names in a file: [L,1,*]."""
+        if not self._layer._learns_initial_state:
+            return {}
+        learned = self._layer._learned_states(1)
+        states = learned if self._spec.has_cell_state else [learned]
+        units = (self._shape.output_size, self._shape.hidden_size)
+        return {
+            name: self._accept("export", name, state.detach(), (self._shape.num_layers, 1, size))
+            .float()
+            .contiguous()
+            for name, state, size in zip(("h_0", "c_0"), states, units, strict=False)
+        }
 
     def close(self) -> None:
         """Frees the weights and the memory. Every later call but this one raises a RuntimeError."""

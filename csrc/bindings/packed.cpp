@@ -30,13 +30,13 @@ T* at(Address address) {
 
 cpu::StackShape stack_shape(const std::string& cell, std::int64_t layers, std::int64_t directions,
                             std::int64_t input_size, std::int64_t hidden_size,
-                            std::int64_t proj_size) {
+                            std::int64_t proj_size, bool residual) {
   check_size("layers", layers, 1);
   const LayerShape layer = shape_of(cell, 1, 1, input_size, hidden_size, proj_size, directions);
   const CellInfo& info = cell_info(layer.cell);
   if (!cpu::StackShape::supports(info))
     throw py::value_error("cell must be one of a public module, got '" + cell + "'");
-  return {layer.cell, int(layers), int(directions), input_size, hidden_size, proj_size};
+  return {layer.cell, int(layers), int(directions), input_size, hidden_size, proj_size, residual};
 }
 
 template <class T, class Packed>
@@ -65,13 +65,14 @@ void define_for(py::module_& m, const char* dtype) {
 
   py::class_<Stack>(m, ("PackedStack" + suffix).c_str(), "Packed weights of stacked layers.")
       .def(py::init([](const std::string& cell, std::int64_t layers, std::int64_t directions,
-                       std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size) {
-             return new Stack(
-                 stack_shape(cell, layers, directions, input_size, hidden_size, proj_size),
-                 cpu::thread_pool().threads());
+                       std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
+                       bool residual) {
+             return new Stack(stack_shape(cell, layers, directions, input_size, hidden_size,
+                                          proj_size, residual),
+                              cpu::thread_pool().threads());
            }),
            py::arg("cell"), py::arg("layers"), py::arg("directions"), py::arg("input_size"),
-           py::arg("hidden_size"), py::arg("proj_size"))
+           py::arg("hidden_size"), py::arg("proj_size"), py::arg("residual"))
       .def("pack", &pack<T, Stack>, py::arg("weights"), "Copies the weights.")
       .def(
           "forward",
@@ -87,15 +88,16 @@ void define_for(py::module_& m, const char* dtype) {
 
   py::class_<Session>(m, ("Session" + suffix).c_str(), "Packed weights with states.")
       .def(py::init([](const std::string& cell, std::int64_t layers, std::int64_t input_size,
-                       std::int64_t hidden_size, std::int64_t proj_size, std::int64_t batch,
-                       std::int64_t threads) {
+                       std::int64_t hidden_size, std::int64_t proj_size, bool residual,
+                       std::int64_t batch, std::int64_t threads) {
              check_size("batch", batch, 1);
              check_size("threads", threads, 1);
-             return new Session(stack_shape(cell, layers, 1, input_size, hidden_size, proj_size),
-                                batch, int(threads));
+             return new Session(
+                 stack_shape(cell, layers, 1, input_size, hidden_size, proj_size, residual), batch,
+                 int(threads));
            }),
            py::arg("cell"), py::arg("layers"), py::arg("input_size"), py::arg("hidden_size"),
-           py::arg("proj_size"), py::arg("batch"), py::arg("threads"))
+           py::arg("proj_size"), py::arg("residual"), py::arg("batch"), py::arg("threads"))
       .def("pack", &pack<T, Session>, py::arg("weights"), "Copies the weights.")
       .def(
           "step",
@@ -124,7 +126,7 @@ void define_for(py::module_& m, const char* dtype) {
           [](Session& session, std::int64_t row) {
             if (row < 0 || row >= session.batch())
               throw py::value_error("row must be below the batch size");
-            session.clear_row(row);
+            session.write_rows(row, row + 1, nullptr, nullptr);
           },
           py::arg("row"), "Sets the states of a sequence to zero.");
 }

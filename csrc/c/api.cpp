@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <vector>
 
 #include "c/model_file.h"
 #include "cpu/runtime/buffer_cache.h"
@@ -14,9 +15,23 @@
 
 struct fastrnn_session {
   fastrnn::cpu::Session<float> kernel;
+  const std::vector<float> h0, c0;  // of one sequence, [L, R] and [L, H]; empty: zero
 
-  fastrnn_session(const fastrnn::cpu::StackShape& shape, std::int64_t batch)
-      : kernel(shape, batch, 1) {}
+  fastrnn_session(const fastrnn::c::Model& model, std::int64_t batch)
+      : kernel(model.shape, batch, 1),
+        h0(copied(model.h0, model.shape.h_size(1))),
+        c0(copied(model.c0, model.shape.c_size(1))) {}
+
+  // Sets the states of these sequences to the initial ones.
+  void reset_rows(std::int64_t first, std::int64_t end) {
+    kernel.write_rows(first, end, h0.empty() ? nullptr : h0.data(),
+                      c0.empty() ? nullptr : c0.data());
+  }
+
+ private:
+  static std::vector<float> copied(const float* from, std::int64_t size) {
+    return from == nullptr ? std::vector<float>() : std::vector<float>(from, from + size);
+  }
 };
 
 namespace fastrnn::c {
@@ -85,8 +100,9 @@ int open(std::int64_t batch, fastrnn_session** session, const Read& read) noexce
     require(batch >= 1 && batch <= kMostBatch, "batch must be 1 to 65536");
     cpu::check_settings();
     const Model model = read();
-    auto opened = std::make_unique<fastrnn_session>(model.shape, batch);
+    auto opened = std::make_unique<fastrnn_session>(model, batch);
     opened->kernel.pack(model.weights.data());
+    opened->reset_rows(0, batch);
     *session = opened.release();
     return FASTRNN_OK;
   } catch (...) {
@@ -195,14 +211,17 @@ int fastrnn_set_state(fastrnn_session* session, const float* h, const float* c_s
 }
 
 int fastrnn_reset(fastrnn_session* session) {
-  return c::guarded([&] { c::kernel_of(session).write_states(nullptr, nullptr); });
+  return c::guarded([&] {
+    const Kernel& kernel = c::kernel_of(session);
+    session->reset_rows(0, kernel.batch());
+  });
 }
 
 int fastrnn_reset_row(fastrnn_session* session, int64_t row) {
   return c::guarded([&] {
     Kernel& kernel = c::kernel_of(session);
     c::require(row >= 0 && row < kernel.batch(), "row");
-    kernel.clear_row(row);
+    session->reset_rows(row, row + 1);
   });
 }
 

@@ -221,6 +221,7 @@ class Tensors {
   Tensors(std::map<std::string, Tensor> tensors, const std::vector<float>& values)
       : tensors_(std::move(tensors)), values_(values) {}
 
+  bool has(const std::string& name) const { return tensors_.count(name) != 0; }
   const float* take(const std::string& name, const Shape& shape) {
     const auto found = tensors_.find(name);
     if (found == tensors_.end()) throw FormatError("the file has no " + name);
@@ -276,8 +277,10 @@ Model parse_model(const char* data, std::size_t size) {
   Header header = HeaderParser(begin, values).parse();
 
   const Metadata metadata(header.metadata);
-  if (metadata.text("fastrnn") != "1")
-    throw FormatError("the file has another version of the format than 1");
+  // Version 2 has one more entry, "residual".
+  const std::string& version = metadata.text("fastrnn");
+  if (version != "1" && version != "2")
+    throw FormatError("the file has another version of the format than 1 and 2");
   Model model{};
   model.values.resize((rest - header_size) / sizeof(float));
   if (!model.values.empty())
@@ -291,7 +294,8 @@ Model parse_model(const char* data, std::size_t size) {
                  1,
                  metadata.size("input_size", 1),
                  metadata.size("hidden_size", 1),
-                 metadata.size("proj_size", 0)};
+                 metadata.size("proj_size", 0),
+                 version == "2" && metadata.is_true("residual")};
   const bool bias = metadata.is_true("bias");
   if (model.shape.proj_size > 0 && !cell.projects) Metadata::fail("proj_size");
   const auto hidden = std::uint64_t(model.shape.hidden_size);
@@ -310,6 +314,11 @@ Model parse_model(const char* data, std::size_t size) {
     own.w_hh_stride = std::int64_t(out);
     own.w_hr_stride = std::int64_t(hidden);
     model.weights.push_back(own);
+  }
+  const auto depth = std::uint64_t(layers);
+  if (tensors.has("h_0")) {
+    model.h0 = tensors.take("h_0", {depth, 1, out});
+    if (model.shape.has_cell_state()) model.c0 = tensors.take("c_0", {depth, 1, hidden});
   }
   tensors.check_all_taken();
   return model;

@@ -5,6 +5,7 @@
 //   N bytes      JSON: {"__metadata__": {"cell": "lstm", ...},
 //                       "weight_ih_l0": {"dtype": "F32", "shape": [G*H, I],
 //                                        "data_offsets": [begin, end]}, ...}
+//                      A learned initial state is h_0 [L, 1, R] and, if the cell has c, c_0.
 //   the rest     the tensors; offsets count from here
 //
 // The content may be damaged or hostile: every size and offset is checked.
@@ -31,6 +32,9 @@ struct FormatError : std::runtime_error {
 struct Model {
   cpu::StackShape shape;                     // one direction
   std::vector<LayerWeights<float>> weights;  // [L], they point into values
+  // The learned initial states [L, 1, R] and [L, 1, H], which point into values; null: zero.
+  const float* h0;
+  const float* c0;
   std::vector<float> values;
 };
 

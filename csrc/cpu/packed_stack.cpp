@@ -99,7 +99,7 @@ void PackedStack<T>::forward(const StackCall<T>& call, int threads,
     return result;
   };
   for (int layer = 0; layer < shape_.layers; ++layer) {
-    if (shape_.directions == 1 && layer + 1 < shape_.layers) {
+    if (shape_.directions == 1 && !shape_.residual && layer + 1 < shape_.layers) {
       const PackedForward<T> pair[] = {problem(layer, 0), problem(layer + 1, 0)};
       if (forward_packed_pair(pair, &plans_[layer], threads, parallel_for)) {
         ++layer;
@@ -109,6 +109,7 @@ void PackedStack<T>::forward(const StackCall<T>& call, int threads,
     const PackedForward<T> directions[] = {problem(layer, 0),
                                            problem(layer, shape_.directions - 1)};
     forward_packed(directions, shape_.directions, plans_[layer], threads, parallel_for);
+    add_residual(shape_, layer, directions[0].x, call.steps * batch * width, directions[0].y);
   }
 }
 

@@ -15,6 +15,8 @@ struct StackShape {
   std::int64_t input_size;   // I
   std::int64_t hidden_size;  // H
   std::int64_t proj_size;    // P, 0: no projection
+  // Whether each layer but the first adds its input to its output. h_n has no such sum.
+  bool residual = false;
 
   std::int64_t output_size() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
   int states() const { return layers * directions; }                                    // L*D
@@ -42,6 +44,13 @@ struct StackCall {
   T* h_n;                     // [L*D, B, R]; must not overlap h0
   T* c_n;                     // [L*D, B, H] or null: the cell has no c
 };
+
+// Adds the input of a layer to its output, if the layer has a residual connection.
+template <class T>
+void add_residual(const StackShape& shape, int layer, const T* x, std::int64_t size, T* y) {
+  if (!shape.residual || layer == 0) return;
+  for (std::int64_t i = 0; i < size; ++i) y[i] += x[i];
+}
 
 template <class T>
 class PackedStack {

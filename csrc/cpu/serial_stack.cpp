@@ -102,6 +102,7 @@ void SerialStack<T>::run_part(const std::vector<Prepared>& layers, const T* x, s
     team.backwards = backwards_;
     layer.forward(problem, layer.plan, layer.panel_layout, layer.panels, layer.layout,
                   memory + scratch_at_, team, 0);
+    add_residual(stack_.shape(), int(i), problem.x, steps * h_size, problem.y);
   }
   if (steps % 2 == 1) backwards_ = !backwards_;
 }

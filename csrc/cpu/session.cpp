@@ -16,12 +16,14 @@ void copy_or_clear(const T* from, std::int64_t size, T* to) {
     std::fill_n(to, size, T(0));
 }
 
-// Clears a row of states [layers, batch, units].
+// Replaces rows of states [layers, batch, units] by from [layers, units], or by zeros if null.
 template <class T>
-void clear(T* states, std::int64_t layers, std::int64_t batch, std::int64_t units,
-           std::int64_t row) {
+void replace_rows(T* states, std::int64_t layers, std::int64_t batch, std::int64_t units,
+                  std::int64_t first, std::int64_t end, const T* from) {
   for (std::int64_t layer = 0; layer < layers; ++layer)
-    std::fill_n(states + (layer * batch + row) * units, units, T(0));
+    for (std::int64_t row = first; row < end; ++row)
+      copy_or_clear(from == nullptr ? nullptr : from + layer * units, units,
+                    states + (layer * batch + row) * units);
 }
 
 }  // namespace
@@ -120,10 +122,12 @@ void Session<T>::write_states(const T* from_h, const T* from_c) {
 }
 
 template <class T>
-void Session<T>::clear_row(std::int64_t row) {
+void Session<T>::write_rows(std::int64_t first, std::int64_t end, const T* from_h,
+                            const T* from_c) {
   const Use use(*this);
-  clear(h(), shape().layers, batch_, shape().output_size(), row);
-  if (c_size_ > 0) clear(c(), shape().layers, batch_, shape().hidden_size, row);
+  const std::int64_t layers = shape().layers;
+  replace_rows(h(), layers, batch_, shape().output_size(), first, end, from_h);
+  if (c_size_ > 0) replace_rows(c(), layers, batch_, shape().hidden_size, first, end, from_c);
 }
 
 template class Session<float>;

@@ -37,8 +37,9 @@ class Session {
   FASTRNN_EXPORT void read_states(T* h, T* c);
   // Null: zero.
   FASTRNN_EXPORT void write_states(const T* h, const T* c);
-  // Sets the states of one sequence of the batch to zero.
-  FASTRNN_EXPORT void clear_row(std::int64_t row);
+  // Replaces the states of each of these sequences of the batch by h [L, R] and c [L, H]. Null:
+  // zero.
+  FASTRNN_EXPORT void write_rows(std::int64_t first, std::int64_t end, const T* h, const T* c);
 
   const StackShape& shape() const { return stack_.shape(); }
   std::int64_t batch() const { return batch_; }

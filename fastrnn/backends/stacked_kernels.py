@@ -26,6 +26,8 @@ def unsupported(call: LayerCall) -> str:
         return "a graph is captured or compiled"
     if call.h0.shape[0] != num_layers:
         return "the layers are bidirectional"
+    if call.options.residual:
+        return "the layers have residual connections"
     if dropout != 0:
         return "there is dropout between the layers"
     if weight_format:

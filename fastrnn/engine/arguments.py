@@ -31,6 +31,7 @@ _PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
 _KEYWORDS = {
     "weight_dtype": None,
     "recompute": "none",
+    "residual": False,
     **NO_MARKS._asdict(),
     "return_all_states": False,
     "return_gates": False,
@@ -115,6 +116,8 @@ def _checked_run(
     directions = 2 if values["bidirectional"] else 1
     weight_format = WEIGHT_FORMATS[checks.check_weight_dtype(values["weight_dtype"])]
     recompute = checks.check_recompute(values["recompute"])
+    if not checks.is_bool(values["residual"]):
+        raise TypeError(f"residual must be a bool, got {checks.describe(values['residual'])}")
     if batch_sizes is None:
         _check(x.dim() == 3, f"input must have 3 dimensions, got {x.dim()}")
         batch = x.shape[0] if values["batch_first"] else x.shape[1]
@@ -173,6 +176,7 @@ def _checked_run(
             weight_format,
             recorder=recorder,
             recompute=recompute,
+            residual=bool(values["residual"]),
         ),
     )
     marks = Marks(*(values[name] for name in Marks._fields))

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as dropout_function
 
 from fastrnn.engine.run import run
 from fastrnn.engine.states import Recorder
 from fastrnn.layer_call import LayerCall, Results
 from fastrnn.ops.segments import take
+from fastrnn.ops.stacking import layer_input, layer_output
 from fastrnn.spec import Weights
 
 #: cells whose states stay finite whatever the steps beyond a row's end compute from x = 0; an h
@@ -68,8 +68,8 @@ def run_lengths_on_device(call: LayerCall, lengths: Tensor) -> Results:
     h_n, c_n = [], []
     x = torch.where(exists, x, 0)  # padding may hold anything, such as NaN
     for layer in range(own.num_layers):
-        if layer > 0 and own.dropout > 0:
-            x = dropout_function(x, own.dropout, training=True)
+        below = x
+        x = layer_input(below, layer, own)
         outputs = []
         for direction in range(directions):
             index = layer * directions + direction
@@ -93,5 +93,6 @@ def run_lengths_on_device(call: LayerCall, lengths: Tensor) -> Results:
                 c_n.append(final(c.squeeze(1), c0[index]))
             y = torch.where(exists, y, 0)
             outputs.append(mirror(y) if direction else y)
-        x = torch.cat(outputs, -1) if directions > 1 else outputs[0]
+        y = torch.cat(outputs, -1) if directions > 1 else outputs[0]
+        x = layer_output(y, below, layer, own)
     return x, torch.stack(h_n), torch.stack(c_n) if c_n else None

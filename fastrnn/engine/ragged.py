@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as dropout_function
 
 from fastrnn import autocast
 from fastrnn.backends.conditions import unsupported_tensors, unsupported_transform
 from fastrnn.engine import choose
 from fastrnn.engine.checks import check_layers
 from fastrnn.engine.lengths_on_device import can_run, run_lengths_on_device
+from fastrnn.engine.ragged_states import recorded_layer
 from fastrnn.engine.run import run, without_autocast_in_graphs
 from fastrnn.layer_call import DEFAULTS, LayerCall, Results
 from fastrnn.ops import ragged_layer
 from fastrnn.ops.ragged import cast_states
 from fastrnn.ops.segments import Ragged, run_composed, slice_states
+from fastrnn.ops.stacking import layer_input, layer_output
 from fastrnn.spec import CellSpec, Weights
 from fastrnn.tracing import is_capturing, is_in_onnx_export, size, without_tracing
 
@@ -124,8 +125,6 @@ def _unsupported(call: LayerCall) -> str:
     """Returns the reason why there is no operator for a call with marks, or ""."""
     if is_in_onnx_export():
         return "ONNX does not have this operator"
-    if call.options.recorder is not None:
-        return "the operator returns neither states nor gates of every step"
     reason = unsupported_transform() or unsupported_tensors(call)
     return reason.format(dtype=str(call.x.dtype).removeprefix("torch."), device=call.x.device)
 
@@ -143,24 +142,28 @@ def _run_in_graph(call: LayerCall, ragged: Ragged) -> Results:
 
 
 def _run_layers(call: LayerCall, ragged: Ragged) -> Results:
-    """Runs the layers in order. Each one reads the output of the layer below, after dropout."""
-    (flat, slots), (num_layers, dropout, *_) = call.weights, call.options
+    """Runs the layers in order; `fastrnn.ops.stacking` defines what each one reads."""
+    (flat, slots), num_layers = call.weights, call.options.num_layers
     count = len(flat) // num_layers
     directions = size(call.h0, 0) // num_layers
     x = call.x
     h_n, c_n = [], []
     for index in range(num_layers):
-        if index > 0 and dropout > 0:
-            x = dropout_function(x, dropout, training=True)
         states = slice(index * directions, (index + 1) * directions)
         own = call._replace(
-            x=x,
+            x=layer_input(x, index, call.options),
             h0=call.h0[states],
             c0=None if call.c0 is None else call.c0[states],
             weights=Weights(flat[index * count : (index + 1) * count], slots),
             options=DEFAULTS,
         )
-        x, h, c = ragged_layer(own, slice_states(ragged, states))
+        marks = slice_states(ragged, states)
+        recorder = call.options.recorder
+        if recorder is None:
+            y, h, c = ragged_layer(own, marks)
+        else:
+            y, h, c = recorded_layer(own, marks, recorder)
+        x = layer_output(y, x, index, call.options)
         h_n.append(h)
         if c is not None:
             c_n.append(c)

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as dropout_function
 
 from fastrnn import autocast
 from fastrnn._torch_internals import is_any_autocast_enabled
-from fastrnn.backends import Backend, torch_step
+from fastrnn.backends import Backend, prepared, torch_step
 from fastrnn.engine import choose
 from fastrnn.engine.checks import check_alike, check_layers, check_step
 from fastrnn.layer_call import DEFAULTS, PADDED, LayerCall, Results
 from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
+from fastrnn.ops.stacking import layer_input, layer_output
 from fastrnn.spec import CellSpec, Weights
 from fastrnn.tracing import is_capturing, size, without_tracing
 
@@ -50,9 +50,11 @@ def run(call: LayerCall, batch_first: bool = False) -> Results:
 
 
 def run_stack(call: LayerCall, backend: Backend) -> Results:
-    """Runs the layers in order. Each one reads the output of the layer below, after dropout."""
+    """Runs the layers in order; `fastrnn.ops.stacking` defines what each one reads."""
     num_layers = call.options.num_layers
-    if num_layers == 1 or backend.WHOLE_STACK:
+    if num_layers == 1 or (
+        backend.WHOLE_STACK and (backend is prepared or not call.options.residual)
+    ):
         return backend.run(call)
     spec, x, sequence, h0, c0, (flat, slots), options = call
     layer_options = DEFAULTS._replace(
@@ -62,12 +64,13 @@ def run_stack(call: LayerCall, backend: Backend) -> Results:
     directions = size(h0, 0) // num_layers
     h_n, c_n = [], []
     for index in range(num_layers):
-        if index > 0 and options.dropout > 0:
-            x = dropout_function(x, options.dropout, training=True)
         states = slice(index * directions, (index + 1) * directions)
         c = None if c0 is None else c0[states]
         weights = Weights(flat[index * count : (index + 1) * count], slots)
-        x, h, c = backend.run(LayerCall(spec, x, sequence, h0[states], c, weights, layer_options))
+        below = x
+        x = layer_input(below, index, options)
+        y, h, c = backend.run(LayerCall(spec, x, sequence, h0[states], c, weights, layer_options))
+        x = layer_output(y, below, index, options)
         h_n.append(h)
         if c is not None:
             c_n.append(c)

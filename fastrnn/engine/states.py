@@ -67,15 +67,36 @@ class Recorder:
 
     def run(self, call: LayerCall) -> Results:
         """Runs one layer and collects what its steps leave."""
-        self.sizes = tuple(call.x.shape[:-1])
         steps = self._steps(call._replace(options=DEFAULTS))
-        if self.returns_states:
-            self._h.append(output_rows(call, steps.results[0]))
-            if steps.c is not None:
-                self._c.append(steps.c)
-        if steps.gates is not None:
-            self._gates.append(steps.gates)
+        self.collect(call, steps.results[0], steps.c, steps.gates)
         return steps.results
+
+    def collect(
+        self, call: LayerCall, y: Tensor, c: Tensor | None, gates: dict[str, Tensor] | None
+    ) -> None:
+        """Adds what the steps of one layer leave.
+
+        Args:
+            call: the layer.
+            y: its output.
+            c: [N,D,C*H], None if the cell has none.
+            gates: for each gate [N,D,H], None if they are not wanted.
+        """
+        self.sizes = tuple(call.x.shape[:-1])
+        if self.returns_states:
+            self._h.append(output_rows(call, y))
+            if c is not None:
+                self._c.append(c)
+        if gates is not None:
+            self._gates.append(gates)
+
+    def rows(self) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Returns c [N,L*D,C*H], or None, and the gates [N,L*D,H] that have been collected."""
+        gates = {
+            name: torch.cat([own[name] for own in self._gates], 1)
+            for name in (self._gates[0] if self._gates else ())
+        }
+        return torch.cat(self._c, 1) if self._c else None, gates
 
     def _steps(self, call: LayerCall) -> Steps:
         backend = choose.choose(call, BACKENDS)

@@ -10,7 +10,8 @@
  *   fastrnn_close(session);
  *
  * The file is written in Python: layer.stream().export("model.safetensors"). Values are float.
- * A session continues from the states that the step before left; at first they are zero.
+ * A session continues from the states that the step before left. At first they are the initial
+ * states: those that the layer has learned (learn_initial_state=True), or zero.
  *
  * fastrnn_step, fastrnn_run and the functions for states run on the calling thread. They allocate
  * no memory, take no lock and make no system call, so they can run in a real-time thread. Different
@@ -61,8 +62,8 @@ FASTRNN_API int fastrnn_version(void);
 /* A sentence that describes an error code. Never null. */
 FASTRNN_API const char* fastrnn_error_string(int error);
 
-/* Makes a session of the weights in a file, with states of zero. batch: B, 1 to 65536. On failure
- * *session is null. */
+/* Makes a session of the weights in a file, with its initial states. batch: B, 1 to 65536. On
+ * failure *session is null. */
 FASTRNN_API int fastrnn_open(const char* path, int64_t batch, fastrnn_session** session);
 /* The same with the content of such a file. The session does not use `data` afterwards. */
 FASTRNN_API int fastrnn_open_memory(const void* data, size_t size, int64_t batch,
@@ -84,9 +85,9 @@ FASTRNN_API int fastrnn_run(fastrnn_session* session, const float* x, int64_t st
 FASTRNN_API int fastrnn_get_state(fastrnn_session* session, float* h, float* c);
 /* Replaces the states by copies of h and c. */
 FASTRNN_API int fastrnn_set_state(fastrnn_session* session, const float* h, const float* c);
-/* Sets all states to zero. */
+/* Sets all states to the initial ones. */
 FASTRNN_API int fastrnn_reset(fastrnn_session* session);
-/* Sets the states of one of the B sequences to zero. */
+/* Sets the states of one of the B sequences to the initial ones. */
 FASTRNN_API int fastrnn_reset_row(fastrnn_session* session, int64_t row);
 
 /* Sizes; 0 for a null session. */

@@ -26,6 +26,7 @@ from fastrnn.layer_call import (
     SequenceMembers,
     SequenceTensors,
 )
+from fastrnn.modules.batch_first_states import batch_first, layers_first
 from fastrnn.modules.quantization_warning import warn_if_left_float
 from fastrnn.ops import HALF, forward_op, kernel_layer, ragged_layer, raise_unless_rejected
 from fastrnn.ops.packed import PreparedWeights, StackShape
@@ -43,6 +44,7 @@ from fastrnn.tracing import (
     check_scriptable,
     is_tracing,
     leaf_call,
+    size,
     without_tracing,
 )
 
@@ -82,6 +84,8 @@ class RecurrentBase(nn.RNNBase):
     _prepared = cast("PreparedWeights | None", None)
     _learns_initial_state = False
     _recompute = cast("int | str", "none")
+    _residual = False
+    _batch_first_states = False
     _overrides_checks: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -96,6 +100,8 @@ class RecurrentBase(nn.RNNBase):
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
         recompute: int | str = "none",
+        residual: bool = False,
+        batch_first_states: bool = False,
         **kwargs: Any,
     ) -> None:
         self.weight_dtype = weight_dtype
@@ -108,9 +114,18 @@ class RecurrentBase(nn.RNNBase):
             if not checks.is_bool(self.bidirectional):  # torch.nn would raise at the first call
                 name = type(self.bidirectional).__name__
                 raise TypeError(f"bidirectional should be of type bool, got: {name}")
-            if not checks.is_bool(learn_initial_state):
-                name = type(learn_initial_state).__name__
-                raise TypeError(f"learn_initial_state should be of type bool, got: {name}")
+            for option, value in (
+                ("learn_initial_state", learn_initial_state),
+                ("residual", residual),
+                ("batch_first_states", batch_first_states),
+            ):
+                if not checks.is_bool(value):
+                    name = type(value).__name__
+                    raise TypeError(f"{option} should be of type bool, got: {name}")
+            if residual:
+                self._residual = True
+            if batch_first_states:
+                self._batch_first_states = True
             if learn_initial_state:
                 self._add_initial_state()
         except Exception:
@@ -137,8 +152,8 @@ class RecurrentBase(nn.RNNBase):
         if BY_MODE[self.mode].has_cell_state:
             sizes["c_0"] = self.hidden_size
         like: Any = self.weight_hh_l0
-        for name, size in sizes.items():
-            zeros = like.detach().new_zeros(self.num_layers * directions, 1, size)
+        for name, units in sizes.items():
+            zeros = like.detach().new_zeros(self.num_layers * directions, 1, units)
             self.register_parameter(name, nn.Parameter(zeros))
 
     def _initial_state_names(self) -> list[str]:
@@ -188,6 +203,18 @@ class RecurrentBase(nn.RNNBase):
         else:
             self._recompute = recompute if isinstance(recompute, str) else int(recompute)
 
+    @property
+    @torch.jit.unused
+    def residual(self) -> bool:
+        """Whether each layer but the first adds its input to its output."""
+        return self._residual
+
+    @property
+    @torch.jit.unused
+    def batch_first_states(self) -> bool:
+        """Whether initial and final states are [B,L*D,*] instead of [L*D,B,*]."""
+        return self._batch_first_states
+
     def __prepare_scriptable__(self) -> nn.Module:
         """Returns the module that ``torch.jit.script`` compiles.
 
@@ -198,6 +225,11 @@ class RecurrentBase(nn.RNNBase):
         """
         self._update_flat_weights()  # the compiler reads them
         check_scriptable(self, [*self._flat_weights_names, *self._initial_state_names()])
+        if self._batch_first_states:
+            raise RuntimeError(
+                "torch.jit.script: batch_first_states must be False, got True. Use torch.export, "
+                "torch.compile or torch.jit.trace."
+            )
         cls = type(self)
         own = next(c for c in cls.__mro__ if "forward" in c.__dict__)
         if own is cls or not own.__module__.startswith("fastrnn."):
@@ -227,6 +259,10 @@ class RecurrentBase(nn.RNNBase):
             text += ", learn_initial_state=True"
         if self._recompute != "none":
             text += f", recompute={self._recompute!r}"
+        if self._residual:
+            text += ", residual=True"
+        if self._batch_first_states:
+            text += ", batch_first_states=True"
         return text
 
     def prepare(self: _Module) -> _Module:
@@ -259,7 +295,12 @@ class RecurrentBase(nn.RNNBase):
             )
         directions = 2 if self.bidirectional else 1
         shape = StackShape(
-            self.num_layers, directions, self.input_size, self.hidden_size, self.proj_size
+            self.num_layers,
+            directions,
+            self.input_size,
+            self.hidden_size,
+            self.proj_size,
+            self._residual,
         )
         self._prepared = PreparedWeights(owner, BY_MODE[self.mode], shape, weights)
         return self
@@ -436,6 +477,7 @@ class RecurrentBase(nn.RNNBase):
                 WEIGHT_FORMATS[self._weight_dtype],
                 prepared,
                 recompute=checks.check_recompute(self._recompute),
+                residual=self._residual,
             )
         if recorder is not None:
             options = options._replace(recorder=recorder)
@@ -575,7 +617,12 @@ class RecurrentBase(nn.RNNBase):
         reset_state: Hidden,
         return_all_states: bool,
         return_gates: bool,
+        is_layers_first: bool = False,
     ) -> tuple[Tensor | PackedSequence, Hidden]:
+        if self._batch_first_states and not is_layers_first:
+            return self._run_batch_first_states(  # type: ignore[no-any-return]
+                input, hx, Marks(lengths, resets, reset_state), return_all_states, return_gates
+            )
         rejection = None
         marks = NO_MARKS
         try:
@@ -603,6 +650,44 @@ class RecurrentBase(nn.RNNBase):
                 error.__cause__ = rejection
             checks.explain_layer(self, input, hx)
             raise
+
+    def _run_batch_first_states(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Hidden,
+        marks: Marks,
+        return_all_states: bool,
+        return_gates: bool,
+    ) -> Any:
+        """Runs a call whose states are [B,L*D,*]."""
+        options = {
+            **marks._asdict(),
+            "return_all_states": return_all_states or None,
+            "return_gates": return_gates or None,
+        }
+        node = leaf_call(self, input, hx, options)
+        if node is not None:
+            return node
+        is_packed = isinstance(input, PackedSequence)
+        x: Any = input
+        is_batched = is_packed or (isinstance(x, Tensor) and x.dim() == 3)
+        if is_batched:
+            batch = None
+            if not (is_packed or x.is_nested):
+                batch = size(x, 0 if self.batch_first else 1)
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            units = [self.proj_size or self.hidden_size]
+            if BY_MODE[self.mode].has_cell_state:
+                units.append(self.hidden_size)
+            expected = [(batch, count, own) for own in units]
+            hx = layers_first("hx", hx, expected)
+            reset_state = layers_first("reset_state", marks.reset_state, expected)
+            marks = marks._replace(reset_state=reset_state)
+        results: Any = self._run(input, hx, *marks, return_all_states, return_gates, True)
+        if not is_batched:
+            return results
+        output, hidden, *extras = results
+        return (output, batch_first(hidden), *extras)
 
     def _run_recorded(
         self,

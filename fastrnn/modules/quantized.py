@@ -60,6 +60,9 @@ class QuantizedRecurrent(nn.Module):
                 f"quantize: {name} must not have a learned initial state, got "
                 "learn_initial_state=True."
             )
+        for option in ("residual", "batch_first_states"):
+            if getattr(layer, option):
+                raise NotImplementedError(f"quantize: {option} of {name} must be False, got True.")
         self.training = False
         self.mode = layer.mode
         self.input_size = layer.input_size

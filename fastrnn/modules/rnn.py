@@ -46,7 +46,7 @@ class RNN(OneState):
         num_layers: L, number of stacked layers. Default: 1
         nonlinearity: f, one of ``'tanh'``, ``'relu'``, ``'sigmoid'``. Default: ``'tanh'``
         bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
-        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
+        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states are not.
         dropout: probability that an output between two layers is zeroed in training. Default: 0
         bidirectional: whether a second direction runs backwards in time: D = 2 instead of 1.
         device, dtype: of the parameters.
@@ -57,6 +57,11 @@ class RNN(OneState):
         recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
             before each k steps are kept, and backward computes the rest again, see docs/memory.md.
             Default: ``"none"``
+        residual: whether the input of each layer but the first is added to its output. The output
+            of the layers 0 to k is z_k = y_k + z_{k-1}, with y_k the states of layer k, which reads
+            dropout(z_{k-1}). The states that are returned are the layers' own. Default: ``False``
+        batch_first_states: whether ``hx``, ``reset_state`` and the final states are [B,L*D,*]
+            instead of [L*D,B,*]; the final states are then views. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -105,6 +110,8 @@ class RNN(OneState):
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
         recompute: int | str = "none",
+        residual: bool = False,
+        batch_first_states: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -196,7 +203,7 @@ class LSTM(TwoStates):
         hidden_size: H, features of the cell state.
         num_layers: L, number of stacked layers. Default: 1
         bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
-        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
+        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states are not.
         dropout: probability that an output between two layers is zeroed in training. Default: 0
         bidirectional: whether a second direction runs backwards in time: D = 2 instead of 1.
         proj_size: P, features of the projected hidden state; 0 for no projection. Default: 0
@@ -211,6 +218,11 @@ class LSTM(TwoStates):
         recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
             before each k steps are kept, and backward computes the rest again, see docs/memory.md.
             Default: ``"none"``
+        residual: whether the input of each layer but the first is added to its output. The output
+            of the layers 0 to k is z_k = y_k + z_{k-1}, with y_k the states of layer k, which reads
+            dropout(z_{k-1}). The states that are returned are the layers' own. Default: ``False``
+        batch_first_states: whether ``hx``, ``reset_state`` and the final states are [B,L*D,*]
+            instead of [L*D,B,*]; the final states are then views. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -265,6 +277,8 @@ class LSTM(TwoStates):
         learn_initial_state: bool = False,
         forget_bias: float | None = None,
         recompute: int | str = "none",
+        residual: bool = False,
+        batch_first_states: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -420,7 +434,7 @@ class GRU(OneState):
         hidden_size: H, features of the hidden state.
         num_layers: L, number of stacked layers. Default: 1
         bias: whether there are ``b_ih`` and ``b_hh``. Default: ``True``
-        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
+        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states are not.
         dropout: probability that an output between two layers is zeroed in training. Default: 0
         bidirectional: whether a second direction runs backwards in time: D = 2 instead of 1.
         device, dtype: of the parameters.
@@ -431,6 +445,11 @@ class GRU(OneState):
         recompute: ``"full"``, or a number of steps k, saves memory in training: only the states
             before each k steps are kept, and backward computes the rest again, see docs/memory.md.
             Default: ``"none"``
+        residual: whether the input of each layer but the first is added to its output. The output
+            of the layers 0 to k is z_k = y_k + z_{k-1}, with y_k the states of layer k, which reads
+            dropout(z_{k-1}). The states that are returned are the layers' own. Default: ``False``
+        batch_first_states: whether ``hx``, ``reset_state`` and the final states are [B,L*D,*]
+            instead of [L*D,B,*]; the final states are then views. Default: ``False``
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -478,6 +497,8 @@ class GRU(OneState):
         weight_dtype: torch.dtype | None = None,
         learn_initial_state: bool = False,
         recompute: int | str = "none",
+        residual: bool = False,
+        batch_first_states: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

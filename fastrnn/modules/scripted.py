@@ -57,6 +57,7 @@ def run_layers(
     cell: str,
     num_layers: int,
     dropout: float,
+    residual: bool,
     marks: ScriptMarks,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs stacked layers like `fastrnn.engine.run.run_stack`; c_n is empty if there is none."""
@@ -70,6 +71,7 @@ def run_layers(
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
     for index in range(num_layers):
+        below = x
         if index > 0 and dropout > 0.0:
             x = torch.dropout(x, dropout, True)
         first, end = index * directions, (index + 1) * directions
@@ -91,6 +93,8 @@ def run_layers(
                 script_slice(reset_c, first, end),
                 cell,
             )
+        if index > 0 and residual:
+            x = x + below
         h_n.append(h)
         c_n.append(c)
     return x, torch.cat(h_n), torch.cat(c_n)
@@ -118,6 +122,7 @@ class Scriptable(RecurrentBase):
             self.mode.lower(),
             self.num_layers,
             self.dropout if self.training else 0.0,
+            hasattr(self, "_residual"),  # an instance has it only if it is True
             marks,
         )
         return y.transpose(0, 1) if swapped else y, h_n, c_n

@@ -20,13 +20,14 @@ PACKED_DTYPES = (torch.float32, torch.float64)
 
 
 class StackShape(NamedTuple):
-    """Sizes of stacked layers: L, D, I, H and P."""
+    """Sizes of stacked layers, L, D, I, H and P, and whether each but the first adds its input."""
 
     num_layers: int
     directions: int
     input_size: int
     hidden_size: int
     proj_size: int
+    residual: bool = False
 
     @property
     def output_size(self) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastrnn._torch_internals import are_transforms_active, forward_ad
 from fastrnn.layer_call import LayerCall, Results, SequenceMembers
+from fastrnn.ops.stacking import layer_input, layer_output
 from fastrnn.spec import Weights
 
 #: runs stacked layers over packed rows
@@ -229,14 +230,14 @@ def _run_directions(call: LayerCall, ragged: Ragged, directions: int, run: Run) 
     steps, batch, _ = call.x.shape
     segments = [cut(steps, batch, ragged.lengths, ragged.resets, back) for back in (False, True)]
     flat, slots = call.weights
-    layers, dropout = call.options.num_layers, call.options.dropout
+    layers = call.options.num_layers
     count = len(flat) // (layers * directions)
     options = call.options._replace(num_layers=1, dropout=0.0, prepared=None)
     x = call.x
     h_n, c_n = [], []
     for layer in range(layers):
-        if layer > 0 and dropout > 0:
-            x = torch.nn.functional.dropout(x, dropout, training=True)
+        below = x
+        x = layer_input(below, layer, call.options)
         outputs = []
         for direction in range(directions):
             index = layer * directions + direction
@@ -254,5 +255,5 @@ def _run_directions(call: LayerCall, ragged: Ragged, directions: int, run: Run) 
             h_n.append(h)
             if c is not None:
                 c_n.append(c)
-        x = torch.cat(outputs, -1)
+        x = layer_output(torch.cat(outputs, -1), below, layer, call.options)
     return x, torch.cat(h_n), torch.cat(c_n) if c_n else None

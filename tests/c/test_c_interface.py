@@ -100,6 +100,60 @@ def test_states_can_be_read_set_and_reset(tmp_path: Path) -> None:
         assert torch.equal(session.run(x), first)
 
 
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        ("rnn_tanh", {}),
+        ("gru", {"num_layers": 3}),
+        ("lstm", {"num_layers": 2, "proj_size": 3}),
+        ("lstm", {"num_layers": 2, "residual": True}),
+    ],
+    ids=str,
+)
+def test_learned_initial_states_are_in_the_file(
+    cell: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    module = build(cell, 5, 7, learn_initial_state=True, **options).eval()
+    with torch.no_grad():
+        for name in ("h_0", "c_0"):
+            if hasattr(module, name):
+                getattr(module, name).normal_()
+    x = torch.randn(40, 3, 5)
+    expected = module.stream(3)
+    initial = states(expected)
+    with CSession(exported(module, tmp_path), 3) as session:
+        assert all(map(torch.equal, session.state(), initial))
+        first = expected.run(x)
+        assert torch.equal(session.run(x), first)
+        before = session.state()
+        session.call("reset_row", 1)
+        for old, new, start in zip(before, session.state(), initial, strict=True):
+            assert torch.equal(new[:, 1], start[:, 1])
+            assert torch.equal(new[:, ::2], old[:, ::2])
+        session.call("reset")
+        assert all(map(torch.equal, session.state(), initial))
+        assert torch.equal(session.run(x), first)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_residual_connections_are_in_the_file(cell: str, tmp_path: Path) -> None:
+    module = build(cell, 5, 7, num_layers=3, residual=True).eval()
+    x = torch.randn(150, 2, 5)
+    path = exported(module, tmp_path)
+    expected = module.stream(2)
+    with CSession(path, 2) as session:
+        assert torch.equal(session.step(x[0]), expected.step(x[0]))
+        assert torch.equal(session.run(x), expected.run(x))
+        assert all(map(torch.equal, session.state(), states(expected)))
+    header, values = split(path.read_bytes())
+    assert (header["__metadata__"]["fastrnn"], header["__metadata__"]["residual"]) == ("2", "true")
+    header["__metadata__"].update(residual="false")
+    with CSession(joined(header, values), 2) as session:
+        plain = build(cell, 5, 7, num_layers=3).eval()
+        plain.load_state_dict(module.state_dict())
+        assert torch.equal(session.run(x), plain.stream(2).run(x))
+
+
 def test_a_step_may_overwrite_its_input(tmp_path: Path) -> None:
     module = build("gru", 6, 6).eval()
     x = torch.randn(1, 6)
@@ -261,7 +315,11 @@ def model_bytes(cell: str, **shape: Any) -> bytes:
         return exported(build(cell, 2, 3, **shape).eval(), Path(folder)).read_bytes()
 
 
-MODELS = [model_bytes("lstm", num_layers=2, proj_size=2), model_bytes("gru", bias=False)]
+MODELS = [
+    model_bytes("lstm", num_layers=2, proj_size=2),
+    model_bytes("gru", bias=False),
+    model_bytes("lstm", num_layers=2, learn_initial_state=True, residual=True),
+]
 
 
 def split(model: bytes) -> tuple[dict[str, Any], bytes]:
@@ -287,10 +345,10 @@ def open_and_step(model: bytes) -> int:
 
 
 def test_small_files_are_valid() -> None:
-    assert [open_and_step(model) for model in MODELS] == [OK, OK]
+    assert {open_and_step(model) for model in MODELS} == {OK}
 
 
-@pytest.mark.parametrize("model", MODELS, ids=["lstm", "gru"])
+@pytest.mark.parametrize("model", MODELS, ids=["lstm", "gru", "options"])
 def test_every_truncation_is_rejected(model: bytes) -> None:
     assert {open_and_step(model[:size]) for size in range(len(model))} == {FORMAT}
 
@@ -303,7 +361,11 @@ HEADER, VALUES = split(MODELS[1])
     [
         (lambda h: h["__metadata__"].pop("cell"), "no cell"),
         (lambda h: h["__metadata__"].update(cell="slstm"), "invalid cell"),
-        (lambda h: h["__metadata__"].update(fastrnn="2"), "another version"),
+        (lambda h: h["__metadata__"].update(fastrnn="3"), "another version"),
+        (lambda h: h["__metadata__"].update(fastrnn="2"), "no residual"),
+        (lambda h: h["__metadata__"].update(fastrnn="2", residual="1"), "invalid residual"),
+        (lambda h: h.update(h_0=dict(h["weight_hh_l0"])), "h_0 does not have"),
+        (lambda h: h.update(c_0=dict(h["weight_hh_l0"])), "does not: c_0"),
         (lambda h: h["__metadata__"].update(hidden_size="-3"), "invalid hidden_size"),
         (lambda h: h["__metadata__"].update(hidden_size="0"), "invalid hidden_size"),
         (lambda h: h["__metadata__"].update(hidden_size="99999999999999999999"), "invalid hidden"),

@@ -30,6 +30,8 @@
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/cache.h"
 #include "cpu/runtime/thread_budget.h"
+#include "cpu/serial_stack.h"
+#include "cpu/session.h"
 #include "reference.h"
 
 // Makes the kernels believe in 8 CPUs, so that teams of 4 run on a smaller machine too.
@@ -687,6 +689,178 @@ void check_stack(std::set<std::string>& rules) {
   }
 }
 
+// Packed layers on the calling thread (serial_stack.h), with the states in between: steps, several
+// parts of steps, and x in the memory of y. forward() runs each layer for comparison.
+template <class T>
+struct SerialStackCheck {
+  static constexpr std::int64_t kSteps = 70;  // more than one part of batch 3
+  const CellKind cell;
+  const std::int64_t inputs, hidden, projection, batch;
+  const int count;
+  const bool residual;
+  const std::vector<std::unique_ptr<Layer>> layers = make_layers();
+  const std::int64_t out = projection > 0 ? projection : hidden;
+  const std::int64_t cell_units = fastrnn::cell_info(cell).states == 2 ? hidden : 0;
+
+  std::vector<std::unique_ptr<Layer>> make_layers() const {
+    const std::int64_t below = projection > 0 ? projection : hidden;
+    std::vector<std::unique_ptr<Layer>> made;
+    for (int i = 0; i < count; ++i)
+      made.push_back(std::make_unique<Layer>(
+          cell, Case{"serial", i == 0 ? inputs : below, hidden, projection, padded(kSteps, batch)},
+          unsigned(i)));
+    return made;
+  }
+
+  void check() const {
+    std::vector<typename Checker<T>::Weights> own;
+    std::vector<fastrnn::LayerWeights<T>> weights;
+    for (const auto& layer : layers) own.emplace_back(Checker<T>{*layer, 1}, layer->directions[0]);
+    for (const auto& weight : own) weights.push_back(weight.pointers());
+    const Matrix<T> x(layers[0]->x, kSteps * batch, inputs);
+    std::vector<Matrix<T>> expected_h, expected_c;
+    const Values expected = run_layers(weights, x, expected_h, expected_c);
+
+    const cpu::StackShape shape{cell, count, 1, inputs, hidden, projection, residual};
+    cpu::PackedStack<T> stack(shape, 1);
+    stack.pack(weights.data());
+    cpu::SerialStack<T> serial(stack, batch);
+    for (const std::int64_t first : {std::int64_t(0), std::int64_t(1), std::int64_t(5)}) {
+      // heap memory of exactly the size that the interface promises to stay in
+      std::vector<T> y(std::size_t(kSteps * batch * out));
+      std::vector<T> h(std::size_t(count * batch * out));
+      std::vector<T> c(std::size_t(count * batch * cell_units));
+      for (int i = 0; i < count; ++i) {
+        const Direction& d = layers[std::size_t(i)]->directions[0];
+        copy(d.h0, h, i * batch * out);
+        if (cell_units > 0) copy(d.c0, c, i * batch * cell_units);
+      }
+      T* const c_states = cell_units > 0 ? c.data() : nullptr;
+      for (std::int64_t t = 0; t < first; ++t)
+        serial.run(x.data() + t * batch * inputs, 1, y.data() + t * batch * out, h.data(), c_states,
+                   false);
+      serial.run(x.data() + first * batch * inputs, kSteps - first, y.data() + first * batch * out,
+                 h.data(), c_states, false);
+      compare(y, expected, "y of a serial stack");
+      for (int i = 0; i < count; ++i) {
+        const T* const own_h = h.data() + i * batch * out;
+        compare({own_h, own_h + batch * out}, values(expected_h[std::size_t(i)], batch * out),
+                "h of a serial stack");
+        if (cell_units == 0) continue;
+        const T* const own_c = c.data() + i * batch * cell_units;
+        compare({own_c, own_c + batch * cell_units},
+                values(expected_c[std::size_t(i)], batch * cell_units), "c of a serial stack");
+      }
+    }
+    if (inputs == out) check_overlap(serial, x, expected);
+  }
+
+  // y in the memory of x.
+  void check_overlap(cpu::SerialStack<T>& serial, const Matrix<T>& x,
+                     const Values& expected) const {
+    std::vector<T> shared(x.data(), x.data() + batch * inputs);
+    std::vector<T> h(std::size_t(count * batch * out)), c(std::size_t(count * batch * cell_units));
+    for (int i = 0; i < count; ++i) {
+      const Direction& d = layers[std::size_t(i)]->directions[0];
+      copy(d.h0, h, i * batch * out);
+      if (cell_units > 0) copy(d.c0, c, i * batch * cell_units);
+    }
+    serial.run(shared.data(), 1, shared.data(), h.data(), cell_units > 0 ? c.data() : nullptr,
+               false);
+    compare(shared, Values(expected.begin(), expected.begin() + batch * out), "y in place of x");
+  }
+
+  Values run_layers(const std::vector<fastrnn::LayerWeights<T>>& weights, const Matrix<T>& x,
+                    std::vector<Matrix<T>>& h_n, std::vector<Matrix<T>>& c_n) const {
+    std::vector<T> below(x.data(), x.data() + kSteps * batch * inputs);
+    for (int i = 0; i < count; ++i) {
+      const Layer& layer = *layers[std::size_t(i)];
+      const Matrix<T> h0(layer.directions[0].h0, batch, out);
+      const Matrix<T> c0(layer.directions[0].c0, batch, layer.cell_units());
+      h_n.emplace_back(batch, out, out);
+      c_n.emplace_back(batch, layer.cell_units(), layer.cell_units());
+      std::vector<T> y(std::size_t(kSteps * batch * out));
+      fastrnn::LayerForward<T, T> problem{};
+      problem.shape = layer.shape(false);
+      problem.weights = weights[std::size_t(i)];
+      problem.x = below.data();
+      problem.x_stride = problem.shape.input_size;
+      problem.h0 = h0.data();
+      problem.c0 = c0.data();
+      problem.y = y.data();
+      problem.y_stride = out;
+      problem.h_n = h_n.back().data();
+      problem.c_n = c_n.back().data();
+      cpu::forward(&problem, 1, 1, on_threads);
+      if (residual && i > 0)
+        for (std::size_t k = 0; k < y.size(); ++k) y[k] += below[k];
+      below = y;
+    }
+    return Values(below.begin(), below.end());
+  }
+
+  static void copy(const Values& from, std::vector<T>& to, std::int64_t at) {
+    for (std::size_t k = 0; k < from.size(); ++k) to[std::size_t(at) + k] = T(from[k]);
+  }
+  static Values values(const Matrix<T>& from, std::int64_t size) {
+    return Values(from.data(), from.data() + size);
+  }
+  static void compare(const std::vector<T>& found, const Values& expected, const char* name) {
+    if (found.size() != expected.size()) fail(std::string(name) + " has another size");
+    for (std::size_t k = 0; k < found.size(); ++k)
+      if (!(std::abs(double(found[k]) - expected[k]) <= (sizeof(T) == 4 ? 2e-4 : 1e-10)))
+        fail(std::string(name) + " differs at " + std::to_string(k));
+  }
+};
+
+template <class T>
+void check_serial_stacks() {
+  for (const fastrnn::CellInfo& info : fastrnn::kCells) {
+    if (!cpu::StackShape::supports(info)) continue;
+    SerialStackCheck<T>{info.kind, 13, 21, 0, 1, 1, false}.check();
+    SerialStackCheck<T>{info.kind, 21, 21, 0, 3, 1, false}.check();
+    SerialStackCheck<T>{info.kind, 13, 21, 0, 3, 3, true}.check();
+    SerialStackCheck<T>{info.kind, 21, 21, 0, 2, 2, false}.check();
+    if (info.projects) SerialStackCheck<T>{info.kind, 9, 30, 7, 2, 3, true}.check();
+  }
+}
+
+// Two threads call one session: one call may be turned away, and none may see half a state. Each
+// thread also steps a session of its own.
+void check_sessions_of_threads() {
+  const cpu::StackShape shape{CellKind::kLstm, 2, 1, 6, 10, 0, false};
+  const SerialStackCheck<float> layers{CellKind::kLstm, 6, 10, 0, 2, 2, false};
+  std::vector<Checker<float>::Weights> own;
+  std::vector<fastrnn::LayerWeights<float>> weights;
+  for (const auto& layer : layers.layers)
+    own.emplace_back(Checker<float>{*layer, 1}, layer->directions[0]);
+  for (const auto& weight : own) weights.push_back(weight.pointers());
+  cpu::Session<float> shared(shape, 2, 1);
+  shared.pack(weights.data());
+  const auto use = [&] {
+    cpu::Session<float> alone(shape, 2, 1);
+    alone.pack(weights.data());
+    const std::vector<float> x(2 * 6 * 40, 0.5f);
+    std::vector<float> y(2 * 10 * 40), h(std::size_t(alone.h_size())),
+        c(std::size_t(alone.c_size()));
+    for (int round = 0; round < 200; ++round) {
+      for (cpu::Session<float>* session : {&alone, &shared}) {
+        try {
+          session->step(x.data(), y.data());
+          session->run(x.data(), 40, y.data(), false);
+          session->read_states(h.data(), c.data());
+          session->write_rows(1, 2, h.data(), c.data());
+        } catch (const cpu::SessionBusy&) {
+          if (session == &alone) fail("a session of one thread was busy");
+        }
+      }
+    }
+  };
+  std::thread other(use);
+  use();
+  other.join();
+}
+
 // Calls from two threads at once, as from two threads of Python.
 void check_two_callers() {
   const Layer& lower = layer_of(CellKind::kLstm, cases()[3]);
@@ -855,6 +1029,7 @@ void check_all() {
       std::set<std::string> rules;
       in_double ? check_layers<double>(rules) : check_layers<float>(rules);
       in_double ? check_stack<double>(rules) : check_stack<float>(rules);
+      in_double ? check_serial_stacks<double>() : check_serial_stacks<float>();
       require(rules, !in_double && isa != "baseline");
     }
     cpu::set_slow_cache_boundary(kSlowCacheBoundary);
@@ -862,6 +1037,7 @@ void check_all() {
     check_layers<float>(rules);
     if (rules.count("prefetched panels") == 0) fail(isa + " ran no case with prefetched panels");
     check_two_callers();
+    check_sessions_of_threads();
     std::printf("%s: every layer agrees, with %d calls on several threads so far\n", isa.c_str(),
                 parallel_calls.load());
     std::fflush(stdout);
