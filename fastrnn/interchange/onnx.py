@@ -93,7 +93,7 @@ def from_onnx(
     constants = _constants(graph)
     if name is None:
         return {key: _convert(key, by_name[key], constants, device, dtype) for key in by_name}
-    if not isinstance(name, str) or name not in by_name:
+    if name not in list(by_name):  # a list: any object can be looked for
         raise ValueError(
             f"{_OWNER}: name must be one of {', '.join(map(repr, by_name))}, got {describe(name)}."
         )
