@@ -13,6 +13,14 @@ from fastrnn.c_interface import get_include, get_library
 from fastrnn.convert import ConversionReport, convert, patch, unpatch
 from fastrnn.engine.states import Extras
 from fastrnn.explanation import Explanation, explain
+from fastrnn.interchange import (
+    Reversed,
+    from_flashrnn,
+    from_haste,
+    from_keras,
+    from_onnx,
+    to_keras_weights,
+)
 from fastrnn.modules import *
 from fastrnn.modules import cells as _cells
 from fastrnn.modules import rnn as _rnn
@@ -27,11 +35,16 @@ __all__ = [
     "Explanation",
     "Extras",
     "QuantizedRecurrent",
+    "Reversed",
     "Session",
     "TbpttProgress",
     "__version__",
     "convert",
     "explain",
+    "from_flashrnn",
+    "from_haste",
+    "from_keras",
+    "from_onnx",
     "functional",
     "get_include",
     "get_library",
@@ -39,6 +52,7 @@ __all__ = [
     "quantization_mapping",
     "quantize",
     "tbptt",
+    "to_keras_weights",
     "unpatch",
 ]
 __all__ += _cells.__all__
