@@ -259,7 +259,7 @@ def gradients_on_device(
         tuple(found),
         y,
         saved,
-        _states_before(call, y, masks, states[0]),
+        _states_before(call, y, masks, states[0]) if steps > 0 else None,
     )
     results: list[Tensor | None] = [d_x]
     d_resets: list[Tensor | None] = []
