@@ -65,14 +65,15 @@ cublasMath_t math_mode(const Context& context) {
 
 template <class S>
 Plan choose(const LayerShape& shape, int directions, Pass pass, const Context& context,
-            bool has_step_gradients = false) {
+            bool has_resets, bool has_step_gradients = false) {
   const Request request{shape,
                         directions,
                         pass,
                         arithmetic<S>(context),
                         current_chip(),
                         choice_named(std::getenv("FASTRNN_SCHEDULE")),
-                        has_step_gradients};
+                        has_step_gradients,
+                        has_resets};
   Gpu gpu(context.stream, context.blas);
   return make_plan_on<S>(request, gpu);
 }
@@ -81,12 +82,13 @@ Plan choose(const LayerShape& shape, int directions, Pass pass, const Context& c
 
 template <class S>
 Plan plan(const Forward<S>* problems, int directions, const Context& context) {
-  return choose<S>(problems[0].shape, directions, Pass::kForward, context);
+  return choose<S>(problems[0].shape, directions, Pass::kForward, context,
+                   problems[0].resets.mask != nullptr);
 }
 template <class S>
 Plan plan(const Backward<S>* problems, int directions, const Context& context) {
   return choose<S>(problems[0].shape, directions, Pass::kBackward, context,
-                   problems[0].d_c_steps != nullptr);
+                   problems[0].resets.mask != nullptr, problems[0].d_c_steps != nullptr);
 }
 
 template <class S>

@@ -35,6 +35,16 @@ struct LayerWeights {
   const Storage* w_unit;                               // [E*H] or null
 };
 
+// The rows of a padded batch whose state before a step is replaced. (CUDA only: on the CPU such
+// rows become sequences of their own, problem/segments.h.)
+template <class Storage>
+struct Resets {
+  const std::uint8_t* mask;  // [T, B] not 0 before a step whose state is replaced, or null: none
+  const Storage* h;          // [B, R] the new states of a step, or null: zeros
+  const Storage* c;          // [B, C*H] or null: zeros
+  std::int64_t h_stride, c_stride;  // between the states of two steps; 0: the same for all
+};
+
 template <class Storage, class Accumulator>
 struct LayerForward {
   LayerShape shape;
@@ -53,6 +63,7 @@ struct LayerForward {
   // [B, C*H] or null. If Storage is not Accumulator: the initial cell states, which the call
   // replaces by the final ones. c0 is not read then.
   Accumulator* unrounded_c;
+  Resets<Storage> resets;
 };
 
 template <class Storage, class Accumulator, class PreGradient = Accumulator>
@@ -74,6 +85,11 @@ struct LayerBackward {
   PreGradient* d_h_all;  // [N, P] gradients at the projected outputs, or null without projection
   Storage* d_h0;         // [B, R]
   Storage* d_c0;         // [B, C*H] or null
+  Resets<Storage> resets;
+  // The gradients at resets.h and resets.c, with their strides, are added to these; null: not
+  // needed.
+  Accumulator* d_reset_h;
+  Accumulator* d_reset_c;
 };
 
 // The products after the backward time loop: gradients of the weights and of the input.

@@ -430,6 +430,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kBackwardSchema);
   m.def(fastrnn::kStatesSchema);
   m.def(fastrnn::kStatesBackwardSchema);
+  m.def(fastrnn::kResetForwardSchema);
+  m.def(fastrnn::kResetBackwardSchema);
   m.def(fastrnn::kGradientsSchema);
   m.def(fastrnn::kBidirectionalGradientsSchema);
   m.def(fastrnn::kStackSchema);

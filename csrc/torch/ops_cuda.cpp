@@ -52,21 +52,112 @@ void run_kernels(const LayerArguments& layer, const Problem* problems, const Ten
   cuda::run<S>(problems, directions, plan, workspace.data_ptr(), context);
 }
 
+// The states after a reset, [1 or T, D, B, *]; without a tensor they are zeros.
+class ResetState {
+ public:
+  ResetState(const char* name, const LayerArguments& layer, const std::optional<Tensor>& state,
+             int64_t units)
+      : units_(units), batch_(layer.batch) {
+    if (!state) return;
+    layer.check_like(name, *state);
+    const std::vector<int64_t> own = sizes_of(*state);
+    const int64_t steps = own.empty() ? 0 : own[0];
+    const std::vector<int64_t> expected = {steps, layer.directions, layer.batch, units};
+    FASTRNN_CHECK(own == expected && (steps == 1 || steps == layer.steps), name,
+                  " must have the shape [1 or ", layer.steps, ", ", layer.directions, ", ",
+                  layer.batch, ", ", units, "], got ", text(own), ".");
+    state_ = as_contiguous(*state);
+    stride_ = steps == 1 ? 0 : layer.directions * layer.batch * units;
+  }
+
+  // Zeros for its gradient, of the type in which kernels add.
+  Tensor gradient(const LayerArguments& layer, const Tensor& like) const {
+    const ScalarType dtype = accumulate_type(layer.dtype);
+    if (!state_) return placeholder(dtype, like);
+    Tensor zeros = empty(sizes_of(*state_), dtype, like);
+    torch::stable::zero_(zeros);
+    return zeros;
+  }
+
+  // Of a direction; null: zeros.
+  template <class S>
+  const S* view(int64_t d) const {
+    return state_ ? static_cast<const S*>(state_->const_data_ptr()) + offset(d) : nullptr;
+  }
+  template <class A>
+  A* gradient_view(const Tensor& gradient, int64_t d) const {
+    return state_ ? static_cast<A*>(gradient.data_ptr()) + offset(d) : nullptr;
+  }
+  int64_t stride() const { return stride_; }
+
+ private:
+  int64_t offset(int64_t d) const { return d * batch_ * units_; }
+
+  int64_t units_, batch_, stride_ = 0;
+  std::optional<Tensor> state_;
+};
+
+// The resets of a call. A call without them has an empty mask.
+struct CallResets {
+  std::optional<Tensor> mask;  // [D, T, B]
+  std::optional<ResetState> h, c;
+
+  CallResets() = default;
+  CallResets(const LayerArguments& layer, const Tensor& resets,
+             const std::optional<Tensor>& reset_h, const std::optional<Tensor>& reset_c) {
+    FASTRNN_CHECK(!layer.packed && !layer.single,
+                  "resets must be given with x [T, B, I] and h0 [D, B, R], got other shapes.");
+    FASTRNN_CHECK(DeviceId(resets) == layer.place && dtype_code(resets) == aoti_torch_dtype_bool(),
+                  "resets must be bool on the device of the input, got another tensor.");
+    const std::vector<int64_t> expected = {layer.directions, layer.steps, layer.batch};
+    FASTRNN_CHECK(sizes_of(resets) == expected, "resets must have the shape ", text(expected),
+                  ", got ", text(sizes_of(resets)), ".");
+    check_memory("resets", resets, 1);
+    FASTRNN_CHECK(!reset_c || layer.c0, "reset_c must not be given for ", layer.cell->name,
+                  ", got a tensor.");
+    mask = as_contiguous(resets);
+    h.emplace("reset_h", layer, reset_h, layer.out());
+    c.emplace("reset_c", layer, reset_c, layer.cell_units());
+  }
+
+  template <class S>
+  Resets<S> view(const LayerArguments& layer, int64_t d) const {
+    if (!mask) return {};
+    const auto* values = static_cast<const uint8_t*>(mask->const_data_ptr());
+    return {values + d * layer.steps * layer.batch, h->template view<S>(d), c->template view<S>(d),
+            h->stride(), c->stride()};
+  }
+};
+
+// The gradients at the states after a reset.
+struct ResetGradients {
+  Tensor h, c;
+};
+
 template <class S>
-void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs) {
+void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
+         const CallResets& resets) {
   const Rows rows(x);
   cuda::Forward<S> problems[2]{};
-  for (int64_t d = 0; d < layer.directions; ++d)
+  for (int64_t d = 0; d < layer.directions; ++d) {
     problems[d] = forward_problem<S, cuda::Accumulate<S>>(layer, d, rows, outputs);
+    problems[d].resets = resets.view<S>(layer, d);
+  }
   run_kernels<S>(layer, problems, x);
 }
 
 template <class S>
-void run(const LayerArguments& layer, const BackwardInputs& inputs,
-         const BackwardOutputs& outputs) {
+void run(const LayerArguments& layer, const BackwardInputs& inputs, const BackwardOutputs& outputs,
+         const CallResets& resets, const std::optional<ResetGradients>& d_resets) {
+  using A = cuda::Accumulate<S>;
   cuda::Backward<S> problems[2]{};
-  for (int64_t d = 0; d < layer.directions; ++d)
-    problems[d] = backward_problem<S, cuda::Accumulate<S>>(layer, d, inputs, outputs);
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    problems[d] = backward_problem<S, A>(layer, d, inputs, outputs);
+    problems[d].resets = resets.view<S>(layer, d);
+    if (!d_resets) continue;
+    problems[d].d_reset_h = resets.h->gradient_view<A>(d_resets->h, d);
+    problems[d].d_reset_c = resets.c->gradient_view<A>(d_resets->c, d);
+  }
   run_kernels<S>(layer, problems, outputs.d_pre);
 }
 
@@ -91,8 +182,25 @@ FourTensors forward_of(const Tensor& x, const Tensor& h0, const std::optional<Te
   const LayerArguments layer("x", x, h0, c0, weights, slots, sequence, cell, checked_dtype("x", x));
   check_input(layer, x);
   const ForwardOutputs results(layer, has_slot(outputs, kSaved), x);
-  run_in(layer.dtype, layer, x, results);
+  run_in(layer.dtype, layer, x, results, CallResets());
   return results.tensors(layer);
+}
+
+FourTensors recurrent_reset_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
+                                    std::vector<Tensor> weights, int64_t slots, Tensor resets,
+                                    std::optional<Tensor> reset_h, std::optional<Tensor> reset_c,
+                                    StringHandle cell_handle, int64_t outputs) {
+  return guarded([&] {
+    const std::string cell = consume_string(cell_handle);
+    const DeviceGuard guard = on_device_of("x", x);
+    const LayerArguments layer("x", x, h0, c0, weights, slots, std::nullopt, cell,
+                               checked_dtype("x", x));
+    check_input(layer, x);
+    const CallResets own(layer, resets, reset_h, reset_c);
+    const ForwardOutputs results(layer, has_slot(outputs, kSaved), x);
+    run_in(layer.dtype, layer, x, results, own);
+    return results.tensors(layer);
+  });
 }
 
 FourTensors recurrent_forward(Tensor x, Tensor h0, std::optional<Tensor> c0,
@@ -138,8 +246,29 @@ FourTensors backward_of(const std::optional<Tensor>& d_y, const std::optional<Te
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n, d_c_steps);
   const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n, d_c_steps);
   const BackwardOutputs outputs(layer, y);
-  run_in(layer.dtype, layer, inputs, outputs);
+  run_in(layer.dtype, layer, inputs, outputs, CallResets(), std::optional<ResetGradients>());
   return outputs.tensors(layer);
+}
+
+SixTensors recurrent_reset_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
+                                    std::optional<Tensor> d_c_n, std::optional<Tensor> d_c_steps,
+                                    Tensor h0, std::optional<Tensor> c0,
+                                    std::vector<Tensor> weights, int64_t slots, Tensor resets,
+                                    std::optional<Tensor> reset_h, std::optional<Tensor> reset_c,
+                                    Tensor y, Tensor saved, StringHandle cell_handle) {
+  return guarded([&]() -> SixTensors {
+    const std::string cell = consume_string(cell_handle);
+    const DeviceGuard guard = on_device_of("y", y);
+    const LayerArguments layer("y", y, h0, c0, weights, slots, std::nullopt, cell,
+                               checked_dtype("y", y));
+    check_backward(layer, y, saved, d_y, d_h_n, d_c_n, d_c_steps);
+    const CallResets own(layer, resets, reset_h, reset_c);
+    const ResetGradients d_resets{own.h->gradient(layer, y), own.c->gradient(layer, y)};
+    const BackwardInputs inputs(layer, y, saved, d_y, d_h_n, d_c_n, d_c_steps);
+    const BackwardOutputs outputs(layer, y);
+    run_in(layer.dtype, layer, inputs, outputs, own, std::optional(d_resets));
+    return std::tuple_cat(outputs.tensors(layer), std::tuple(d_resets.h, d_resets.c));
+  });
 }
 
 FourTensors recurrent_backward(std::optional<Tensor> d_y, std::optional<Tensor> d_h_n,
@@ -180,4 +309,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
   m.impl("recurrent_backward", TORCH_BOX(&fastrnn::recurrent_backward));
   m.impl("recurrent_states", TORCH_BOX(&fastrnn::recurrent_states));
   m.impl("recurrent_states_backward", TORCH_BOX(&fastrnn::recurrent_states_backward));
+  m.impl("recurrent_reset_forward", TORCH_BOX(&fastrnn::recurrent_reset_forward));
+  m.impl("recurrent_reset_backward", TORCH_BOX(&fastrnn::recurrent_reset_backward));
 }

@@ -82,6 +82,22 @@ constexpr const char* kInt8Schema =
     "recurrent_int8(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
     "str cell) -> (Tensor y, Tensor h_n, Tensor c_n)";
 
+// CUDA only: one layer over a padded batch some of whose states are replaced before a step. resets
+// bool [D, T, B]; reset_h [1 or T, D, B, R] and reset_c [1 or T, D, B, C*H], the new states of all
+// steps or of each, are zeros if they are not given.
+constexpr const char* kResetForwardSchema =
+    "recurrent_reset_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, "
+    "Tensor resets, Tensor? reset_h, Tensor? reset_c, str cell, int outputs) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)";
+// recurrent_backward for it, with the gradient at the cell states after every step as in
+// recurrent_states_backward. d_reset_h and d_reset_c have the shapes of the states and the type in
+// which the kernels add; they are empty without the states.
+constexpr const char* kResetBackwardSchema =
+    "recurrent_reset_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_c_steps, "
+    "Tensor h0, Tensor? c0, Tensor[] weights, int slots, Tensor resets, Tensor? reset_h, "
+    "Tensor? reset_c, Tensor y, Tensor saved, str cell) -> (Tensor d_pre, Tensor d_h_all, "
+    "Tensor d_h0, Tensor d_c0, Tensor d_reset_h, Tensor d_reset_c)";
+
 // Cuts a padded batch into segments (problem/segments.h). lengths int64 [B], resets bool [T, B], on
 // the CPU.
 constexpr const char* kSegmentsSchema =
@@ -93,7 +109,9 @@ constexpr const char* kSegmentsSchema =
 // without them all rows have T steps and no reset. reset_h and reset_c, the states after a reset,
 // have the shape of h0 and c0, or [T, D, B, *]; zeros if they are not given. y is zero beyond a
 // row's length. No size depends on the values: saved [D, T*B, S*H] holds in its first rows those of
-// the packed batch. On CUDA Python implements these operators (fastrnn/ops/ragged.py).
+// the packed batch. On CUDA Python implements these operators by recurrent_reset_forward
+// (fastrnn/ops/ragged_on_device.py): the marks may be on the device, and saved is that of the
+// padded batch.
 constexpr const char* kRaggedForwardSchema =
     "ragged_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, Tensor? lengths, "
     "Tensor? resets, Tensor? reset_h, Tensor? reset_c, str cell, int outputs) "

@@ -1,8 +1,8 @@
 """Lengths and resets of padded batches: their checks, and the way to compute them.
 
-Stacked layers run by an operator per layer (`fastrnn.ops.ragged`) in graphs, and a single layer
-also in eager code on the CPU. Otherwise they are composed (`fastrnn.ops.segments`) of the backends'
-packed batches.
+Stacked layers run by an operator per layer (`fastrnn.ops.ragged`) in graphs and on CUDA, and a
+single layer also in eager code on the CPU. Otherwise they are composed (`fastrnn.ops.segments`) of
+the backends' packed batches.
 """
 
 from __future__ import annotations
@@ -99,15 +99,19 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
     if not is_graph and _stays_on_device(call, marks):
         results = run_lengths_on_device(call, marks.lengths.detach().to(call.x.device, torch.int64))
         return results[0].transpose(0, 1) if batch_first else results[0], *results[1:]
-    ragged = _convert(call, marks, batch_first)
     reason = _unsupported(call)
+    on_device = not reason and _runs_on_device(call)
+    ragged = _convert(call, marks, batch_first, not on_device)
     if is_graph and not reason:
-        y, h_n, c_n = _run_in_graph(call, ragged)
+        y, h_n, c_n = _run_by_operators(call, ragged)
     elif is_capturing():
         raise RuntimeError(f"lengths and resets cannot be in this graph: {reason}.")
     else:
         ragged = _check_values(ragged, size(call.x, 0))
-        if not reason and call.options == DEFAULTS and choose.may_use_fast_path() and call.x.is_cpu:
+        is_plain = call.options == DEFAULTS and choose.may_use_fast_path()
+        if on_device:
+            y, h_n, c_n = _run_by_operators(call, ragged)
+        elif not reason and call.x.is_cpu and is_plain:
             check_layers(call)
             y, h_n, c_n = ragged_layer(call, ragged)
         else:
@@ -116,9 +120,14 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
 
 
 def _stays_on_device(call: LayerCall, marks: Marks) -> bool:
-    """Whether a call on CUDA runs without waiting for the stream."""
+    """Whether a call on CUDA with lengths runs by the kernels of a padded batch."""
     lengths: Any = marks.lengths
     return call.x.is_cuda and marks.resets is None and lengths.is_cuda and can_run(call)
+
+
+def _runs_on_device(call: LayerCall) -> bool:
+    """Whether a supported call on CUDA runs by an operator per layer, which reads no mark."""
+    return call.x.is_cuda and not choose.is_watched() and call.options.recompute == 0
 
 
 def _unsupported(call: LayerCall) -> str:
@@ -129,7 +138,7 @@ def _unsupported(call: LayerCall) -> str:
     return reason.format(dtype=str(call.x.dtype).removeprefix("torch."), device=call.x.device)
 
 
-def _run_in_graph(call: LayerCall, ragged: Ragged) -> Results:
+def _run_by_operators(call: LayerCall, ragged: Ragged) -> Results:
     """Runs stacked layers by an operator per layer."""
     if not autocast.acts_on(call.x):
         check_layers(call)
@@ -202,13 +211,15 @@ def _check_kinds(call: LayerCall, marks: Marks, batch_first: bool) -> None:
         check_reset_state(own, like, steps, name)
 
 
-def _convert(call: LayerCall, marks: Marks, batch_first: bool) -> Ragged:
+def _convert(call: LayerCall, marks: Marks, batch_first: bool, to_cpu: bool) -> Ragged:
     """Returns checked marks as the operators take them; resets may still be float64."""
     lengths, resets = marks.lengths, marks.resets
     if lengths is not None:
-        lengths = lengths.detach().to("cpu", torch.int64)
+        lengths = lengths.detach().to(torch.int64)
+        lengths = lengths.cpu() if to_cpu else lengths
     if resets is not None:
-        resets = resets.detach().cpu()
+        resets = resets.detach()
+        resets = resets.cpu() if to_cpu else resets
         if resets.dim() == 3:
             resets = resets.squeeze(-1)
         if resets.dtype != torch.bool:
@@ -223,19 +234,19 @@ def _convert(call: LayerCall, marks: Marks, batch_first: bool) -> Ragged:
 
 
 def _check_values(ragged: Ragged, steps: int) -> Ragged:
-    """Checks the values of the marks. Returns them with resets as bool.
+    """Checks the values of the marks that are on the CPU. Returns them with resets as bool.
 
     Raises:
         ValueError: a length is negative or larger than T, or a reset is neither 0 nor 1.
     """
     lengths, resets = ragged.lengths, ragged.resets
-    if lengths is not None and len(lengths):
+    if lengths is not None and lengths.is_cpu and len(lengths):
         wrong = lengths[(lengths < 0) | (lengths > steps)]
         if len(wrong):
             raise ValueError(
                 f"lengths must be from 0 to the {steps} steps of input, got {int(wrong[0])}"
             )
-    if resets is not None and resets.dtype != torch.bool:
+    if resets is not None and resets.is_cpu and resets.dtype != torch.bool:
         is_one = resets == 1
         if not bool((is_one | (resets == 0)).all()):
             raise ValueError("resets must hold only 0 and 1, got another value")

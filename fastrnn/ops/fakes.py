@@ -391,9 +391,11 @@ def expect_ragged(
     ):
         if t is not None:
             kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            is_near = t.device.type == "cpu" or (x.device.type == "cuda" and t.device == x.device)
+            place = "on the CPU" + " or the device of the input" * (x.device.type == "cuda")
             _expect(
-                t.device.type == "cpu" and t.dtype in dtypes,
-                f"{name} must be {len(sizes)}-D {kinds} on the CPU, got another tensor",
+                is_near and t.dtype in dtypes,
+                f"{name} must be {len(sizes)}-D {kinds} {place}, got another tensor",
             )
             _expect_sizes(name, t, sizes)
     _expect(reset_c is None or c0 is not None, "reset_c must not be given without c0, got a tensor")

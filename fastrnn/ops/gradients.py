@@ -168,13 +168,35 @@ def gradients_by_torch(
     call: LayerCall, needs: tuple[bool, ...], d_outputs: Outputs, y: Tensor, saved: Tensor
 ) -> Gradients:
     """Computes the gradients by the operator of the time loop and torch's matrix products."""
-    spec, x, sequence, h0, c0, weights, _ = call
-    need_x, need_h0, need_c0, *need_weights = needs
-    flat, slots = weights
+    spec, _, sequence, h0, c0, (flat, slots), _ = call
     loop = backward_op if len(d_outputs) == 3 else states_backward_op
-    d_pre, d_h_all, d_h0, d_c0 = loop(
+    found = loop(
         *d_outputs, h0, c0, flat, slots | sequence.slots, sequence.flat, y, saved, spec.name
     )
+    return gradients_of_loop(call, needs, found, y, saved)
+
+
+def gradients_of_loop(
+    call: LayerCall,
+    needs: tuple[bool, ...],
+    found: tuple[Tensor, ...],
+    y: Tensor,
+    saved: Tensor,
+    before: Sequence[Tensor] | None = None,
+) -> Gradients:
+    """Computes the gradients of a layer from those that the time loop leaves.
+
+    Args:
+        call: the layer.
+        needs: whether the gradients of x, h0, c0 and each weight are needed.
+        found: d_pre, d_h_all, d_h0 and d_c0, the results of ``recurrent_backward``.
+        y, saved: results of ``recurrent_forward``.
+        before: for each direction the state before each row [N,R]; None for that of the sequence.
+    """
+    spec, x, sequence, h0, _, weights, _ = call
+    need_x, need_h0, need_c0, *need_weights = needs
+    d_pre, d_h_all, d_h0, d_c0 = found
+    slots = weights.slots
     rows, width = d_pre.shape[1:]
     hidden = width // spec.gradient_columns
     size = h0.shape[-1]
@@ -205,13 +227,12 @@ def gradients_by_torch(
             y_own = y_rows
             if is_bidirectional:
                 y_own = y_rows[:, direction * size : (direction + 1) * size]
-            d_w_hh = _recurrent_gradient(
-                _side(pre, spec.ranges_h, hidden),
-                y_own,
-                _cast(h0[direction], pre),
-                sequence,
-                direction == 1,
-            )
+            side_h = _side(pre, spec.ranges_h, hidden)
+            if before is None:
+                h = _cast(h0[direction], pre)
+                d_w_hh = _recurrent_gradient(side_h, y_own, h, sequence, direction == 1)
+            else:
+                d_w_hh = _weight_gradient(side_h, _cast(before[direction], pre))
             d_w_hh = _cast(d_w_hh, w.w_hh)
         if need.b_ih or need.b_hh or need.w_unit:
             sums = pre.sum(0)  # one pass over d_pre for all vectors

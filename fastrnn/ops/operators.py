@@ -78,6 +78,9 @@ gradient_ops = {
 #: the operators of padded batches with lengths and resets (`fastrnn.ops.ragged`)
 ragged_forward = _interruptible(torch.ops.fastrnn.ragged_forward.default)
 ragged_gradients = _interruptible(torch.ops.fastrnn.ragged_gradients.default)
+#: those of padded batches whose states are replaced, on CUDA (`fastrnn.ops.ragged_on_device`)
+reset_forward = torch.ops.fastrnn.recurrent_reset_forward.default
+reset_backward = torch.ops.fastrnn.recurrent_reset_backward.default
 
 OPERATORS = (
     "layer",
@@ -94,6 +97,8 @@ OPERATORS = (
     "ragged_forward",
     "ragged_layer",
     "ragged_gradients",
+    "recurrent_reset_forward",
+    "recurrent_reset_backward",
 )
 
 #: dtypes that the kernels compute with

@@ -1,8 +1,9 @@
 """Padded batches with lengths and resets as one operator per layer, with its gradient.
 
 The operators do what `fastrnn.ops.segments` composes. On the CPU they are written in C++
-(csrc/torch/ops_ragged.cpp). On CUDA they are the functions `forward_by_parts` and
-`gradients_by_parts` below, which wait for the stream. Derivatives of derivatives are composed.
+(csrc/torch/ops_ragged.cpp), except for the gradients of cells with parameters per unit
+(`gradients_by_parts`). On CUDA they are the functions of `fastrnn.ops.ragged_on_device`.
+Derivatives of derivatives are composed.
 """
 
 from __future__ import annotations
@@ -36,19 +37,17 @@ from fastrnn.ops.gradients import (
     select_results,
 )
 from fastrnn.ops.operators import (
-    accumulate_dtype,
     decode_layer,
-    forward_op,
     ragged_forward,
     ragged_gradients,
     ragged_layer_op,
     records_gradient,
 )
+from fastrnn.ops.ragged_on_device import forward_on_device, gradients_on_device, layer_on_device
 from fastrnn.ops.segments import (
     Ragged,
     Segments,
     cut,
-    final_states,
     initial_states,
     run_composed,
     slice_states,
@@ -67,7 +66,8 @@ def ragged_layer(call: LayerCall, ragged: Ragged) -> Results:
 
     Args:
         call: the layer; x [T,B,I].
-        ragged: lengths int64 and resets bool or float64, on the CPU, with unchecked values.
+        ragged: lengths int64 and resets bool or float64, on the CPU or the GPU of x, with unchecked
+            values.
     """
     spec, x, _, h0, c0, (weights, slots), _ = call
     if torch.compiler.is_compiling() or is_capturing():
@@ -92,7 +92,8 @@ class RaggedFunction(torch.autograd.Function):
     r"""One layer over a padded batch with its gradient.
 
     Inputs: spec, slots, (lengths, resets), is_eager, x, h0, c0, reset_h, reset_c, \*weights. In
-    eager code the caller gets a lazy clone of y, as from `fastrnn.ops.autograd.EagerLayerFunction`.
+    eager code on the CPU the caller gets a lazy clone of y, as from
+    `fastrnn.ops.autograd.EagerLayerFunction`.
     """
 
     @staticmethod
@@ -130,7 +131,7 @@ class RaggedFunction(torch.autograd.Function):
         ctx.save_for_backward(x, h0, y, saved, *(t for t in optional if t is not None), *weights)
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.slots = spec, slots
-        if is_eager:
+        if is_eager and x.is_cpu:
             y = lazy_clone(y)
         return (y, h_n) if c0 is None else (y, h_n, c_n)
 
@@ -238,53 +239,6 @@ def _parts(call: LayerCall, ragged: Ragged) -> list[_Part]:
     return parts
 
 
-@torch.no_grad()
-def forward_by_parts(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    slots: int,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    cell: str,
-    outputs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs ``ragged_forward`` by the operators for packed rows, on any device."""
-    call, ragged = _arguments(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell)
-    spec = call.spec
-    steps, batch, _ = x.shape
-    directions, _, size = h0.shape
-    y = x.new_zeros(steps * batch, directions * size)
-    h_n, c_n = h0.clone(), x.new_empty(0) if c0 is None else c0.clone()
-    hidden = weights[0].shape[0] // spec.gates
-    is_saved = outputs & _SAVED and spec.saved
-    sizes = (directions, steps * batch, spec.saved * hidden) if is_saved else (0,)
-    saved = x.new_zeros(sizes, dtype=accumulate_dtype(x.dtype))
-    for directions_of, columns, segments, own in _parts(call, ragged):
-        if len(segments.rows) == 0:
-            continue
-        own_y, own_h, own_c, own_saved = forward_op(
-            own.x,
-            own.h0,
-            own.c0,
-            own.weights.flat,
-            slots | own.sequence.slots,
-            own.sequence.flat,
-            cell,
-            outputs,
-        )
-        y[:, columns].index_copy_(0, segments.rows.to(x.device), own_y)
-        h_n[directions_of] = final_states(own_h, h0[directions_of], segments)
-        if c0 is not None:
-            c_n[directions_of] = final_states(own_c, c0[directions_of], segments)
-        if is_saved:
-            saved[directions_of, : len(segments.rows)] = own_saved
-    return y.view(steps, batch, -1), h_n, c_n, saved
-
-
 def _arguments(
     x: Tensor,
     h0: Tensor,
@@ -310,11 +264,6 @@ def _arguments(
     return call, Ragged(lengths, resets, reset_h, reset_c)
 
 
-def _layer_by_parts(*args: Any) -> tuple[Tensor, ...]:
-    outputs = 0
-    return forward_by_parts(*(*args, outputs))[:3]
-
-
 @torch.no_grad()
 def gradients_by_parts(
     d_y: Tensor | None,
@@ -334,7 +283,7 @@ def gradients_by_parts(
     cell: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Computes the gradients of `forward_by_parts`, on any device and for any cell.
+    """Computes the gradients of ``ragged_forward`` for any cell, on the CPU.
 
     Args:
         needs: whether the gradients of x, h0, c0, reset_h, reset_c and each weight are needed.
@@ -510,10 +459,11 @@ _fragment.define(
     "Tensor? reset_c, Tensor y, Tensor saved, str cell, bool[] needs) -> Tensor[]"
 )
 _fragment.impl("ragged_gradients_by_parts", gradients_by_parts, "CompositeExplicitAutograd")
+_fragment.impl("ragged_gradients_by_parts", gradients_on_device, "CUDA")
 torch.library.register_fake("fastrnn::ragged_gradients_by_parts", _by_parts_fake)
 _by_parts_op = torch.ops.fastrnn.ragged_gradients_by_parts.default
-implementations.impl("ragged_forward", forward_by_parts, "CUDA")
-implementations.impl("ragged_layer", _layer_by_parts, "CUDA")
+implementations.impl("ragged_forward", forward_on_device, "CUDA")
+implementations.impl("ragged_layer", layer_on_device, "CUDA")
 implementations.impl("ragged_layer", _layer_autograd, "Autograd")
 for _key in ("AutocastCPU", "AutocastCUDA"):
     implementations.impl("ragged_layer", _layer_autocast, _key)

@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 import torch
 from cuda_shapes import HIDDEN_SIZES, MANY_LENGTHS, PERSISTENT_SHAPES, Shape
+from marks import KINDS as MARKS
+from marks import arguments as marked_arguments
+from marks import composed, with_gradients
 from support import (
     CELLS,
     DTYPES,
@@ -32,7 +35,7 @@ from support import (
     slots_by_count,
     torch_twin,
 )
-from tolerance import Change, assert_agrees, assert_is_between, error
+from tolerance import Change, assert_agrees, assert_is_between, assert_same_in_double, error
 from torch import Tensor, nn
 
 import fastrnn
@@ -283,6 +286,67 @@ def test_calls_do_not_synchronise_the_host(cell: str, lengths: list[int] | None)
         gradients(args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", MARKS)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("cell", SPECS)
+def test_marks_match_the_cpu_without_synchronising(
+    cell: str, projected: bool, directions: int, kind: str
+) -> None:
+    if projected and not SPECS[cell].projects:
+        pytest.skip("has no projection")
+    given = marked_arguments(cell, kind, projected, directions)
+    expected = with_gradients(composed(given), given)
+    own = {name: on_gpu(value) for name, value in given.items()}
+
+    def results() -> list[Tensor]:
+        y, h_n, c_n = torch.ops.fastrnn.ragged_layer(*own.values())
+        return with_gradients([y, h_n] if own["c0"] is None else [y, h_n, c_n], own)
+
+    results()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = results()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_in_double([t.cpu() for t in found], expected)
+
+
+def on_gpu(value: Any) -> Any:
+    """Returns a leaf on the GPU for each tensor."""
+    if isinstance(value, list):
+        return [on_gpu(t) for t in value]
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().cuda().requires_grad_(value.is_floating_point())
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_graph_with_marks_replays_with_other_marks(cell: str) -> None:
+    module = getattr(fastrnn, cell)(5, 16, 2, bidirectional=True, device="cuda")
+    x = make(9, 4, 5, dtype=torch.float32)
+    lengths, resets = torch.tensor([9, 4, 0, 7]).cuda(), torch.rand(9, 4).cuda() < 0.3
+
+    def results() -> list[Tensor]:
+        y, _ = module(x, lengths=lengths, resets=resets)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results()
+    lengths.copy_(torch.tensor([1, 9, 5, 0]))
+    resets.copy_(torch.rand(9, 4) < 0.3)
+    graph.replay()
+    for found, expected in zip(captured, results(), strict=True):
+        assert torch.equal(found, expected)
 
 
 @both_schedules

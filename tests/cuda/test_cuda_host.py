@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 import torch
+from marks import KINDS as MARKS
+from marks import arguments, call_of, composed, weights_for, with_gradients
 from support import (
     CELLS,
     DTYPES,
@@ -38,9 +40,10 @@ from tolerance import Change, assert_agrees, assert_is_between
 from torch import Tensor, nn
 
 from fastrnn.backends import torch_step
-from fastrnn.layer_call import SequenceMembers, SequenceTensors
+from fastrnn.layer_call import LayerCall, SequenceMembers, SequenceTensors
 from fastrnn.modules import base
-from fastrnn.ops import autograd, gradients, operators, states
+from fastrnn.ops import autograd, gradients, operators, ragged_on_device, states
+from fastrnn.ops.segments import Ragged
 from fastrnn.spec import CELLS as SPECS
 from fastrnn.spec import PROJECTION, Weights
 
@@ -74,6 +77,9 @@ class Call(ctypes.Structure):
         + [("d_y_stride", ctypes.c_int64)]
         + [(name, ctypes.c_void_p) for name in ("d_h_n", "d_c_n", "d_c_steps")]
         + [(name, ctypes.c_void_p) for name in ("d_pre", "d_h_all", "d_h0", "d_c0")]
+        + [(name, ctypes.c_void_p) for name in ("resets", "reset_h", "reset_c")]
+        + [(name, ctypes.c_int64) for name in ("reset_h_stride", "reset_c_stride")]
+        + [(name, ctypes.c_void_p) for name in ("d_reset_h", "d_reset_c")]
     )
 
 
@@ -108,6 +114,7 @@ class Kernels:
         sequence: Sequence[Tensor] | None,
         cell: str,
         outputs: int,
+        resets: Resets | None = None,
     ) -> tuple[Tensor, ...]:
         spec = SPECS[cell]
         directions, batch, out = h0.shape
@@ -138,6 +145,8 @@ class Kernels:
                 set_tensor(call, "c_n", c_n[d])
             if saved.numel() > 0:
                 set_tensor(call, "saved", saved[d])
+            if resets is not None:
+                resets.set(call, d)
             calls.append(call)
             kept.append(tensors)
         self.run("run_forward", calls)
@@ -158,6 +167,7 @@ class Kernels:
         saved: Tensor,
         cell: str,
         d_c_steps: Tensor | None = None,
+        resets: Resets | None = None,
     ) -> tuple[Tensor, ...]:
         spec = SPECS[cell]
         directions, batch, out = h0.shape
@@ -192,6 +202,8 @@ class Kernels:
             set_tensor(call, "d_h0", d_h0[d])
             if c0 is not None:
                 set_tensor(call, "d_c0", d_c0[d])
+            if resets is not None:
+                resets.set(call, d)
             calls.append(call)
             kept.append(tensors)
         self.run("run_backward", calls)
@@ -219,6 +231,44 @@ class Kernels:
         self, d_y: Any, d_h_n: Any, d_c_n: Any, d_c_steps: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
         return self.backward(d_y, d_h_n, d_c_n, *rest, d_c_steps=d_c_steps)
+
+    def reset_forward(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        slots: int,
+        resets: Tensor,
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
+        cell: str,
+        outputs: int,
+    ) -> tuple[Tensor, ...]:
+        own = Resets(resets, reset_h, reset_c)
+        return self.forward(x, h0, c0, weights, slots, None, cell, outputs, own)
+
+    def reset_backward(
+        self,
+        d_y: Tensor | None,
+        d_h_n: Tensor | None,
+        d_c_n: Tensor | None,
+        d_c_steps: Tensor | None,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        slots: int,
+        resets: Tensor,
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
+        y: Tensor,
+        saved: Tensor,
+        cell: str,
+    ) -> tuple[Tensor, ...]:
+        own = Resets(resets, reset_h, reset_c)
+        given = (d_y, d_h_n, d_c_n, h0, c0, weights, slots, None, y, saved, cell)
+        results = self.backward(*given, d_c_steps, own)
+        return (*results, *[y.new_empty(0) if d is None else d for d in own.gradients])
 
     def _call(
         self,
@@ -279,6 +329,28 @@ class Kernels:
         if self.units == 0:
             return {}
         return {"multiprocessors": directions * math.ceil(hidden / self.units)}
+
+
+class Resets:
+    """The resets of a call: a mask [D,T,B], and states [1 or T,D,B,*] or None."""
+
+    def __init__(self, mask: Tensor, *states: Tensor | None) -> None:
+        self.mask = mask.contiguous()
+        self.states = [None if t is None else t.contiguous() for t in states]
+        self.gradients = [
+            None if t is None else t.new_zeros(t.shape, dtype=accumulate(t.dtype)) for t in states
+        ]
+
+    def set(self, call: Call, direction: int) -> None:
+        set_tensor(call, "resets", self.mask[direction])
+        steps = self.mask.shape[1]
+        for name, state, gradient in zip("hc", self.states, self.gradients, strict=True):
+            if state is None or gradient is None or len(state) == 0:
+                continue
+            setattr(call, f"reset_{name}", state[0, direction].data_ptr() or None)
+            setattr(call, f"d_reset_{name}", gradient[0, direction].data_ptr() or None)
+            stride = state.stride(0) if len(state) == steps else 0
+            setattr(call, f"reset_{name}_stride", stride)
 
 
 def accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -439,6 +511,121 @@ def test_persistent_packed_input_matches_torch(
 ) -> None:
     kernels.choice, kernels.units = PERSISTENT, units
     check_lengths(cell, lengths, 12, dtype)
+
+
+MARKED_CASES = [(cell, projected) for cell in SPECS for projected in {False, SPECS[cell].projects}]
+every_marked_case = pytest.mark.parametrize(("cell", "projected"), MARKED_CASES)
+
+
+def spoil_padding(given: dict[str, Any]) -> None:
+    """Sets what lies beyond the rows' ends to NaN."""
+    if given["lengths"] is None:
+        return
+    steps = torch.arange(len(given["x"])).unsqueeze(1)
+    with torch.no_grad():
+        given["x"][steps >= given["lengths"]] = torch.nan
+        for name in ("reset_h", "reset_c"):
+            state = given[name]
+            if state is not None and state.dim() == 4:
+                state.transpose(1, 2)[steps >= given["lengths"]] = torch.nan
+
+
+def run_marked(kernels: Kernels, given: dict[str, Any]) -> list[Tensor]:
+    """Returns the results and gradients of a layer with marks by the code of a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged_on_device, "reset_forward", kernels.reset_forward)
+        patch.setattr(ragged_on_device, "reset_backward", kernels.reset_backward)
+        patch.setattr(ragged_on_device, "forward_op", kernels.forward)
+        results = ragged_on_device.forward_on_device(*given.values(), -1)
+        y, h_n, c_n, saved = results
+        outputs = [y, h_n] if given["c0"] is None else [y, h_n, c_n]
+        d_outputs = [weights_for(o) for o in outputs]
+        names = ("x", "h0", "c0", "reset_h", "reset_c")
+        needs = [given[name] is not None for name in names] + [True] * len(given["weights"])
+        *before, cell = given.values()
+        found = ragged_on_device.gradients_on_device(
+            *d_outputs, *[None] * (3 - len(outputs)), *before, y, saved, cell, needs
+        )
+    return [*outputs, *found]
+
+
+def check_marked(kernels: Kernels, given: dict[str, Any]) -> None:
+    with reference_math():
+        expected = with_gradients(composed(given), given)
+
+    def exact(change: Change) -> tuple[Tensor, ...]:
+        wide = {
+            name: [change(w).requires_grad_() for w in value]
+            if name == "weights"
+            else change(value).requires_grad_()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for name, value in given.items()
+        }
+        return tuple(with_gradients(composed(wide), wide))
+
+    spoilt = {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()
+    }
+    spoil_padding(spoilt)
+    assert_agrees(tuple(run_marked(kernels, spoilt)), tuple(expected), exact)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "directions"), [(torch.float64, 1), *((dtype, 2) for dtype in DTYPES)], ids=str
+)
+@pytest.mark.parametrize("kind", MARKS)
+@every_marked_case
+def test_stepwise_marks_match_the_reference(
+    library: ctypes.CDLL,
+    cell: str,
+    projected: bool,
+    directions: int,
+    kind: str,
+    dtype: torch.dtype,
+) -> None:
+    given = arguments(cell, kind, projected, directions, dtype)
+    check_marked(Kernels(library), given)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MARKS if kind != "none"])
+def test_missing_mask_is_found(library: ctypes.CDLL, kind: str) -> None:
+    kernels = Kernels(library)
+    forward = kernels.reset_forward
+
+    def without_mask(*args: Any) -> tuple[Tensor, ...]:
+        return forward(*(torch.zeros_like(t) if t is args[5] else t for t in args))
+
+    kernels.reset_forward = without_mask  # type: ignore[method-assign]
+    with pytest.raises(AssertionError):
+        check_marked(kernels, arguments("gru", kind, False, 2))
+
+
+def test_marks_without_steps_return_the_initial_state(library: ctypes.CDLL) -> None:
+    given = arguments("lstm", "lengths, resets to a state", False, 2, sizes=(0, 4, 3, 4, 2))
+    given["lengths"].zero_()
+    check_marked(Kernels(library), given)
+
+
+def test_lengths_beyond_the_batch_count_as_its_ends_without_reading_them(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = Kernels(library)
+    given = arguments("lstm", "lengths", False, 2)
+    with torch.no_grad():
+        given["lengths"][:] = torch.tensor([5, 0, 5, 0])
+        expected = run_marked(kernels, given)
+        # marks on the device are not checked; on the CPU the operator raises
+        given["lengths"][:] = torch.tensor([7, -1, 5, 0])
+        with pytest.raises(RuntimeError, match="lengths must be from 0 to the 5 steps of x, got"):
+            run_marked(kernels, given)
+
+        def unchecked(*args: Any) -> tuple[LayerCall, Ragged]:
+            return call_of(dict(zip(given, args, strict=True)))
+
+        monkeypatch.setattr(ragged_on_device, "_arguments", unchecked)
+        for found, wanted in zip(run_marked(kernels, given), expected, strict=True):
+            assert torch.equal(found, wanted)
 
 
 # cells that torch.nn lacks: per-unit parameters, several cell states, no recurrent product

@@ -1,4 +1,4 @@
-"""Lengths whose values the host does not read: the path of CUDA, run on the CPU."""
+"""Lengths and resets whose values the host does not read: the paths of CUDA, run on the CPU."""
 
 from __future__ import annotations
 
@@ -83,3 +83,41 @@ def test_cells_that_may_overflow_read_the_lengths() -> None:
             spec, torch.empty(0), fastrnn.layer_call.PADDED, torch.empty(0), None, None
         )
         assert ragged.can_run(call) == expected
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("name", "options"), [*LAYERS, ("RNN", {"nonlinearity": "relu"})], ids=str)
+def test_stacked_layers_run_by_operators(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: dict[str, Any],
+    bidirectional: bool,
+    batch_first: bool,
+) -> None:
+    """The path of CUDA calls an operator per layer, here that of the CPU."""
+    options = {**options, "bidirectional": bidirectional, "batch_first": batch_first}
+    module = getattr(fastrnn, name)(5, 7, 2, dtype=torch.float64, **options)
+    steps, batch = max(LENGTHS), len(LENGTHS)
+    sizes = (batch, steps) if batch_first else (steps, batch)
+    x = torch.randn(*sizes, 5, dtype=torch.float64, requires_grad=True)
+    count = 4 if bidirectional else 2
+    widths = [module.proj_size or 7] + ([7] if name == "LSTM" else [])
+    learned = [torch.randn(count, 1, n, dtype=torch.float64, requires_grad=True) for n in widths]
+    marks = {
+        "lengths": torch.tensor(LENGTHS),
+        "resets": torch.rand(sizes) < 0.3,
+        "reset_state": tuple(learned) if name == "LSTM" else learned[0],
+    }
+
+    def results() -> list[Tensor]:
+        output, final = module(x, **marks)
+        found = [output, *(final if isinstance(final, tuple) else (final,))]
+        loss = sum((t * torch.linspace(0, 1, t.numel()).view_as(t)).sum() for t in found)
+        return [*found, *torch.autograd.grad(loss, [x, *learned, *module.parameters()])]
+
+    expected = results()
+    monkeypatch.setattr(ragged, "_runs_on_device", lambda call: True)
+    monkeypatch.setattr(ragged, "run_composed", None)
+    for found, wanted in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, wanted)

@@ -6,106 +6,39 @@ from typing import Any
 
 import pytest
 import torch
+from marks import (
+    KINDS,
+    SIZES,
+    arguments,
+    call_of,
+    composed,
+    leaves,
+    weights_for,
+    with_gradients,
+)
 from support import PACKED
 from tolerance import assert_same_in_double
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrnn.layer_call import PADDED, LayerCall
-from fastrnn.ops import composite_layer
-from fastrnn.ops.ragged import forward_by_parts, gradients_by_parts
-from fastrnn.ops.segments import Ragged, run_composed
-from fastrnn.spec import CELLS, WEIGHT_SLOTS, Weights, present
+from fastrnn.ops import kernel_layer
+from fastrnn.ops.ragged import gradients_by_parts
+from fastrnn.ops.segments import run_composed
+from fastrnn.spec import CELLS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 F64 = torch.float64
-T, B, I, H, P = 5, 4, 3, 4, 2  # noqa: E741 - the sizes' names
+T, B, I, H, P = SIZES  # noqa: E741 - the sizes' names
 CASES = [(cell, projected) for cell in CELLS for projected in {False, CELLS[cell].projects}]
 every_case = pytest.mark.parametrize(("cell", "projected"), CASES)
-KINDS = ["none", "lengths", "resets", "lengths, resets to a state", "resets to a state each step"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 operators = torch.ops.fastrnn
-
-
-def arguments(
-    cell: str, kind: str, projected: bool = False, directions: int = 1, dtype: torch.dtype = F64
-) -> dict[str, Any]:
-    """Returns random arguments of ``ragged_layer``."""
-    spec = CELLS[cell]
-    generator = torch.Generator().manual_seed(3)
-
-    def new(*shape: int) -> Tensor:
-        value = 0.5 * torch.randn(shape, generator=generator, dtype=F64)
-        return value.to(dtype).requires_grad_()
-
-    size = P if projected else H
-    slots = spec.slots(True, projected)
-    shapes = {
-        "w_ih": (spec.gates * H, I),
-        "w_hh": (spec.gates * H, size),
-        "b_ih": (spec.gates * H,),
-        "b_hh": (spec.gates * H,),
-        "w_hr": (P, H),
-        "w_unit": (spec.parameters * H,),
-    }
-    names = [WEIGHT_SLOTS[slot] for slot in present(slots)]
-    before = (T,) if "each" in kind else ()
-    cells = (directions, B, spec.cell_states * H)
-    has_state, has_c = "state" in kind, spec.has_cell_state
-    resets = None
-    if "resets" in kind:
-        resets = torch.rand(T, B, generator=generator) < 0.4
-        resets[0, 0] = True
-    return {
-        "x": new(T, B, I),
-        "h0": new(directions, B, size),
-        "c0": new(*cells) if has_c else None,
-        "weights": [new(*shapes[name]) for _ in range(directions) for name in names],
-        "slots": slots,
-        "lengths": torch.tensor([T, 0, 2, 3]) if "lengths" in kind else None,
-        "resets": resets,
-        "reset_h": new(*before, directions, B, size) if has_state else None,
-        "reset_c": new(*before, directions, B, spec.cell_states * H)
-        if has_state and has_c
-        else None,
-        "cell": cell,
-    }
-
-
-def composed(given: dict[str, Any]) -> list[Tensor]:
-    """The same by differentiable operations of torch."""
-    call = LayerCall(
-        CELLS[given["cell"]],
-        given["x"],
-        PADDED,
-        given["h0"],
-        given["c0"],
-        Weights(given["weights"], given["slots"]),
-    )
-    ragged = Ragged(*(given[name] for name in Ragged._fields))
-    return [t for t in run_composed(call, ragged, composite_layer) if t is not None]
 
 
 def by_operator(given: dict[str, Any]) -> list[Tensor]:
     y, h_n, c_n = operators.ragged_layer(*given.values())
     return [y, h_n] if given["c0"] is None else [y, h_n, c_n]
-
-
-def leaves(given: dict[str, Any]) -> list[Tensor]:
-    named = [given[name] for name in ("x", "h0", "c0", "reset_h", "reset_c")]
-    return [t for t in [*named, *given["weights"]] if t is not None]
-
-
-def weights_for(output: Tensor) -> Tensor:
-    return torch.linspace(0.5, 1, output.numel(), dtype=output.dtype).view_as(output)
-
-
-def with_gradients(outputs: list[Tensor], given: dict[str, Any]) -> list[Tensor]:
-    loss = sum(
-        (o * torch.linspace(0.5, 1, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outputs
-    )
-    return [*outputs, *torch.autograd.grad(loss, leaves(given), materialize_grads=True)]
 
 
 @every_kind
@@ -138,19 +71,14 @@ def test_gradcheck(cell: str, projected: bool, kind: str) -> None:
 @every_kind
 @pytest.mark.parametrize("directions", [1, 2])
 @every_case
-def test_by_parts_match_the_operators(
+def test_gradients_by_parts_match_composition(
     cell: str, projected: bool, directions: int, kind: str
 ) -> None:
-    """The implementation for CUDA runs on any device."""
+    """The gradients that are composed of other operators serve every cell."""
     given = arguments(cell, kind, projected, directions)
     outputs = -1
     with torch.no_grad():
-        expected = operators.ragged_forward(*given.values(), outputs)
-        found = forward_by_parts(*given.values(), outputs)
-    for own, other in zip(found[:3], expected[:3], strict=True):
-        assert torch.equal(own, other)
-    assert found[3].shape == expected[3].shape
-    y, h_n, c_n, saved = found
+        y, h_n, c_n, saved = operators.ragged_forward(*given.values(), outputs)
     results = [y, h_n] if given["c0"] is None else [y, h_n, c_n]
     d_outputs = [weights_for(o) for o in results]
     d_outputs += [None] * (3 - len(d_outputs))
@@ -166,8 +94,8 @@ def test_by_parts_match_the_operators(
 def test_half_types_match_the_packed_operator(kind: str, dtype: torch.dtype) -> None:
     given = arguments("lstm", kind, False, 2, dtype)
     found = operators.ragged_forward(*given.values(), -1)
-    expected = forward_by_parts(*given.values(), -1)
-    for own, other in zip(found[:3], expected[:3], strict=True):
+    expected = run_composed(*call_of(given), kernel_layer)
+    for own, other in zip(found[:3], expected, strict=True):
         assert own.dtype == dtype
         assert torch.equal(own, other)
     for t in with_gradients(by_operator(given), given):

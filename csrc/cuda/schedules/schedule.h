@@ -73,6 +73,7 @@ struct Request {
   Chip chip;
   Choice choice = std::nullopt;
   bool has_step_gradients = false;  // d_c_steps
+  bool has_resets = false;
 };
 
 // How the persistent schedule divides a layer among blocks.
@@ -97,6 +98,21 @@ struct Plan {
   const ScheduleInfo* schedule;
   Tiling tiling;            // empty unless the schedule is persistent
   std::int64_t chunk_rows;  // rows of x per product with w_ih, but at least those of one step
+  bool has_resets = false;
+};
+
+// The resets of one step.
+template <class S>
+struct ResetsOfStep {
+  std::int64_t step;         // t
+  const std::uint8_t* mask;  // [B]
+  const S *h, *c;            // [B, R], [B, C*H], or null: zeros
+
+  ResetsOfStep(const Resets<S>& resets, const StepRows& at)
+      : step(at.rows == 0 ? 0 : at.first / at.rows),  // the batch is padded
+        mask(resets.mask + at.first),
+        h(resets.h == nullptr ? nullptr : resets.h + step * resets.h_stride),
+        c(resets.c == nullptr ? nullptr : resets.c + step * resets.c_stride) {}
 };
 
 // Rows whose gates_x [rows, G*H] fit into `bytes`, at least 1.

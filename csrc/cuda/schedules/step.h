@@ -170,9 +170,10 @@ struct BackwardStep {
   const S* d_c_n;      // [B, C*H] or null
   const S* d_c_steps;  // [n, C*H] or null
   const A* saved;      // [n, S*H]
-  const S* h;          // [n, H], h_stride apart: y of this step (only cells that read h'),
-  const S* h_before;   // and of the step before (only cells that read h)
+  const S* h;          // [n, H], h_stride apart: y of this step (only cells that read h')
   std::int64_t h_stride;
+  const S* h_before;  // that of the step before, h_before_stride apart (only cells that read h)
+  std::int64_t h_before_stride;
   const S* h0;            // [B, H]
   const A* saved_before;  // [n, S*H] of the step before: its saved cell state is c
   const S* c0;            // [B, C*H]
@@ -219,7 +220,7 @@ struct BackwardStep {
     }
     for (int k = 0; k < Cell::kParameters; ++k) inputs.parameters[k] = w_unit[k * hidden + unit];
     if constexpr (Cell::kBackwardReadsH)
-      inputs.h_before = inputs.starts ? h0[i] : h_before[b * h_stride + unit];
+      inputs.h_before = inputs.starts ? h0[i] : h_before[b * h_before_stride + unit];
     if constexpr (Cell::kBackwardReadsNextH) inputs.h = h[b * h_stride + unit];
     for (int s = 0; s < Cell::kSaved; ++s)
       inputs.saved[s] = saved[(b * Cell::kSaved + s) * hidden + unit];
@@ -286,6 +287,46 @@ struct OutputGradient {
       sum = widen(d_h_n[i]);
     if (d_y != nullptr) sum += widen(d_y[b * d_y_stride + j]);
     d_h_all[i] = narrow<S>(sum);
+  }
+};
+
+// The states before a step whose problem has resets.
+template <class S, class From, class To>
+struct StateBefore {
+  StepRows at;
+  const std::uint8_t* mask;  // [n] not 0: the row is reset
+  const S* reset;            // [n, *], or null: zeros
+  const S* initial;          // [B, *]
+  std::int64_t size;
+  const From* running;  // [n, *] of the step before, running_stride apart
+  std::int64_t running_stride;
+  To* to;  // [n, *], to_stride apart; may be `running`
+  std::int64_t to_stride;
+
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t j) const {
+    Accumulate<S> state = Accumulate<S>(0);
+    if (mask[b] != 0) {
+      if (reset != nullptr) state = widen(reset[b * size + j]);
+    } else {
+      state = at.starts(b) ? widen(initial[b * size + j]) : widen(running[b * running_stride + j]);
+    }
+    to[b * to_stride + j] = narrow<To>(state);
+  }
+};
+
+// Moves the gradients at the states before a step to the states after a reset.
+template <class A>
+struct ResetGradient {
+  const std::uint8_t* mask;  // [n] not 0: the row is reset
+  std::int64_t size;
+  A* d_state;  // [n, *]
+  A* d_reset;  // [n, *] or null: not needed
+
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t j) const {
+    if (mask[b] == 0) return;
+    const std::int64_t i = b * size + j;
+    if (d_reset != nullptr) d_reset[i] += d_state[i];
+    d_state[i] = A(0);
   }
 };
 

@@ -149,6 +149,9 @@ struct Call {
   std::int64_t d_y_stride;
   const void *d_h_n, *d_c_n, *d_c_steps;
   void *d_pre, *d_h_all, *d_h0, *d_c0;
+  const void *resets, *reset_h, *reset_c;
+  std::int64_t reset_h_stride, reset_c_stride;
+  void *d_reset_h, *d_reset_c;
 };
 
 template <class T>
@@ -177,6 +180,11 @@ void fill(const Call& call, Problem& problem) {
   put(problem.y, call.y);
   problem.y_stride = call.y_stride;
   put(problem.saved, call.saved);
+  put(problem.resets.mask, call.resets);
+  put(problem.resets.h, call.reset_h);
+  put(problem.resets.c, call.reset_c);
+  problem.resets.h_stride = call.reset_h_stride;
+  problem.resets.c_stride = call.reset_c_stride;
 }
 
 template <class S>
@@ -191,7 +199,8 @@ cuda::Plan plan_of(const Call& call, const LayerShape& shape, int directions, cu
                               cuda::Arithmetic(call.arithmetic),
                               chip,
                               choice,
-                              call.d_c_steps != nullptr};
+                              call.d_c_steps != nullptr,
+                              call.resets != nullptr};
   cuda::Plan plan = cuda::make_plan_on<S>(request, host);
   if (call.chunk_rows > 0) plan.chunk_rows = call.chunk_rows;
   return plan;
@@ -237,6 +246,8 @@ bool backward(const Call* calls, int directions) {
     put(problems[d].d_h_all, calls[d].d_h_all);
     put(problems[d].d_h0, calls[d].d_h0);
     put(problems[d].d_c0, calls[d].d_c0);
+    put(problems[d].d_reset_h, calls[d].d_reset_h);
+    put(problems[d].d_reset_c, calls[d].d_reset_c);
   }
   const LayerShape& shape = problems[0].shape;
   Host host = host_of(calls[0]);

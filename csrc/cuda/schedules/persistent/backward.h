@@ -121,7 +121,7 @@ struct BackwardLoop {
       body.d_h = args.d_h;
       body.d_h_n = args.d_h_n;
       body.d_y_stride = args.d_y_stride;
-      body.h_stride = args.y_stride;
+      body.h_stride = body.h_before_stride = args.y_stride;
       body.h0 = args.h0;
     }
 

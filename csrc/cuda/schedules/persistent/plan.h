@@ -42,6 +42,7 @@ inline Tiling make_tiling(const Request& request) {
       !cell.dense || shape.hidden_size == 0 || shape.sequence.batch == 0 ||
       shape.sequence.batch > kMostRows)
     return {};
+  if (request.has_resets) return {};
   // The kernel with a projection has no register left for the gradients of c of every step.
   if (request.has_step_gradients && shape.proj_size > 0) return {};
   const bool forward = request.pass == Pass::kForward;

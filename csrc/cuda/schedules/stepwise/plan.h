@@ -11,7 +11,7 @@ inline constexpr std::int64_t kStepwiseChunkBytes = std::int64_t(24) << 20;
 
 struct Stepwise {
   static Plan plan(const Request& request) {
-    return {nullptr, Tiling{}, rows_of_gates(request, kStepwiseChunkBytes)};
+    return {nullptr, Tiling{}, rows_of_gates(request, kStepwiseChunkBytes), request.has_resets};
   }
   static bool fits(const Request&, const Plan&) { return true; }
   static bool pays(const Request&, const Plan&) { return true; }

@@ -13,6 +13,9 @@
 // pointwise part reads h0 and c0 for rows that start at the step, and writes h_n and c_n of rows
 // that end there. Inactive rows keep their running values.
 //
+// With resets, a pointwise part before each step gathers the states that the step reads (`before`),
+// and backward one after each step takes the gradients at the states after a reset away.
+//
 // The code is a template over the machine, which offers two operations:
 //
 //   machine.multiply(product)               c = a w  or  c += a w
@@ -33,7 +36,7 @@ namespace fastrnn::cuda {
 
 template <class S>
 struct StepwiseForwardLayout {
-  std::size_t gates_x, gates_h, c, unprojected, bytes;
+  std::size_t gates_x, gates_h, c, unprojected, before, bytes;
 
   StepwiseForwardLayout(const LayerShape& shape, const Plan& plan) {
     using A = Accumulate<S>;
@@ -47,22 +50,26 @@ struct StepwiseForwardLayout {
     c = builder.add<A>(shape.sequence.batch * cell.cell_states() * shape.hidden_size);
     unprojected =
         builder.add<S>(shape.proj_size > 0 ? shape.sequence.batch * shape.hidden_size : 0);
+    before = builder.add<S>(plan.has_resets ? shape.sequence.batch * shape.output_size() : 0);
     bytes = builder.bytes();
   }
 };
 
 template <class S>
 struct StepwiseBackwardLayout {
-  std::size_t d_h, d_c, d_unprojected, bytes;
+  std::size_t d_h, d_c, d_unprojected, before, saved_before, bytes;
 
-  StepwiseBackwardLayout(const LayerShape& shape, const Plan&) {
+  StepwiseBackwardLayout(const LayerShape& shape, const Plan& plan) {
     using A = Accumulate<S>;
+    const CellInfo& cell = cell_info(shape.cell);
     WorkspaceBuilder builder;
     d_h = builder.add<A>(shape.sequence.batch * shape.output_size());
-    d_c = builder.add<A>(shape.sequence.batch * cell_info(shape.cell).cell_states() *
-                         shape.hidden_size);
+    d_c = builder.add<A>(shape.sequence.batch * cell.cell_states() * shape.hidden_size);
     d_unprojected =
         builder.add<A>(shape.proj_size > 0 ? shape.sequence.batch * shape.hidden_size : 0);
+    before = builder.add<S>(plan.has_resets ? shape.sequence.batch * shape.output_size() : 0);
+    saved_before =
+        builder.add<A>(plan.has_resets ? shape.sequence.batch * cell.saved * shape.hidden_size : 0);
     bytes = builder.bytes();
   }
 };
@@ -78,6 +85,7 @@ class StepwiseForward {
     gates_h_ = reinterpret_cast<A*>(base + at.gates_h);
     c_ = reinterpret_cast<A*>(base + at.c);
     unprojected_ = reinterpret_cast<S*>(base + at.unprojected);
+    before_ = reinterpret_cast<S*>(base + at.before);
   }
 
   void run() {
@@ -112,11 +120,35 @@ class StepwiseForward {
                                     gates_h_ + begin * width(), width(), false});
   }
 
-  void step(const StepRows& at, const A* gates_x) {
+  // Gathers the states before a step, so that no row starts at it.
+  StepRows gather_states(StepRows at) {
+    const ResetsOfStep<S> resets(problem_.resets, at);
+    const std::int64_t out = shape_.output_size();
+    machine_.for_each(
+        at.rows, out,
+        StateBefore<S, S, S>{at, resets.mask, resets.h, problem_.h0, out, y_row(at.first_before),
+                             problem_.y_stride, before_, out});
+    if constexpr (Cell::kStates > 1) {
+      const std::int64_t size = cells::kCellStates<Cell> * shape_.hidden_size;
+      machine_.for_each(
+          at.rows, size,
+          StateBefore<S, A, A>{at, resets.mask, resets.c, problem_.c0, size, c_, size, c_, size});
+    }
+    at.first_starting = at.rows;
+    return at;
+  }
+
+  void step(StepRows at, const A* gates_x) {
     const std::int64_t hidden = shape_.hidden_size, out = shape_.output_size();
     const S* before = y_row(at.first_before);
+    std::int64_t before_stride = problem_.y_stride;
+    if (plan_.has_resets) {
+      at = gather_states(at);
+      before = before_;
+      before_stride = out;
+    }
     if constexpr (Cell::kDenseRecurrence) {
-      multiply_state(before, problem_.y_stride, 0, at.first_starting);
+      multiply_state(before, before_stride, 0, at.first_starting);
       multiply_state(problem_.h0 + at.first_starting * out, out, at.first_starting, at.rows);
     }
 
@@ -129,7 +161,7 @@ class StepwiseForward {
     body.b_hh = problem_.weights.b_hh;
     body.w_unit = problem_.weights.w_unit;
     body.h_before = before;
-    body.h_before_stride = problem_.y_stride;
+    body.h_before_stride = before_stride;
     body.h0 = problem_.h0;
     body.c0 = problem_.c0;
     body.c = c_;
@@ -159,19 +191,21 @@ class StepwiseForward {
   const Plan& plan_;
   Machine& machine_;
   A *gates_x_, *gates_h_, *c_;
-  S* unprojected_;
+  S *unprojected_, *before_;
 };
 
 template <class Cell, class S, class Machine>
 class StepwiseBackward {
  public:
   StepwiseBackward(const Backward<S>& problem, const Plan& plan, void* workspace, Machine& machine)
-      : problem_(problem), shape_(problem.shape), machine_(machine) {
+      : problem_(problem), shape_(problem.shape), plan_(plan), machine_(machine) {
     const StepwiseBackwardLayout<S> at(shape_, plan);
     char* base = static_cast<char*>(workspace);
     d_h_ = reinterpret_cast<A*>(base + at.d_h);
     d_c_ = reinterpret_cast<A*>(base + at.d_c);
     d_unprojected_ = reinterpret_cast<A*>(base + at.d_unprojected);
+    before_ = reinterpret_cast<S*>(base + at.before);
+    saved_before_ = reinterpret_cast<A*>(base + at.saved_before);
   }
 
   void run() {
@@ -192,6 +226,45 @@ class StepwiseBackward {
   using A = Accumulate<S>;
 
   bool is_projected() const { return shape_.proj_size > 0; }
+
+  // Gathers the states before a step in the layout of y and saved, so that no row starts at it.
+  void gather_states(BackwardStep<Cell, S>& body) {
+    const StepRows at = body.at;
+    const ResetsOfStep<S> resets(problem_.resets, at);
+    if constexpr (Cell::kBackwardReadsH) {
+      const std::int64_t out = shape_.output_size();
+      machine_.for_each(at.rows, out,
+                        StateBefore<S, S, S>{at, resets.mask, resets.h, problem_.h0, out,
+                                             body.h_before, body.h_before_stride, before_, out});
+      body.h_before = before_;
+      body.h_before_stride = out;
+    }
+    if constexpr (Cell::kStates > 1) {
+      const std::int64_t hidden = shape_.hidden_size, row = Cell::kSaved * hidden;
+      const std::int64_t size = cells::kCellStates<Cell> * hidden;
+      const std::int64_t offset = Cell::kSavedState * hidden;
+      machine_.for_each(
+          at.rows, size,
+          StateBefore<S, A, A>{at, resets.mask, resets.c, problem_.c0, size,
+                               body.saved_before + offset, row, saved_before_ + offset, row});
+      body.saved_before = saved_before_;
+    }
+    body.at.first_starting = at.rows;
+  }
+
+  // Takes the gradients at the states after a reset away from those at the step before.
+  void take_resets(const StepRows& at) {
+    const ResetsOfStep<S> resets(problem_.resets, at);
+    const auto take = [&](A* d_state, A* d_reset, std::int64_t offset, std::int64_t size) {
+      machine_.for_each(at.rows, size,
+                        ResetGradient<A>{resets.mask, size, d_state,
+                                         d_reset == nullptr ? nullptr : d_reset + offset});
+    };
+    take(d_h_, problem_.d_reset_h, resets.step * problem_.resets.h_stride, shape_.output_size());
+    if constexpr (Cell::kStates > 1)
+      take(d_c_, problem_.d_reset_c, resets.step * problem_.resets.c_stride,
+           cells::kCellStates<Cell> * shape_.hidden_size);
+  }
 
   void step(const StepRows& at) {
     const std::int64_t hidden = shape_.hidden_size, out = shape_.output_size();
@@ -225,6 +298,7 @@ class StepwiseBackward {
     if (problem_.saved != nullptr) body.saved = problem_.saved + at.first * Cell::kSaved * hidden;
     body.h = problem_.y + at.first * problem_.y_stride;
     body.h_before = problem_.y + at.first_before * problem_.y_stride;
+    body.h_before_stride = problem_.y_stride;
     if (problem_.saved != nullptr)
       body.saved_before = problem_.saved + at.first_before * Cell::kSaved * hidden;
     body.h_stride = problem_.y_stride;
@@ -234,12 +308,14 @@ class StepwiseBackward {
     const std::int64_t width = cells::kGradientColumns<Cell> * hidden;
     S* d_pre = problem_.d_pre + at.first * width;
     body.d_pre = d_pre;
+    if (plan_.has_resets) gather_states(body);
     machine_.for_each(at.rows, hidden, body);
 
     if constexpr (Cell::kDenseRecurrence)
       machine_.multiply(Product<S, A>{at.rows, out, Cell::kGates * hidden, d_pre, width,
                                       problem_.weights.w_hh, problem_.weights.w_hh_stride, false,
                                       d_h_, out, Cell::kDirectPath});
+    if (plan_.has_resets) take_resets(at);
   }
 
   template <class From>
@@ -249,8 +325,10 @@ class StepwiseBackward {
 
   const Backward<S>& problem_;
   const LayerShape& shape_;
+  const Plan& plan_;
   Machine& machine_;
-  A *d_h_, *d_c_, *d_unprojected_;
+  A *d_h_, *d_c_, *d_unprojected_, *saved_before_;
+  S* before_;
 };
 
 template <class S>
