@@ -15,6 +15,7 @@ from fastrnn.engine.states import Extras
 from fastrnn.explanation import Explanation, explain
 from fastrnn.modules import *
 from fastrnn.modules import cells as _cells
+from fastrnn.modules import linear_time as _linear_time
 from fastrnn.modules import rnn as _rnn
 from fastrnn.quantization import QuantizedRecurrent, quantization_mapping, quantize
 from fastrnn.session import Session
@@ -42,4 +43,5 @@ __all__ = [
     "unpatch",
 ]
 __all__ += _cells.__all__
+__all__ += _linear_time.__all__
 __all__ += _rnn.__all__

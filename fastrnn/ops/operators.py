@@ -94,6 +94,8 @@ OPERATORS = (
     "ragged_forward",
     "ragged_layer",
     "ragged_gradients",
+    "linear_scan",
+    "linear_scan_gradients",
 )
 
 #: dtypes that the kernels compute with
