@@ -1,6 +1,7 @@
 """Recurrent networks as functions, with the signatures of ``torch._VF.lstm`` and similar functions.
 
-Each function can be called in two forms:
+`linear_scan`, a recurrence without a product, has arguments of its own. Each other function can be
+called in two forms:
 
     lstm(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
     lstm(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)
@@ -61,11 +62,14 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor
 
+from fastrnn import autocast
 from fastrnn.checks import check_weight_dtype as check_weight_dtype
+from fastrnn.checks import describe
 from fastrnn.engine.arguments import run_one_state, run_two_states
+from fastrnn.ops import DTYPES, scan
 from fastrnn.spec import CELLS
 
-__all__ = ["gru", "lstm", "rnn_relu", "rnn_sigmoid", "rnn_tanh"]
+__all__ = ["gru", "linear_scan", "lstm", "rnn_relu", "rnn_sigmoid", "rnn_tanh"]
 
 
 class OneStateFunction(Protocol):
@@ -237,3 +241,61 @@ def lstm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     F. Beaufays, Long Short-Term Memory Based Recurrent Neural Network Architectures (2014).
     """
     return run_two_states(CELLS["lstm"], args, kwargs)
+
+
+def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    """The recurrence that is linear in its state, elementwise.
+
+        h_t = a_t * h_{t-1} + b_t
+
+    Args:
+        a, b: [T,B,H], or [T,*] with any number of further dimensions; of the same shape. float16,
+            bfloat16, float32 or float64; half types are computed in float32, states included.
+        h0: the state before the first step, [B,H] (or [*]); zeros if omitted.
+        reverse: keyword only. Runs from the last step to the first: h_t = a_t * h_{t+1} + b_t, and
+            h0 is the state after the last step.
+
+    Returns:
+        h [T,B,H], the states of all steps. The final state is ``h[-1]``, or ``h[0]`` if reversed.
+
+    Raises:
+        TypeError: an argument is not a tensor, or ``reverse`` is not a bool.
+        RuntimeError: shapes, dtypes or devices do not fit together, or a tensor is not dense.
+
+    Derivatives of every order, forward mode and vmap run by the same kernels. Under autocast the
+    arguments are cast to the widest of their types.
+
+    >>> import torch
+    >>> linear_scan(torch.full((4, 1, 1), 0.5), torch.ones(4, 1, 1)).flatten()
+    tensor([1.0000, 1.5000, 1.7500, 1.8750])
+    """
+    for name, value in (("a", a), ("b", b), ("h0", h0)):
+        if not isinstance(value, Tensor) and not (name == "h0" and value is None):
+            raise TypeError(f"linear_scan: {name} must be a tensor, got {describe(value)}.")
+    if not isinstance(reverse, bool):
+        raise TypeError(f"linear_scan: reverse must be a bool, got {describe(reverse)}.")
+    if autocast.acts_on(a):
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        if h0 is not None:
+            dtype = torch.promote_types(dtype, h0.dtype)
+        a, b, h0 = a.to(dtype), b.to(dtype), None if h0 is None else h0.to(dtype)
+    if a.dtype not in DTYPES:
+        expected = "float16, bfloat16, float32 or float64"
+        raise RuntimeError(f"linear_scan: a must be {expected}, got {a.dtype}.")
+    if a.dim() == 0:
+        raise RuntimeError("linear_scan: a must have a dimension of steps, got a scalar.")
+    _check_scan_argument("b", b, a, a.shape)
+    if h0 is not None:
+        _check_scan_argument("h0", h0, a, a.shape[1:])
+    return scan(a, b, h0, reverse)
+
+
+def _check_scan_argument(name: str, t: Tensor, a: Tensor, shape: Sequence[int]) -> None:
+    if t.shape != shape:
+        raise RuntimeError(
+            f"linear_scan: {name} must have the shape {list(shape)}, got {list(t.shape)}."
+        )
+    if t.dtype != a.dtype:
+        raise RuntimeError(f"linear_scan: {name} must have the dtype {a.dtype}, got {t.dtype}.")
+    if t.device != a.device:
+        raise RuntimeError(f"linear_scan: {name} must be on {a.device}, got {t.device}.")

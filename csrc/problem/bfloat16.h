@@ -1,4 +1,4 @@
-// A value of bfloat16 in memory: the upper half of a float32.
+// A value of bfloat16 in memory: the upper half of a float32. Rounded to nearest, ties to even.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,13 @@
 #include "cells/math.h"
 
 namespace fastrnn {
+
+FASTRNN_HD std::uint16_t round_to_bfloat16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // NaN
+  return std::uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
 
 struct Bfloat16 {
   std::uint16_t bits;

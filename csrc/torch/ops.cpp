@@ -442,6 +442,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kRaggedForwardSchema);
   m.def(fastrnn::kRaggedLayerSchema);
   m.def(fastrnn::kRaggedGradientsSchema);
+  m.def(fastrnn::kScanSchema);
+  m.def(fastrnn::kScanGradientsSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

@@ -132,4 +132,13 @@ constexpr const char* kRaggedGradientsSchema =
     "Tensor d_w_ih_reverse, Tensor d_w_hh_reverse, Tensor d_b_ih_reverse, Tensor d_b_hh_reverse, "
     "Tensor d_reset_h, Tensor d_reset_c)";
 
+// h_t = a_t * h_{t-1} + b_t elementwise (cells/linear_scan.h). a, b and h [T, ...], h0 [...], zeros
+// if it is not given; `reverse`: from the last step to the first.
+constexpr const char* kScanSchema =
+    "linear_scan(Tensor a, Tensor b, Tensor? h0, bool reverse) -> Tensor";
+// Its gradients; d_a is a placeholder unless it is needed.
+constexpr const char* kScanGradientsSchema =
+    "linear_scan_gradients(Tensor d_h, Tensor a, Tensor h, Tensor? h0, bool reverse, bool needs_a) "
+    "-> (Tensor d_a, Tensor d_b, Tensor d_h0)";
+
 }  // namespace fastrnn

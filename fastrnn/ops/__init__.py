@@ -15,6 +15,7 @@ from fastrnn.ops.operators import (
 )
 from fastrnn.ops.ragged import ragged_layer
 from fastrnn.ops.recompute import recomputed_layer, recomputes
+from fastrnn.ops.scan import scan
 
 __all__ = [
     "DEVICES",
@@ -30,4 +31,5 @@ __all__ = [
     "recomputed_layer",
     "recomputes",
     "records_gradient",
+    "scan",
 ]

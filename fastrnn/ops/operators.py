@@ -99,6 +99,8 @@ OPERATORS = (
     "ragged_gradients",
     "recurrent_reset_forward",
     "recurrent_reset_backward",
+    "linear_scan",
+    "linear_scan_gradients",
 )
 
 #: dtypes that the kernels compute with

@@ -11,6 +11,9 @@
 #include "cpu/api.h"
 #include "cpu/layout.h"
 #include "cpu/runtime/team.h"
+#include "problem/bfloat16.h"
+#include "problem/float16.h"
+#include "problem/scan.h"
 
 namespace fastrnn::cpu {
 
@@ -42,12 +45,39 @@ struct PeakLoop {
   double flops_per_round;
 };
 
+// The kernels of a linear recurrence (cpu/kernels/scan/scan.h). A part is a range of columns for a
+// range of steps in the order of the pass. A state, and what the others write, is an array of the
+// part's columns.
+struct ScanPart {
+  std::int64_t first_column, columns;
+  std::int64_t first_step, steps;
+};
+template <class Problem, class Value>
+struct ScanKernels {
+  // Runs a part. state: before the part, then after it.
+  void (*run)(const Problem&, const ScanPart&, Value* state);
+  // Writes the state after a part that starts with zeros, and the product of a over its steps.
+  void (*summarize)(const Problem&, const ScanPart&, Value* state, Value* product);
+};
+template <class S, class Value>
+struct ScanPasses {
+  ScanKernels<Scan<S>, Value> forward;
+  ScanKernels<ScanGradients<S>, Value> gradients;
+};
+struct ScanTypes {
+  ScanPasses<float, float> of_float;
+  ScanPasses<double, double> of_double;
+  ScanPasses<Bfloat16, float> of_bfloat16;
+  ScanPasses<Float16Value, float> of_float16;
+};
+
 struct Isa {
   const char* name;
   int vector_bytes;
   Walks<float> walks_float;
   Walks<double> walks_double;
   PeakLoop peak;
+  ScanTypes scans;
 
   // Whether forward can hold w_hh in this format.
   bool has_recurrent_format(WeightFormat format, int element_bytes) const {

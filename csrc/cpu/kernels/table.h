@@ -5,6 +5,7 @@
 #include "cpu/kernels/int8/table.h"
 #include "cpu/kernels/peak.h"
 #include "cpu/kernels/product/formats.h"
+#include "cpu/kernels/scan/scan.h"
 #include "cpu/kernels/schedule/backward.h"
 #include "cpu/kernels/schedule/forward.h"
 #include "cpu/kernels/schedule/gradients.h"
@@ -69,7 +70,7 @@ constexpr Walks<T> walks() {
 extern const Isa kIsa;
 const Isa kIsa = {
     FASTRNN_QUOTED(FASTRNN_ISA),       FASTRNN_VECTOR_BYTES, walks<float>(), walks<double>(),
-    {multiply_add_chains, kPeakFlops},
+    {multiply_add_chains, kPeakFlops}, scan_types(),
 };
 
 FASTRNN_KERNELS_END

@@ -180,7 +180,7 @@ struct Operand<float> {
   static constexpr State kState = kInMmaTf32;
   static constexpr unsigned kValues = 1;
   static float value(std::uint32_t word, unsigned) {
-    return cuda::float_of(word & ~std::uint32_t(0x1fff));
+    return float_of(word & ~std::uint32_t(0x1fff));
   }
 };
 

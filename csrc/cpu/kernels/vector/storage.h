@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/vector/pack.h"
 #include "problem/bfloat16.h"
+#include "problem/float16.h"
 
 FASTRNN_KERNELS_BEGIN
 
@@ -67,6 +68,68 @@ FASTRNN_INLINE void store_values(Pack<float> values, Bfloat16* to, std::int64_t 
   else if (lanes > 0)
     __builtin_memcpy(to, &packed, std::size_t(lanes) * sizeof(Bfloat16));
 #endif
+}
+
+// Without a mask the compiler would warn of undefined values.
+FASTRNN_INLINE Pack<float> load_values(const Float16Value* from, std::int64_t lanes) {
+  const bool all = lanes >= Pack<float>::kLanes;
+#if FASTRNN_VECTOR_BYTES == 64
+  const __m256i halves = all         ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                         : lanes > 0 ? _mm256_maskz_loadu_epi16(first_halves(lanes), from)
+                                     : _mm256_setzero_si256();
+  return Pack<float>(Pack<float>::Vector(_mm512_maskz_cvtph_ps(__mmask16(-1), halves)));
+#else
+  __m128i halves = _mm_setzero_si128();
+  if (all)
+    halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  else if (lanes > 0)
+    __builtin_memcpy(&halves, from, std::size_t(lanes) * sizeof(Float16Value));
+  return Pack<float>(Pack<float>::Vector(_mm256_cvtph_ps(halves)));
+#endif
+}
+
+FASTRNN_INLINE void store_values(Pack<float> values, Float16Value* to, std::int64_t lanes) {
+  const bool all = lanes >= Pack<float>::kLanes;
+#if FASTRNN_VECTOR_BYTES == 64
+  const __m256i packed = _mm512_maskz_cvtps_ph(__mmask16(-1), values.v, _MM_FROUND_TO_NEAREST_INT);
+  if (all)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+  else if (lanes > 0)
+    _mm256_mask_storeu_epi16(to, first_halves(lanes), packed);
+#else
+  const __m128i packed = _mm256_cvtps_ph(values.v, _MM_FROUND_TO_NEAREST_INT);
+  if (all)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+  else if (lanes > 0)
+    __builtin_memcpy(to, &packed, std::size_t(lanes) * sizeof(Float16Value));
+#endif
+}
+#else
+// The baseline converts one value after the other.
+template <class S>
+FASTRNN_INLINE Pack<float> load_halves(const S* from, std::int64_t lanes) {
+  float lane[Pack<float>::kLanes] = {};
+  for (std::int64_t i = 0; i < std::min<std::int64_t>(lanes, Pack<float>::kLanes); ++i)
+    lane[i] = float(from[i]);
+  return Pack<float>::load(lane);
+}
+FASTRNN_INLINE Pack<float> load_values(const Bfloat16* from, std::int64_t lanes) {
+  return load_halves(from, lanes);
+}
+FASTRNN_INLINE Pack<float> load_values(const Float16Value* from, std::int64_t lanes) {
+  return load_halves(from, lanes);
+}
+FASTRNN_INLINE void store_values(Pack<float> values, Bfloat16* to, std::int64_t lanes) {
+  float lane[Pack<float>::kLanes];
+  values.store(lane);
+  for (std::int64_t i = 0; i < std::min<std::int64_t>(lanes, Pack<float>::kLanes); ++i)
+    to[i].bits = round_to_bfloat16(lane[i]);
+}
+FASTRNN_INLINE void store_values(Pack<float> values, Float16Value* to, std::int64_t lanes) {
+  float lane[Pack<float>::kLanes];
+  values.store(lane);
+  for (std::int64_t i = 0; i < std::min<std::int64_t>(lanes, Pack<float>::kLanes); ++i)
+    to[i].bits = round_to_float16(lane[i]);
 }
 #endif
 

@@ -1,0 +1,389 @@
+"""Layers whose recurrence is linear in the state: one product for all steps, then a scan."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fastrnn.checks import describe, is_bool
+from fastrnn.engine.ragged import check_lengths, check_reset_state, check_resets
+from fastrnn.ops import scan
+
+__all__ = ["SRU", "MinGRU", "MinLSTM"]
+
+_Layer = TypeVar("_Layer", bound="_LinearTime")
+
+
+class _LinearTime(nn.Module):
+    """Stacked layers with the state h_t = a_t * h_{t-1} + b_t; a and b depend on the input only.
+
+    A subclass computes a, b and the output from one product W_ih x + b_ih per step.
+    """
+
+    _gates: ClassVar[int]  # G, rows of w_ih divided by H
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for argument, value in sizes.items():
+            try:
+                is_positive = operator.index(value) > 0 and not is_bool(value)
+            except TypeError:
+                is_positive = False
+            if not is_positive:
+                raise ValueError(
+                    f"{name}: {argument} must be a positive int, got {describe(value)}."
+                )
+        flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+        for argument, value in flags.items():
+            if not is_bool(value):
+                raise TypeError(f"{name}: {argument} must be a bool, got {describe(value)}.")
+        given: Any = dropout
+        if is_bool(given) or not isinstance(given, Real) or not 0 <= float(given) <= 1:
+            raise ValueError(
+                f"{name}: dropout must be a number from 0 to 1, got {describe(dropout)}."
+            )
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
+        self.dropout = float(dropout)
+        for layer in range(num_layers):
+            columns = input_size if layer == 0 else hidden_size * self._directions
+            rows = self._rows(columns)
+            for suffix in self._suffixes(layer):
+                weight = torch.empty(rows, columns, device=device, dtype=dtype)
+                self.register_parameter(f"weight_ih_{suffix}", nn.Parameter(weight))
+                if bias:
+                    own = torch.empty(rows, device=device, dtype=dtype)
+                    self.register_parameter(f"bias_ih_{suffix}", nn.Parameter(own))
+        self.reset_parameters()
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _suffixes(self, layer: int) -> list[str]:
+        return [f"l{layer}", f"l{layer}_reverse"][: self._directions]
+
+    def _rows(self, columns: int) -> int:
+        """Returns the rows of w_ih of a layer with so many input features."""
+        return self._gates * self.hidden_size
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters uniformly from -1/sqrt(H) to 1/sqrt(H), as ``torch.nn.GRU``."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """Returns the constructor's arguments, those that are not the default by name."""
+        text = f"{self.input_size}, {self.hidden_size}"
+        defaults: dict[str, Any] = {"num_layers": 1, "bias": True, "batch_first": False}
+        defaults |= {"dropout": 0.0, "bidirectional": False}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+    def _coefficients(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a and b [T,B,H] from the products [T,B,G*H]."""
+        raise NotImplementedError
+
+    def _output(self, state: Tensor, pre: Tensor, x: Tensor) -> Tensor:
+        """Returns the output of all steps."""
+        return state
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Runs all layers. See the class for arguments and results."""
+        if isinstance(input, PackedSequence):
+            for name, mark in (("lengths", lengths), ("resets", resets)):
+                if mark is not None:
+                    raise ValueError(
+                        f"{type(self).__name__}: {name} must not be given with a PackedSequence, "
+                        "got one."
+                    )
+            return self._run_packed(input, hx)
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: input must be a tensor, got {describe(input)}."
+            )
+        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"{type(self).__name__}: input must be 2-D or 3-D with {self.input_size} features, "
+                f"got {describe(input)}."
+            )
+        if input.dim() == 3:
+            return self._run(input, hx, lengths, resets, reset_state)
+        batch = 0 if self.batch_first else 1
+        state = hx.unsqueeze(1) if isinstance(hx, Tensor) and hx.dim() == 2 else hx
+        if resets is not None:
+            resets = resets.unsqueeze(batch)
+        output, h_n = self._run(input.unsqueeze(batch), state, lengths, resets, reset_state)
+        return output.squeeze(batch), h_n.squeeze(1)
+
+    def _run_packed(
+        self, packed: PackedSequence, hx: Tensor | None
+    ) -> tuple[PackedSequence, Tensor]:
+        padded, lengths = pad_packed_sequence(packed, self.batch_first)
+        output, h_n = self._run(padded, hx, lengths, None, None)
+        order = packed.sorted_indices
+        if order is not None:  # the same order, so that the results agree with the input
+            output = output.index_select(0 if self.batch_first else 1, order)
+            lengths = lengths[order.to(lengths.device)]
+        rows = pack_padded_sequence(output, lengths, self.batch_first)
+        return PackedSequence(rows.data, packed.batch_sizes, order, packed.unsorted_indices), h_n
+
+    def _run(
+        self,
+        input: Tensor,
+        hx: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reset_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs a padded batch [T,B,I], or [B,T,I] with ``batch_first``."""
+        x = input.transpose(0, 1) if self.batch_first else input
+        steps, batch, _ = x.shape
+        like = x.new_zeros(self.num_layers * self._directions, batch, self.hidden_size)
+        h0 = like if hx is None else self._checked_state(hx, like)
+        ends = None
+        if lengths is not None:
+            check_lengths(lengths, batch)
+            if not torch.compiler.is_compiling() and len(lengths):
+                low, high = int(lengths.min()), int(lengths.max())
+                if low < 0 or high > steps:
+                    wrong = low if low < 0 else high
+                    raise ValueError(
+                        f"lengths must be from 0 to the {steps} steps of input, got {wrong}"
+                    )
+            ends = torch.arange(steps, device=x.device).unsqueeze(1) >= lengths.to(x.device)
+            ends = ends.unsqueeze(-1)
+        starts = None
+        if resets is not None:
+            check_resets(resets, steps, batch, self.batch_first)
+            starts = resets if resets.dim() == 3 else resets.unsqueeze(-1)
+            starts = (starts.transpose(0, 1) if self.batch_first else starts).to(x.device) != 0
+        if reset_state is not None:
+            if starts is None:
+                raise ValueError("reset_state must be given together with resets, got it alone")
+            check_reset_state(reset_state, like, steps, "reset_state")
+        h_n = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0:
+                x = F.dropout(x, self.dropout, self.training)
+            outputs = []
+            for direction, suffix in enumerate(self._suffixes(layer)):
+                index = layer * self._directions + direction
+                new = None if reset_state is None else reset_state[..., index, :, :]
+                output, h = self._run_direction(
+                    x, suffix, h0[index], direction == 1, ends, starts, new
+                )
+                outputs.append(output)
+                h_n.append(h)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return x.transpose(0, 1) if self.batch_first else x, torch.stack(h_n)
+
+    def _checked_state(self, hx: Any, like: Tensor) -> Tensor:
+        name = type(self).__name__
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"{name}: hx must be a tensor, got {describe(hx)}.")
+        if hx.shape != like.shape:
+            raise RuntimeError(
+                f"{name}: hx must have the shape {list(like.shape)}, got {list(hx.shape)}."
+            )
+        return hx
+
+    def _run_direction(
+        self,
+        x: Tensor,
+        suffix: str,
+        h0: Tensor,
+        reverse: bool,
+        ends: Tensor | None,
+        starts: Tensor | None,
+        reset_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one direction of one layer.
+
+        Args:
+            ends: bool [T,B,1], the steps beyond a row's length.
+            starts: bool [T,B,1], the steps before which the state is reset, in the order of the
+                direction.
+            reset_state: [B,H] or [T,B,H], the state before such a step; None: zeros.
+        """
+        bias = getattr(self, f"bias_ih_{suffix}") if self.bias else None
+        pre = F.linear(x, getattr(self, f"weight_ih_{suffix}"), bias)
+        a, b = self._coefficients(pre)
+        if starts is not None:
+            if reset_state is not None:
+                b = torch.where(starts, b + a * reset_state, b)
+            a = a.masked_fill(starts, 0)
+        if ends is not None:
+            a, b = a.masked_fill(ends, 1), b.masked_fill(ends, 0)
+        if x.shape[0] == 0:
+            return self._output(scan(a, b, None, reverse), pre, x), h0
+        state = scan(a, b, h0.to(a.dtype), reverse)
+        output = self._output(state, pre, x)
+        if ends is not None:
+            output = output.masked_fill(ends, 0)
+        return output, state[0] if reverse else state[-1]
+
+
+_ARGUMENTS = """
+    Args:
+        input_size: I, features of each input step.
+        hidden_size: H, features of the state.
+        num_layers: L, number of stacked layers. Default: 1
+        bias: whether there is ``b_ih``. Default: ``True``
+        batch_first: input and output are [B,T,*] instead of [T,B,*]; the states never are.
+        dropout: probability that an output between two layers is zeroed in training. Default: 0
+        bidirectional: whether a second direction runs backwards in time: D = 2 instead of 1.
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
+        hx: [L*D,B,H] or unbatched [L*D,H]; zeros if omitted.
+        lengths, resets, reset_state: keyword only, as in `fastrnn.GRU`.
+
+    Outputs:
+        output: [T,B,D*H], [T,D*H] or a `PackedSequence`.
+        h_n: [L*D,B,H] or [L*D,H], the final states, which continue a sequence as ``hx``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument does not fit; the message names it.
+
+    Parameters: ``weight_ih_l[k]`` [G*H,I] and ``bias_ih_l[k]`` [G*H], with ``_reverse`` for the
+    second direction, uniform from -1/sqrt(H) to 1/sqrt(H). There is no ``weight_hh``: one product
+    serves all steps, and `fastrnn.functional.linear_scan` runs the recurrence.
+"""
+
+
+def _documented(source: str) -> Callable[[type[_Layer]], type[_Layer]]:
+    """Returns a decorator that adds what all layers share to the docstring of a class."""
+
+    def decorate(cls: type[_Layer]) -> type[_Layer]:
+        if cls.__doc__:  # None under python -OO
+            cls.__doc__ += f"{_ARGUMENTS}\n    Source: {source}\n    "
+        return cls
+
+    return decorate
+
+
+def _positive(x: Tensor) -> Tensor:
+    """Returns g of Feng et al.: x + 0.5 for x >= 0, else sigmoid(x)."""
+    return torch.where(x >= 0, x + 0.5, x.sigmoid())
+
+
+class _Minimal(_LinearTime):
+    """The two layers of Feng et al."""
+
+    def __init__(self, *args: Any, positive: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not is_bool(positive):
+            name = type(self).__name__
+            raise TypeError(f"{name}: positive must be a bool, got {describe(positive)}.")
+        self.positive = positive
+
+    def extra_repr(self) -> str:
+        """Returns the constructor's arguments."""
+        return super().extra_repr() + (", positive=True" if self.positive else "")
+
+    def _candidate(self, pre: Tensor) -> Tensor:
+        return _positive(pre) if self.positive else pre
+
+
+@_documented("L. Feng et al., Were RNNs All We Needed? (2024), without and with g.")
+class MinGRU(_Minimal):
+    """A GRU whose gates depend on the input only (G = 2: z, then the candidate).
+
+        z = sigmoid(W_z x + b_z)
+        c = W_c x + b_c                     with ``positive``: g(W_c x + b_c)
+        h' = (1-z)*h + z*c
+
+    ``positive`` is keyword only: g(x) = x + 0.5 for x >= 0, else sigmoid(x). The paper needs it to
+    compute in log space; the scan here needs no logarithms. Default: ``False``
+    """
+
+    _gates = 2
+
+    def _coefficients(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        z, candidate = pre.chunk(2, -1)
+        z = z.sigmoid()
+        return 1 - z, z * self._candidate(candidate)
+
+
+@_documented("L. Feng et al., Were RNNs All We Needed? (2024), the normalised form.")
+class MinLSTM(_Minimal):
+    """An LSTM whose gates depend on the input only (G = 3: f, i, then the candidate).
+
+        f = sigmoid(W_f x + b_f)    i = sigmoid(W_i x + b_i)
+        c = W_c x + b_c                     with ``positive``: g(W_c x + b_c)
+        h' = (f*h + i*c) / (f + i)
+
+    ``positive`` is keyword only, as in `MinGRU`. Default: ``False``
+    """
+
+    _gates = 3
+
+    def _coefficients(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        f, i, candidate = pre.chunk(3, -1)
+        # f/(f+i) = sigmoid(log f - log i), which is no 0/0 where both gates are 0
+        share = (F.softplus(-i) - F.softplus(-f)).sigmoid()
+        return share, (1 - share) * self._candidate(candidate)
+
+
+@_documented("T. Lei et al., Training RNNs as Fast as CNNs (2017).")
+class SRU(_LinearTime):
+    """The simple recurrent unit without recurrent vectors (G = 3: candidate, f, r).
+
+        c = W_c x + b_c    f = sigmoid(W_f x + b_f)    r = sigmoid(W_r x + b_r)
+        s' = f*s + (1-f)*c                  the state; h_n holds it
+        y = r*s' + (1-r)*x                  the output
+
+    If x does not have H features, W_ih has H more rows (G = 4), whose product takes the place of x
+    in y. The later version of the paper (2018) adds v*s to the pre-activations of f and r; that
+    recurrence is not linear in s, so no scan computes it, and this layer does not have v.
+    """
+
+    _gates = 3
+
+    def _rows(self, columns: int) -> int:
+        return (3 if columns == self.hidden_size else 4) * self.hidden_size
+
+    def _coefficients(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        candidate, f = pre[..., : 2 * self.hidden_size].chunk(2, -1)
+        f = f.sigmoid()
+        return f, (1 - f) * candidate
+
+    def _output(self, state: Tensor, pre: Tensor, x: Tensor) -> Tensor:
+        size = self.hidden_size
+        r = pre[..., 2 * size : 3 * size].sigmoid()
+        skipped = x if pre.shape[-1] == 3 * size else pre[..., 3 * size :]
+        return r * state + (1 - r) * skipped

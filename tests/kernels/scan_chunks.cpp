@@ -1,0 +1,95 @@
+// Compares scans that are cut into chunks of steps with plain loops. The chunks need more CPUs than
+// a small machine has, so the kernels are made to believe in 8.
+#include <sched.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "cpu/runtime/thread_budget.h"
+#include "cpu/scan.h"
+
+extern "C" int sched_getaffinity(pid_t, std::size_t size, cpu_set_t* mask) noexcept {
+  std::memset(mask, 0, size);
+  for (int cpu = 0; cpu < 8; ++cpu) CPU_SET_S(cpu, size, mask);
+  return 0;
+}
+
+namespace {
+
+using namespace fastrnn;
+using Values = std::vector<double>;
+
+void parallel_for(std::int64_t n, void (*body)(std::int64_t, std::int64_t, void*), void* context) {
+  std::vector<std::thread> others;
+  for (std::int64_t i = 1; i < n; ++i) others.emplace_back([=] { body(i, i + 1, context); });
+  body(0, 1, context);
+  for (std::thread& other : others) other.join();
+}
+
+void expect_near(const char* what, const Values& got, const Values& expected) {
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    if (std::abs(got[i] - expected[i]) <= 1e-9) continue;
+    std::printf("%s: value %zu is %g, not %g\n", what, i, got[i], expected[i]);
+    std::exit(1);
+  }
+}
+
+Values values_of(std::int64_t count, double scale, double shift) {
+  Values values(count);
+  for (double& value : values) value = scale * (double(std::rand()) / RAND_MAX) + shift;
+  return values;
+}
+
+// factor: the largest value of a; with 2 the products of a overflow.
+void check(std::int64_t steps, std::int64_t columns, bool reverse, double factor) {
+  const ScanShape shape = {steps, columns, reverse};
+  const std::int64_t count = steps * columns;
+  const bool overflows = factor > 1;
+  const Values a = values_of(count, overflows ? 0 : factor, overflows ? factor : 0);
+  const Values b = values_of(count, overflows ? 0 : 1, 0), d_h = b;
+  const Values h0 = values_of(columns, overflows ? 0 : 1, 0);
+  Values h(count), d_a(count), d_b(count), d_h0(columns);
+  Values h_loop(count), d_a_loop(count), d_b_loop(count), carry(columns, 0.0);
+  for (std::int64_t s = 0; s < steps; ++s)
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const std::int64_t at = shape.row(s) * columns + c;
+      h_loop[at] = a[at] * (s > 0 ? h_loop[shape.row(s - 1) * columns + c] : h0[c]) + b[at];
+    }
+  for (std::int64_t s = steps - 1; s >= 0; --s)
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const std::int64_t at = shape.row(s) * columns + c;
+      d_b_loop[at] = d_h[at] + carry[c];
+      d_a_loop[at] = d_b_loop[at] * (s > 0 ? h_loop[shape.row(s - 1) * columns + c] : h0[c]);
+      carry[c] = a[at] * d_b_loop[at];
+    }
+  cpu::scan(Scan<double>{shape, a.data(), b.data(), h0.data(), h.data()}, 8, parallel_for);
+  expect_near("h", h, h_loop);
+  cpu::scan_gradients(ScanGradients<double>{shape, d_h.data(), a.data(), h.data(), h0.data(),
+                                            d_a.data(), d_b.data(), d_h0.data()},
+                      8, parallel_for);
+  expect_near("d_a", d_a, d_a_loop);
+  expect_near("d_b", d_b, d_b_loop);
+  expect_near("d_h0", d_h0, carry);
+}
+
+}  // namespace
+
+int main() {
+  if (cpu::usable_cpus() < 8) return 77;  // a quota
+  for (const std::int64_t columns : {1, 5, 20, 40, 70}) {
+    const std::int64_t steps = 200'000 / columns;
+    const cpu::ScanPlan plan = cpu::make_scan_plan({steps, columns, false}, 8, 8);
+    if (plan.chunks < 3 || plan.groups * plan.chunks > 8) {
+      std::printf("%d groups and %d chunks for %d columns\n", plan.groups, plan.chunks,
+                  int(columns));
+      return 1;
+    }
+    for (const bool reverse : {false, true})
+      for (const double factor : {0.9, 2.0}) check(steps, columns, reverse, factor);
+  }
+  return 0;
+}
