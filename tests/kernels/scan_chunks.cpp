@@ -81,7 +81,7 @@ void check(std::int64_t steps, std::int64_t columns, bool reverse, double factor
 int main() {
   if (cpu::usable_cpus() < 8) return 77;  // a quota
   for (const std::int64_t columns : {1, 5, 20, 40, 70}) {
-    const std::int64_t steps = 200'000 / columns;
+    const std::int64_t steps = 600'000 / columns;
     const cpu::ScanPlan plan = cpu::make_scan_plan({steps, columns, false}, 8, 8);
     if (plan.chunks < 3 || plan.groups * plan.chunks > 8) {
       std::printf("%d groups and %d chunks for %d columns\n", plan.groups, plan.chunks,
