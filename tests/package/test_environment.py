@@ -56,9 +56,9 @@ def test_instruction_set_of_other_cpus_raises() -> None:
     assert f"{', '.join(_C.available_isas())}, got '{lacking[0]}'." in printed
 
 
-@pytest.mark.parametrize("name", sorted({name for name, *_ in BAD}))
-def test_empty_value_is_the_default(name: str) -> None:
-    assert run_python(IMPORT, **{name: ""}) == run_python(IMPORT)
+def test_empty_values_are_the_defaults() -> None:
+    empty = {name: "" for name, *_ in BAD}
+    assert run_python(IMPORT, **empty) == run_python(IMPORT)
 
 
 def test_valid_values_are_used() -> None:

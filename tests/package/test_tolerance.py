@@ -146,7 +146,7 @@ def planted(fault: str, cell: str, steps: int) -> tuple[dict[str, Tensor], dict[
 FAULTS = ["gate order", "missing term", "float16", "no bias", "h_prev"]
 
 
-@pytest.mark.parametrize("steps", [5, 200])
+@pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "rnn_sigmoid", "gru", "lstm"])
 def test_planted_faults_fail(cell: str, fault: str, steps: int) -> None:
