@@ -127,7 +127,9 @@ def _stays_on_device(call: LayerCall, marks: Marks) -> bool:
 
 def _runs_on_device(call: LayerCall) -> bool:
     """Whether a supported call on CUDA runs by an operator per layer, which reads no mark."""
-    return call.x.is_cuda and not choose.is_watched() and call.options.recompute == 0
+    options = call.options
+    is_plain = options.recompute == 0 and options.recorder is None
+    return call.x.is_cuda and is_plain and not choose.is_watched()
 
 
 def _unsupported(call: LayerCall) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastrnn._torch_internals import AutoDispatchBelowAutograd
 from fastrnn.engine.run import run
@@ -198,6 +199,7 @@ class _Function(torch.autograd.Function):
         return results
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any,
         d_y: Tensor | None,

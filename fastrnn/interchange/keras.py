@@ -107,7 +107,8 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
 
     Raises:
         TypeError: ``module`` is not a fastrnn layer.
-        NotImplementedError: Keras does not have the cell, or the LSTM has a projection.
+        NotImplementedError: Keras does not have the cell; the layer has a projection, residual
+            connections or a learned initial state; numpy does not have bfloat16.
     """
     if not isinstance(module, RecurrentBase):
         raise TypeError(
@@ -122,6 +123,15 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
     if module.proj_size:
         raise NotImplementedError(
             f"to_keras_weights: module must have proj_size 0, got {module.proj_size}."
+        )
+    for option in ("residual", "learn_initial_state"):
+        if module.residual if option == "residual" else module._learns_initial_state:
+            raise NotImplementedError(
+                f"to_keras_weights: {option} of module must be False, got True."
+            )
+    if module.weight_hh_l0.dtype == torch.bfloat16:
+        raise NotImplementedError(
+            "to_keras_weights: module must have a dtype of numpy, got torch.bfloat16."
         )
     order = _GATES.get(spec.name, (0,))
     per_direction = []

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrnn.engine.ragged import check_lengths
 from fastrnn.modules.base import RecurrentBase
 
 
@@ -32,8 +33,9 @@ class Reversed(nn.Module):
         The layer's output and final states.
 
     Raises:
-        TypeError: ``layer`` is not a fastrnn layer, or ``input`` is not a tensor.
-        ValueError: the layer is bidirectional.
+        TypeError: ``layer`` is not a fastrnn layer, ``input`` is not a tensor, or ``lengths`` are
+            not integers.
+        ValueError: the layer is bidirectional, or the shape or a value of ``lengths`` is wrong.
     """
 
     def __init__(self, layer: RecurrentBase) -> None:
@@ -55,8 +57,12 @@ class Reversed(nn.Module):
             output, state = self.layer(input.flip(time), hx)
             return output.flip(time), state
         # padding stays at the end: within its length, row b reads step lengths[b] - 1 - t at t
-        steps = torch.arange(input.shape[time], device=input.device)
-        last = lengths.to(input.device).unsqueeze(1) - 1
+        if input.dim() != 3:
+            raise ValueError(f"lengths needs input with 3 dimensions, got {input.dim()}")
+        check_lengths(lengths, input.shape[1 - time])
+        count = input.shape[time]
+        steps = torch.arange(count, device=input.device)
+        last = lengths.to(input.device, torch.int64).clamp(max=count).unsqueeze(1) - 1
         order = torch.where(steps <= last, last - steps, steps)  # [B,T]
         order = (order if time == 1 else order.t()).unsqueeze(-1)
         output, state = self.layer(torch.take_along_dim(input, order, time), hx, lengths)

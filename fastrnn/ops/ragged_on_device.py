@@ -93,6 +93,8 @@ def _states(marks: _Marks, initial: Tensor, reset: Tensor | None) -> Tensor | No
         initial: [D,B,*] h0 or c0.
         reset: [D,B,*] or [T,D,B,*] the states after a reset, or None for zeros.
     """
+    if marks.resets is None:
+        reset = None  # nothing reads it
     if reset is not None:
         if reset.dim() == 3:
             reset = reset.unsqueeze(0)

@@ -33,12 +33,12 @@ Run = Callable[[LayerCall], Results]
 
 
 class Ragged(NamedTuple):
-    """Lengths and resets of a padded batch, checked.
+    """Lengths and resets of a padded batch, checked. The values of those on a GPU are not.
 
     Attributes:
-        lengths: int64 [B] on the CPU, from 0 to T; None if all are T.
-        resets: bool [T,B] on the CPU; None if there are none. In a graph also float64, whose
-            values are not checked.
+        lengths: int64 [B], from 0 to T; None if all are T.
+        resets: bool [T,B]; None if there are none. In a graph and on a GPU also float64, whose
+            values are not checked: every value except 0 is a reset.
         reset_h: state after a reset, [L*D,B,R], or [T,L*D,B,R] for one per step; None for zeros.
         reset_c: the same for the cell states.
     """
@@ -75,11 +75,15 @@ def cut(
 
     Args:
         steps, batch: T and B.
-        lengths, resets: as in `Ragged`.
+        lengths, resets: as in `Ragged`; those on a GPU are read here.
         backwards: whether the direction runs backwards in time.
     """
     if lengths is None:
         lengths = torch.full((batch,), steps)
+    elif not lengths.is_cpu:
+        lengths = lengths.clamp(0, steps).cpu()
+    if resets is not None and not resets.is_cpu:
+        resets = (resets != 0).cpu()
     return Segments(*_cut(lengths, resets, steps, backwards))
 
 

@@ -109,3 +109,13 @@ def test_wrong_values_are_rejected_when_the_graph_runs() -> None:
     program = torch.export.export(model, (x, torch.tensor([5, 0, 2]), None, None)).module()
     with pytest.raises(RuntimeError, match="lengths"):
         program(x, torch.tensor([6, 0, 2]), None, None)
+
+
+def test_second_derivatives_of_a_graph_raise() -> None:
+    model = Model("GRU", {}, STATES)
+    x = torch.randn(5, 3, 3, requires_grad=True)
+    marks = (torch.tensor([5, 0, 2]), None, None)
+    program = torch.export.export(model, (x, *marks)).module()
+    (first,) = torch.autograd.grad(loss(program(x, *marks)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()

@@ -778,3 +778,30 @@ def test_random_layers_match_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         if time.monotonic() > end:
             break
     print(f"{seed + 1} layers drawn")
+
+
+@pytest.mark.parametrize("returned", ["return_all_states", "return_gates"])
+def test_states_of_marked_rows_match_the_cpu(returned: str) -> None:
+    module = build("lstm", 5, 7, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, lengths = torch.randn(9, 4, 5, dtype=torch.float64), torch.tensor([9, 0, 3, 5])
+    resets = torch.rand(9, 4) < 0.3
+    expected = module(x, lengths=lengths, resets=resets, **{returned: True})
+    options = {"lengths": lengths.cuda(), "resets": resets.cuda(), returned: True}
+    found = module.cuda()(x.cuda(), **options)
+    torch.testing.assert_close(found[0].cpu(), expected[0])
+    for got, own in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(got.cpu(), own)
+
+
+def test_second_derivatives_with_marks_on_the_gpu() -> None:
+    module = build("gru", 5, 7, dtype=torch.float64)
+    start = torch.randn(9, 4, 5, dtype=torch.float64)
+    resets = torch.rand(9, 4) < 0.3
+    found = []
+    for device in ("cpu", "cuda"):
+        x = start.to(device).requires_grad_()
+        y, _ = module.to(device)(x, resets=resets.to(device))
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        found.append(second.cpu())
+    torch.testing.assert_close(found[1], found[0])

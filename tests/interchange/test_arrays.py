@@ -318,6 +318,11 @@ def test_wrong_arrays_of_keras(
 def test_modules_that_keras_does_not_have() -> None:
     with pytest.raises(NotImplementedError, match="must have proj_size 0, got 2"):
         fastrnn.to_keras_weights(fastrnn.LSTM(3, 4, proj_size=2))
+    for option in ("residual", "learn_initial_state"):
+        with pytest.raises(NotImplementedError, match=f"{option} of module must be False"):
+            fastrnn.to_keras_weights(fastrnn.GRU(3, 4, **{option: True}))
+    with pytest.raises(NotImplementedError, match="dtype of numpy, got torch"):
+        fastrnn.to_keras_weights(fastrnn.GRU(3, 4, dtype=torch.bfloat16))
     with pytest.raises(TypeError, match=r"must be a fastrnn\.RNN, LSTM or GRU, got LSTM"):
         fastrnn.to_keras_weights(nn.LSTM(3, 4))
 
@@ -355,3 +360,22 @@ def test_wrong_arguments_of_reversed() -> None:
         fastrnn.Reversed(fastrnn.GRU(3, 4, bidirectional=True))
     with pytest.raises(TypeError, match="input must be a tensor, got list"):
         fastrnn.Reversed(fastrnn.GRU(3, 4))([1.0])
+    layer, x = fastrnn.Reversed(fastrnn.GRU(3, 4)), torch.zeros(5, 2, 3)
+    for lengths, error, message in (
+        ([5, 2], TypeError, "lengths must be a tensor of integers, got list"),
+        (torch.tensor([5.0, 2.0]), TypeError, r"tensor of integers, got torch\.float32"),
+        (torch.tensor([5, 2, 1]), ValueError, r"lengths must have the shape \[2\], got \[3\]"),
+        (torch.tensor([6, 2]), ValueError, "from 0 to the 5 steps of input, got 6"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(x, lengths=lengths)
+    with pytest.raises(ValueError, match="lengths needs input with 3 dimensions, got 2"):
+        layer(x[:, 0], lengths=torch.tensor([5]))
+
+
+def test_small_unsigned_lengths_of_reversed() -> None:
+    layer, x = fastrnn.Reversed(fastrnn.GRU(3, 4)), torch.randn(5, 3, 3)
+    lengths = torch.tensor([5, 0, 2])
+    expected = layer(x, lengths=lengths)
+    for got, own in zip(layer(x, lengths=lengths.to(torch.uint8)), expected, strict=True):
+        assert torch.equal(got, own)
