@@ -68,6 +68,7 @@ from fastrnn.checks import describe
 from fastrnn.engine.arguments import run_one_state, run_two_states
 from fastrnn.ops import DTYPES, scan
 from fastrnn.spec import CELLS
+from fastrnn.tracing import without_tracing
 
 __all__ = ["gru", "linear_scan", "lstm", "rnn_relu", "rnn_sigmoid", "rnn_tanh"]
 
@@ -284,13 +285,14 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool
         raise RuntimeError(f"linear_scan: a must be {expected}, got {a.dtype}.")
     if a.dim() == 0:
         raise RuntimeError("linear_scan: a must have a dimension of steps, got a scalar.")
-    _check_scan_argument("b", b, a, a.shape)
+    without_tracing(_check_scan_argument, "b", b, a)
     if h0 is not None:
-        _check_scan_argument("h0", h0, a, a.shape[1:])
+        without_tracing(_check_scan_argument, "h0", h0, a)
     return scan(a, b, h0, reverse)
 
 
-def _check_scan_argument(name: str, t: Tensor, a: Tensor, shape: Sequence[int]) -> None:
+def _check_scan_argument(name: str, t: Tensor, a: Tensor) -> None:
+    shape = a.shape if name == "b" else a.shape[1:]
     if t.shape != shape:
         raise RuntimeError(
             f"linear_scan: {name} must have the shape {list(shape)}, got {list(t.shape)}."

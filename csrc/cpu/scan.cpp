@@ -6,8 +6,9 @@
 //   1. each rank computes of its chunk the product of a, and the state after it from zeros;
 //   2. these of all chunks before give the state before a chunk, from which its rank runs it.
 //
-// That reads a chunk twice, so it pays off from three chunks on. A product that overflows would
-// make the state before a chunk NaN (infinity times 0); then one rank runs all steps in order.
+// That reads a chunk twice, so it pays off from three chunks on. Where a product overflows or a
+// first state is infinite, the state before a chunk could be NaN (infinity times 0, such as a
+// product that underflows); then one rank runs all steps in order.
 #include "cpu/scan.h"
 
 #include <cmath>
@@ -155,8 +156,10 @@ class ScanJob {
       store_last_state(problem_, c, states[c]);
   }
 
-  // Whether the summaries of all chunks of the part's columns are finite.
+  // Whether the first states and the summaries of all chunks of the part's columns are finite.
   bool is_finite(const ScanPart& part) const {
+    for (std::int64_t c = part.first_column; c < part.first_column + part.columns; ++c)
+      if (!std::isfinite(first_state<Value>(problem_, c))) return false;
     for (int chunk = 0; chunk + 1 < plan_.chunks; ++chunk)
       for (std::int64_t c = part.first_column; c < part.first_column + part.columns; ++c)
         if (!std::isfinite(end(chunk)[c]) || !std::isfinite(product(chunk)[c])) return false;

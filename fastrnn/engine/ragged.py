@@ -107,7 +107,7 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
     elif is_capturing():
         raise RuntimeError(f"lengths and resets cannot be in this graph: {reason}.")
     else:
-        ragged = _check_values(ragged, size(call.x, 0))
+        ragged = check_values(ragged, size(call.x, 0))
         is_plain = call.options == DEFAULTS and choose.may_use_fast_path()
         if on_device:
             y, h_n, c_n = _run_by_operators(call, ragged)
@@ -235,7 +235,7 @@ def _convert(call: LayerCall, marks: Marks, batch_first: bool, to_cpu: bool) -> 
     return Ragged(lengths, resets, *expanded)
 
 
-def _check_values(ragged: Ragged, steps: int) -> Ragged:
+def check_values(ragged: Ragged, steps: int) -> Ragged:
     """Checks the values of the marks that are on the CPU. Returns them with resets as bool.
 
     Raises:

@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from fastrnn.checks import describe, is_bool
-from fastrnn.engine.ragged import check_lengths, check_reset_state, check_resets
+from fastrnn import autocast
+from fastrnn.checks import describe, different_devices_message, is_bool
+from fastrnn.engine.ragged import (
+    Marks,
+    check_lengths,
+    check_reset_state,
+    check_resets,
+    check_values,
+)
 from fastrnn.ops import scan
+from fastrnn.ops.segments import Ragged
+from fastrnn.tracing import size, without_tracing
 
 __all__ = ["SRU", "MinGRU", "MinLSTM"]
 
@@ -122,37 +131,32 @@ class _LinearTime(nn.Module):
         reset_state: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs all layers. See the class for arguments and results."""
+        marks = Marks(lengths, resets, reset_state)
         if isinstance(input, PackedSequence):
-            for name, mark in (("lengths", lengths), ("resets", resets)):
-                if mark is not None:
-                    raise ValueError(
-                        f"{type(self).__name__}: {name} must not be given with a PackedSequence, "
-                        "got one."
-                    )
+            marks.check_absent("a PackedSequence")
             return self._run_packed(input, hx)
         if not isinstance(input, Tensor):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {describe(input)}."
             )
-        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+        if input.dim() not in (2, 3) or size(input, -1) != self.input_size:
             raise RuntimeError(
                 f"{type(self).__name__}: input must be 2-D or 3-D with {self.input_size} features, "
                 f"got {describe(input)}."
             )
         if input.dim() == 3:
-            return self._run(input, hx, lengths, resets, reset_state)
+            return self._run(input, hx, marks)
+        marks.check_absent("an input without a batch dimension")
         batch = 0 if self.batch_first else 1
         state = hx.unsqueeze(1) if isinstance(hx, Tensor) and hx.dim() == 2 else hx
-        if resets is not None:
-            resets = resets.unsqueeze(batch)
-        output, h_n = self._run(input.unsqueeze(batch), state, lengths, resets, reset_state)
+        output, h_n = self._run(input.unsqueeze(batch), state, marks)
         return output.squeeze(batch), h_n.squeeze(1)
 
     def _run_packed(
         self, packed: PackedSequence, hx: Tensor | None
     ) -> tuple[PackedSequence, Tensor]:
         padded, lengths = pad_packed_sequence(packed, self.batch_first)
-        output, h_n = self._run(padded, hx, lengths, None, None)
+        output, h_n = self._run(padded, hx, Marks(lengths))
         order = packed.sorted_indices
         if order is not None:  # the same order, so that the results agree with the input
             output = output.index_select(0 if self.batch_first else 1, order)
@@ -160,40 +164,27 @@ class _LinearTime(nn.Module):
         rows = pack_padded_sequence(output, lengths, self.batch_first)
         return PackedSequence(rows.data, packed.batch_sizes, order, packed.unsorted_indices), h_n
 
-    def _run(
-        self,
-        input: Tensor,
-        hx: Tensor | None,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        reset_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, input: Tensor, hx: Tensor | None, marks: Marks) -> tuple[Tensor, Tensor]:
         """Runs a padded batch [T,B,I], or [B,T,I] with ``batch_first``."""
         x = input.transpose(0, 1) if self.batch_first else input
         steps, batch, _ = x.shape
         like = x.new_zeros(self.num_layers * self._directions, batch, self.hidden_size)
-        h0 = like if hx is None else self._checked_state(hx, like)
-        ends = None
+        h0 = like
+        if hx is not None:
+            without_tracing(self._check_state, hx, like)
+            h0 = hx
+        without_tracing(self._check_marks, x, like, marks)
+        lengths, resets, reset_state = marks
+        ends, starts = None, None
         if lengths is not None:
-            check_lengths(lengths, batch)
-            if not torch.compiler.is_compiling() and len(lengths):
-                low, high = int(lengths.min()), int(lengths.max())
-                if low < 0 or high > steps:
-                    wrong = low if low < 0 else high
-                    raise ValueError(
-                        f"lengths must be from 0 to the {steps} steps of input, got {wrong}"
-                    )
             ends = torch.arange(steps, device=x.device).unsqueeze(1) >= lengths.to(x.device)
             ends = ends.unsqueeze(-1)
-        starts = None
+            x = x.masked_fill(ends, 0)  # a NaN would reach the gradients as 0 * NaN
         if resets is not None:
-            check_resets(resets, steps, batch, self.batch_first)
             starts = resets if resets.dim() == 3 else resets.unsqueeze(-1)
             starts = (starts.transpose(0, 1) if self.batch_first else starts).to(x.device) != 0
-        if reset_state is not None:
-            if starts is None:
-                raise ValueError("reset_state must be given together with resets, got it alone")
-            check_reset_state(reset_state, like, steps, "reset_state")
+            if ends is not None:
+                starts = starts & ~ends
         h_n = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
@@ -210,7 +201,7 @@ class _LinearTime(nn.Module):
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return x.transpose(0, 1) if self.batch_first else x, torch.stack(h_n)
 
-    def _checked_state(self, hx: Any, like: Tensor) -> Tensor:
+    def _check_state(self, hx: Any, like: Tensor) -> None:
         name = type(self).__name__
         if not isinstance(hx, Tensor):
             raise TypeError(f"{name}: hx must be a tensor, got {describe(hx)}.")
@@ -218,7 +209,34 @@ class _LinearTime(nn.Module):
             raise RuntimeError(
                 f"{name}: hx must have the shape {list(like.shape)}, got {list(hx.shape)}."
             )
-        return hx
+        if hx.device != like.device:
+            raise RuntimeError(different_devices_message(like, hx, "hidden"))
+        if hx.dtype != like.dtype and not autocast.acts_on(like):
+            raise RuntimeError(
+                "Input and hidden tensors are not the same dtype, found input tensor with "
+                f"{like.dtype} and hidden tensor with {hx.dtype}"
+            )
+
+    def _check_marks(self, x: Tensor, like: Tensor, marks: Marks) -> None:
+        """Checks the marks of a batch x [T,B,I]; ``like`` is an initial state."""
+        steps, batch, _ = x.shape
+        lengths, resets, state = marks
+        if lengths is not None:
+            check_lengths(lengths, batch)
+        if resets is not None:
+            check_resets(resets, steps, batch, self.batch_first)
+        if not torch.compiler.is_compiling():
+            check_values(Ragged(lengths, resets), steps)
+        if state is None:
+            return
+        if resets is None:
+            raise ValueError("reset_state must be given together with resets, got it alone")
+        check_reset_state(state, like, steps, "reset_state")
+        if state.dtype != like.dtype and not autocast.acts_on(like):
+            raise RuntimeError(
+                f"{type(self).__name__}: reset_state must have the dtype {like.dtype}, "
+                f"got {state.dtype}."
+            )
 
     def _run_direction(
         self,
@@ -235,7 +253,7 @@ class _LinearTime(nn.Module):
         Args:
             ends: bool [T,B,1], the steps beyond a row's length.
             starts: bool [T,B,1], the steps before which the state is reset, in the order of the
-                direction.
+                direction; none of ``ends``.
             reset_state: [B,H] or [T,B,H], the state before such a step; None: zeros.
         """
         bias = getattr(self, f"bias_ih_{suffix}") if self.bias else None
@@ -243,16 +261,18 @@ class _LinearTime(nn.Module):
         a, b = self._coefficients(pre)
         if starts is not None:
             if reset_state is not None:
-                b = torch.where(starts, b + a * reset_state, b)
+                # zeros elsewhere: a NaN of another step would reach the gradients as 0 * NaN
+                b = b + a * torch.where(starts, reset_state.to(a.dtype), 0)
             a = a.masked_fill(starts, 0)
         if ends is not None:
             a, b = a.masked_fill(ends, 1), b.masked_fill(ends, 0)
-        if x.shape[0] == 0:
-            return self._output(scan(a, b, None, reverse), pre, x), h0
-        state = scan(a, b, h0.to(a.dtype), reverse)
+        h0 = h0.to(a.dtype)
+        state = scan(a, b, h0, reverse)
         output = self._output(state, pre, x)
         if ends is not None:
             output = output.masked_fill(ends, 0)
+        if size(x, 0) == 0:
+            return output, h0
         return output, state[0] if reverse else state[-1]
 
 
@@ -270,7 +290,8 @@ _ARGUMENTS = """
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
         hx: [L*D,B,H] or unbatched [L*D,H]; zeros if omitted.
-        lengths, resets, reset_state: keyword only, as in `fastrnn.GRU`.
+        lengths, resets, reset_state: keyword only, as in `fastrnn.GRU`, except that a reset
+            multiplies the state by 0, which does not remove NaN or infinity from it.
 
     Outputs:
         output: [T,B,D*H], [T,D*H] or a `PackedSequence`.
@@ -383,7 +404,7 @@ class SRU(_LinearTime):
         return f, (1 - f) * candidate
 
     def _output(self, state: Tensor, pre: Tensor, x: Tensor) -> Tensor:
-        size = self.hidden_size
-        r = pre[..., 2 * size : 3 * size].sigmoid()
-        skipped = x if pre.shape[-1] == 3 * size else pre[..., 3 * size :]
+        units = self.hidden_size
+        r = pre[..., 2 * units : 3 * units].sigmoid()
+        skipped = x if size(pre, -1) == 3 * units else pre[..., 3 * units :]
         return r * state + (1 - r) * skipped

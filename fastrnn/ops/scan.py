@@ -19,6 +19,8 @@ from torch import Tensor
 from fastrnn._torch_internals import AutoDispatchBelowAutograd, are_transforms_active, forward_ad
 from fastrnn.ops.autograd import implementations
 from fastrnn.ops.gradients import is_transformed
+from fastrnn.ops.operators import DTYPES
+from fastrnn.tracing import is_capturing
 
 _scan_op = torch.ops.fastrnn.linear_scan.default
 _gradients_op = torch.ops.fastrnn.linear_scan_gradients.default
@@ -54,7 +56,8 @@ class ScanFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
-        h: Tensor = _scan_op(a, b, h0, reverse)
+        with AutoDispatchBelowAutograd():  # else the operator would call this Function again
+            h: Tensor = _scan_op(a, b, h0, reverse)
         return h
 
     @staticmethod
@@ -102,29 +105,63 @@ class ScanFunction(torch.autograd.Function):
         return scan(mapped(a, in_dims[0], 1), mapped(b, in_dims[1], 1), state, reverse), 1
 
 
+def _needs_function(a: Tensor, b: Tensor, h0: Tensor | None) -> bool:
+    """Whether a gradient is recorded or tensors can have tangents."""
+    needs = a.requires_grad or b.requires_grad or (h0 is not None and h0.requires_grad)
+    return (needs and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+
+
 def scan(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
     """Runs the scan for checked arguments; differentiable."""
-    if torch.compiler.is_compiling():
+    # torch.jit.trace would record the Function as a call of Python, which cannot be saved
+    if torch.compiler.is_compiling() or is_capturing():
         return _scan_op(a, b, h0, reverse)  # type: ignore[no-any-return]
-    is_recorded = torch.is_grad_enabled() and (
-        a.requires_grad or b.requires_grad or (h0 is not None and h0.requires_grad)
-    )
-    if is_recorded or are_transforms_active() or forward_ad._current_level >= 0:
+    if _needs_function(a, b, h0) or are_transforms_active():
         return ScanFunction.apply(a, b, h0, reverse)  # type: ignore[no-any-return, no-untyped-call]
     return _scan_op(a, b, h0, reverse)  # type: ignore[no-any-return]
 
 
 def _autograd(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
     """Runs ``linear_scan`` under autograd: the code of the dispatch key "Autograd"."""
-    needs = a.requires_grad or b.requires_grad or (h0 is not None and h0.requires_grad)
-    if torch.is_grad_enabled() and needs:
+    if _needs_function(a, b, h0):
         return ScanFunction.apply(a, b, h0, reverse)  # type: ignore[no-any-return, no-untyped-call]
     with AutoDispatchBelowAutograd():
         return _scan_op(a, b, h0, reverse)  # type: ignore[no-any-return]
 
 
+def _expect(name: str, t: Tensor | None, a: Tensor, shape: torch.Size) -> None:
+    if t is None:
+        return
+    torch._check(t.dtype == a.dtype, lambda: f"fastrnn: {name} must have the dtype of a.")
+    torch._check(t.device == a.device, lambda: f"fastrnn: {name} must be on the device of a.")
+    torch._check(
+        t.shape == shape,
+        lambda: f"fastrnn: {name} must have the shape {list(shape)}, got {list(t.shape)}.",
+    )
+
+
+def _expect_steps(a: Tensor) -> None:
+    expected = "float16, bfloat16, float32 or float64"
+    torch._check(a.dtype in DTYPES, lambda: f"fastrnn: a must be {expected}, got {a.dtype}.")
+    torch._check(a.dim() > 0, lambda: "fastrnn: a must have one dimension or more, got none.")
+
+
+def _check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
+    _expect_steps(a)
+    _expect("b", b, a, a.shape)
+    _expect("h0", h0, a, a.shape[1:])
+
+
+def _check_gradients(d_h: Tensor, a: Tensor, h: Tensor, h0: Tensor | None) -> None:
+    _expect_steps(a)
+    _expect("d_h", d_h, a, a.shape)
+    _expect("h", h, a, a.shape)
+    _expect("h0", h0, a, a.shape[1:])
+
+
 def scan_by_steps(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
     """Computes the scan step by step, on devices that have no kernel for it."""
+    _check_scan(a, b, h0)
     h = torch.empty_like(b, memory_format=torch.contiguous_format)
     wide = torch.promote_types(b.dtype, torch.float32)
     state = b.new_zeros(b.shape[1:], dtype=wide) if h0 is None else h0.to(wide)
@@ -138,32 +175,20 @@ def scan_by_steps(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Ten
 def _gradients_by_steps(
     d_h: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, reverse: bool, needs_a: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_gradients(d_h, a, h, h0)
     d_a, d_b, d_h0 = composite_gradients(d_h, a, h, h0, reverse)
     return d_a if needs_a else a.new_empty(0), d_b, d_h0.contiguous()
 
 
-def _expect(name: str, t: Tensor | None, a: Tensor, shape: torch.Size) -> None:
-    if t is None:
-        return
-    torch._check(t.dtype == a.dtype, lambda: f"fastrnn: {name} must have the dtype of a.")
-    torch._check(
-        t.shape == shape,
-        lambda: f"fastrnn: {name} must have the shape {list(shape)}, got {list(t.shape)}.",
-    )
-
-
 def _fake(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
-    _expect("b", b, a, a.shape)
-    _expect("h0", h0, a, a.shape[1:])
+    _check_scan(a, b, h0)
     return a.new_empty(a.shape)
 
 
 def _gradients_fake(
     d_h: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, reverse: bool, needs_a: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _expect("d_h", d_h, a, a.shape)
-    _expect("h", h, a, a.shape)
-    _expect("h0", h0, a, a.shape[1:])
+    _check_gradients(d_h, a, h, h0)
     d_a = a.new_empty(a.shape if needs_a else 0)
     return d_a, a.new_empty(a.shape), a.new_empty(a.shape[1:])
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -32,7 +33,7 @@ void parallel_for(std::int64_t n, void (*body)(std::int64_t, std::int64_t, void*
 
 void expect_near(const char* what, const Values& got, const Values& expected) {
   for (std::size_t i = 0; i < got.size(); ++i) {
-    if (std::abs(got[i] - expected[i]) <= 1e-9) continue;
+    if (std::abs(got[i] - expected[i]) <= 1e-9 || got[i] == expected[i]) continue;  // infinities
     std::printf("%s: value %zu is %g, not %g\n", what, i, got[i], expected[i]);
     std::exit(1);
   }
@@ -76,6 +77,17 @@ void check(std::int64_t steps, std::int64_t columns, bool reverse, double factor
   expect_near("d_h0", d_h0, carry);
 }
 
+// An infinite first state. The product of each chunk underflows to 0, but no factor is 0.
+void check_infinite_state(std::int64_t columns, bool reverse) {
+  const std::int64_t steps = 600'000 / columns, count = steps * columns;
+  const double infinity = std::numeric_limits<double>::infinity();
+  const Values a(count, 0.5), b(count, 1.0), h0(columns, infinity), h_loop(count, infinity);
+  Values h(count);
+  cpu::scan(Scan<double>{{steps, columns, reverse}, a.data(), b.data(), h0.data(), h.data()}, 8,
+            parallel_for);
+  expect_near("h after an infinite state", h, h_loop);
+}
+
 }  // namespace
 
 int main() {
@@ -90,6 +102,7 @@ int main() {
     }
     for (const bool reverse : {false, true})
       for (const double factor : {0.9, 2.0}) check(steps, columns, reverse, factor);
+    for (const bool reverse : {false, true}) check_infinite_state(columns, reverse);
   }
   return 0;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,68 @@ def test_lengths_and_resets(name: str, per_step: bool) -> None:
     assert_same_in_double(got, loop(layer, x, None, lengths, resets))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_has_no_effect(name: str, value: float) -> None:
+    layer = build(name, num_layers=2, bidirectional=True)
+    lengths, resets = torch.tensor([T, 0, 3]), torch.rand(T, B) < 0.4
+    ends = torch.arange(T).view(T, 1, 1) >= lengths.view(B, 1)
+    x = torch.randn(T, B, IN, dtype=torch.float64)
+    state = torch.randn(T, 4, B, H, dtype=torch.float64)
+
+    def run(padding: float) -> list[Tensor]:
+        own = x.masked_fill(ends, padding).requires_grad_()
+        after = state.masked_fill(ends.unsqueeze(1), padding).requires_grad_()
+        result = layer(own, lengths=lengths, resets=resets, reset_state=after)
+        return [*result, *gradients(result, layer, own, after)]
+
+    got = run(value)
+    assert all(t.isfinite().all() for t in got)
+    assert_same_in_double(got, run(0.0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_a_step_without_a_reset_has_no_effect(name: str) -> None:
+    layer = build(name)
+    x = torch.randn(T, B, IN, dtype=torch.float64)
+    resets = torch.rand(T, B) < 0.4
+    state = torch.randn(T, 1, B, H, dtype=torch.float64)
+
+    def run(value: float) -> list[Tensor]:
+        own = state.masked_fill(~resets.view(T, 1, B, 1), value).requires_grad_()
+        result = layer(x, resets=resets, reset_state=own)
+        return [*result, *gradients(result, layer, own)]
+
+    got = run(float("nan"))
+    assert all(t.isfinite().all() for t in got)
+    assert_same_in_double(got, run(0.0))
+
+
+def test_a_reset_keeps_nan() -> None:
+    """The documented limit: a GRU replaces its state, a scan multiplies it by 0."""
+    x = torch.randn(T, B, IN)
+    x[1, 0] = float("nan")
+    resets = torch.zeros(T, B)
+    resets[3] = 1
+    output, _ = fastrnn.MinGRU(IN, H)(x, resets=resets)
+    assert output[3:, 0].isnan().all()
+    assert output[:, 1:].isfinite().all()
+    output, _ = fastrnn.GRU(IN, H)(x, resets=resets)
+    assert output[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name: str) -> None:
+    layer = getattr(fastrnn, name)(IN, H)
+    x, hx, state = torch.randn(T, B, IN), torch.randn(1, B, H), torch.randn(1, B, H)
+    resets = torch.rand(T, B) < 0.4
+    with torch.autocast("cpu", torch.bfloat16):
+        output, h_n = layer(x, hx, resets=resets, reset_state=state)
+        empty, same = layer(x[:0], hx)
+    assert output.isfinite().all()
+    assert output.dtype == h_n.dtype == empty.dtype == same.dtype
+
+
 @pytest.mark.parametrize("enforce_sorted", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_sequences(name: str, enforce_sorted: bool) -> None:
@@ -188,6 +251,36 @@ def test_copies_and_graphs(name: str) -> None:
     assert_same_in_double(program.module()(x), expected)
 
 
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_traced_and_saved(name: str, tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = build(name, num_layers=2, bidirectional=True)
+
+        def forward(self, x: Tensor, hx: Tensor, lengths: Tensor, resets: Tensor) -> Any:
+            return self.layer(x, hx, lengths=lengths, resets=resets, reset_state=hx)
+
+    def inputs(steps: int, lengths: list[int]) -> list[Tensor]:
+        batch = len(lengths)
+        x = torch.randn(steps, batch, IN, dtype=torch.float64)
+        hx = torch.randn(4, batch, H, dtype=torch.float64)
+        return [x, hx, torch.tensor(lengths), torch.rand(steps, batch) < 0.4]
+
+    model = Model()
+    path = str(tmp_path / "model.pt")
+    torch.jit.trace(model, tuple(inputs(T, [T, 2, 3]))).save(path)
+    loaded = torch.jit.load(path)
+    other = inputs(T + 3, [T + 3, 0, 7, 1])
+    got, expected = loaded(*other), model(*other)
+    assert_same_in_double(got, expected)
+    assert_same_in_double(
+        list(torch.autograd.grad(got[0].square().sum(), list(loaded.parameters()))),
+        list(torch.autograd.grad(expected[0].square().sum(), list(model.parameters()))),
+    )
+
+
 def test_compiled_with_marks() -> None:
     layer = build("MinGRU")
     x, lengths = torch.randn(T, B, IN).double(), torch.tensor([6, 2, 3])
@@ -233,6 +326,42 @@ def test_compiled_with_marks() -> None:
             {"lengths": torch.tensor([2])},
             ValueError,
             "lengths must not be given with a PackedSequence",
+        ),
+        (
+            (pack_sequence([torch.ones(2, 4)]),),
+            {"reset_state": torch.zeros(1, 1, 5)},
+            ValueError,
+            "reset_state must not be given with a PackedSequence",
+        ),
+        (
+            (torch.ones(2, 3, 4),),
+            {"resets": torch.full((2, 3), 2)},
+            ValueError,
+            "resets must hold only 0 and 1, got another value",
+        ),
+        (
+            (torch.ones(2, 3, 4), torch.ones(1, 3, 5).double()),
+            {},
+            RuntimeError,
+            "found input tensor with torch.float32 and hidden tensor with torch.float64",
+        ),
+        (
+            (torch.ones(2, 3, 4), torch.ones(1, 3, 5, device="meta")),
+            {},
+            RuntimeError,
+            "found input tensor at cpu and hidden tensor at meta",
+        ),
+        (
+            (torch.ones(2, 3, 4),),
+            {"resets": torch.zeros(2, 3), "reset_state": torch.zeros(1, 3, 5).double()},
+            RuntimeError,
+            "MinGRU: reset_state must have the dtype torch.float32, got torch.float64.",
+        ),
+        (
+            (torch.ones(2, 4),),
+            {"resets": torch.zeros(2)},
+            ValueError,
+            "resets must not be given with an input without a batch dimension",
         ),
     ],
 )

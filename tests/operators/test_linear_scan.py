@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.autograd import forward_ad
 
 from fastrnn import _C
 from fastrnn.functional import linear_scan
+from fastrnn.ops.scan import _gradients_by_steps, scan_by_steps
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # odd sizes; one step; rows longer than a buffer of states
@@ -188,7 +190,13 @@ def test_dual_tensors() -> None:
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(h0, torch.ones_like(h0))
         tangent = forward_ad.unpack_dual(linear_scan(a, b, dual)).tangent
+        h = torch.ops.fastrnn.linear_scan(a, b, dual, False)
+        from_operator = forward_ad.unpack_dual(h).tangent
+        assert (
+            forward_ad.unpack_dual(torch.ops.fastrnn.linear_scan(a, b, h0, False)).tangent is None
+        )
     assert_same_in_double(tangent, a.cumprod(0))
+    assert_same_in_double(from_operator, a.cumprod(0))
 
 
 def test_opcheck() -> None:
@@ -220,6 +228,19 @@ def test_exported() -> None:
     program = torch.export.export(Model(), (a, b), dynamic_shapes=({0: steps}, {0: steps}))
     longer = inputs(9, 2, 3)[:2]
     assert_same_in_double(program.module()(*longer), Model()(*longer))
+
+
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
+def test_traced_and_saved(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return linear_scan(a.sigmoid(), b)
+
+    a, b, _ = inputs(6, 2, 3)
+    path = str(tmp_path / "model.pt")
+    torch.jit.trace(Model(), (a.requires_grad_(), b)).save(path)
+    longer = inputs(9, 2, 3)[:2]
+    assert_same_in_double(torch.jit.load(path)(*longer), Model()(*longer))
 
 
 def test_the_final_state_continues_a_sequence() -> None:
@@ -291,3 +312,26 @@ def test_the_operator_checks_its_own_arguments() -> None:
     small.untyped_storage().resize_(8)
     with pytest.raises(RuntimeError, match="b must have memory for all of its 12 values"):
         torch.ops.fastrnn.linear_scan(a, small, None, False)
+
+
+ONES = torch.ones(4, 3)
+WRONG_ARGUMENTS = [
+    ({"b": ONES[:, 0]}, r"b must have the shape \[4, 3\], got \[4\]."),
+    ({"b": ONES.double()}, "b must have the dtype of a."),
+    ({"b": ONES.to("meta")}, "b must be on the device of a."),
+    ({"h0": ONES}, r"h0 must have the shape \[3\], got \[4, 3\]."),
+    ({"a": ONES.int()}, "a must be float16, bfloat16, float32 or float64, got torch.int32."),
+    ({"a": torch.tensor(1.0)}, "a must have one dimension or more, got none."),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_ARGUMENTS)
+def test_the_code_without_a_kernel_checks_its_arguments(
+    change: dict[str, Tensor], message: str
+) -> None:
+    """The implementation for CUDA, which runs on every device."""
+    t = {"a": ONES, "b": ONES, "h0": ONES[0]} | change
+    with pytest.raises(RuntimeError, match=f"fastrnn: {message}"):
+        scan_by_steps(t["a"], t["b"], t["h0"], False)
+    with pytest.raises(RuntimeError, match=f"fastrnn: {message.replace('b must', 'h must')}"):
+        _gradients_by_steps(ONES, t["a"], t["b"], t["h0"], False, True)
