@@ -23,7 +23,7 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def test_fast(session: nox.Session) -> None:
-    """Run the fast tests, about 7 minutes on 2 cores."""
+    """Run the fast tests, about 13 minutes on 2 cores."""
     session.run("python", "-m", "pytest", "-q", *session.posargs)
 
 
@@ -63,7 +63,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """Run the CPU kernels under the sanitizers, about 3 minutes on 2 cores."""
+    """Run the CPU kernels under the sanitizers, about 10 minutes on 2 cores."""
     jobs = {"MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count()))}
     names = session.posargs or ["address", "thread"]
     session.run("python", ".ci/sanitize.py", *names, env=jobs)
