@@ -20,6 +20,7 @@ from fastrnn.backends import Backend, captured, composite, kernels
 from fastrnn.engine import choose
 from fastrnn.layer_call import DEFAULTS, LayerCall, Results
 from fastrnn.ops.states import Steps, composite_steps, gate_names, kernel_steps, output_rows
+from fastrnn.tracing import is_tracing, without_tracing
 
 #: the backends that can return what every step leaves
 BACKENDS: tuple[Backend, ...] = (kernels, captured, composite)
@@ -165,6 +166,13 @@ class Recorder:
                 name: shaped([own[name] for own in self._gates], output) for name in self._gates[0]
             }
         return Extras(states, gates)
+
+
+def untraced(option: Any) -> Any:
+    """Returns an option as a bool where torch's older ONNX exporter has made it a tensor."""
+    if is_tracing() and isinstance(option, Tensor) and option.dtype == torch.bool:
+        return without_tracing(option.item)
+    return option
 
 
 def recorder_of(return_all_states: Any, return_gates: Any) -> Recorder | None:

@@ -17,7 +17,7 @@ from fastrnn.backends import torch_step
 from fastrnn.engine import choose
 from fastrnn.engine.ragged import NO_MARKS, Marks, as_ragged, run_marked
 from fastrnn.engine.run import run
-from fastrnn.engine.states import Extras, Recorder, map_extras, recorder_of
+from fastrnn.engine.states import Extras, Recorder, map_extras, recorder_of, untraced
 from fastrnn.layer_call import (
     DEFAULTS,
     PADDED,
@@ -628,8 +628,11 @@ class RecurrentBase(nn.RNNBase):
         try:
             if return_all_states is not False or return_gates is not False:
                 marks = Marks(lengths, resets, reset_state)
+                returned = untraced(return_all_states), untraced(return_gates)
+                if returned == (False, False):
+                    return self._run(input, hx, *marks, *returned, is_layers_first)
                 return self._run_recorded(  # type: ignore[return-value]
-                    input, hx, marks, return_all_states, return_gates
+                    input, hx, marks, *returned
                 )
             if lengths is not None or resets is not None or reset_state is not None:
                 marks = Marks(lengths, resets, reset_state)

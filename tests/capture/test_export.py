@@ -329,6 +329,18 @@ class TestOnnx:
             got = torch.from_numpy(session.run(None, feeds)[0])
             assert_agrees(got, model(*values), exact_call(model, x, lengths))
 
+    @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+    def test_older_exporter_accepts_a_bare_layer(self, cell: str) -> None:
+        """The exporter passes the arguments' defaults, as tensors."""
+        runtime = pytest.importorskip("onnxruntime")
+        layer, x = build(cell, 3, 4), torch.randn(5, 2, 3)
+        file = io.BytesIO()
+        torch.onnx.export(layer, (x,), file, dynamo=False)
+        session = runtime.InferenceSession(file.getvalue())
+        feeds = {session.get_inputs()[0].name: x.numpy()}
+        got = torch.from_numpy(session.run(None, feeds)[0])
+        assert_agrees(got, layer(x)[0], lambda change: exact_call(layer, x)(change)[0])
+
     @pytest.mark.parametrize(
         ("options", "packed", "message"),
         [
