@@ -21,7 +21,7 @@ from fastrnn.ops.autograd import implementations, saved_tensors
 from fastrnn.ops.fakes import expect_ragged
 from fastrnn.ops.gradients import Gradients
 from fastrnn.ops.operators import decode_layer
-from fastrnn.ops.ragged import _arguments as checked_arguments
+from fastrnn.ops.ragged_arguments import ragged_arguments
 from fastrnn.ops.segments import Ragged, run_composed
 from fastrnn.ops.states import gate_names, output_rows
 from fastrnn.reference import GATES
@@ -92,7 +92,7 @@ def _forward(*args: Any) -> _Tensors:
 @torch.no_grad()
 def _forward_untraced(*args: Any) -> _Tensors:
     *arguments, wants_gates = args
-    call, ragged = checked_arguments(*arguments)
+    call, ragged = ragged_arguments(*arguments)
     x = call.x
     (y, h_n, c_n), recorder = _compose(call, ragged, wants_gates)
     c, gates = recorder.rows()
@@ -116,7 +116,7 @@ def _gradients(*args: Any) -> list[Tensor]:
     ]
     x, h0, c0, reset_h, reset_c, *weights = inputs
     with torch.enable_grad():
-        call, ragged = checked_arguments(
+        call, ragged = ragged_arguments(
             x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell
         )
         (y, h_n, c_n), recorder = _compose(call, ragged, False)

@@ -61,12 +61,11 @@ def from_flashrnn(
 
     Raises:
         TypeError: an argument is not an array.
-        ValueError: an array has another shape.
-        NotImplementedError: fastrnn has no layer for ``function``.
+        ValueError: an array has another shape, or fastrnn has no layer for ``function``.
     """
     cell = _CELLS.get(str(function))
     if cell is None:
-        raise NotImplementedError(
+        raise ValueError(
             f"{_OWNER}: function must be one of {', '.join(map(repr, _CELLS))}, "
             f"got {describe(function)}."
         )

@@ -103,12 +103,13 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
             keras_layer.set_weights(weights)
 
     A GRU of Keras needs ``reset_after=True``, which is its default. The list of a bidirectional
-    layer has the arrays of both directions, as Keras' Bidirectional expects.
+    layer has the arrays of both directions, as Keras' Bidirectional expects. bfloat16, which numpy
+    does not have, becomes float32.
 
     Raises:
         TypeError: ``module`` is not a fastrnn layer.
         NotImplementedError: Keras does not have the cell; the layer has a projection, residual
-            connections or a learned initial state; numpy does not have bfloat16.
+            connections or a learned initial state, which Keras does not have.
     """
     if not isinstance(module, RecurrentBase):
         raise TypeError(
@@ -124,15 +125,14 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
         raise NotImplementedError(
             f"to_keras_weights: module must have proj_size 0, got {module.proj_size}."
         )
-    for option in ("residual", "learn_initial_state"):
-        if module.residual if option == "residual" else module._learns_initial_state:
+    for option, is_set in (
+        ("residual", module.residual),
+        ("learn_initial_state", module._learns_initial_state),
+    ):
+        if is_set:
             raise NotImplementedError(
                 f"to_keras_weights: {option} of module must be False, got True."
             )
-    if module.weight_hh_l0.dtype == torch.bfloat16:
-        raise NotImplementedError(
-            "to_keras_weights: module must have a dtype of numpy, got torch.bfloat16."
-        )
     order = _GATES.get(spec.name, (0,))
     per_direction = []
     for own in module._weights().directions():
@@ -141,6 +141,8 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
         if own.b_ih is not None and own.b_hh is not None:
             b_ih, b_hh = to_order(own.b_ih, order), to_order(own.b_hh, order)
             arrays.append(torch.stack((b_ih, b_hh)) if spec.name == "gru" else b_ih + b_hh)
+        if own.w_ih.dtype == torch.bfloat16:
+            arrays = [a.float() for a in arrays]
         per_direction.append([a.detach().cpu().contiguous().numpy() for a in arrays])
     directions = 2 if module.bidirectional else 1
     return [

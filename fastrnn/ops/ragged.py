@@ -26,7 +26,6 @@ from fastrnn._torch_internals import (
 from fastrnn.layer_call import PADDED, LayerCall, Results, SequenceMembers
 from fastrnn.ops.autograd import AUTOCAST_KEYS, implementations, saved_tensors
 from fastrnn.ops.composite import composite_layer
-from fastrnn.ops.fakes import expect_ragged
 from fastrnn.ops.gradients import (
     Gradients,
     Outputs,
@@ -43,6 +42,7 @@ from fastrnn.ops.operators import (
     ragged_layer_op,
     records_gradient,
 )
+from fastrnn.ops.ragged_arguments import gradient_arguments
 from fastrnn.ops.ragged_on_device import forward_on_device, gradients_on_device, layer_on_device
 from fastrnn.ops.segments import (
     Ragged,
@@ -239,61 +239,16 @@ def _parts(call: LayerCall, ragged: Ragged) -> list[_Part]:
     return parts
 
 
-def _arguments(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    slots: int,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    cell: str,
-) -> tuple[LayerCall, Ragged]:
-    """Checks the arguments of an operator, and returns them as values."""
-    expect_ragged(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell)
-    if resets is not None and resets.dtype != torch.bool:
-        is_one = resets == 1
-        if not bool((is_one | (resets == 0)).all()):
-            raise RuntimeError("fastrnn: resets must hold only 0 and 1, got another value.")
-        resets = is_one
-    if resets is not None and not bool(resets.any()):
-        resets = None
-    call = LayerCall(CELLS[cell], x, PADDED, h0, c0, Weights(weights, slots))
-    return call, Ragged(lengths, resets, reset_h, reset_c)
-
-
 @torch.no_grad()
-def gradients_by_parts(
-    d_y: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    slots: int,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    y: Tensor,
-    saved: Tensor,
-    cell: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Computes the gradients of ``ragged_forward`` for any cell, on the CPU.
-
-    Args:
-        needs: whether the gradients of x, h0, c0, reset_h, reset_c and each weight are needed.
-
-    Returns:
-        Those that are needed.
-    """
-    call, ragged = _arguments(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell)
-    need_x, *_ = needs
-    need_weights = needs[len(needs) - len(weights) :]
+def gradients_by_parts(*args: Any) -> list[Tensor]:
+    """Runs ``ragged_gradients_by_parts`` for any cell on the CPU: the gradients that are needed."""
+    gradient_call = gradient_arguments(*args)
+    call, ragged, (d_y, d_h_n, d_c_n), y, saved, needs = gradient_call
+    _, x, _, h0, c0, (weights, _), _ = call
+    reset_h, reset_c = ragged.reset_h, ragged.reset_c
+    if ragged.resets is not None and not bool(ragged.resets.any()):
+        ragged = ragged._replace(resets=None)  # as forward, which has cut directions alike
+    need_weights = gradient_call.weight_needs
     d_x = torch.zeros_like(x)
     d_states = [None if t is None else torch.zeros_like(t) for t in (h0, c0)]
     d_resets = [None if t is None else t.new_zeros(t.shape) for t in (reset_h, reset_c)]
@@ -309,7 +264,7 @@ def gradients_by_parts(
         else:
             found = gradients(
                 own,
-                (need_x, True, c0 is not None, *own_needs),
+                (needs[0], True, c0 is not None, *own_needs),
                 (
                     None if d_y is None else _packed(d_y, columns, rows),
                     None if d_h is None else _final_gradient(d_h, segments),

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from fastrnn.layer_call import PADDED, LayerCall
-from fastrnn.ops.fakes import expect_ragged
 from fastrnn.ops.gradients import gradients_of_loop
 from fastrnn.ops.operators import forward_op, reset_backward, reset_forward
+from fastrnn.ops.ragged_arguments import gradient_arguments, ragged_arguments
 from fastrnn.ops.segments import Ragged
 from fastrnn.ops.sequence import previous_states
-from fastrnn.spec import CELLS, FORWARD_OUTPUTS, Weights
+from fastrnn.spec import FORWARD_OUTPUTS
 
 _SAVED = 1 << FORWARD_OUTPUTS.index("saved")
 
@@ -116,55 +116,16 @@ def _where(condition: Tensor | None, t: Tensor) -> Tensor:
     return t if condition is None else torch.where(condition.unsqueeze(-1), t, 0)
 
 
-def _arguments(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    slots: int,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    cell: str,
-) -> tuple[LayerCall, Ragged]:
-    """Checks the arguments of an operator; the values of the marks only if they are on the CPU."""
-    expect_ragged(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell)
-    if lengths is not None and lengths.is_cpu:
-        wrong = lengths[(lengths < 0) | (lengths > len(x))]
-        if len(wrong):
-            raise RuntimeError(
-                f"fastrnn: lengths must be from 0 to the {len(x)} steps of x, got {int(wrong[0])}."
-            )
-    if resets is not None and resets.is_cpu:
-        is_valid = ((resets == 0) | (resets == 1)).all()
-        if not bool(is_valid):
-            raise RuntimeError("fastrnn: resets must hold only 0 and 1, got another value.")
-    call = LayerCall(CELLS[cell], x, PADDED, h0, c0, Weights(weights, slots))
-    return call, Ragged(lengths, resets, reset_h, reset_c)
-
-
 @torch.no_grad()
-def forward_on_device(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    slots: int,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    cell: str,
-    outputs: int,
-) -> tuple[Tensor, ...]:
+def forward_on_device(*args: Any) -> tuple[Tensor, ...]:
     """Runs ``ragged_forward`` on a GPU. Its saved values are those of the padded batch."""
-    call, ragged = _arguments(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell)
+    *arguments, outputs = args
+    call, ragged = ragged_arguments(*arguments)
+    spec, x, _, h0, c0, (weights, slots), _ = call
     marks = _marks(call, ragged)
     steps, batch, _ = x.shape
     if steps == 0 or (marks.lengths is None and marks.resets is None):
-        return tuple(forward_op(x, h0, c0, weights, slots, None, cell, outputs))
-    spec = call.spec
+        return tuple(forward_op(x, h0, c0, weights, slots, None, spec.name, outputs))
     if marks.lengths is not None and c0 is not None:
         outputs |= _SAVED  # which holds the cell states of every step
     y, h_n, c_n, saved = reset_forward(
@@ -174,9 +135,9 @@ def forward_on_device(
         weights,
         slots,
         _masks(marks, call),
-        _states(marks, h0, reset_h),
-        None if c0 is None else _states(marks, c0, reset_c),
-        cell,
+        _states(marks, h0, ragged.reset_h),
+        None if c0 is None else _states(marks, c0, ragged.reset_c),
+        spec.name,
         outputs,
     )
     if marks.lengths is None:
@@ -200,33 +161,12 @@ def layer_on_device(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def gradients_on_device(
-    d_y: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    slots: int,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    y: Tensor,
-    saved: Tensor,
-    cell: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Computes the gradients of `forward_on_device`.
-
-    Args:
-        needs: whether the gradients of x, h0, c0, reset_h, reset_c and each weight are needed.
-
-    Returns:
-        Those that are needed.
-    """
-    call, ragged = _arguments(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell)
+def gradients_on_device(*args: Any) -> list[Tensor]:
+    """Runs ``ragged_gradients_by_parts`` on a GPU: the gradients that are needed."""
+    gradient_call = gradient_arguments(*args)
+    call, ragged, (d_y, d_h_n, d_c_n), y, saved, needs = gradient_call
+    spec, x, _, h0, c0, (weights, slots), _ = call
+    reset_h, reset_c = ragged.reset_h, ragged.reset_c
     marks = _marks(call, ragged)
     steps = len(x)
     masks = _masks(marks, call)
@@ -250,14 +190,12 @@ def gradients_on_device(
             d_steps = d_steps.flatten(1, 2)
         d_finals = (_of_direction_1(d_h_n, marks), _of_direction_1(d_c_n, marks))
     *found, d_reset_h, d_reset_c = reset_backward(
-        d_y, *d_finals, d_steps, h0, c0, weights, slots, masks, *states, y, saved, cell
+        d_y, *d_finals, d_steps, h0, c0, weights, slots, masks, *states, y, saved, spec.name
     )
     call = call._replace(x=_where(marks.exists, x))
-    need_x, *_ = needs
-    need_weights = needs[len(needs) - len(weights) :]
     d_x, d_h0, d_c0, *d_weights = gradients_of_loop(
         call,
-        (need_x, True, c0 is not None, *need_weights),
+        (needs[0], True, c0 is not None, *gradient_call.weight_needs),
         tuple(found),
         y,
         saved,

@@ -42,7 +42,14 @@ from torch import Tensor, nn
 from fastrnn.backends import torch_step
 from fastrnn.layer_call import LayerCall, SequenceMembers, SequenceTensors
 from fastrnn.modules import base
-from fastrnn.ops import autograd, gradients, operators, ragged_on_device, states
+from fastrnn.ops import (
+    autograd,
+    gradients,
+    operators,
+    ragged_arguments,
+    ragged_on_device,
+    states,
+)
 from fastrnn.ops.segments import Ragged
 from fastrnn.spec import CELLS as SPECS
 from fastrnn.spec import PROJECTION, Weights
@@ -623,7 +630,8 @@ def test_lengths_beyond_the_batch_count_as_its_ends_without_reading_them(
         def unchecked(*args: Any) -> tuple[LayerCall, Ragged]:
             return call_of(dict(zip(given, args, strict=True)))
 
-        monkeypatch.setattr(ragged_on_device, "_arguments", unchecked)
+        for module in (ragged_on_device, ragged_arguments):  # forward's name, and gradients'
+            monkeypatch.setattr(module, "ragged_arguments", unchecked)
         for found, wanted in zip(run_marked(kernels, given), expected, strict=True):
             assert torch.equal(found, wanted)
 

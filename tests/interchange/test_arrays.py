@@ -6,6 +6,7 @@ are loops of numpy here, in float64.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -171,8 +172,8 @@ def test_flashrnn(function: str, heads: int) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"function": "slstm"}, NotImplementedError, "must be one of .*'elman', got 'slstm'"),
-        ({"function": 3}, NotImplementedError, "function must be one of .*, got 3"),
+        ({"function": "slstm"}, ValueError, "must be one of .*'elman', got 'slstm'"),
+        ({"function": 3}, ValueError, "function must be one of .*, got 3"),
         ({"recurrent_weight": np.zeros((2, 4, 8, 8))}, ValueError, r"\[4, N, D, D\], got \[2, 4"),
         ({"recurrent_weight": np.zeros((4, 64))}, ValueError, r"\[4, N, D, D\], got \[4, 64\]"),
         ({"bias": np.zeros((2, 4, 8))}, ValueError, r"bias must be of shape \[4, N, D\] = \[4, 2"),
@@ -321,10 +322,17 @@ def test_modules_that_keras_does_not_have() -> None:
     for option in ("residual", "learn_initial_state"):
         with pytest.raises(NotImplementedError, match=f"{option} of module must be False"):
             fastrnn.to_keras_weights(fastrnn.GRU(3, 4, **{option: True}))
-    with pytest.raises(NotImplementedError, match="dtype of numpy, got torch"):
-        fastrnn.to_keras_weights(fastrnn.GRU(3, 4, dtype=torch.bfloat16))
-    with pytest.raises(TypeError, match=r"must be a fastrnn\.RNN, LSTM or GRU, got LSTM"):
-        fastrnn.to_keras_weights(nn.LSTM(3, 4))
+
+
+def test_bfloat16_weights_become_float32_for_keras() -> None:
+    layer = fastrnn.GRU(3, 4, dtype=torch.bfloat16)
+    for own, wide in zip(
+        fastrnn.to_keras_weights(layer)[0],
+        fastrnn.to_keras_weights(copy.deepcopy(layer).float())[0],
+        strict=True,
+    ):
+        assert own.dtype == wide.dtype == "float32"
+        assert (own == wide).all()
 
 
 # --- Reversed
