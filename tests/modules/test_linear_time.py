@@ -251,7 +251,9 @@ def test_copies_and_graphs(name: str) -> None:
     assert_same_in_double(program.module()(x), expected)
 
 
-@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "error", "ignore::DeprecationWarning", "ignore:`torch.jit:FutureWarning"
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_traced_and_saved(name: str, tmp_path: Path) -> None:
     class Model(nn.Module):

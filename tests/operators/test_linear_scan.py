@@ -230,7 +230,9 @@ def test_exported() -> None:
     assert_same_in_double(program.module()(*longer), Model()(*longer))
 
 
-@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "error", "ignore::DeprecationWarning", "ignore:`torch.jit:FutureWarning"
+)
 def test_traced_and_saved(tmp_path: Path) -> None:
     class Model(torch.nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
