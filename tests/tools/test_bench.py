@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -119,7 +120,11 @@ def run_bench(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Runs ``pytest bench`` in a folder from which the source tree cannot be imported."""
     files = ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "bench")]
     command = [sys.executable, "-m", "pytest", "-q", *files, *options]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    # pytest-benchmark measures nothing in a process that pytest-xdist has started
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.skipif(not README.exists(), reason="needs the source tree")
