@@ -230,9 +230,10 @@ def test_sustained_waiting_limits_calls_to_one_thread() -> None:
     assert simulate_backoff([(10, 5), (10, 5)]) == [0, 4]
     assert simulate_backoff([(10, 5), (10, 0), (10, 5)]) == [0, 0, 0]
     assert simulate_backoff([(10, 3), (10, 3)]) == [0, 0]  # less than a third of the call
-    assert simulate_backoff([(1, 0.9), (1, 0.9)]) == [0, 0]  # less than a millisecond
-    assert simulate_backoff([(10, 5)] * 8) == [0, 4, 8, 16, 32, 50, 50, 50]
-    assert simulate_backoff([(4, 3)] * 7) == [0, 0, 0, 0, 4, 8, 16]  # only after 20 ms of waiting
+    assert simulate_backoff([(1, 0.9)] * 25) == [0] * 19 + [4] + [0] * 4 + [8]
+    assert simulate_backoff([(10, 5)] * 10) == [0, 4, 8, 16, 32, 64, 128, 256, 512, 512]
+    assert simulate_backoff([(4, 3)] * 7) == [0, 0, 0, 0, 4, 0, 8]  # 20 ms, then 5 ms are judged
+    assert simulate_backoff([(0.5, 0)] * 36 + [(4, 3.9)]) == [0] * 37  # a single slice is lost
     assert simulate_backoff([(40, 30)] * 3) == [0, 4, 8]
     assert simulate_backoff([(10, 5)] * 4 + [(10, 0), (10, 5)]) == [0, 4, 8, 16, 0, 8]
     assert simulate_backoff([(10, 5), (10, 5), (10, 0), (10, 5), (10, 5)]) == [0, 4, 0, 0, 4]

@@ -17,7 +17,8 @@ std::atomic<int> reserved{0};       // threads of all running calls
 std::atomic<int> peak_reserved{0};  // largest value of reserved
 std::atomic<bool> forked{false};
 
-constexpr std::chrono::milliseconds kMinSleep(1), kPatience(20), kMinBackoff(4), kMaxBackoff(50);
+constexpr std::chrono::milliseconds kWindow(20), kProbe(5), kMinBackoff(4);
+constexpr int kMaxDoublings = 7;  // of kMinBackoff: half a second
 
 // No thread of the parent runs in the child.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
@@ -124,21 +125,23 @@ bool ContentionBackoff::is_backing_off(Clock::time_point now) const {
 
 void ContentionBackoff::record(Clock::time_point begin, Clock::time_point now,
                                Clock::duration slept) {
-  constexpr auto kOrder = std::memory_order_relaxed;  // races only make the rule less exact
-  if (slept < kMinSleep || slept * 3 < now - begin) {
-    calls_.store(0, kOrder);
-    failures_.store(failures_.load(kOrder) / 2, kOrder);
-    return;
+  const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (!lock) return;
+  taken_ += now - begin;
+  slept_ += slept;
+  ++calls_;
+  const bool probes = failures_ > 0;
+  if (taken_ < (probes ? kProbe : kWindow) || (calls_ < 2 && !probes)) return;
+  if (slept_ * 3 > taken_) {
+    until_.store(
+        (now + kMinBackoff * (1 << std::min(failures_, kMaxDoublings))).time_since_epoch().count(),
+        std::memory_order_relaxed);
+    ++failures_;
+  } else {
+    failures_ /= 2;
   }
-  const int calls = calls_.load(kOrder) + 1;
-  calls_.store(calls, kOrder);
-  if (calls == 1) since_.store(begin.time_since_epoch().count(), kOrder);
-  const int failures = failures_.load(kOrder);
-  const bool lasts = now.time_since_epoch() - Clock::duration(since_.load(kOrder)) >= kPatience;
-  if (failures == 0 && (calls < 2 || !lasts)) return;
-  failures_.store(failures + 1, kOrder);
-  const auto backoff = std::min(kMaxBackoff, kMinBackoff * (1 << std::min(failures, 4)));
-  until_.store((now + backoff).time_since_epoch().count(), kOrder);
+  taken_ = slept_ = Clock::duration(0);
+  calls_ = 0;
 }
 
 bool is_forked() { return forked.load(std::memory_order_relaxed); }

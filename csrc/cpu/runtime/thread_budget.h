@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <mutex>
 #include <string>
 
 #include "cpu/api.h"
@@ -36,12 +37,12 @@ class ThreadReservation {
 FASTRNN_EXPORT int peak_threads();
 
 // If another process occupies a CPU, a team waits whole time slices until the rank without a CPU
-// runs again. A call failed in this way if a rank slept for a third of it and for at least a
-// millisecond. If all calls fail for some time (kPatience), later calls whose ranks would wait for
-// each other run on one thread for a back-off period; then one call tries again. (A short time does
-// not count: on an idle machine it passes until the system has moved apart threads that woke up on
-// one CPU.) Each failure doubles the period, up to kMaxBackoff; each success halves it; while it is
-// not zero, one failing call starts it again.
+// runs again. Calls are judged together until they have taken some time (kWindow): they failed if
+// ranks slept for more than a third of it. Later calls whose ranks would wait for each other then
+// run on one thread for a back-off period, after which calls of a shorter time (kProbe) are judged.
+// Each failure in a row doubles the period, up to kMaxBackoff; each success halves it. (At first
+// one call is not enough, and a short time is not: on an idle machine it passes until the system
+// has moved apart threads that woke up on one CPU.)
 class FASTRNN_EXPORT ContentionBackoff {
  public:
   using Clock = std::chrono::steady_clock;
@@ -53,9 +54,12 @@ class FASTRNN_EXPORT ContentionBackoff {
 
  private:
   std::atomic<Clock::rep> until_{0};
-  std::atomic<Clock::rep> since_{0};  // start of the first failed call in a row
-  std::atomic<int> calls_{0};         // failed calls in a row
-  std::atomic<int> failures_{0};      // failures that started a back-off, halved by successes
+
+  std::mutex mutex_;          // of the members below; a call that finds it locked is not recorded
+  Clock::duration taken_{0};  // time of the calls that are judged together
+  Clock::duration slept_{0};  // part of it that ranks slept
+  int calls_ = 0;             // number of these calls
+  int failures_ = 0;          // failures in a row, halved by successes
 };
 
 // Whether this process was forked from one that had loaded this library. The threads of the pool do
