@@ -482,6 +482,8 @@ bool forward_packed_pair(const PackedForward<T>* layers, const Plan* panel_plans
          run_pair(PackedPass<T>{isa.walks<T>()}, layers, plans, threads, parallel_for);
 }
 
+void forget_contention() { contention.forget(); }
+
 template void forward(const LayerForward<float, float>*, int, int, ParallelFor, const WholeLayer*);
 template void forward(const LayerForward<double, double>*, int, int, ParallelFor,
                       const WholeLayer*);

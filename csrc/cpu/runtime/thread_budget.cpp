@@ -144,6 +144,13 @@ void ContentionBackoff::record(Clock::time_point begin, Clock::time_point now,
   calls_ = 0;
 }
 
+void ContentionBackoff::forget() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  until_.store(0, std::memory_order_relaxed);
+  taken_ = slept_ = Clock::duration(0);
+  calls_ = failures_ = 0;
+}
+
 bool is_forked() { return forked.load(std::memory_order_relaxed); }
 
 }  // namespace fastrnn::cpu

@@ -51,6 +51,8 @@ class FASTRNN_EXPORT ContentionBackoff {
   bool is_backing_off(Clock::time_point now) const;
   // Records a call that ran from `begin` to `now`. slept: longest time that one of its ranks slept.
   void record(Clock::time_point begin, Clock::time_point now, Clock::duration slept);
+  // Ends the back-off period, as if no call had been recorded.
+  void forget();
 
  private:
   std::atomic<Clock::rep> until_{0};
@@ -61,6 +63,9 @@ class FASTRNN_EXPORT ContentionBackoff {
   int calls_ = 0;             // number of these calls
   int failures_ = 0;          // failures in a row, halved by successes
 };
+
+// Lets the next call use its threads. For tests, whose calls may have more threads than CPUs.
+FASTRNN_EXPORT void forget_contention();
 
 // Whether this process was forked from one that had loaded this library. The threads of the pool do
 // not exist in it, and a parallel region would wait for them forever.
