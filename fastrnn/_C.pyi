@@ -79,14 +79,9 @@ def plan(
     weight_format: str = "native",
     layers: int = 1,
 ) -> Plan: ...
-def casts_to_bfloat16(
-    cell: str,
-    steps: int,
-    batch: int,
-    input_size: int,
-    hidden_size: int,
-    proj_size: int = 0,
-) -> bool: ...
+def bfloat16_copies(
+    cell: str, hidden_size: int, proj_size: int = 0
+) -> tuple[int, tuple[int, ...]]: ...
 def cuda_plan(
     cell: str,
     steps: int,

@@ -2,9 +2,12 @@
 
 The CPU kernels accumulate half types in float32. Tensors on the CPU are cast down to bfloat16 only
 where that makes the call faster: an instruction multiplies pairs of bfloat16, and the call has
-enough rows to pay for the copies of the weights (`_C.casts_to_bfloat16`). Otherwise, and while a
-graph is captured or compiled, only the results change their type. On other devices tensors are cast
-as for cuDNN's layers.
+enough rows to pay for the copies of the weights (`_C.bfloat16_copies`). Otherwise, and while a
+graph is captured to run elsewhere, only the results change their type (`float32_reason`). On other
+devices tensors are cast as for cuDNN's layers.
+
+In compiled code the casts are part of the graph, so the backward pass, which does not run under
+autocast, computes in the type of the forward pass.
 
 The types of the results are those of ``torch.nn``. A stands for autocast's type:
 
@@ -15,6 +18,8 @@ The types of the results are those of ``torch.nn``. A stands for autocast's type
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +27,7 @@ from fastrnn import _C
 from fastrnn._torch_internals import are_transforms_active, is_any_autocast_enabled
 from fastrnn.layer_call import LayerCall, Results
 from fastrnn.spec import PROJECTION
-from fastrnn.tracing import is_capturing
+from fastrnn.tracing import is_at_least, is_capturing, is_fixed, may_compare
 
 _CAST_TO_BFLOAT16 = {torch.float32, torch.bfloat16}
 
@@ -40,9 +45,8 @@ def cast_call(call: LayerCall) -> LayerCall:
     x, h0, c0, weights = call.x, call.h0, call.c0, call.weights
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.device.type == "cpu":
-        dtypes = {t.dtype for t in (x, h0, c0, *weights.flat) if t is not None}
-        is_bfloat16 = dtype == torch.bfloat16 and dtypes <= _CAST_TO_BFLOAT16
-        if not (is_bfloat16 and _is_faster_in_bfloat16(call)):
+        dtypes = _dtypes(call)
+        if float32_reason(call):
             dtype = torch.float32
         if len(dtypes) == 1 and (dtype == torch.float32 or dtype in dtypes):
             return call
@@ -75,21 +79,50 @@ def cast_results(call: LayerCall, results: Results) -> Results:
     return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
 
 
-def _is_faster_in_bfloat16(call: LayerCall) -> bool:
-    """Whether bfloat16 copies of tensors on the CPU make the call faster."""
-    if torch.compiler.is_compiling() or is_capturing() or are_transforms_active():
-        return False
+def float32_reason(call: LayerCall) -> str:
+    """Returns why a call on the CPU computes in float32, "" if bfloat16 copies make it faster.
+
+    See `is_at_least` for sizes that are symbols.
+    """
+    if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return "autocast is not to bfloat16"
+    if not _dtypes(call) <= _CAST_TO_BFLOAT16:
+        return "the tensors are not all float32 or bfloat16"
+    if is_capturing():
+        return "a graph is captured"
+    if are_transforms_active():
+        return "a transform of torch.func is active"
     if call.options.weight_format != 0:
-        return False
+        return "weight_dtype is float16"
     x, h0, flat = call.x, call.h0, call.weights.flat
-    batch = h0.shape[-2]
-    rows = x.shape[:-1].numel()
     hidden = flat[0].shape[0] // call.spec.gates
     proj = h0.shape[-1] if call.weights.slots & PROJECTION else 0
-    if batch == 0 or rows == 0:
-        return False
-    steps = -(-rows // batch)
-    return _C.casts_to_bfloat16(call.spec.name, steps, batch, x.shape[-1], hidden, proj)
+    if not (is_fixed(hidden) and is_fixed(proj)):
+        return "the size of a weight is a symbol"
+    min_rows, batches = _bfloat16_copies(call.spec.name, hidden, proj)
+    if not batches:
+        return "no instruction of this CPU multiplies pairs of bfloat16"
+    dims, batch = x.shape[:-1], h0.shape[-2]
+    free = may_compare((*dims, batch))  # asked once: a comparison gives a symbol a range
+    if not is_at_least(math.prod(dims), min_rows, free):
+        return f"it is faster below {min_rows} rows (steps times batch)"
+    pays = False
+    for first in batches:
+        if is_at_least(batch, first, free):
+            pays = not pays
+    return "" if pays else "it is faster for this batch"
+
+
+def _dtypes(call: LayerCall) -> set[torch.dtype]:
+    return {t.dtype for t in (call.x, call.h0, call.c0, *call.weights.flat) if t is not None}
+
+
+def _bfloat16_copies(cell: str, hidden: int, proj: int) -> tuple[int, tuple[int, ...]]:
+    return _C.bfloat16_copies(cell, hidden, proj)
+
+
+# Does the same as torch.compiler.assume_constant_result, which would import the compiler.
+_bfloat16_copies._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_cast(t: Tensor) -> bool:

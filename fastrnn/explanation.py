@@ -28,17 +28,22 @@ class Explanation:
         call: a short description of the call.
         backend: the name of the backend that would run each layer, or the step.
         skipped: for each preferred backend, the reason why it cannot run the call.
+        autocast: under autocast on the CPU the type that the kernels compute in, and the reason;
+            otherwise "".
         plans: for the kernels, the plan of each layer, from `fastrnn._C.plan` or ``cuda_plan``.
     """
 
     call: str
     backend: str
     skipped: Mapping[str, str]
+    autocast: str = ""
     plans: Sequence[Mapping[str, Any]] = field(default=())
 
     def __str__(self) -> str:
         lines = [f"{self.call}: {self.backend}"]
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        if self.autocast:
+            lines.append(f"  autocast: {self.autocast}")
         for index, plan in enumerate(self.plans):
             facts = ", ".join(f"{key}={value}" for key, value in plan.items())
             lines.append(f"  plan of layer {index}: {facts}")
@@ -75,8 +80,10 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
             f"{type(module).__module__}.{type(module).__name__}."
         )
     skipped: dict[str, str] = {}
+    casts = ""
 
     def watch(call: LayerCall, backends: Sequence[Backend]) -> Backend:
+        nonlocal casts
         chosen = choose.choose_without_watcher(call, backends)
         for backend in backends[: backends.index(chosen)]:
             skipped[backend.NAME] = choose.skip_reason(backend, call)
@@ -85,9 +92,12 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
             and backends in (choose.PRIORITY, choose.STEPS)
             and autocast.acts_on(call.x)
         ):
+            if call.x.is_cpu and call.weights.flat[0].dtype == torch.float32:
+                reason = autocast.float32_reason(call)
+                casts = f"float32: {reason}" if reason else "bfloat16: copies make it faster"
             return chosen  # autocast casts the tensors, then the choice is made again
         plans = _plans(call) if chosen in (kernels, stacked_kernels, captured) else []
-        raise _Chosen(Explanation(choose.describe(call), chosen.NAME, dict(skipped), plans))
+        raise _Chosen(Explanation(choose.describe(call), chosen.NAME, dict(skipped), casts, plans))
 
     try:
         with choose.watched(watch):

@@ -59,6 +59,52 @@ def size(t: Tensor, dim: int) -> int:
     return without_tracing(lambda: t.shape[dim])
 
 
+def is_fixed(size: int) -> bool:
+    """Whether a size is a number, not a symbol of a graph that is being compiled."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports the compiler
+
+    return has_static_value(size)
+
+
+def may_compare(sizes: Iterable[int]) -> bool:
+    """Whether a graph that is being compiled may depend on comparisons with these sizes.
+
+    It may not if one of them is a symbol with a range of its own, as from
+    ``mark_dynamic(x, 0, min=2, max=64)``: torch raises if the graph serves a part of it only.
+    """
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports the compiler
+
+    for size in sizes:
+        if not is_fixed(size) and (
+            statically_known_true(size > _LEAST_SYMBOL) or statically_known_true(size < _UNBOUNDED)
+        ):
+            return False
+    return True
+
+
+# A symbol without a range of its own stands for at least 2, because torch compiles 0 and 1
+# separately, and for more than any real size.
+_LEAST_SYMBOL, _UNBOUNDED = 2, 1 << 40
+
+
+def is_at_least(size: int, minimum: int, may_compare: bool) -> bool:
+    """Whether a size is known to be at least ``minimum``.
+
+    While a graph is compiled, the size may be a symbol. With ``may_compare`` the graph then serves
+    all sizes for which the comparison has the same result, or none is made if data decide the size.
+    """
+    if not torch.compiler.is_compiling():
+        return size >= minimum
+    # imports the compiler
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+    return (guard_or_false if may_compare else statically_known_true)(size >= minimum)
+
+
 def leaf_call(module: nn.Module, input: Any, hx: Any, options: dict[str, Any] | None = None) -> Any:
     """Records the call of a module as one node if ``torch.fx`` traces it, else returns None.
 

@@ -122,10 +122,11 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   return result;
 }
 
-bool casts_to_bfloat16(const std::string& cell, std::int64_t steps, std::int64_t batch,
-                       std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size) {
-  return fastrnn::cpu::bfloat16_pays_for_copies(
-      shape_of(cell, steps, batch, input_size, hidden_size, proj_size, 1));
+py::tuple bfloat16_copies(const std::string& cell, std::int64_t hidden_size,
+                          std::int64_t proj_size) {
+  const auto copies =
+      fastrnn::cpu::bfloat16_copies(shape_of(cell, 1, 1, 1, hidden_size, proj_size, 1));
+  return py::make_tuple(copies.min_rows, py::tuple(py::cast(copies.batches)));
 }
 
 }  // namespace
@@ -164,8 +165,9 @@ void define_plans(py::module_& m) {
         py::arg("threads") = 1, py::arg("training") = false, py::arg("directions") = 1,
         py::arg("weight_format") = "native", py::arg("layers") = 1,
         "How the CPU would walk a layer of this shape through time (training: its backward pass).");
-  m.def("casts_to_bfloat16", &casts_to_bfloat16, py::arg("cell"), py::arg("steps"),
-        py::arg("batch"), py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0);
+  m.def("bfloat16_copies", &bfloat16_copies, py::arg("cell"), py::arg("hidden_size"),
+        py::arg("proj_size") = 0,
+        "For which rows and batches bfloat16 copies of float32 tensors are faster.");
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("steps"), py::arg("batch"),
         py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
         py::arg("dtype") = "float32", py::arg("training") = false, py::arg("directions") = 1,

@@ -45,6 +45,14 @@ struct Bfloat16Gradients {
 FASTRNN_EXPORT bool computes_bfloat16(const LayerShape& shape);
 // Whether bfloat16 copies of float32 tensors, made for one call, are faster than float32.
 FASTRNN_EXPORT bool bfloat16_pays_for_copies(const LayerShape& shape);
+// The same for all sequences of a layer: the copies are faster with min_rows or more (steps times
+// batch) and a batch from batches[0] to batches[1] - 1, from batches[2] to batches[3] - 1, and so
+// on. The last range may have no end.
+struct Bfloat16Copies {
+  std::int64_t min_rows;
+  std::vector<std::int64_t> batches;
+};
+FASTRNN_EXPORT Bfloat16Copies bfloat16_copies(const LayerShape& shape);
 // One line for users: which kernels compute forward in bfloat16 for this shape, and why.
 FASTRNN_EXPORT std::string bfloat16_reason(const LayerShape& shape);
 // The plan of forward or backward: of float32 copies, unless these kernels compute it.

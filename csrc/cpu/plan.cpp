@@ -279,6 +279,21 @@ bool bfloat16_pays_for_copies(const LayerShape& shape) {
   return kernels != nullptr && kernels != bfloat16_kernels(Bfloat16Product::kWidened);
 }
 
+Bfloat16Copies bfloat16_copies(const LayerShape& shape) {
+  static_assert(kMinCastRows >= kMinHalfSteps, "with one sequence, all these rows are many steps");
+  const Bfloat16Kernels* kernels;
+  Bfloat16Copies copies{forced_bfloat16_kernels(&kernels) ? 1 : kMinCastRows, {}};
+  LayerShape of = shape;
+  of.sequence.steps = kMinCastRows;
+  for (const std::int64_t batch :
+       {std::int64_t(1), std::int64_t(2), kMostDotElsewhere + 1, kMinTileBatch}) {
+    of.sequence.batch = batch;
+    const bool paid = copies.batches.size() % 2 == 1;
+    if (bfloat16_pays_for_copies(of) != paid) copies.batches.push_back(batch);
+  }
+  return copies;
+}
+
 // The product with w_hh of a backward step is faster where an instruction multiplies pairs.
 Bfloat16Choice pick_bfloat16_backward(const LayerShape& shape) {
   if (!cell_info(shape.cell).dense) return {nullptr, "the cell has no product"};

@@ -19,7 +19,7 @@ from fastrnn.engine import choose
 from fastrnn.engine.checks import check_layers
 from fastrnn.engine.lengths_on_device import can_run, run_lengths_on_device
 from fastrnn.engine.ragged_states import recorded_layer
-from fastrnn.engine.run import run, without_autocast_in_graphs
+from fastrnn.engine.run import run, without_autocast
 from fastrnn.layer_call import DEFAULTS, LayerCall, Results
 from fastrnn.ops import ragged_layer
 from fastrnn.ops.ragged import cast_states
@@ -146,7 +146,7 @@ def _run_by_operators(call: LayerCall, ragged: Ragged) -> Results:
         check_layers(call)
         return _run_layers(call, ragged)
     cast = autocast.cast_call(call)
-    with without_autocast_in_graphs(cast.x):
+    with without_autocast(cast):
         check_layers(cast)
         results = _run_layers(cast, cast_states(ragged, cast.x.dtype))
     return autocast.cast_results(call, results)

@@ -43,7 +43,7 @@ def run(call: LayerCall, batch_first: bool = False) -> Results:
         # autocast stays enabled, because torch then caches the cast weights
         return autocast.cast_results(call, run_stack(call, backend))
     cast = autocast.cast_call(call)
-    with without_autocast_in_graphs(cast.x):
+    with without_autocast(cast):
         check_layers(cast)
         results = run_stack(cast, choose.choose(cast, choose.AFTER_AUTOCAST))
     return autocast.cast_results(call, results)
@@ -150,7 +150,7 @@ def _run_step_general_path(call: LayerCall) -> tuple[Tensor, Tensor | None]:
         _, h_n, c_n = backend.run(call)
         return h_n, c_n
     cast = autocast.cast_call(call)
-    with without_autocast_in_graphs(cast.x):
+    with without_autocast(cast):
         check_alike(cast)
         results = choose.choose(cast, choose.STEPS_AFTER_AUTOCAST).run(cast)
     _, h_n, c_n = autocast.cast_results(call, results)
@@ -164,8 +164,12 @@ def _explain_step(call: LayerCall) -> None:
         check_alike(call)
 
 
-def without_autocast_in_graphs(x: Tensor) -> AbstractContextManager[object]:
-    """Disables autocast while a graph is captured: the captured operator applies its own casts."""
-    if torch.compiler.is_compiling() or is_capturing():
-        return torch.autocast(x.device.type, enabled=False)
+def without_autocast(call: LayerCall) -> AbstractContextManager[object]:
+    """Disables autocast for operators that would apply their own casts to the cast arguments.
+
+    They are the operators of captured graphs, and the operator that returns the states of each
+    step.
+    """
+    if torch.compiler.is_compiling() or is_capturing() or call.options.recorder is not None:
+        return torch.autocast(call.x.device.type, enabled=False)
     return nullcontext()

@@ -317,7 +317,7 @@ def _recurrent_gradient(
     if later <= 0:  # one step, or none
         return _weight_gradient(side, h0 if later == 0 else y)
     gate_rows = sum(part.shape[1] for part, _ in side)
-    if later <= gate_rows or is_traced(y):
+    if is_traced(y) or later <= gate_rows:
         # Copying y costs less than a second pass over d_w. Compiled code always copies, so that it
         # does not depend on T*B.
         return _weight_gradient(side, previous_states(y, h0, sequence, backwards))

@@ -16,8 +16,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch.func import functional_call, grad, jacfwd, jacrev, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
+from fastrnn import _C
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +62,7 @@ class Count:
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         compiled: Callable[..., Any] = lookup_backend("aot_eager")(graph, inputs)
         self.graphs += 1
+        self.graph = graph
         return compiled
 
 
@@ -229,6 +232,159 @@ def test_autocast_matches_eager(cell: str, outside: bool) -> None:
         expected = run(module, x)
     assert got["out0"].dtype == (torch.float32 if cell == "gru" else torch.bfloat16)
     assert_equal(got, expected)
+
+
+def pairs_multiply(monkeypatch: pytest.MonkeyPatch, *batches: int) -> None:
+    """Makes autocast cast from 64 rows on, as where an instruction multiplies pairs of bfloat16."""
+    monkeypatch.setattr(_C, "bfloat16_copies", lambda cell, hidden, proj: (64, batches or (1,)))
+
+
+def layer_dtypes(graph: torch.fx.GraphModule) -> list[torch.dtype]:
+    """Returns the dtype that each layer of a graph computes in."""
+    return [
+        node.args[0].meta["example_value"].dtype
+        for node in graph.graph.nodes
+        if node.op == "call_function" and "fastrnn" in str(node.target)
+    ]
+
+
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+
+
+class UnderAutocast(nn.Module):
+    """Runs a module's forward pass under autocast, and not its backward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        with torch.autocast("cpu", BFLOAT16):
+            return self.module(*args)
+
+
+@layers("rnn_tanh", "gru, stacked", "lstm, stacked", "lstm, projected")
+def test_autocast_trains_in_bfloat16(
+    cell: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward pass of compiled code does not run under autocast."""
+    pairs_multiply(monkeypatch)
+    module, count = build(cell, 3, 4, **options), Count()
+    twin = compiled(module, count)
+    x = sequence(11, 7, 3)
+    found = [run(UnderAutocast(called), x) for called in (twin, module)]
+    assert_equal(*found)
+    assert layer_dtypes(count.graph) == [BFLOAT16] * module.num_layers
+    assert {value.dtype for name, value in found[0].items() if name.startswith("d_")} == {FLOAT32}
+
+
+@pytest.mark.parametrize("way", ["dynamic", "marked", "automatic"])
+def test_autocast_compiles_once_for_many_rows_and_once_for_few(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs_multiply(monkeypatch)
+    module, count = build("lstm", SIZE, 4), Count()
+    twin = compiled(module, count, dynamic=True if way == "dynamic" else None)
+    for steps, batch in [*SIZES, (16, 4), (21, 3), (7, 9)]:
+        x = torch.randn(steps, batch, SIZE)
+        if way == "marked":
+            torch._dynamo.mark_dynamic(x, (0, 1))
+        assert_equal(run(UnderAutocast(twin), x), run(UnderAutocast(module), x))
+    assert count.graphs == (3 if way == "automatic" else 2)
+
+
+def test_autocast_compiles_once_per_range_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs_multiply(monkeypatch, 1, 5, 8)
+    module, count = build("gru", SIZE, 4), Count()
+    twin = compiled(module, count, dynamic=True)
+    for batch, graphs in [(2, 1), (6, 2), (9, 3), (3, 3), (7, 3), (20, 3)]:
+        x = torch.randn(40, batch, SIZE)
+        with torch.no_grad(), torch.autocast("cpu", BFLOAT16):
+            assert torch.equal(twin(x)[0], module(x)[0])
+        assert count.graphs == graphs
+
+
+def test_autocast_without_the_instruction_compares_no_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_C, "bfloat16_copies", lambda cell, hidden, proj: (64, ()))
+    module, count = build("gru", SIZE, 4), Count()
+    twin = compiled(module, count, dynamic=True)
+    for steps, batch in SIZES:
+        x = torch.randn(steps, batch, SIZE)
+        with torch.no_grad(), torch.autocast("cpu", BFLOAT16):
+            assert torch.equal(twin(x)[0], module(x)[0])
+    assert count.graphs == 1
+
+
+@pytest.mark.parametrize(("least", "dtype"), [(3, FLOAT32), (8, BFLOAT16)])
+def test_autocast_divides_no_range_that_the_user_has_given(
+    least: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises for a graph that serves only a part of the range."""
+    pairs_multiply(monkeypatch)
+    module, count = build("gru", SIZE, 4), Count()
+    twin = compiled(module, count)
+    for steps in (least, 30, 9):
+        x = torch.randn(steps, 10, SIZE)
+        torch._dynamo.mark_dynamic(x, 0, min=least, max=50)
+        with torch.no_grad(), torch.autocast("cpu", BFLOAT16):
+            twin(x)
+    assert count.graphs == 1
+    assert layer_dtypes(count.graph) == [dtype]
+
+
+def test_autocast_keeps_float32_if_the_size_of_a_weight_is_a_symbol(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs_multiply(monkeypatch)
+    count = Count()
+    call = torch.compile(
+        lambda *args: fastrnn.functional.gru(*args, False, 1, 0.0, False, False, False),
+        backend=count,
+        fullgraph=True,
+        dynamic=True,
+    )
+    for hidden in (4, 5, 7):
+        weights = [torch.randn(3 * hidden, SIZE), torch.randn(3 * hidden, hidden)]
+        with torch.no_grad(), torch.autocast("cpu", BFLOAT16):
+            call(torch.randn(20, 9, SIZE), torch.zeros(1, 9, hidden), weights)
+    assert count.graphs == 1
+    assert layer_dtypes(count.graph) == [FLOAT32]
+
+
+def test_autocast_compiles_exported_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator of the program casts its own arguments, also while sizes are symbols."""
+    pairs_multiply(monkeypatch)
+    module, count = build("lstm", SIZE, 4), Count()
+    any_size = torch.export.Dim.AUTO
+    program = torch.export.export(
+        module, (torch.randn(20, 9, SIZE),), dynamic_shapes=((any_size, any_size, None),)
+    )
+    call = torch.compile(program.module(), backend=count, dynamic=True)
+    for steps, batch in SIZES:
+        x = torch.randn(steps, batch, SIZE)
+        with torch.no_grad(), torch.autocast("cpu", BFLOAT16):
+            assert torch.equal(call(x)[0], module(x)[0])
+    assert count.graphs == 2
+
+
+@pytest.mark.parametrize("steps", [20, 5])
+def test_autocast_of_lengths_and_states_matches_eager(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs_multiply(monkeypatch)
+    module, count = build("lstm", SIZE, 4, num_layers=2), Count()
+    twin = compiled(module, count, dynamic=True)
+    x, lengths = torch.randn(steps, 4, SIZE), torch.tensor([steps, steps - 1, 5, steps])
+    extras = {"return_all_states": True, "return_gates": True}
+    with torch.no_grad(), torch.autocast("cpu", BFLOAT16):
+        for options in ({"lengths": lengths}, extras, {"lengths": lengths, **extras}):
+            got, expected = (tree_leaves(m(x, **options)) for m in (twin, module))
+            for value, wanted in zip(got, expected, strict=True):
+                assert value.dtype == wanted.dtype
+                assert torch.equal(value, wanted)
+            assert set(layer_dtypes(count.graph)) == {BFLOAT16 if steps == 20 else FLOAT32}
 
 
 # --- derivatives

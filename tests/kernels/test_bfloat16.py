@@ -416,21 +416,27 @@ def test_autocast_computes_in_bfloat16(
 
 
 def test_autocast_casts_where_copies_pay() -> None:
-    def casts(isa: str, steps: int, batch: int) -> bool:
+    for isa, name in KERNELS:
         _C.set_isa(isa)
         try:
-            return _C.casts_to_bfloat16("lstm", steps, batch, 64, 256)
+            min_rows, batches = _C.bfloat16_copies("lstm", 256)
+            small = _C.bfloat16_copies("gru", 64)[1]
+            reason = _C.plan("lstm", 64, 4, 64, 256, dtype="bfloat16")["bfloat16"]
         finally:
             _C.set_isa(None)
-
-    for isa, name in KERNELS:
-        multiplies = _C.plan("lstm", 64, 4, 64, 256, dtype="bfloat16")["bfloat16"]
-        if isa == "avx512" and "multiplies pairs" in multiplies:
-            assert casts(isa, 16, 4)
-            assert not casts(isa, 15, 4)  # few rows
-        if isa == "avx2":
-            assert not casts(isa, 64, 1), name  # the weights would be copied, then widened
-    assert not casts("baseline", 64, 4)
+        assert min_rows == 64
+        if "multiplies" in reason:
+            assert batches[0] == 1
+            assert small[0] == 2  # one sequence of a small layer does not wait for weights
+        else:
+            assert batches == (), name  # the weights would be copied, then widened
+    _C.set_isa("baseline")
+    try:
+        assert _C.bfloat16_copies("lstm", 256)[1] == ()
+    finally:
+        _C.set_isa(None)
+    with pytest.raises(ValueError, match="proj_size must be 0 for gru"):
+        _C.bfloat16_copies("gru", 4, 2)
 
 
 def test_few_rows_under_autocast_compute_in_float32() -> None:
@@ -442,16 +448,23 @@ def test_few_rows_under_autocast_compute_in_float32() -> None:
             assert torch.equal(module(x)[0], exact.to(BF16))
 
 
-def test_float16_weights_and_compiled_graphs_under_autocast_keep_float32(kernels: str) -> None:
-    x = torch.randn(20, 9, 40)
+def test_float16_weights_under_autocast_keep_float32(kernels: str) -> None:
     layer = fastrnn.GRU(40, 33, weight_dtype=torch.float16)
-    plain = fastrnn.GRU(40, 33)
-    plain.load_state_dict(layer.state_dict())
-    compiled = torch.compile(plain, backend="eager", fullgraph=True)
-    for module, called in ((layer, layer), (plain, compiled)):
-        expected = outputs(module, x)["y"].to(BF16)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(called(x)[0].to(BF16), expected)
+    x = torch.randn(20, 9, 40)
+    expected = outputs(layer, x)["y"].to(BF16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x)[0].to(BF16), expected)
+
+
+def test_compiled_code_under_autocast_computes_in_bfloat16(kernels: str) -> None:
+    layer = fastrnn.GRU(40, 33)
+    twin = copy.deepcopy(layer).to(BF16)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    x = torch.randn(20, 9, 40)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = compiled(x)[0]
+        assert torch.equal(y, twin(x.to(BF16))[0].float())
 
 
 def test_exported_program_under_autocast_computes_in_bfloat16(kernels: str) -> None:

@@ -214,3 +214,22 @@ def test_override_also_replaces_the_fast_path_and_torchs_step() -> None:
         make_step("rnn_tanh", 3, 4)(torch.randn(2, 3))
     assert seen == ["gru", "lstm", "lstm", "rnn_tanh"]
     assert choose.may_use_fast_path is choose.is_plain
+
+
+def test_autocast_on_the_cpu_gives_its_type_and_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, x = fastrnn.LSTM(3, 4), torch.randn(20, 9, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        monkeypatch.setattr(_C, "bfloat16_copies", lambda cell, hidden, proj: (64, (1,)))
+        found = explained(module, x)
+        assert found.autocast == "bfloat16: copies make it faster"
+        assert f"  autocast: {found.autocast}" in str(found).splitlines()
+        assert " bfloat16 cpu" in found.call
+        few = explained(module, x[:5])
+        assert few.autocast == "float32: it is faster below 64 rows (steps times batch)"
+        assert explained(module.bfloat16(), x.bfloat16()).autocast == ""
+        monkeypatch.setattr(_C, "bfloat16_copies", lambda cell, hidden, proj: (64, ()))
+        found = explained(module.float(), x)
+        assert found.autocast == "float32: no instruction of this CPU multiplies pairs of bfloat16"
+    assert explained(module, x).autocast == ""
