@@ -32,12 +32,13 @@ class Microkernel:
     types: tuple[str, ...] = ()  # () if no instance is required: only the existing ones are checked
     rows: str = ""  # function in tile_shape.h: largest number of rows for n vectors
     chains: str = "1"  # function in tile_shape.h: number of chains for m rows and n vectors
+    exists: str = "true"  # condition in tile_shape.h: m rows and n vectors make a tile
     table: str = "cpu/kernels/table.h"  # header whose inclusion in isa/*.cpp creates the instances
     depth: int = 1  # steps along K per multiply-add
     widens: bool = False  # the loop also widens its values: once per row, vector and step along K
 
 
-# An instance name<types, M> has one vector; further arguments do not matter. For amx_tile, M and N
+# An instance name<types, M> has one vector; further arguments do not matter. M and N of an AMX tile
 # count tile registers.
 MICROKERNELS = {
     "tile": Microkernel(("float", "double"), rows="tile_rows", chains="tile_chains"),
@@ -56,6 +57,12 @@ MICROKERNELS = {
         ("",),
         rows="amx_row_tiles",
         table="cpu/kernels/bfloat16/table.h",
+    ),
+    "int8_amx_tile": Microkernel(
+        ("",),
+        rows="amx_row_tiles",
+        exists="has_int8_amx_tile(m, n)",
+        table="cpu/kernels/int8/table.h",
     ),
 }
 
@@ -77,7 +84,7 @@ MICROKERNEL = re.compile(
 )
 JUMP = re.compile(r"j\w+|b(\..+)?|cbn?z|tbn?z")
 RETURN = re.compile(r"ret\w*|call\w*|bl|blr|br")
-MULTIPLY_ADD = re.compile(r"vfn?m(add|sub)\w+|fml[as]|vdpbf16ps|tdpbf16ps")
+MULTIPLY_ADD = re.compile(r"vfn?m(add|sub)\w+|fml[as]|vdpbf16ps|tdpbf16ps|tdpbusd")
 WIDENING = re.compile(r"vpslld|vpandd?|vandps")
 PRODUCT = re.compile(r"v?mulp[sd]|fmul")
 SUM = re.compile(r"v?addp[sd]|fadd")
@@ -268,7 +275,7 @@ def shapes(isa: str, machine: str, kernel: Microkernel) -> dict[tuple[int, int],
         "int main() {",
         "  for (int n = 1; n <= kTileVectors; ++n)",
         f"    for (int m = 1; m <= {kernel.rows}(n); ++m)",
-        f'      std::printf("%d %d %d\\n", m, n, {chains});',
+        f'      if ({kernel.exists}) std::printf("%d %d %d\\n", m, n, {chains});',
         "}",
     ]
     with tempfile.TemporaryDirectory() as folder:

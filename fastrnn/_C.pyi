@@ -37,6 +37,7 @@ class Plan(TypedDict, total=False):
     shared: bool
     recurrent_format: str
     bfloat16: str
+    int8: str
     input: Literal["fused", "ahead"]
     chunk_rows: int
     stacked: bool
@@ -177,8 +178,6 @@ class _testing:
     def set_bfloat16_kernels(name: str | None) -> None: ...
     @staticmethod
     def available_int8_kernels() -> list[str]: ...
-    @staticmethod
-    def int8_kernels_in_use() -> str: ...
     @staticmethod
     def set_int8_kernels(name: str | None) -> None: ...
     @staticmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,8 +17,9 @@ from fastrnn.engine import choose
 from fastrnn.layer_call import LayerCall
 from fastrnn.modules.base import RecurrentBase
 from fastrnn.modules.cells import CellBase
+from fastrnn.modules.quantized import QuantizedRecurrent
 from fastrnn.ops import records_gradient
-from fastrnn.spec import PROJECTION
+from fastrnn.spec import BY_MODE, PROJECTION
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,15 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
     threads. A weight that a parametrization computes is computed once.
 
     Args:
-        module: an RNN, LSTM, GRU or cell of fastrnn.
+        module: an RNN, LSTM, GRU or cell of fastrnn, or a layer of a quantized copy.
         input, hx: the arguments of its ``forward``.
 
     Raises:
         TypeError: ``module`` is not a recurrent module of fastrnn.
         Exception: any error that ``module(input, hx)`` raises before its computation begins.
     """
+    if isinstance(module, QuantizedRecurrent):
+        return _explain_quantized(module, input, hx)
     if not isinstance(module, RecurrentBase | CellBase):
         raise TypeError(
             "explain: module must be an RNN, LSTM, GRU or a cell of fastrnn, got "
@@ -105,6 +109,45 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
     except _Chosen as chosen:
         return chosen.explanation
     raise AssertionError("the call made no choice")
+
+
+def _explain_quantized(module: QuantizedRecurrent, input: Any, hx: Any) -> Explanation:
+    """Runs the checks of a call. There is one way to compute it."""
+    spec = BY_MODE[module.mode]
+
+    def explained(
+        x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor | None, batch_sizes: torch.Tensor | None
+    ) -> NoReturn:
+        packed = "" if batch_sizes is None else "packed "
+        dtype = str(x.dtype).removeprefix("torch.")
+        call = (
+            f"{spec.name}, {module.num_layers} layer(s) of int8 weights on "
+            f"{packed}{list(x.shape)} {dtype} {x.device}"
+        )
+        steps = x.shape[0] if batch_sizes is None else len(batch_sizes)
+        directions = 2 if module.bidirectional else 1
+        plans = [
+            _C.plan(
+                spec.name,
+                steps,
+                h0.shape[1],
+                module.hidden_size * directions if layer else module.input_size,
+                module.hidden_size,
+                dtype="int8",
+                threads=torch.get_num_threads(),
+                directions=directions,
+            )
+            for layer in range(module.num_layers)
+        ]
+        raise _Chosen(Explanation(call, "int8 kernels", {}, plans))
+
+    watched: Any = copy.copy(module)
+    watched._run = explained
+    try:
+        watched.forward(input, hx)
+    except _Chosen as chosen:
+        return chosen.explanation
+    raise AssertionError("the call ran no layer")
 
 
 def _plans(call: LayerCall) -> list[Mapping[str, Any]]:

@@ -10,6 +10,7 @@
 
 #include "cpu/api.h"
 #include "cpu/bfloat16.h"
+#include "cpu/int8.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
@@ -26,12 +27,13 @@ const CellInfo& find_cell(const std::string& name) {
   throw py::value_error("cell must be one of " + known + ", got '" + name + "'");
 }
 
-int element_bytes(const std::string& dtype) {
+int element_bytes(const std::string& dtype, bool allows_int8) {
+  if (dtype == "int8" && allows_int8) return 1;
   if (dtype == "float64") return 8;
   if (dtype == "float32") return 4;
   if (dtype == "float16" || dtype == "bfloat16") return 2;
-  throw py::value_error("dtype must be one of float16, bfloat16, float32, float64, got '" + dtype +
-                        "'");
+  throw py::value_error("dtype must be one of float16, bfloat16, float32, float64" +
+                        std::string(allows_int8 ? ", int8" : "") + ", got '" + dtype + "'");
 }
 
 py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
@@ -46,9 +48,9 @@ py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t bat
   check_size("multiprocessors", multiprocessors, 0);
   check_size("shared_bytes", shared_bytes, 0);
   Arithmetic arithmetic = tf32 ? Arithmetic::kTf32 : Arithmetic::kFloat32;
-  if (element_bytes(dtype) == 2)
-    arithmetic = dtype == "float16" ? Arithmetic::kFloat16 : Arithmetic::kBFloat16;
-  if (element_bytes(dtype) == 8) arithmetic = Arithmetic::kFloat64;
+  const int bytes = element_bytes(dtype, false);
+  if (bytes == 2) arithmetic = dtype == "float16" ? Arithmetic::kFloat16 : Arithmetic::kBFloat16;
+  if (bytes == 8) arithmetic = Arithmetic::kFloat64;
   Choice choice;
   try {
     choice = choice_named(schedule ? schedule->c_str() : std::getenv("FASTRNN_SCHEDULE"));
@@ -75,20 +77,36 @@ py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t bat
   return result;
 }
 
+// Raises unless a layer can have int8 weights.
+void check_int8(const fastrnn::LayerShape& shape, bool training) {
+  const CellInfo& cell = fastrnn::cell_info(shape.cell);
+  if (!fastrnn::has_int8(cell))
+    throw py::value_error("cell must be one that has int8 kernels, got '" + std::string(cell.name) +
+                          "'");
+  if (training) throw py::value_error("training must be False for int8, got True");
+  if (shape.proj_size != 0)
+    throw py::value_error("proj_size must be 0 for int8, got " + std::to_string(shape.proj_size));
+  check_size("input_size", shape.input_size, 1, fastrnn::kInt8MostColumns);
+  check_size("hidden_size", shape.hidden_size, 1, fastrnn::kInt8MostColumns);
+}
+
 py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
               std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
               const std::string& dtype, std::int64_t threads, bool training,
               std::int64_t directions, const std::string& weight_format, std::int64_t layers) {
   const fastrnn::LayerShape shape =
       shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
-  const int bytes = element_bytes(dtype);
+  const int bytes = element_bytes(dtype, true);
+  const bool is_int8 = dtype == "int8";
+  if (is_int8) check_int8(shape, training);
   const WeightFormat allowed = weight_format_named(weight_format);
   check_size("threads", threads, 1);
   check_size("layers", layers, 1);
   py::dict result;
   const auto pass = training ? fastrnn::cpu::Pass::kBackward : fastrnn::cpu::Pass::kForward;
   const fastrnn::cpu::Plan chosen =
-      dtype == "bfloat16"
+      is_int8 ? fastrnn::cpu::make_int8_plan(shape, int(threads), int(directions))
+      : dtype == "bfloat16"
           ? fastrnn::cpu::make_bfloat16_plan(shape, pass, int(threads), int(directions))
           // float16: in float32
           : fastrnn::cpu::make_plan(shape, pass, std::max(bytes, 4), int(threads), int(directions),
@@ -103,10 +121,11 @@ py::dict plan(const std::string& cell, std::int64_t steps, std::int64_t batch,
   result["unit_vectors"] = chosen.unit_vectors;
   result["back_vectors"] = chosen.back_vectors;
   result["packed"] = chosen.packed;
-  result["recurrent_format"] = weight_format_info(chosen.recurrent_format).name;
+  result["recurrent_format"] = is_int8 ? "int8" : weight_format_info(chosen.recurrent_format).name;
   if (dtype == "bfloat16")
     result["bfloat16"] = training ? fastrnn::cpu::bfloat16_gradients_reason(shape)
                                   : fastrnn::cpu::bfloat16_reason(shape);
+  if (is_int8) result["int8"] = fastrnn::cpu::int8_reason(shape);
   result["input"] = chosen.input_fused ? "fused" : "ahead";
   result["shared"] = chosen.shared;
   result["chunk_rows"] = chosen.chunk_rows;

@@ -201,10 +201,9 @@ void define_testing(py::module_& m) {
         "Forces bfloat16 kernels for all shapes, together with set_isa for theirs; float32: forces "
         "float32 copies; None: restores the choice.");
   m.def("available_int8_kernels", &cpu::available_int8_kernels,
-        "Int8 kernels that this machine can run, the slowest first.");
-  m.def("int8_kernels_in_use", &cpu::int8_kernels_in_use, "The int8 kernels in use.");
+        "Int8 kernels that this machine can run, the slowest first, except for emulated ones.");
   m.def("set_int8_kernels", &set_int8_kernels, py::arg("name"),
-        "Forces int8 kernels; None restores the fastest ones of the instruction set in use.");
+        "Forces int8 kernels for all shapes; None restores the choice.");
   m.def("int8_sums", &int8_sums, py::arg("bytes"), py::arg("zero_points"), py::arg("panel"),
         py::arg("gates"),
         "Integer sums of the int8 kernels in use for rows of bytes and one block of a panel, as "

@@ -159,12 +159,12 @@ struct Int8Pass {
   const Int8Kernels& kernels;
 
   std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
-    return Int8Layout(shape, plan).size;
+    return Int8Layout(shape, plan, kernels.tiles).size;
   }
   void run_rank(const Problem& problem, const Plan& plan, char* workspace, Team& team,
                 int rank) const {
-    kernels.forward[int(problem.shape.cell)](problem, plan, Int8Layout(problem.shape, plan),
-                                             workspace, team, rank);
+    kernels.forward[int(problem.shape.cell)](
+        problem, plan, Int8Layout(problem.shape, plan, kernels.tiles), workspace, team, rank);
   }
 };
 
@@ -438,8 +438,17 @@ void bfloat16_gradients(const Bfloat16Gradients* directions, int count, int thre
 
 void int8_forward(const Int8Forward* directions, int count, int threads, ParallelFor parallel_for) {
   const LayerShape& shape = directions[0].shape;
-  run(Int8Pass{int8_kernels()}, directions, count, shape, threads, parallel_for,
-      [&](int granted) { return make_int8_plan(shape, isa(), bounded_threads(granted), count); });
+  run(Int8Pass{*pick_int8_kernels(shape).kernels}, directions, count, shape, threads, parallel_for,
+      [&](int granted) { return make_int8_plan(shape, granted, count); });
+}
+
+Plan make_int8_plan(const LayerShape& shape, int threads, int directions) {
+  return make_int8_plan_for(shape, isa(), bounded_threads(threads), directions);
+}
+
+std::string int8_reason(const LayerShape& shape) {
+  const Int8Choice choice = pick_int8_kernels(shape);
+  return std::string(choice.kernels->name) + ": " + choice.reason;
 }
 
 Plan make_panel_plan(const LayerShape& shape, int element_bytes, int threads) {

@@ -13,12 +13,15 @@ namespace fastrnn::cpu {
 FASTRNN_EXPORT void int8_forward(const Int8Forward* directions, int count, int threads,
                                  ParallelFor parallel_for);
 
-// Int8 kernels that this machine can run, the slowest first. All of them compute the same sums.
+// The plan of forward, and one line for users: which kernels compute it, and why.
+FASTRNN_EXPORT Plan make_int8_plan(const LayerShape& shape, int threads, int directions);
+FASTRNN_EXPORT std::string int8_reason(const LayerShape& shape);
+
+// Int8 kernels that this machine can run, the slowest first, except for emulated ones. All of them
+// compute the same sums.
 FASTRNN_EXPORT std::vector<std::string> available_int8_kernels();
-// Forces kernels; "" restores the choice: the fastest ones for the instruction set in use. Returns
-// false if they are not available.
+// Forces kernels for all shapes; "" restores the choice. Returns false if they are not available.
 FASTRNN_EXPORT bool set_int8_kernels(const std::string& name);
-FASTRNN_EXPORT std::string int8_kernels_in_use();
 
 // sum_k bytes[row][k] q[gate, unit][k] - zero_points[row] sums[gate, unit] for the units of one
 // block (of `gates` gates: 1, 3 or 4), as sums_out [rows][gates][16]. bytes: [rows], each of

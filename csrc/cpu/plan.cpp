@@ -376,9 +376,19 @@ Plan make_bfloat16_backward_plan_for(const LayerShape& shape, const Isa& isa, We
   return plan;
 }
 
+// Tiles multiply faster, if a step has rows for a whole tile and units for one along K.
+Int8Choice pick_int8_kernels(const LayerShape& shape) {
+  if (const Int8Kernels* forced = forced_int8_kernels()) return {forced, "forced"};
+  const Int8Kernels* tiles = int8_tile_kernels();
+  if (tiles == nullptr) return {&int8_kernels(), "the fastest kernels that run here"};
+  if (shape.sequence.batch >= kMinInt8TileBatch && shape.hidden_size >= kMinTileUnits)
+    return {tiles, "an instruction multiplies tiles of bytes"};
+  return {&int8_kernels(), "few rows or units do not fill tiles"};
+}
+
 // Ranks share the units of a direction. Two directions run at the same time if there are threads
 // for both: no rank, or only half of them, then waits for the others.
-Plan make_int8_plan(const LayerShape& shape, const Isa& isa, int max_threads, int directions) {
+Plan make_int8_plan_for(const LayerShape& shape, const Isa& isa, int max_threads, int directions) {
   const std::int64_t work = call_work(shape, Pass::kForward);
   Plan plan{};
   plan.isa = isa.name;

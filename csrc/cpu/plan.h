@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/isa/bfloat16.h"
+#include "cpu/isa/int8.h"
 #include "cpu/isa/isa.h"
 
 namespace fastrnn::cpu {
@@ -83,6 +84,11 @@ constexpr std::int64_t kMostWidenedNarrow = 2, kMostWidened = 4, kMostDotElsewhe
 // rows and 64 units a tile product with its loads and stores takes about half as long, and a batch
 // of 16 to 128 took a third of the time of float32 in an experiment (Emerald Rapids).
 constexpr std::int64_t kMinTileBatch = 8, kMinTileUnits = 64;
+// AMX with int8: minimum batch; the units are as above. From instruction counts, not measured: 16
+// rows, 16 units and 64 values along K take 16 cycles, with VNNI 128. With 4 rows tiles would still
+// take half as long, but a step then waits for the weights. In an experiment (Emerald Rapids) tiles
+// took a third to a half of the time with batches of 16 and 64; smaller ones were not tried.
+constexpr std::int64_t kMinInt8TileBatch = 16;
 // bfloat16: minimum steps times batch for backward.
 constexpr std::int64_t kMinGradientRows = 32;
 // Autocast: minimum steps times batch for bfloat16 copies of float32 tensors, made in each call. On
@@ -137,8 +143,13 @@ Plan make_bfloat16_plan_for(const LayerShape& shape, const Isa& isa, WeightForma
                             int max_threads, int directions);
 Plan make_bfloat16_backward_plan_for(const LayerShape& shape, const Isa& isa, WeightFormat format,
                                      int max_threads, int directions);
-// The plan for int8 weights.
-Plan make_int8_plan(const LayerShape& shape, const Isa& isa, int max_threads, int directions);
+// The kernels and the plan for int8 weights.
+struct Int8Choice {
+  const Int8Kernels* kernels;
+  const char* reason;  // for users
+};
+Int8Choice pick_int8_kernels(const LayerShape& shape);
+Plan make_int8_plan_for(const LayerShape& shape, const Isa& isa, int max_threads, int directions);
 // The same plan for one thread, for teams that get no other threads.
 Plan single_threaded(Plan plan);
 

@@ -17,8 +17,8 @@ SHAPES = (
     ("lstm", 100, 16, 128, 128),
     ("lstm", 35, 64, 650, 650),
 )
-#: batches for which the computation of bfloat16 is shown
-BFLOAT16_BATCHES = (1, 16)
+#: batches for which the computation of bfloat16 and int8 is shown
+BATCHES = (1, 16)
 
 
 def info() -> dict[str, Any]:
@@ -47,7 +47,11 @@ def info() -> dict[str, Any]:
             "threads": min(threads, bound) if bound else threads,
             "bfloat16": {
                 str(batch): _C.plan("lstm", 100, batch, 128, 128, dtype="bfloat16")["bfloat16"]
-                for batch in BFLOAT16_BATCHES
+                for batch in BATCHES
+            },
+            "int8": {
+                str(batch): _C.plan("lstm", 100, batch, 128, 128, dtype="int8")["int8"]
+                for batch in BATCHES
             },
         },
         "cuda": {
@@ -83,8 +87,9 @@ def lines() -> Iterator[str]:
         yield f"{name:<20} {value}"
     cpu = facts["cpu"]
     yield f"{'cpu':<20} {cpu['isa']} of {', '.join(cpu['available'])}; {cpu['threads']} threads"
-    for batch, how in cpu["bfloat16"].items():
-        yield f"{'bfloat16':<20} inference, batch {batch}: {how}"
+    for dtype in ("bfloat16", "int8"):
+        for batch, how in cpu[dtype].items():
+            yield f"{dtype:<20} inference, batch {batch}: {how}"
     cuda = facts["cuda"]
     state = "kernels loaded" if cuda["kernels"] else f"no kernels: {cuda['why not']}"
     if cuda["archs"]:

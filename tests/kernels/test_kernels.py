@@ -491,8 +491,8 @@ def test_plan_rejects_impossible_arguments() -> None:
         _C.plan("elman", 1, 1, 1, 1)
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
         _C.plan("gru", 1, 1, 1, 0)
-    with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'int8'"):
-        _C.plan("gru", 1, 1, 1, 1, dtype="int8")
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, int8, got 'int4'"):
+        _C.plan("gru", 1, 1, 1, 1, dtype="int4")
     with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
         _C.plan("gru", 1, 1, 1, 1, directions=0)
 

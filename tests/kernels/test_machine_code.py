@@ -136,12 +136,17 @@ def test_product_and_sum_without_fma_count_as_one_multiply_add(kernels: ModuleTy
     ]
 
 
-def test_tile_registers_count_as_vectors(kernels: ModuleType) -> None:
-    (loop,) = kernels.loops(only_function(kernels, AMX))
+@pytest.mark.parametrize(
+    "text",
+    [AMX, AMX.replace("amx_bf16::amx", "amx_int8::int8_amx").replace("tdpbf16ps", "tdpbusd")],
+    ids=["bfloat16", "int8"],
+)
+def test_tile_registers_count_as_vectors(kernels: ModuleType, text: str) -> None:
+    (loop,) = kernels.loops(only_function(kernels, text))
     assert (loop.multiply_adds, loop.loads, loop.integer) == (2, 3, 3)
     assert loop.moves == loop.others == loop.spills == 0
-    assert faults(kernels, AMX) == []
-    stored = AMX.replace("add    $0x40,%rax", "tilestored %tmm0,(%rax,%r9,1)")
+    assert faults(kernels, text) == []
+    stored = text.replace("add    $0x40,%rax", "tilestored %tmm0,(%rax,%r9,1)")
     assert faults(kernels, stored) == ["has 1 other vector instructions in its K loop, more than 0"]
 
 
@@ -212,6 +217,14 @@ def test_other_files_are_rejected(kernels: ModuleType) -> None:
         kernels.main([str(SCRIPT)])
     with pytest.raises(SystemExit, match="usage"):
         kernels.main([])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_int8_tiles_are_those_of_the_cells(kernels: ModuleType) -> None:
+    kernel = kernels.MICROKERNELS["int8_amx_tile"]
+    expected = {(1, 1): 1, (2, 1): 1, (2, 2): 1, (1, 3): 1, (1, 4): 1}
+    assert kernels.shapes("amx_int8", "x86_64", kernel) == expected
+    assert kernels.shapes("avx512_vnni", "x86_64", kernel) == {}
 
 
 def compile_kernels(source: Path, target: Path) -> None:

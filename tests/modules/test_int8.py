@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build
+from support import CELLS, build, run_python
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
 
 import fastrnn
 from fastrnn import _C
@@ -22,6 +27,8 @@ from fastrnn.ops.int8 import DEPTH, MOST_COLUMNS, UNITS, Int8Weights
 from fastrnn.spec import BY_MODE
 
 KERNELS = _C._testing.available_int8_kernels()
+AVX512 = ["avx512", "avx512_vnni", "amx_int8_emulated", "amx_int8"]
+EMULATED = "amx_int8_emulated" in KERNELS
 
 
 @pytest.fixture(params=KERNELS)
@@ -30,6 +37,12 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     _C._testing.set_int8_kernels(request.param)
     yield request.param
     _C._testing.set_int8_kernels(None)
+
+
+def chosen(batch: int) -> str:
+    """Returns the kernels that the rule chooses for a batch."""
+    reason: str = _C.plan("lstm", 20, batch, 64, 64, dtype="int8")["int8"]
+    return reason.partition(":")[0]
 
 
 def tensor_of(data: bytes, shape: tuple[int, ...]) -> Tensor:
@@ -70,14 +83,14 @@ class TestSums:
         expected = (centred.double() @ weights.double().T).to(torch.int32)
         assert torch.equal(tensor_of(found, expected.shape), expected)
 
-    def test_choice_follows_the_instruction_set(self) -> None:
-        try:
-            for isa in _C.available_isas():
-                _C.set_isa(isa)
-                assert _C._testing.int8_kernels_in_use().startswith(isa)
-        finally:
-            _C.set_isa(None)
-        assert _C._testing.int8_kernels_in_use() == KERNELS[-1]
+    @pytest.mark.parametrize("gates", [1, 3, 4])
+    @pytest.mark.parametrize("quads", [15, 16, 17, 48])
+    def test_tiles(self, kernels: str, gates: int, quads: int) -> None:
+        """Numbers of rows and columns next to whole tiles of AMX."""
+        panel = torch.randint(-127, 128, (quads, gates, UNITS, DEPTH))
+        for rows in (15, 16, 17, 31, 32, 33, 48, 49, 64, 81):
+            data = torch.randint(0, 256, (rows, quads * DEPTH))
+            self.check(data, panel, torch.randint(0, 256, (rows,)).tolist())
 
     def test_wrong_arguments(self) -> None:
         with pytest.raises(ValueError, match="gates must be 1, 3 or 4"):
@@ -86,6 +99,71 @@ class TestSums:
             _C._testing.int8_sums(b"000", [0], b"0" * 64, 1)
         with pytest.raises(ValueError, match="available_int8_kernels"):
             _C._testing.set_int8_kernels("mmx")
+
+
+class TestChoice:
+    def test_follows_the_instruction_set(self) -> None:
+        try:
+            for isa in _C.available_isas():
+                _C.set_isa(isa)
+                assert chosen(1).startswith(isa)
+                assert chosen(1) == [name for name in KERNELS if name.startswith(isa)][-1]
+        finally:
+            _C.set_isa(None)
+
+    @pytest.mark.skipif(not EMULATED, reason="the emulation needs AVX-512")
+    def test_amx_is_chosen_for_batches(self) -> None:
+        """Under the emulation, which stands for a CPU with AMX."""
+        code = """
+import torch, fastrnn
+from fastrnn import _C
+for batch, hidden in ((1, 256), (15, 64), (16, 63), (16, 64), (64, 512)):
+    print(_C.plan("lstm", 20, batch, 64, hidden, dtype="int8")["int8"].partition(":")[0])
+_C.set_isa("avx2")
+print(_C.plan("lstm", 20, 16, 64, 64, dtype="int8")["int8"].partition(":")[0])
+_C.set_isa(None)
+quantized = fastrnn.quantize(fastrnn.LSTM(40, 70, num_layers=2, bidirectional=True))
+call = fastrnn.explain(quantized, torch.zeros(3, 19, 40))
+print([plan["int8"].startswith("amx_int8") for plan in call.plans])
+torch.manual_seed(1)
+x = torch.randn(9, 33, 40)
+y, _ = quantized(x)
+_C._testing.set_int8_kernels("avx512")
+print(torch.equal(quantized(x)[0], y))
+"""
+        printed = run_python(code, FASTRNN_EMULATE_AMX="1").splitlines()
+        few = chosen(1)
+        assert printed[:3] == [few] * 3
+        assert all(name.startswith("amx_int8") for name in printed[3:5])
+        assert printed[5:] == ["avx2", "[True, True]", "True"]
+
+    def test_emulation_needs_a_request(self) -> None:
+        assert "emulated" not in chosen(64)
+
+    def test_plan_rejects_other_layers(self) -> None:
+        for cell, options, message in (
+            ("slstm", {}, "cell must be one that has int8 kernels, got 'slstm'"),
+            ("lstm", {"training": True}, "training must be False for int8, got True"),
+            ("lstm", {"proj_size": 2}, "proj_size must be 0 for int8, got 2"),
+            ("lstm", {"input_size": MOST_COLUMNS + 1}, "input_size must be at most 32768"),
+        ):
+            sizes: Any = {"steps": 2, "batch": 3, "input_size": 4, "hidden_size": 5}
+            with pytest.raises(ValueError, match=message):
+                _C.plan(cell, **(sizes | options), dtype="int8")
+
+    @pytest.mark.parametrize("packs", [False, True])
+    def test_explain_names_the_kernels(self, kernels: str, packs: bool) -> None:
+        quantized: Any = fastrnn.quantize(build("gru", 5, 20, num_layers=2, bidirectional=True))
+        x: Any = torch.randn(3, 2, 5)
+        text = str(fastrnn.explain(quantized, pack_sequence([x[:, 0], x[:2, 1]]) if packs else x))
+        assert "gru, 2 layer(s) of int8 weights on " in text
+        assert text.count(f"int8={kernels}: forced") == 2
+        assert quantized(x)[0].shape == (3, 2, 40)  # explain has left the module as it was
+
+    def test_explain_checks_the_arguments(self) -> None:
+        quantized: Any = fastrnn.quantize(build("gru", 5, 20))
+        with pytest.raises(RuntimeError, match="input must be of 5 features, got 4"):
+            fastrnn.explain(quantized, torch.randn(3, 2, 4))
 
 
 def round_rows(values: Tensor) -> Tensor:
@@ -217,6 +295,43 @@ class TestError:
             assert torch.equal(quantized(x)[0], found)
         finally:
             torch.set_num_threads(threads)
+
+    @pytest.mark.parametrize(
+        ("steps", "batch", "inputs", "hidden"),
+        [(5, 1, 3, 5), (4, 15, 64, 16), (7, 17, 65, 48), (3, 40, 130, 72), (2, 81, 7, 128)],
+    )
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    def test_kernels_of_an_instruction_set_agree(
+        self,
+        cell: str,
+        steps: int,
+        batch: int,
+        inputs: int,
+        hidden: int,
+        bidirectional: bool,
+    ) -> None:
+        """Those with AVX-512 compute the same bits: with VNNI and in tiles."""
+        quantized: Any = fastrnn.quantize(
+            build(cell, inputs, hidden, num_layers=2, bidirectional=bidirectional)
+        )
+        x, hx = torch.randn(steps, batch, inputs), states_for(quantized, batch, 1.5)
+        lengths = torch.randint(1, steps + 1, (batch,))
+        lengths[0] = steps
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        expected: list[Any] = []
+        for name in KERNELS:
+            if name not in AVX512:
+                continue
+            _C._testing.set_int8_kernels(name)
+            try:
+                y, states = quantized(x, hx)
+                ragged, _ = quantized(packed, hx)
+            finally:
+                _C._testing.set_int8_kernels(None)
+            found = [y, *(states if isinstance(states, tuple) else [states]), ragged.data]
+            expected = expected or found
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b)
 
     def test_long_sequences(self, kernels: str, cell: str) -> None:
         """More rows than are projected ahead at once: a step does not depend on the chunk."""

@@ -108,7 +108,8 @@ def test_info_json_is_consistent(tmp_path: Path) -> None:
     assert facts["cpu"]["isa"] in facts["cpu"]["available"]
     assert set(facts["cpu"]["available"]) <= set(facts["cpu"]["compiled"])
     assert facts["cpu"]["threads"] >= 1
-    assert all(": " in how for how in facts["cpu"]["bfloat16"].values())
+    for dtype in ("bfloat16", "int8"):
+        assert all(": " in how for how in facts["cpu"][dtype].values())
     assert isinstance(facts["cuda"]["kernels"], bool)
     for plan in facts["plans"]:
         assert plan["cell"] in fastrnn._C.cells()

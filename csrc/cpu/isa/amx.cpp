@@ -1,5 +1,5 @@
-// Whether this process may use AMX for bfloat16.
-#include "cpu/isa/bfloat16.h"
+// Whether this process may use AMX.
+#include "cpu/isa/amx.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -11,12 +11,14 @@ namespace fastrnn::cpu {
 namespace {
 
 #if defined(__x86_64__) && defined(__linux__)
-// The CPU multiplies tiles of bfloat16, and its tile registers are as tiles.h expects: 8 registers
-// of 16 rows of 64 bytes (palette 1).
-bool cpu_has_amx() {
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // cpuid 7.0, edx
+// Bits of cpuid 7.0, edx.
+constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+
+// The CPU multiplies tiles of a type, and its tile registers are as tile_registers.h expects: 8
+// registers of 16 rows of 64 bytes (palette 1).
+bool cpu_has_amx(unsigned type) {
   unsigned a, b, c, d;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0)
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & type) == 0 || (d & kTile) == 0)
     return false;
   if (__get_cpuid_count(0x1d, 1, &a, &b, &c, &d) == 0) return false;
   const unsigned row_bytes = b & 0xffff, registers = b >> 16, rows = c & 0xffff;
@@ -42,17 +44,28 @@ bool request_tiles() {
   constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
+
+// Asks once per process, and remembers a refusal.
+bool may_use_tiles() {
+  static const bool yes = system_saves_tiles() && request_tiles();
+  return yes;
+}
 #endif
 
 }  // namespace
 
-bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
-  static const bool yes = cpu_has_amx() && system_saves_tiles() && request_tiles();
+bool has_amx_bf16() {
+  static const bool yes = cpu_has_amx(kBf16) && may_use_tiles();
   return yes;
-#else
-  return false;
-#endif
 }
+bool has_amx_int8() {
+  static const bool yes = cpu_has_amx(kInt8) && may_use_tiles();
+  return yes;
+}
+#else
+bool has_amx_bf16() { return false; }
+bool has_amx_int8() { return false; }
+#endif
 
 }  // namespace fastrnn::cpu

@@ -48,7 +48,4 @@ const Bfloat16Kernels* bfloat16_kernels(Bfloat16Product product);
 // copies.
 bool forced_bfloat16_kernels(const Bfloat16Kernels** kernels);
 
-// Whether this machine has AMX for bfloat16 and lets this process use it (amx.cpp).
-bool has_amx();
-
 }  // namespace fastrnn::cpu

@@ -2,6 +2,7 @@
 // chooses between them is pick_bfloat16_kernels in plan.cpp.
 #include "cpu/isa/bfloat16.h"
 
+#include "cpu/isa/amx.h"
 #include "cpu/runtime/settings.h"
 
 namespace fastrnn::cpu {
@@ -40,7 +41,7 @@ const std::vector<Row>& rows() {
       {&avx512::kBfloat16Kernels, [] { return true; }},
       {&avx512_bf16::kBfloat16Kernels, [] { return bool(__builtin_cpu_supports("avx512bf16")); }},
       {&amx_bf16_emulated::kBfloat16Kernels, [] { return true; }, true},
-      {&amx_bf16::kBfloat16Kernels, has_amx},
+      {&amx_bf16::kBfloat16Kernels, has_amx_bf16},
 #endif
   };
   return all;

@@ -81,12 +81,7 @@ def measure(task: Task, libraries: Iterable[Library], seconds: float) -> Measure
 
 
 def plan(task: Task) -> dict[str, Any]:
-    """Returns ``fastrnn._C.plan`` of the first layer, of the backward pass in training.
-
-    It is empty for int8, which has a time loop of its own without a plan.
-    """
-    if task.dtype == "int8":
-        return {}
+    """Returns ``fastrnn._C.plan`` of the first layer, of the backward pass in training."""
     shape = task.shape
     return dict(
         _C.plan(

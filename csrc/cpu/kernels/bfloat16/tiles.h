@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cpu/kernels/bfloat16/pairs.h"
-#include "cpu/kernels/bfloat16/tile_registers.h"
+#include "cpu/kernels/vector/tile_registers.h"
 
 #include "cpu/isa/bfloat16.h"
 
@@ -27,12 +27,6 @@ struct TileRows {
   std::int64_t stride;  // in values
   int second;
 };
-
-// Calls body with each number as a constant.
-template <class Body, int... I>
-FASTRNN_INLINE void unrolled(Body&& body, std::integer_sequence<int, I...>) {
-  (body(std::integral_constant<int, I>{}), ...);
-}
 
 // The microkernel. C [M row tiles, 16 * N], column tile n at column[n], += A [.., K] B, for the
 // values of A in whole tiles (`tiles` of them) and those that `rest` holds (null: none).

@@ -13,8 +13,6 @@
 // First: it compiles the cells for the instruction set.
 #include "cpu/kernels/int8/rounding.h"
 
-#include "cpu/isa/int8.h"
-
 FASTRNN_KERNELS_BEGIN
 
 template <class Cell>
@@ -37,6 +35,7 @@ class Int8Walk {
 
   void run() {
     if (sequence_.steps == 0) return finish_untouched();
+    copy_rests();
     const IndexRange rows(sequence_.total_rows(), rank_, plan_.threads);
     for (std::int64_t row = rows.begin; row < rows.end; ++row)
       round_row(problem_.x + row * problem_.x_stride, shape_.input_size,
@@ -89,6 +88,29 @@ class Int8Walk {
   // all units become NaN, as in float32. Several ranks may do so at the same time.
   std::atomic<float>* h_scales(int parity) const {
     return part<std::atomic<float>>(layout_.h_scales) + parity * sequence_.batch;
+  }
+
+  // The weights of one vector of units of a block. rest: an offset of the layout.
+  Int8Block weights(const Int8Matrix& matrix, std::int64_t quads, std::int64_t rest,
+                    std::int64_t block, std::int64_t unit) const {
+    const bool is_whole = quads % kInt8RestQuads == 0;
+    return {matrix.panels + (block * quads * kGateWidth + unit) * kInt8Depth,
+            is_whole ? nullptr : rest_of(rest, block), matrix.sums + block * kGateWidth + unit,
+            quads};
+  }
+  std::int8_t* rest_of(std::int64_t rest, std::int64_t block) const {
+    return part<std::int8_t>(rest) + block * kGates * kInt8RestBytes;
+  }
+  // Only this rank reads the copies of its blocks.
+  void copy_rests() const {
+#if defined(FASTRNN_INT8_TILES)
+    for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+      const Int8Block x = weights(problem_.w_ih, quads_x_, layout_.x_rest, block, 0);
+      const Int8Block h = weights(problem_.w_hh, quads_h_, layout_.h_rest, block, 0);
+      if (x.rest != nullptr) copy_rest<kGates>(x.panel, x.quads, rest_of(layout_.x_rest, block));
+      if (h.rest != nullptr) copy_rest<kGates>(h.panel, h.quads, rest_of(layout_.h_rest, block));
+    }
+#endif
   }
 
   // Prepares the rows that start at a step: c in c_n and, with a fixed scale, the bytes of h.
@@ -153,7 +175,6 @@ class Int8Walk {
     const std::int32_t* zeros = part<std::int32_t>(layout_.x_zeros);
     const std::uint8_t* bytes = part<std::uint8_t>(layout_.x);
     for (std::int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      const std::int8_t* panel = problem_.w_ih.panels + block * quads_x_ * kGateWidth * kInt8Depth;
       for (std::int64_t unit = 0; unit < kInt8Units; unit += kLanes) {
         Vec bias[Cell::kPre], row_scales[kGates];
         for (int q = 0; q < Cell::kPre; ++q)
@@ -161,12 +182,12 @@ class Int8Walk {
         for (int g = 0; g < kGates; ++g)
           row_scales[g] =
               Vec::load(problem_.w_ih.scales + block * kGateWidth + g * kInt8Units + unit);
+        const Int8Block own = weights(problem_.w_ih, quads_x_, layout_.x_rest, block, unit);
         for_each_int8_tile<kGates>(
             chunk.first, chunk.first + chunk.count, [&](std::int64_t row, int count) {
               IntVector sums[kTileHeight * kGates];
-              kInt8Tiles<kGates>[count - 1](
-                  panel + unit* kInt8Depth, problem_.w_ih.sums + block* kGateWidth + unit, quads_x_,
-                  bytes + row* layout_.x_row, layout_.x_row, zeros + row, sums);
+              multiply_bytes<kGates>(count, own, bytes + row * layout_.x_row, layout_.x_row,
+                                     zeros + row, sums);
               for (int m = 0; m < count; ++m) {
                 float* to = gates_x(block, row + m) + unit;
                 Vec pre[Cell::kPre];
@@ -204,15 +225,13 @@ class Int8Walk {
     std::fill(fixed_zeros, fixed_zeros + kTileHeight, kZeroPoint);
     for (std::int64_t i = 0; i < blocks_.size(); ++i) {
       const std::int64_t block = blocks_.zigzag(i, parity != 0);
-      const std::int8_t* panel = problem_.w_hh.panels + block * quads_h_ * kGateWidth * kInt8Depth;
       for (std::int64_t unit = 0; unit < kInt8Units; unit += kLanes) {
         if (block * kInt8Units + unit >= shape_.hidden_size) break;
+        const Int8Block own = weights(problem_.w_hh, quads_h_, layout_.h_rest, block, unit);
         for_each_int8_tile<kGates>(0, at.rows, [&](std::int64_t row, int count) {
           IntVector sums[kTileHeight * kGates];
-          kInt8Tiles<kGates>[count - 1](panel + unit* kInt8Depth,
-                                        problem_.w_hh.sums + block* kGateWidth + unit, quads_h_,
-                                        bytes + row* layout_.h_row, layout_.h_row,
-                                        kBounded ? fixed_zeros : zeros + row, sums);
+          multiply_bytes<kGates>(count, own, bytes + row * layout_.h_row, layout_.h_row,
+                                 kBounded ? fixed_zeros : zeros + row, sums);
           pointwise(at, block, unit, row, count, parity, own_scales, sums);
         });
       }

@@ -11,10 +11,17 @@
 
 FASTRNN_KERNELS_BEGIN
 
+#if defined(FASTRNN_INT8_TILES)
+constexpr bool kInt8HasTiles = true;
+#else
+constexpr bool kInt8HasTiles = false;
+#endif
+
 template <class Cell>
 void int8_forward_rank(const Int8Forward& problem, const Plan& plan, const Int8Layout& layout,
                        char* workspace, Team& team, int rank) {
   Int8Walk<Cell>(problem, plan, layout, workspace, team, rank).run();
+  finish_int8();
 }
 
 // Null for a cell that has no int8 kernel.
@@ -31,6 +38,7 @@ extern const Int8Kernels kInt8Kernels;
 const Int8Kernels kInt8Kernels = {
     FASTRNN_INT8_QUOTED(FASTRNN_ISA),
     FASTRNN_INT8_QUOTED(FASTRNN_INT8_OWNER),
+    kInt8HasTiles,
     {
 #define FASTRNN_CELL(kind, name, type) int8_rank<CellKind::kind, type>(),
         FASTRNN_CELLS(FASTRNN_CELL)

@@ -61,14 +61,16 @@ constexpr int pair_chains(int m, int n) {
   return chains;
 }
 
-// Row tiles of the AMX microkernel (cpu/kernels/bfloat16/tiles.h) for n column tiles. There are 8
+// Row tiles of the AMX microkernels (cpu/kernels/bfloat16/tiles.h) for n column tiles. There are 8
 // tile registers: two row tiles with two column tiles take all; one row tile takes up to four.
 constexpr int amx_row_tiles(int n) {
-#if defined(FASTRNN_BF16_TILES)
+#if defined(FASTRNN_BF16_TILES) || defined(FASTRNN_INT8_TILES)
   return n <= 2 ? 2 : 1;
 #else
   return n * 0;  // there are none
 #endif
 }
+// With int8 (cpu/kernels/int8/tiles.h) a column tile is a gate: no cell has two.
+constexpr bool has_int8_amx_tile(int m, int n) { return m == 2 || n != 2; }
 
 FASTRNN_KERNELS_END

@@ -125,4 +125,8 @@ struct Pack {
   }
 };
 
+// A vector of int32, as many as of float.
+using IntVector = VectorOf<float>::Bits;
+constexpr int kIntLanes = FASTRNN_VECTOR_BYTES / 4;
+
 FASTRNN_KERNELS_END

@@ -10,6 +10,8 @@
 //   store<r>(to, stride)
 //   zero<r>()
 //   dot<c, a, b>()                  c [rows, 16] += a [rows, 16 pairs] b [16 pairs, 16]
+//   dot_bytes<c, a, b>()            c [rows, 16] += a [rows, 16 quads] b [16 quads, 16] in int32;
+//                                   a: bytes without sign, b: with sign
 //
 // TDPBF16PS treats denormal numbers as zero. Its 16 products of first values of a pair are added
 // one after the other, so are those of second values; both sums are added, and then added to c.
@@ -24,6 +26,12 @@ constexpr int kTileRegisters = 8;
 constexpr int kRowTile = 16;  // rows of a register
 // Registers from here on always have 16 rows.
 constexpr int kFirstFullRegister = 5;
+
+// Calls body with each number as a constant, such as the number of a register.
+template <class Body, int... I>
+FASTRNN_INLINE void unrolled(Body&& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
 
 // The rows that this thread has configured, 0: none.
 static thread_local int configured_rows = 0;
@@ -55,6 +63,10 @@ class TileRegisters {
   template <int c, int a, int b>
   FASTRNN_INLINE void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(c), "n"(a), "n"(b));
+  }
+  template <int c, int a, int b>
+  FASTRNN_INLINE void dot_bytes() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(c), "n"(a), "n"(b));
   }
 
  private:
@@ -111,6 +123,23 @@ class TileRegisters {
       void* const at = words_[c][row];
       const __m512 before = flushed(_mm512_loadu_ps(at));
       _mm512_storeu_ps(at, flushed(_mm512_add_ps(before, flushed(_mm512_add_ps(first, second)))));
+    }
+  }
+  template <int c, int a, int b>
+  void dot_bytes() {
+    for (int row = 0; row < rows(c); ++row) {
+      __m512i sum = _mm512_loadu_si512(words_[c][row]);
+      for (int k = 0; k < kRowTile; ++k) {
+        const __m512i bytes = _mm512_set1_epi32(words_[a][row][k]);
+        const __m512i weights = _mm512_loadu_si512(words_[b][k]);
+        // bytes 0 and 2 of a quad, then 1 and 3, in 16 bits each
+        const __m512i even = _mm512_madd_epi16(_mm512_srli_epi16(_mm512_slli_epi16(bytes, 8), 8),
+                                               _mm512_srai_epi16(_mm512_slli_epi16(weights, 8), 8));
+        const __m512i odd =
+            _mm512_madd_epi16(_mm512_srli_epi16(bytes, 8), _mm512_srai_epi16(weights, 8));
+        sum = _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+      }
+      _mm512_storeu_si512(words_[c][row], sum);
     }
   }
 
