@@ -94,6 +94,8 @@ def float32_reason(call: LayerCall) -> str:
         return "a transform of torch.func is active"
     if call.options.weight_format != 0:
         return "weight_dtype is float16"
+    if not call.has_plain_cell:
+        return "the cell has options"
     x, h0, flat = call.x, call.h0, call.weights.flat
     hidden = flat[0].shape[0] // call.spec.gates
     proj = h0.shape[-1] if call.weights.slots & PROJECTION else 0

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastrnn.spec import FIRST_SEQUENCE_SLOT, CellSpec, Weights
+from fastrnn.spec import FIRST_SEQUENCE_SLOT, NORM, CellSpec, Weights
 
 #: y [T,B,D*R] or [N,D*R]; h_n [L*D,B,R]; c_n [L*D,B,H] or None
 Results = tuple[Tensor, Tensor, Tensor | None]
@@ -19,6 +19,21 @@ Results = tuple[Tensor, Tensor, Tensor | None]
 
 #: the option ``recompute="full"``
 FULL = -1
+
+
+class CellOptions(NamedTuple):
+    """Options of a cell; layer normalisation is in the weights.
+
+    Attributes:
+        zoneout_h, zoneout_c: probability that a unit keeps its state.
+        recurrent_dropout: probability that a unit of h is zero in the recurrent product.
+        training: whether zoneout draws at random; otherwise it takes the expectation.
+    """
+
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    recurrent_dropout: float = 0.0
+    training: bool = True
 
 
 class Options(NamedTuple):
@@ -35,6 +50,7 @@ class Options(NamedTuple):
             choose it, or 0 to save them.
         residual: whether each layer but the first adds its input to its output
             (`fastrnn.ops.stacking`).
+        cell: options of the cell, or None.
     """
 
     num_layers: int = 1
@@ -44,6 +60,7 @@ class Options(NamedTuple):
     recorder: Any = None
     recompute: int = 0
     residual: bool = False
+    cell: CellOptions | None = None
 
 
 DEFAULTS = Options()
@@ -122,6 +139,11 @@ class LayerCall(NamedTuple):
     def batch_sizes(self) -> Tensor | None:
         """See `SequenceMembers`."""
         return self.sequence.named().batch_sizes
+
+    @property
+    def has_plain_cell(self) -> bool:
+        """Whether the cell has neither layer normalisation nor options."""
+        return self.options.cell is None and self.weights.slots & NORM == 0
 
     @property
     def is_step(self) -> bool:

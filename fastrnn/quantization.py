@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from fastrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fastrnn.modules.base import RecurrentBase
+from fastrnn.modules.cell_options import reject
 from fastrnn.modules.quantized import QuantizedRecurrent
 
 __all__ = ["QuantizedRecurrent", "quantization_mapping", "quantize"]
@@ -154,6 +155,7 @@ class _QuantizedClass:
                     f"{self.name}: torch quantizes no learned initial state, got "
                     "learn_initial_state=True."
                 )
+            reject(self.name, mod)
             for option in ("residual", "batch_first_states"):
                 if getattr(mod, option, False):
                     raise NotImplementedError(

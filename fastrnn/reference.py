@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, logsigmoid
+from torch.nn.functional import layer_norm, linear, logsigmoid
 
 from fastrnn.layer_call import LayerCall, Results
 
@@ -124,6 +124,105 @@ GATES: dict[str, NamedGates] = {
     "lstm": NamedGates(("i", "f", "g", "o"), lstm_gates),
     "gru": NamedGates(("r", "z", "n"), gru_gates),
 }
+
+
+class Parts(NamedTuple):
+    """The parts of a time loop, by slot in the order of csrc/torch/slots.h.
+
+    ``w_hh`` [G*H,H], ``b_hh`` and ``gain_h`` [G*H], ``gain_c`` and ``bias_c`` [H], ``mask_h``
+    [B,H]; ``zone_h`` and ``zone_c`` [N,H], or [1,H] for all rows; ``b_x`` [G*H]. None if they are
+    absent.
+    """
+
+    w_hh: Tensor
+    b_hh: Tensor | None = None
+    gain_h: Tensor | None = None
+    gain_c: Tensor | None = None
+    bias_c: Tensor | None = None
+    mask_h: Tensor | None = None
+    zone_h: Tensor | None = None
+    zone_c: Tensor | None = None
+    b_x: Tensor | None = None
+
+
+def _step_with_parts(
+    cell: str, gates_x: Tensor, h: Tensor, c: Tensor | None, parts: Parts, epsilon: float
+) -> tuple[Tensor, Tensor | None]:
+    """Runs a step before zoneout, with layer normalisation of W_hh h and of c'."""
+    operand = h if parts.mask_h is None else h * parts.mask_h[: h.shape[0]]
+    if parts.gain_h is None:
+        gates_h = linear(operand, parts.w_hh, parts.b_hh)
+    else:
+        product = linear(operand, parts.w_hh)
+        gates_h = layer_norm(product, product.shape[-1:], parts.gain_h, parts.b_hh, epsilon)
+    if cell != "lstm" or c is None:
+        return STEPS[cell](gates_x, gates_h, h, c, None)
+    i, f, g, o = lstm_gates(gates_x, gates_h)
+    c = normal = f * c + i * g
+    if parts.gain_c is not None:
+        normal = layer_norm(c, c.shape[-1:], parts.gain_c, parts.bias_c, epsilon)
+    return o * torch.tanh(normal), c
+
+
+def reference_recurrence(
+    cell: str,
+    pre_x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    parts: Parts,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs the time loop of one direction with parts (csrc/problem/recurrence.h).
+
+    Args:
+        cell: its name.
+        pre_x: [T,B,G*H] or packed [N,G*H], the input side of the pre-activations without ``b_x``.
+        h: [B,H], the initial state.
+        c: [B,H] or None.
+        parts: the parts.
+        batch_sizes: [T] of packed rows.
+        reverse: whether the time loop runs from the last step to the first.
+        epsilon: of layer normalisation.
+
+    Returns:
+        y [T,B,H] or [N,H]; h_n [B,H]; c_n [B,H] or None.
+    """
+    batch = h.shape[0]
+    if parts.b_x is not None:
+        pre_x = pre_x + parts.b_x
+    if batch_sizes is None:
+        sizes = [batch] * pre_x.shape[0]
+        steps_x = pre_x.unbind(0)
+    else:
+        sizes = batch_sizes.tolist()
+        steps_x = torch.split(pre_x, sizes)
+
+    def of_steps(zone: Tensor | None) -> Any:
+        if zone is None or zone.shape[0] == 1:
+            return [zone] * len(sizes)
+        return torch.split(zone, sizes)
+
+    zones_h, zones_c = of_steps(parts.zone_h), of_steps(parts.zone_c)
+    outputs: list[Tensor] = []
+    for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+        active = sizes[t]
+        h_before = h[:active]
+        c_before = None if c is None else c[:active]
+        h_next, c_next = _step_with_parts(cell, steps_x[t], h_before, c_before, parts, epsilon)
+        if zones_h[t] is not None:
+            h_next = zones_h[t] * h_before + (1 - zones_h[t]) * h_next
+        if zones_c[t] is not None and c_next is not None:
+            c_next = zones_c[t] * c_before + (1 - zones_c[t]) * c_next
+        outputs.append(h_next)
+        h = torch.cat([h_next, h[active:]]) if active < batch else h_next
+        if c is not None and c_next is not None:
+            c = torch.cat([c_next, c[active:]]) if active < batch else c_next
+    if reverse:
+        outputs.reverse()
+    return torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), h, c
+
 
 #: y, h_n and c_n of a layer, then [D,N,C*H] or None: the cell states after each step
 StateResults = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]

@@ -540,6 +540,11 @@ def _check_layer(layer: Any) -> None:
             f"Session: layer must have the forward of fastrnn, got {cls.__name__}, which "
             "overrides it."
         )
+    options = layer._cell_options
+    if options is not None and options.changes_the_cell(training=False):
+        raise ValueError(
+            f"Session: layer must have neither layer_norm nor zoneout, got {options.describe()}."
+        )
     if layer.bidirectional:
         raise ValueError(
             "Session: layer must have one direction, got a bidirectional layer, whose second "

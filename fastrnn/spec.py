@@ -182,7 +182,8 @@ class DirectionWeights(NamedTuple):
 
     ``w_ih`` [G*H,I], ``w_hh`` [G*H,R], ``b_ih`` and ``b_hh`` [G*H] or None, ``w_hr`` [P,H] or None;
     R is P with a projection and H without. ``w_unit`` [E*H] for a cell with parameters, else None.
-    A cell that is not dense has neither ``w_hh`` nor ``b_hh``.
+    A cell that is not dense has neither ``w_hh`` nor ``b_hh``. With layer normalisation ``gain_ih``
+    and ``gain_hh`` [G*H], and for an LSTM ``gain_c`` [H] and ``bias_c`` [H] or None.
     """
 
     w_ih: Tensor
@@ -191,6 +192,10 @@ class DirectionWeights(NamedTuple):
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
     w_unit: Tensor | None = None
+    gain_ih: Tensor | None = None
+    gain_hh: Tensor | None = None
+    gain_c: Tensor | None = None
+    bias_c: Tensor | None = None
 
 
 WEIGHT_SLOTS = DirectionWeights._fields
@@ -204,6 +209,8 @@ MATRICES = 0b000011
 BIASES = 0b001100
 PROJECTION = 0b010000
 UNIT = 0b100000
+#: the slots of layer normalisation: of every cell, of a cell with a cell state, of its bias
+NORM, NORM_CELL, NORM_CELL_BIAS = 0b011000000, 0b100000000, 0b1000000000
 #: the slots of the recurrent product
 RECURRENT = 0b001010
 

@@ -138,6 +138,10 @@ py::dict cells() {
   return all;
 }
 
+std::vector<std::string> recurrence_parts() {
+  return {std::begin(fastrnn::kRecurrencePartNames), std::end(fastrnn::kRecurrencePartNames)};
+}
+
 std::vector<std::string> weight_slots() {
   return {std::begin(fastrnn::kWeightSlotNames), std::end(fastrnn::kWeightSlotNames)};
 }
@@ -191,6 +195,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of float32 multiply-adds on registers, all threads at once.");
   m.def("cells", &cells, "The contract of each cell in the registry.");
+  m.def("recurrence_parts", &recurrence_parts,
+        "Names of the parts of the operator recurrence, by number.");
   m.def("weight_slots", &weight_slots, "Names of the weight slots of the operators, by number.");
   m.def("weight_formats", &weight_formats,
         "Names of the formats in which the CPU can hold w_hh, by number.");

@@ -8,6 +8,7 @@
 #include "cpu/isa/int8.h"
 #include "cpu/panels.h"
 #include "cpu/plan.h"
+#include "cpu/recurrence.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/thread_budget.h"
 
@@ -148,6 +149,38 @@ struct Bfloat16GradientPass {
   void run_rank(const Problem& problem, const Plan& plan, float* workspace, Team& team,
                 int rank) const {
     kernels.gradients[int(problem.shape.cell)](problem, plan, workspace, team, rank);
+  }
+};
+
+template <class T>
+struct RecurrencePass {
+  using Value = T;
+  using Problem = Recurrence<T>;
+  static constexpr Pass kPass = Pass::kForward;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    return RecurrenceLayout(shape, plan).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
+                int rank) const {
+    isa().recurrences<T>().of[int(problem.shape.cell)].forward(
+        problem, plan, RecurrenceLayout(problem.shape, plan), workspace, team, rank);
+  }
+};
+
+template <class T>
+struct RecurrenceBackwardPass {
+  using Value = T;
+  using Problem = RecurrenceGradients<T>;
+  static constexpr Pass kPass = Pass::kBackward;
+
+  std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
+    return RecurrenceBackwardLayout(shape, plan).size;
+  }
+  void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
+                int rank) const {
+    isa().recurrences<T>().of[int(problem.shape.cell)].backward(
+        problem, plan, RecurrenceBackwardLayout(problem.shape, plan), workspace, team, rank);
   }
 };
 
@@ -451,6 +484,21 @@ std::string int8_reason(const LayerShape& shape) {
   return std::string(choice.kernels->name) + ": " + choice.reason;
 }
 
+bool has_recurrence(const CellInfo& cell) {
+  return isa().recurrences_float.of[int(cell.kind)].forward != nullptr;
+}
+
+template <class T>
+void recurrence(const Recurrence<T>& problem, int threads, ParallelFor parallel_for) {
+  run(RecurrencePass<T>{}, &problem, 1, WeightFormat::kNative, threads, parallel_for);
+}
+
+template <class T>
+void recurrence_gradients(const RecurrenceGradients<T>& problem, int threads,
+                          ParallelFor parallel_for) {
+  run(RecurrenceBackwardPass<T>{}, &problem, 1, WeightFormat::kNative, threads, parallel_for);
+}
+
 Plan make_panel_plan(const LayerShape& shape, int element_bytes, int threads) {
   return make_panel_plan_for(shape, isa(), element_bytes, bounded_threads(threads));
 }
@@ -504,6 +552,10 @@ template void backward(const LayerBackward<double, double>*, int, int, ParallelF
                        const WholeLayer*);
 template void gradients<float>(const LayerGradients<float>*, int, int, ParallelFor);
 template void gradients<double>(const LayerGradients<double>*, int, int, ParallelFor);
+template void recurrence(const Recurrence<float>&, int, ParallelFor);
+template void recurrence(const Recurrence<double>&, int, ParallelFor);
+template void recurrence_gradients(const RecurrenceGradients<float>&, int, ParallelFor);
+template void recurrence_gradients(const RecurrenceGradients<double>&, int, ParallelFor);
 template void pack_panels(const LayerShape&, const LayerWeights<float>&, const Plan&, float*);
 template void pack_panels(const LayerShape&, const LayerWeights<double>&, const Plan&, double*);
 template void forward_packed(const PackedForward<float>*, int, const Plan&, int, ParallelFor);

@@ -40,8 +40,8 @@ std::string slot_names(int64_t slots) {
 }
 
 void check_slots(int64_t slots, const CellInfo& cell) {
-  const bool is_known = slots >> kSequenceSlotsEnd == 0 &&
-                        count_between(slots, kWeightSlots, kFirstSequenceSlot) == 0;
+  const bool is_known =
+      slots >> kSequenceSlotsEnd == 0 && count_between(slots, kGainIh, kFirstSequenceSlot) == 0;
   if (cell.dense) {
     FASTRNN_CHECK(is_known && has_slot(slots, kWIh) && has_slot(slots, kWHh),
                   "slots must hold w_ih and w_hh and no bit of an unknown slot, got ", slots, ".");

@@ -442,6 +442,10 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kRaggedForwardSchema);
   m.def(fastrnn::kRaggedLayerSchema);
   m.def(fastrnn::kRaggedGradientsSchema);
+  m.def(fastrnn::kRecurrenceSchema);
+  m.def(fastrnn::kRecurrenceGradientsSchema);
+  m.def(fastrnn::kRecurrenceProductSchema);
+  m.def(fastrnn::kRecurrenceProductGradientsSchema);
   m.def(fastrnn::kScanSchema);
   m.def(fastrnn::kScanGradientsSchema);
 }

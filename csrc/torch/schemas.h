@@ -132,6 +132,30 @@ constexpr const char* kRaggedGradientsSchema =
     "Tensor d_w_ih_reverse, Tensor d_w_hh_reverse, Tensor d_b_ih_reverse, Tensor d_b_hh_reverse, "
     "Tensor d_reset_h, Tensor d_reset_c)";
 
+// CPU only: the time loop of one direction with layer normalisation, zoneout and recurrent dropout
+// (problem/recurrence.h), in float32 or float64. pre_x [T, B, G*H] or packed [N, G*H] is the
+// product of the input, h0 and c0 [B, H]. parts holds the tensors of `slots` (RecurrencePart in
+// slots.h). saved [N, *] is a placeholder unless `saves`.
+constexpr const char* kRecurrenceSchema =
+    "recurrence(Tensor pre_x, Tensor h0, Tensor? c0, Tensor[] parts, int slots, "
+    "Tensor? batch_sizes, bool reverse, str cell, float epsilon, bool saves) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)";
+// Its gradients. d_a [N, G*H] holds those at the product with w_hh, which is d_pre_x if d_a is a
+// placeholder; d_vectors [2*G*H + 2*H] those of b_hh, gain_h, gain_c and bias_c.
+constexpr const char* kRecurrenceGradientsSchema =
+    "recurrence_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor h0, Tensor? c0, "
+    "Tensor[] parts, int slots, Tensor? batch_sizes, bool reverse, str cell, float epsilon, "
+    "Tensor y, Tensor saved) "
+    "-> (Tensor d_pre_x, Tensor d_a, Tensor d_h0, Tensor d_c0, Tensor d_vectors)";
+
+// The products of its input side by the kernels of backward, which are faster than those of MKL on
+// CPUs of AMD: x w^T, and the gradients d w, d^T x and the column sums of d. Placeholders stand for
+// those whose factor is absent.
+constexpr const char* kRecurrenceProductSchema = "recurrence_product(Tensor x, Tensor w) -> Tensor";
+constexpr const char* kRecurrenceProductGradientsSchema =
+    "recurrence_product_gradients(Tensor d, Tensor? x, Tensor? w) "
+    "-> (Tensor d_x, Tensor d_w, Tensor sums)";
+
 // h_t = a_t * h_{t-1} + b_t elementwise (cells/linear_scan.h). a, b and h [T, ...], h0 [...], zeros
 // if it is not given; `reverse`: from the last step to the first.
 constexpr const char* kScanSchema =

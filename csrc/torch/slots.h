@@ -16,9 +16,38 @@
 
 namespace fastrnn {
 
-enum WeightSlot : int { kWIh, kWHh, kBIh, kBHh, kWHr, kWUnit, kWeightSlots };
-inline constexpr const char* kWeightSlotNames[kWeightSlots] = {"w_ih", "w_hh", "b_ih",
-                                                               "b_hh", "w_hr", "w_unit"};
+enum WeightSlot : int {
+  kWIh,
+  kWHh,
+  kBIh,
+  kBHh,
+  kWHr,
+  kWUnit,
+  // of layer normalisation; the operators of plain layers have none of these
+  kGainIh,
+  kGainHh,
+  kGainC,
+  kBiasC,
+  kWeightSlots
+};
+inline constexpr const char* kWeightSlotNames[kWeightSlots] = {
+    "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "w_unit", "gain_ih", "gain_hh", "gain_c", "bias_c"};
+
+// `int slots` of the operator recurrence: which parts of problem/recurrence.h are in its list.
+enum RecurrencePart : int {
+  kPartWHh,
+  kPartBHh,
+  kPartGainH,
+  kPartGainC,
+  kPartBiasC,
+  kPartMaskH,
+  kPartZoneH,
+  kPartZoneC,
+  kPartBX,
+  kRecurrenceParts
+};
+inline constexpr const char* kRecurrencePartNames[kRecurrenceParts] = {
+    "w_hh", "b_hh", "gain_h", "gain_c", "bias_c", "mask_h", "zone_h", "zone_c", "b_x"};
 
 enum SequenceSlot : int { kBatchSizes = 16, kSequenceSlotsEnd };
 inline constexpr int kFirstSequenceSlot = kBatchSizes;

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fastrnn.layer_call import LayerCall
+from fastrnn.layer_call import LayerCall, Results
 from fastrnn.ops import composite_layer
+from fastrnn.ops.recurrence import composite_recurrence_layer
 from fastrnn.tracing import is_in_onnx_export, is_tracing
 
 NAME = "composite"
@@ -16,4 +17,5 @@ def unsupported(call: LayerCall) -> str:
     return ""
 
 
-run = composite_layer
+def run(call: LayerCall) -> Results:
+    return composite_layer(call) if call.has_plain_cell else composite_recurrence_layer(call)

@@ -28,6 +28,13 @@ def unsupported_transform() -> str:
 
 
 def unsupported_tensors(call: LayerCall) -> str:
+    """Checks the cell, the device and the dtype."""
+    if not call.has_plain_cell:
+        return "the cell has layer normalisation, zoneout or recurrent dropout"
+    return unsupported_placement(call)
+
+
+def unsupported_placement(call: LayerCall) -> str:
     """Checks the device and the dtype."""
     x = call.x
     if not x.is_cpu and x.device.type not in DEVICES:

@@ -19,6 +19,8 @@ def unsupported(call: LayerCall) -> str:
         return "this is a single step"
     if call.spec.torch.torch_function is None:
         return "torch has no {cell}"
+    if not call.has_plain_cell:
+        return unsupported_tensors(call)
     if is_in_onnx_export() and is_tracing():  # this exporter translates only torch's operators
         return ""
     reason = unsupported_transform()

@@ -35,6 +35,8 @@ def unsupported(call: LayerCall) -> str:
     is_special = x.dtype in HALF or is_any_autocast_enabled()
     if not is_special and call.spec.gates != 1:
         return _FOR_OTHERS
+    if not call.has_plain_cell:
+        return "torch's step has no layer normalisation, zoneout or recurrent dropout"
     if call.is_step:
         return unsupported_step(call.spec, x, call.h0, call.weights)
     if x.dtype not in HALF and not (is_special and autocast.acts_on(x)):

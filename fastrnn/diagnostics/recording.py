@@ -142,6 +142,10 @@ class Recorder:
             raise RuntimeError(
                 f"diagnose: {names[0]} must get padded or packed sequences without further tensors."
             )
+        if not call.has_plain_cell:
+            raise ValueError(
+                f"diagnose: {names[0]} must have no layer_norm, zoneout or recurrent_dropout."
+            )
         batch = call.h0.shape[1]
         sizes = [batch] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
         if not sizes or not batch:

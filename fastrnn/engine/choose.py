@@ -27,6 +27,7 @@ from fastrnn.backends import (
     kernels,
     onnx_node,
     prepared,
+    recurrence,
     stacked_kernels,
     torch_builtin,
     torch_step,
@@ -42,6 +43,7 @@ PRIORITY: tuple[Backend, ...] = (
     captured,
     onnx_node,
     torch_builtin,
+    recurrence,
     composite,
 )
 #: the backends that support single steps, in the same order

@@ -104,7 +104,7 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
     ragged = _convert(call, marks, batch_first, not on_device)
     if is_graph and not reason:
         y, h_n, c_n = _run_by_operators(call, ragged)
-    elif is_capturing():
+    elif is_capturing() or (is_graph and not call.has_plain_cell):
         raise RuntimeError(f"lengths and resets cannot be in this graph: {reason}.")
     else:
         ragged = check_values(ragged, size(call.x, 0))
@@ -122,7 +122,9 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
 def _stays_on_device(call: LayerCall, marks: Marks) -> bool:
     """Whether a call on CUDA with lengths runs by the kernels of a padded batch."""
     lengths: Any = marks.lengths
-    return call.x.is_cuda and marks.resets is None and lengths.is_cuda and can_run(call)
+    if not (call.x.is_cuda and marks.resets is None and lengths.is_cuda):
+        return False
+    return call.has_plain_cell and can_run(call)
 
 
 def _runs_on_device(call: LayerCall) -> bool:

@@ -58,7 +58,7 @@ def run_stack(call: LayerCall, backend: Backend) -> Results:
         return backend.run(call)
     spec, x, sequence, h0, c0, (flat, slots), options = call
     layer_options = DEFAULTS._replace(
-        weight_format=options.weight_format, recompute=options.recompute
+        weight_format=options.weight_format, recompute=options.recompute, cell=options.cell
     )
     count = len(flat) // num_layers
     directions = size(h0, 0) // num_layers

@@ -125,7 +125,10 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
         raise NotImplementedError(
             f"to_keras_weights: module must have proj_size 0, got {module.proj_size}."
         )
+    options = module._cell_options
     for option, is_set in (
+        ("layer_norm", options is not None and options.layer_norm),
+        ("zoneout", options is not None and any(options.zoneout)),
         ("residual", module.residual),
         ("learn_initial_state", module._learns_initial_state),
     ):

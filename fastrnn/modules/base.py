@@ -26,7 +26,9 @@ from fastrnn.layer_call import (
     SequenceMembers,
     SequenceTensors,
 )
+from fastrnn.modules import cell_options
 from fastrnn.modules.batch_first_states import batch_first, layers_first
+from fastrnn.modules.cell_options import ModuleOptions
 from fastrnn.modules.quantization_warning import warn_if_left_float
 from fastrnn.ops import HALF, forward_op, kernel_layer, ragged_layer, raise_unless_rejected
 from fastrnn.ops.packed import PreparedWeights, StackShape
@@ -86,6 +88,7 @@ class RecurrentBase(nn.RNNBase):
     _recompute = cast("int | str", "none")
     _residual = False
     _batch_first_states = False
+    _cell_options = cast("ModuleOptions | None", None)
     _overrides_checks: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -102,6 +105,10 @@ class RecurrentBase(nn.RNNBase):
         recompute: int | str = "none",
         residual: bool = False,
         batch_first_states: bool = False,
+        layer_norm: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.weight_dtype = weight_dtype
@@ -126,6 +133,19 @@ class RecurrentBase(nn.RNNBase):
                 self._residual = True
             if batch_first_states:
                 self._batch_first_states = True
+            options = cell_options.parse(
+                type(self).__name__,
+                BY_MODE[mode],
+                layer_norm,
+                zoneout,
+                recurrent_dropout,
+                weight_dropout,
+            )
+            if options is not None:
+                cell_options.check_together(self, options, self._recompute)
+                self._cell_options = options
+                if layer_norm:
+                    cell_options.add_norm_parameters(self, BY_MODE[mode].has_cell_state)
             if learn_initial_state:
                 self._add_initial_state()
         except Exception:
@@ -164,6 +184,8 @@ class RecurrentBase(nn.RNNBase):
     def reset_parameters(self) -> None:
         """Draws the weights as ``torch.nn`` does, and sets a learned initial state to zero."""
         super().reset_parameters()
+        if self._cell_options is not None and self._cell_options.layer_norm:
+            cell_options.reset_norm_parameters(self, BY_MODE[self.mode].has_cell_state)
         for name in self._initial_state_names():
             nn.init.zeros_(getattr(self, name))
 
@@ -230,6 +252,12 @@ class RecurrentBase(nn.RNNBase):
                 "torch.jit.script: batch_first_states must be False, got True. Use torch.export, "
                 "torch.compile or torch.jit.trace."
             )
+        if self._cell_options is not None:
+            raise RuntimeError(
+                "torch.jit.script: the layer must have no cell options, got "
+                f"{self._cell_options.describe()}. Use torch.export, torch.compile or "
+                "torch.jit.trace."
+            )
         cls = type(self)
         own = next(c for c in cls.__mro__ if "forward" in c.__dict__)
         if own is cls or not own.__module__.startswith("fastrnn."):
@@ -263,6 +291,8 @@ class RecurrentBase(nn.RNNBase):
             text += ", residual=True"
         if self._batch_first_states:
             text += ", batch_first_states=True"
+        if self._cell_options is not None:
+            text += f", {self._cell_options.describe()}"
         return text
 
     def prepare(self: _Module) -> _Module:
@@ -282,6 +312,7 @@ class RecurrentBase(nn.RNNBase):
                 or float64 on the CPU.
         """
         owner = f"{type(self).__name__}.prepare"
+        cell_options.reject(owner, self)
         if self.training:
             raise RuntimeError(
                 f"{owner}: the module must be in eval mode, got training mode. Call eval() first."
@@ -374,7 +405,15 @@ class RecurrentBase(nn.RNNBase):
             self._store_weak_references()
 
     def _weights(self) -> Weights:
-        """Returns the weights to compute with.
+        """Returns the weights to compute with."""
+        weights, options = self._torch_weights(), self._cell_options
+        if options is None:
+            return weights
+        has_cell_state = BY_MODE[self.mode].has_cell_state
+        return cell_options.with_options(self, options, has_cell_state, weights)
+
+    def _torch_weights(self) -> Weights:
+        """Returns the weights of ``torch.nn``.
 
         Compiled code reads the parameters on every call. Using `_flat_weights` there would guard on
         weak references and store traced tensors in the module.
@@ -481,6 +520,11 @@ class RecurrentBase(nn.RNNBase):
             )
         if recorder is not None:
             options = options._replace(recorder=recorder)
+        if self._cell_options is not None:
+            cell_options.check_together(self, self._cell_options, self._recompute)
+            options = options._replace(cell=self._cell_options.of_call(self.training))
+            if options == DEFAULTS:
+                options = DEFAULTS  # `run` compares by identity
         call = LayerCall(spec, input, sequence, h0, c0, weights, options)
         swapped = self.batch_first and sequence.named().batch_sizes is None
         if marks is NO_MARKS:
@@ -513,6 +557,7 @@ class RecurrentBase(nn.RNNBase):
             type(input) is Tensor
             and self.num_layers == 1
             and self._weight_dtype is None
+            and self._cell_options is None
             and not self._overrides_checks
             and input.dim() == 3
             and not input.is_meta  # the operator checks no sizes of meta tensors
@@ -704,6 +749,7 @@ class RecurrentBase(nn.RNNBase):
         if all(mark is None for mark in marks):
             marks = NO_MARKS
         recorder = recorder_of(return_all_states, return_gates)
+        cell_options.reject(f"{type(self).__name__}: with return_all_states or return_gates", self)
         options = {
             **marks._asdict(),
             "return_all_states": return_all_states or None,

@@ -62,6 +62,12 @@ class RNN(OneState):
             dropout(z_{k-1}). The states that are returned are the layers' own. Default: ``False``
         batch_first_states: whether ``hx``, ``reset_state`` and the final states are [B,L*D,*]
             instead of [L*D,B,*]; the final states are then views. Default: ``False``
+        layer_norm: whether W_ih x and W_hh h are normalised, see docs/cell_options.md. Default:
+            ``False``
+        zoneout: probability that a unit keeps its state at a step. Default: 0
+        recurrent_dropout: probability that a unit of h is zero in the product with W_hh; one mask
+            for all steps of a sequence. Default: 0
+        weight_dropout: probability that a value of W_hh is zero; one mask per call. Default: 0
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -112,6 +118,10 @@ class RNN(OneState):
         recompute: int | str = "none",
         residual: bool = False,
         batch_first_states: bool = False,
+        layer_norm: bool = False,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -223,6 +233,12 @@ class LSTM(TwoStates):
             dropout(z_{k-1}). The states that are returned are the layers' own. Default: ``False``
         batch_first_states: whether ``hx``, ``reset_state`` and the final states are [B,L*D,*]
             instead of [L*D,B,*]; the final states are then views. Default: ``False``
+        layer_norm: whether W_ih x, W_hh h and the cell state at the output are normalised, see
+            docs/cell_options.md. Default: ``False``
+        zoneout: probability that a unit keeps its state; a pair for c and for h. Default: 0
+        recurrent_dropout: probability that a unit of h is zero in the product with W_hh; one mask
+            for all steps of a sequence. Default: 0
+        weight_dropout: probability that a value of W_hh is zero; one mask per call. Default: 0
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -279,6 +295,10 @@ class LSTM(TwoStates):
         recompute: int | str = "none",
         residual: bool = False,
         batch_first_states: bool = False,
+        layer_norm: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -450,6 +470,12 @@ class GRU(OneState):
             dropout(z_{k-1}). The states that are returned are the layers' own. Default: ``False``
         batch_first_states: whether ``hx``, ``reset_state`` and the final states are [B,L*D,*]
             instead of [L*D,B,*]; the final states are then views. Default: ``False``
+        layer_norm: whether W_ih x and W_hh h are normalised, see docs/cell_options.md. Default:
+            ``False``
+        zoneout: probability that a unit keeps its state at a step. Default: 0
+        recurrent_dropout: probability that a unit of h is zero in the product with W_hh; one mask
+            for all steps of a sequence. Default: 0
+        weight_dropout: probability that a value of W_hh is zero; one mask per call. Default: 0
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -499,6 +525,10 @@ class GRU(OneState):
         recompute: int | str = "none",
         residual: bool = False,
         batch_first_states: bool = False,
+        layer_norm: bool = False,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

@@ -15,17 +15,17 @@ from fastrnn.reference import StateResults, reference_layer, reference_states, r
 
 def composite_layer(call: LayerCall) -> Results:
     """Runs one layer or one step by differentiable operations."""
-    results: Results = _as_kernels(reference_step if call.is_step else reference_layer, call)
+    results: Results = as_kernels(reference_step if call.is_step else reference_layer, call)
     return results
 
 
 def composite_states(call: LayerCall) -> StateResults:
     """Runs one layer by differentiable operations; also returns the cell states of each step."""
-    results: StateResults = _as_kernels(reference_states, call)
+    results: StateResults = as_kernels(reference_states, call)
     return results
 
 
-def _as_kernels(function: Callable[[LayerCall], Any], call: LayerCall) -> Any:
+def as_kernels(function: Callable[[LayerCall], Any], call: LayerCall) -> Any:
     """Calls a function of `fastrnn.reference` with the types that the kernels compute in.
 
     As in the kernels, half types are computed in float32 and rounded only at the end. Autocast is
@@ -34,7 +34,7 @@ def _as_kernels(function: Callable[[LayerCall], Any], call: LayerCall) -> Any:
     x = call.x
     if autocast.acts_on(x):
         with torch.autocast(x.device.type, enabled=False):
-            return _as_kernels(function, call)
+            return as_kernels(function, call)
     if x.dtype not in HALF:
         return function(call)
     results = function(

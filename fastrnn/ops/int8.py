@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrnn.layer_call import Results
 from fastrnn.ops.fakes import _expect, _expect_sizes
-from fastrnn.ops.operators import _interruptible
+from fastrnn.ops.operators import interruptible
 from fastrnn.spec import CELLS, CellSpec
 
 #: hidden units per block of a panel, and values along K that lie next to each other
@@ -32,7 +32,7 @@ class Int8Weights(NamedTuple):
 
 
 _operator = torch.ops.fastrnn.recurrent_int8.default
-_interruptible_operator = _interruptible(_operator)
+_interruptible_operator = interruptible(_operator)
 
 
 def int8_layer(

@@ -43,7 +43,7 @@ def raise_unless_rejected(error: Exception) -> None:
         raise error
 
 
-def _interruptible(operator: Any) -> Any:
+def interruptible(operator: Any) -> Any:
     """Wraps an operator: if a signal handler ended the call, the handler's exception is raised."""
 
     @functools.wraps(operator)
@@ -65,19 +65,19 @@ states_op = torch.ops.fastrnn.recurrent_states.default
 states_backward_op = torch.ops.fastrnn.recurrent_states_backward.default
 ragged_layer_op = torch.ops.fastrnn.ragged_layer.default
 
-interruptible_forward = _interruptible(forward_op)
-interruptible_states = _interruptible(states_op)
-chunked_forward_op = _interruptible(torch.ops.fastrnn.recurrent_chunked_forward.default)
-chunked_gradients_op = _interruptible(torch.ops.fastrnn.recurrent_chunked_gradients.default)
-_interruptible_stack = _interruptible(torch.ops.fastrnn.recurrent_stack.default)
+interruptible_forward = interruptible(forward_op)
+interruptible_states = interruptible(states_op)
+chunked_forward_op = interruptible(torch.ops.fastrnn.recurrent_chunked_forward.default)
+chunked_gradients_op = interruptible(torch.ops.fastrnn.recurrent_chunked_gradients.default)
+_interruptible_stack = interruptible(torch.ops.fastrnn.recurrent_stack.default)
 #: the operators that compute gradients, by number of directions
 gradient_ops = {
-    1: _interruptible(torch.ops.fastrnn.recurrent_gradients.default),
-    2: _interruptible(torch.ops.fastrnn.recurrent_bidirectional_gradients.default),
+    1: interruptible(torch.ops.fastrnn.recurrent_gradients.default),
+    2: interruptible(torch.ops.fastrnn.recurrent_bidirectional_gradients.default),
 }
 #: the operators of padded batches with lengths and resets (`fastrnn.ops.ragged`)
-ragged_forward = _interruptible(torch.ops.fastrnn.ragged_forward.default)
-ragged_gradients = _interruptible(torch.ops.fastrnn.ragged_gradients.default)
+ragged_forward = interruptible(torch.ops.fastrnn.ragged_forward.default)
+ragged_gradients = interruptible(torch.ops.fastrnn.ragged_gradients.default)
 #: those of padded batches whose states are replaced, on CUDA (`fastrnn.ops.ragged_on_device`)
 reset_forward = torch.ops.fastrnn.recurrent_reset_forward.default
 reset_backward = torch.ops.fastrnn.recurrent_reset_backward.default
@@ -99,6 +99,10 @@ OPERATORS = (
     "ragged_gradients",
     "recurrent_reset_forward",
     "recurrent_reset_backward",
+    "recurrence",
+    "recurrence_gradients",
+    "recurrence_product",
+    "recurrence_product_gradients",
     "linear_scan",
     "linear_scan_gradients",
 )

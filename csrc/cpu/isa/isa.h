@@ -10,9 +10,11 @@
 
 #include "cpu/api.h"
 #include "cpu/layout.h"
+#include "cpu/recurrence_layout.h"
 #include "cpu/runtime/team.h"
 #include "problem/bfloat16.h"
 #include "problem/float16.h"
+#include "problem/recurrence.h"
 #include "problem/scan.h"
 
 namespace fastrnn::cpu {
@@ -71,6 +73,20 @@ struct ScanTypes {
   ScanPasses<Float16Value, float> of_float16;
 };
 
+// Time loops with layer normalisation, zoneout and recurrent dropout
+// (cpu/kernels/recurrence/table.h); null for cells without kernels.
+template <class T>
+struct RecurrenceKernels {
+  void (*forward)(const Recurrence<T>&, const Plan&, const RecurrenceLayout&, T* workspace, Team&,
+                  int rank);
+  void (*backward)(const RecurrenceGradients<T>&, const Plan&, const RecurrenceBackwardLayout&,
+                   T* workspace, Team&, int rank);
+};
+template <class T>
+struct RecurrenceTable {
+  RecurrenceKernels<T> of[kCellCount];  // by CellKind
+};
+
 struct Isa {
   const char* name;
   int vector_bytes;
@@ -78,6 +94,8 @@ struct Isa {
   Walks<double> walks_double;
   PeakLoop peak;
   ScanTypes scans;
+  RecurrenceTable<float> recurrences_float;
+  RecurrenceTable<double> recurrences_double;
 
   // Whether forward can hold w_hh in this format.
   bool has_recurrent_format(WeightFormat format, int element_bytes) const {
@@ -90,6 +108,14 @@ struct Isa {
       return walks_float;
     } else {
       return walks_double;
+    }
+  }
+  template <class T>
+  const RecurrenceTable<T>& recurrences() const {
+    if constexpr (sizeof(T) == 4) {
+      return recurrences_float;
+    } else {
+      return recurrences_double;
     }
   }
 };

@@ -5,6 +5,7 @@
 #include "cpu/kernels/int8/table.h"
 #include "cpu/kernels/peak.h"
 #include "cpu/kernels/product/formats.h"
+#include "cpu/kernels/recurrence/table.h"
 #include "cpu/kernels/scan/scan.h"
 #include "cpu/kernels/schedule/backward.h"
 #include "cpu/kernels/schedule/forward.h"
@@ -69,8 +70,14 @@ constexpr Walks<T> walks() {
 #define FASTRNN_QUOTED(name) FASTRNN_QUOTED_NAME(name)
 extern const Isa kIsa;
 const Isa kIsa = {
-    FASTRNN_QUOTED(FASTRNN_ISA),       FASTRNN_VECTOR_BYTES, walks<float>(), walks<double>(),
-    {multiply_add_chains, kPeakFlops}, scan_types(),
+    FASTRNN_QUOTED(FASTRNN_ISA),
+    FASTRNN_VECTOR_BYTES,
+    walks<float>(),
+    walks<double>(),
+    {multiply_add_chains, kPeakFlops},
+    scan_types(),
+    recurrences<float>(),
+    recurrences<double>(),
 };
 
 FASTRNN_KERNELS_END

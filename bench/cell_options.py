@@ -1,0 +1,124 @@
+"""Time of layers with layer normalisation, zoneout and dropout, beside the plain layer and a loop.
+
+    python bench/cell_options.py [--seconds 0.5] [--threads 2] [--json FILE]
+
+Each figure is a time divided by that of the layer with the option: of the plain layer, of a loop of
+cells in Python as users write it, and of that loop under torch.compile (training of an LSTM with
+layer normalisation only). Calls are interleaved (`fastrnn.tools.benchmark.timing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from relative_times import Task, print_times
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import fastrnn
+
+#         T    B    H = I
+SHAPES = [(100, 32, 256), (50, 64, 128), (100, 1, 128)]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "layer_norm": {"layer_norm": True},
+    "zoneout": {"zoneout": 0.1},
+    "recurrent_dropout": {"recurrent_dropout": 0.25},
+    "weight_dropout": {"weight_dropout": 0.5},
+}
+
+
+class LayerNormCell(nn.Module):
+    """A cell with layer normalisation, written with modules of torch."""
+
+    def __init__(self, cell: str, size: int) -> None:
+        super().__init__()
+        gates = {"LSTM": 4, "GRU": 3}[cell]
+        self.weight_ih = nn.Parameter(torch.randn(gates * size, size) / size**0.5)
+        self.weight_hh = nn.Parameter(torch.randn(gates * size, size) / size**0.5)
+        self.norm_ih, self.norm_hh = nn.LayerNorm(gates * size), nn.LayerNorm(gates * size)
+        self.norm_c = nn.LayerNorm(size)
+
+    def step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        of_x = self.norm_ih(linear(x, self.weight_ih))
+        of_h = self.norm_hh(linear(h, self.weight_hh))
+        if of_x.shape[-1] == 3 * h.shape[-1]:
+            xr, xz, xn = of_x.chunk(3, -1)
+            hr, hz, hn = of_h.chunk(3, -1)
+            z = torch.sigmoid(xz + hz)
+            n = torch.tanh(xn + torch.sigmoid(xr + hr) * hn)
+            return n + z * (h - n), c
+        i, f, g, o = (of_x + of_h).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(self.norm_c(c)), c
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(x.shape[1], x.shape[2])
+        outputs = []
+        for step in x.unbind(0):
+            h, c = self.step(step, h, c)
+            outputs.append(h)
+        return torch.stack(outputs)
+
+
+class ZoneoutCell(nn.Module):
+    """A cell of torch with zoneout of h and c."""
+
+    def __init__(self, cell: str, size: int) -> None:
+        super().__init__()
+        self.cell = getattr(nn, f"{cell}Cell")(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = x.new_zeros(x.shape[1], x.shape[2])
+        if isinstance(self.cell, nn.LSTMCell):
+            state = (state, state)
+        outputs = []
+        for step in x.unbind(0):
+            new = self.cell(step, state)
+            if isinstance(new, tuple):
+                state = tuple(
+                    torch.where(torch.rand_like(n) < 0.1, s, n)
+                    for s, n in zip(state, new, strict=True)
+                )
+            else:
+                state = torch.where(torch.rand_like(new) < 0.1, state, new)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs)
+
+
+LOOPS: dict[str, Callable[[str, int], nn.Module]] = {
+    "layer_norm": LayerNormCell,
+    "zoneout": ZoneoutCell,
+}
+
+
+def tasks() -> Iterator[Task]:
+    """Yields what is compared."""
+    for cell in ("LSTM", "GRU"):
+        for option, arguments in OPTIONS.items():
+            for steps, batch, size in SHAPES:
+                torch.manual_seed(0)
+                layers: dict[str, nn.Module] = {
+                    option: getattr(fastrnn, cell)(size, size, **arguments),
+                    "plain": getattr(fastrnn, cell)(size, size),
+                }
+                if option in LOOPS:
+                    layers["loop"] = LOOPS[option](cell, size)
+                    if option == "layer_norm" and (cell, steps, batch) == ("LSTM", 100, 32):
+                        layers["compiled loop"] = torch.compile(LOOPS[option](cell, size))  # type: ignore[assignment]
+                x = torch.randn(steps, batch, size, requires_grad=True)
+
+                def timed(layer: nn.Module, x: Tensor = x) -> Callable[[], None]:
+                    def call() -> None:
+                        result = layer(x)
+                        (result[0] if isinstance(result, tuple) else result).sum().backward()
+
+                    return call
+
+                calls = {title: timed(layer) for title, layer in layers.items()}
+                yield Task(cell, "training", f"T{steps} B{batch} H{size}", calls)
+
+
+if __name__ == "__main__":
+    print_times(__doc__, tasks(), seconds=0.5)

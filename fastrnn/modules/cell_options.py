@@ -1,0 +1,167 @@
+"""The options of a cell that the modules of layers have: constructor arguments and parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from fastrnn import checks
+from fastrnn.layer_call import CellOptions
+from fastrnn.spec import NORM, NORM_CELL, NORM_CELL_BIAS, CellSpec, Weights
+
+
+class ModuleOptions(NamedTuple):
+    """The checked constructor arguments; ``zoneout`` of c, or of h without a cell state, and of h.
+
+    The names are those of the arguments.
+    """
+
+    layer_norm: bool = False
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+
+    def changes_the_cell(self, training: bool) -> bool:
+        """Whether the time loop is not that of a plain layer."""
+        return self.layer_norm or any(self.zoneout) or (training and self.recurrent_dropout > 0)
+
+    def of_call(self, training: bool) -> CellOptions | None:
+        """Returns the options of a call; None if there are none besides layer normalisation."""
+        own = self._replace(layer_norm=False)
+        if not own.changes_the_cell(training):
+            return None
+        zoneout_c, zoneout_h = self.zoneout
+        return CellOptions(zoneout_h, zoneout_c, self.recurrent_dropout, training)
+
+    def describe(self) -> str:
+        """Returns the options that are set, as arguments."""
+        return ", ".join(f"{name}={value}" for name, value in self.arguments().items() if value)
+
+    def arguments(self) -> dict[str, Any]:
+        zoneout: Any = self.zoneout[0] if self.zoneout[0] == self.zoneout[1] else self.zoneout
+        return {**self._asdict(), "zoneout": zoneout}
+
+
+def _probability(name: str, option: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not checks.is_bool(value)
+    if not is_number or not (math.isfinite(value) and 0 <= value <= 1):
+        raise ValueError(
+            f"{name}: {option} must be a number from 0 to 1, got {checks.describe(value)}."
+        )
+    return float(value)
+
+
+def parse(
+    name: str,
+    spec: CellSpec,
+    layer_norm: Any,
+    zoneout: Any,
+    recurrent_dropout: Any,
+    weight_dropout: Any,
+) -> ModuleOptions | None:
+    """Checks the arguments of a module. Returns None if all are the defaults.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+    if not checks.is_bool(layer_norm):
+        raise TypeError(f"{name}: layer_norm must be a bool, got {checks.describe(layer_norm)}.")
+    if isinstance(zoneout, tuple | list):
+        if not spec.has_cell_state or len(zoneout) != 2:
+            expected = "one number or two, of c and of h" if spec.has_cell_state else "one number"
+            raise ValueError(f"{name}: zoneout must be {expected}, got {checks.describe(zoneout)}.")
+        zone_c, zone_h = (_probability(name, "zoneout", value) for value in zoneout)
+    else:
+        zone_c = zone_h = _probability(name, "zoneout", zoneout)
+    options = ModuleOptions(
+        bool(layer_norm),
+        (zone_c, zone_h),
+        _probability(name, "recurrent_dropout", recurrent_dropout),
+        _probability(name, "weight_dropout", weight_dropout),
+    )
+    return None if options == ModuleOptions() else options
+
+
+def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -> None:
+    """Raises if the module has another option that excludes these."""
+    if not options.changes_the_cell(training=True):
+        return
+    name = type(module).__name__
+    for other, value, expected in (
+        ("proj_size", module.proj_size, 0),
+        ("recompute", recompute, "none"),
+    ):
+        if value != expected:
+            raise ValueError(
+                f"{name}: {other} must be {expected!r} with {options.describe()}, got {value!r}."
+            )
+
+
+def reject(owner: str, module: Any) -> None:
+    """Raises for a module whose cell is not plain, for what plain layers alone can do.
+
+    Args:
+        owner: what rejects the module, for the message.
+        module: any module.
+    """
+    options: ModuleOptions | None = getattr(module, "_cell_options", None)
+    if options is not None and options.changes_the_cell(training=False):
+        raise ValueError(
+            f"{owner}: the layer must have neither layer_norm nor zoneout, got "
+            f"{options.describe()}."
+        )
+
+
+def _suffixes(module: nn.RNNBase) -> list[str]:
+    directions = ("", "_reverse") if module.bidirectional else ("",)
+    return [f"l{layer}{end}" for layer in range(module.num_layers) for end in directions]
+
+
+def _norm_names(module: nn.RNNBase, has_cell_state: bool, suffix: str) -> list[str]:
+    names = [f"gain_ih_{suffix}", f"gain_hh_{suffix}"]
+    if has_cell_state:
+        names += [f"gain_c_{suffix}", f"bias_c_{suffix}"] if module.bias else [f"gain_c_{suffix}"]
+    return names
+
+
+def add_norm_parameters(module: nn.RNNBase, has_cell_state: bool) -> None:
+    """Registers the parameters of layer normalisation."""
+    for suffix in _suffixes(module):
+        like: Any = getattr(module, f"weight_hh_{suffix}")
+        for name in _norm_names(module, has_cell_state, suffix):
+            size = module.hidden_size if "_c_" in name else like.shape[0]
+            module.register_parameter(name, nn.Parameter(like.detach().new_empty(size)))
+    reset_norm_parameters(module, has_cell_state)
+
+
+def reset_norm_parameters(module: nn.RNNBase, has_cell_state: bool) -> None:
+    """Sets gains to 1 and the bias of the cell state to 0."""
+    for suffix in _suffixes(module):
+        for name in _norm_names(module, has_cell_state, suffix):
+            parameter = getattr(module, name)
+            (nn.init.zeros_ if name.startswith("bias") else nn.init.ones_)(parameter)
+
+
+def with_options(
+    module: nn.RNNBase, options: ModuleOptions, has_cell_state: bool, weights: Weights
+) -> Weights:
+    """Returns the weights to compute with: w_hh after dropout, and those of layer normalisation."""
+    suffixes = _suffixes(module)
+    count = len(weights.flat) // len(suffixes)
+    slots = weights.slots
+    if options.layer_norm:
+        slots |= NORM
+        if has_cell_state:
+            slots |= NORM_CELL | (NORM_CELL_BIAS if module.bias else 0)
+    flat: list[Tensor] = []
+    for index, suffix in enumerate(suffixes):
+        own = list(weights.flat[index * count : (index + 1) * count])
+        if options.weight_dropout > 0 and module.training:
+            own[1] = dropout(own[1], options.weight_dropout)
+        if options.layer_norm:
+            own += [getattr(module, name) for name in _norm_names(module, has_cell_state, suffix)]
+        flat += own
+    return Weights(flat, slots)

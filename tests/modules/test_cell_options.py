@@ -1,0 +1,478 @@
+"""The constructor options layer_norm, zoneout, recurrent_dropout and weight_dropout."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._pytree import tree_leaves
+
+import fastrnn
+from fastrnn import _C
+from fastrnn.backends import composite, recurrence
+from fastrnn.engine import choose
+from fastrnn.ops.recurrence import saved_width
+from fastrnn.reference import Parts
+from fastrnn.spec import CELLS
+from tests.support import raised
+from tests.tolerance import assert_agrees, assert_same_in_double
+
+I, H = 5, 7  # noqa: E741
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lstm": (fastrnn.LSTM, {}),
+    "gru": (fastrnn.GRU, {}),
+    "rnn_tanh": (fastrnn.RNN, {}),
+    "rnn_relu": (fastrnn.RNN, {"nonlinearity": "relu"}),
+    "rnn_sigmoid": (fastrnn.RNN, {"nonlinearity": "sigmoid"}),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "layer_norm": {"layer_norm": True},
+    "zoneout": {"zoneout": 0.3},
+    "recurrent_dropout": {"recurrent_dropout": 0.4},
+    "weight_dropout": {"weight_dropout": 0.4},
+    "all": {
+        "layer_norm": True,
+        "zoneout": 0.2,
+        "recurrent_dropout": 0.3,
+        "weight_dropout": 0.2,
+    },
+}
+#: with kernels of their own
+KERNEL_OPTIONS = [name for name in OPTIONS if name != "weight_dropout"]
+
+
+def build(kind: str, options: str = "all", *args: Any, **kwargs: Any) -> Any:
+    """Returns a layer whose parameters are all random."""
+    cls, own = KINDS[kind]
+    torch.manual_seed(1)
+    layer = cls(I, kwargs.pop("hidden", H), *args, **own, **OPTIONS[options], **kwargs)
+    for name, parameter in layer.named_parameters():
+        nn.init.normal_(parameter, 1.0 if name.startswith("gain") else 0.0, 0.4)
+    return layer
+
+
+def seeded(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(7)
+    return layer(*args, **kwargs)
+
+
+def by_composite(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    with choose.override(composite):
+        return seeded(layer, *args, **kwargs)
+
+
+def everything(run: Callable[[], Any], leaves: list[Tensor]) -> list[Tensor]:
+    """Returns the results of a call and the gradients of a function of them."""
+    results = [t for t in tree_leaves(run()) if isinstance(t, Tensor) and t.is_floating_point()]
+    loss = torch.stack([(t * t.cos()).sum() for t in results]).sum()
+    gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return [*results, *gradients]
+
+
+def textbook(layer: Any, x: Tensor) -> Tensor:
+    """Returns the output of one layer with layer normalisation, as its documentation has it."""
+    w = {name.removesuffix("_l0"): p for name, p in layer.named_parameters()}
+    h = c = x.new_zeros(x.shape[1], layer.hidden_size)
+    outputs = []
+    for step in x:
+        gates = (w["weight_ih"].shape[0],)
+        of_x = layer_norm(linear(step, w["weight_ih"]), gates, w["gain_ih"], w["bias_ih"])
+        of_h = layer_norm(linear(h, w["weight_hh"]), gates, w["gain_hh"], w["bias_hh"])
+        if isinstance(layer, fastrnn.LSTM):
+            i, f, g, o = (of_x + of_h).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            normal = layer_norm(c, (layer.hidden_size,), w["gain_c"], w["bias_c"])
+            h = o.sigmoid() * normal.tanh()
+        elif isinstance(layer, fastrnn.GRU):
+            xr, xz, xn = of_x.chunk(3, -1)
+            hr, hz, hn = of_h.chunk(3, -1)
+            z = (xz + hz).sigmoid()
+            h = (1 - z) * (xn + (xr + hr).sigmoid() * hn).tanh() + z * h
+        else:
+            function = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}
+            h = function[layer.nonlinearity](of_x + of_h)
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_norm_is_as_documented(kind: str) -> None:
+    layer = build(kind, "layer_norm").double()
+    x = torch.randn(4, 3, I, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    ours = everything(lambda: layer(x)[0], leaves)
+    assert_same_in_double(ours, everything(lambda: textbook(layer, x), leaves))
+
+
+def test_the_names_of_the_parts() -> None:
+    assert list(Parts._fields) == _C.recurrence_parts()
+
+
+def ragged(packed: bool, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(3)
+    if not packed:
+        return torch.randn(5, 4, I, dtype=dtype, requires_grad=True)
+    rows = [torch.randn(n, I, dtype=dtype) for n in (2, 5, 3, 3)]
+    return pack_sequence(rows, enforce_sorted=False)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_agree_with_the_composite(kind: str, options: str, packed: bool) -> None:
+    """Every schedule draws the same masks from the same seed."""
+    layer = build(kind, options, 2, bidirectional=True).double()
+    x = ragged(packed)
+    leaves = list(layer.parameters()) + ([] if packed else [x])
+    for mode in (True, False):
+        layer.train(mode)
+        ours = everything(lambda: seeded(layer, x), leaves)
+        assert_same_in_double(ours, everything(lambda: by_composite(layer, x), leaves))
+
+
+@pytest.mark.parametrize("options", KERNEL_OPTIONS)
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+def test_the_kernels_run(kind: str, options: str) -> None:
+    layer = build(kind, options)
+    explanation = fastrnn.explain(layer, torch.zeros(3, 2, I))
+    assert explanation.backend == recurrence.NAME
+    if options == "recurrent_dropout":
+        assert fastrnn.explain(layer.eval(), torch.zeros(3, 2, I)).backend == "kernels"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(3, 1, 40), (6, 9, 65), (4, 33, 16), (0, 3, 8), (1, 2, 1)])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_relu"])
+def test_shapes_and_threads(kind: str, shape: tuple[int, int, int], threads: int) -> None:
+    steps, batch, hidden = shape
+    layer = build(kind, "all", hidden=hidden, bias=steps != 4).double()
+    x = torch.randn(max(steps, 1), batch, I, dtype=torch.float64)
+    if steps == 0:
+        x = x[:, :0]
+        batch = 0
+    before = torch.get_num_threads(), _C.max_threads()
+    torch.set_num_threads(threads)
+    try:
+        leaves = list(layer.parameters())
+        ours = everything(lambda: seeded(layer, x), leaves)
+    finally:
+        torch.set_num_threads(before[0])
+    assert_same_in_double(ours, everything(lambda: by_composite(layer, x), leaves))
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("options", ["layer_norm", "zoneout"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+def test_float32_on_every_instruction_set(kind: str, options: str, isa: str) -> None:
+    layer = build(kind, options, hidden=33)
+    x = torch.randn(12, 5, I)
+
+    def run(module: Any, rows: Tensor) -> list[Tensor]:
+        return everything(lambda: seeded(module, rows)[0], list(module.parameters()))
+
+    def composite_run(module: Any, rows: Tensor) -> list[Tensor]:
+        return everything(lambda: by_composite(module, rows)[0], list(module.parameters()))
+
+    def exact(change: Any) -> list[Tensor]:
+        module = copy.deepcopy(layer)
+        for name, parameter in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(change(parameter)))
+        module.eval()  # the masks of another dtype would differ
+        return composite_run(module, change(x))
+
+    layer.eval()
+    _C.set_isa(isa)
+    try:
+        ours = run(layer, x)
+    finally:
+        _C.set_isa("")
+    assert_agrees(ours, composite_run(layer, x), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types(dtype: torch.dtype) -> None:
+    layer = build("lstm", "layer_norm").to(dtype)
+    x = torch.randn(4, 3, I).to(dtype)
+    y, (h_n, c_n) = layer(x)
+    assert y.dtype == h_n.dtype == c_n.dtype == dtype
+    wide = copy.deepcopy(layer).float()
+    assert torch.equal(y, wide(x.float())[0].to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wide(x.float())[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+def test_second_derivatives(kind: str) -> None:
+    layer = build(kind, "layer_norm", hidden=3).double()
+    x = torch.randn(3, 2, I, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: layer(t)[0], (x,))
+    assert torch.autograd.gradgradcheck(lambda t: layer(t)[0], (x,))
+
+
+def test_func_transforms() -> None:
+    layer = build("gru", "layer_norm").double()
+    x = torch.randn(3, 2, I, dtype=torch.float64)
+    tangent = torch.randn_like(x)
+    _, change = torch.func.jvp(lambda t: layer(t)[0], (x,), (tangent,))
+    step = 1e-6 * tangent
+    expected = (layer(x + step)[0] - layer(x - step)[0]) / 2e-6
+    torch.testing.assert_close(change, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_compiled(kind: str, packed: bool) -> None:
+    layer = build(kind, "layer_norm", 2, bidirectional=True).double()
+    x = ragged(packed)
+    leaves = list(layer.parameters())
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert_same_in_double(
+        everything(lambda: compiled(x), leaves), everything(lambda: layer(x), leaves)
+    )
+
+
+def test_compiled_masks_are_drawn_at_each_call() -> None:
+    layer = build("lstm", "all")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, I)
+    torch.testing.assert_close(seeded(compiled, x), seeded(layer, x))
+    assert not torch.equal(compiled(x)[0], compiled(x)[0])
+
+
+def test_exported() -> None:
+    layer = build("lstm", "layer_norm").eval()
+    x = torch.randn(4, 3, I)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_lengths_and_resets(kind: str) -> None:
+    layer = build(kind, "layer_norm", 2, bidirectional=True, batch_first=True).double()
+    x = torch.randn(3, 6, I, dtype=torch.float64)
+    lengths = torch.tensor([4, 6, 1])
+    y, hidden = layer(x, lengths=lengths)
+    for b, length in enumerate(lengths.tolist()):
+        own, state = layer(x[b : b + 1, :length])
+        torch.testing.assert_close(y[b : b + 1, :length], own)
+        for ours, theirs in zip(tree_leaves(hidden), tree_leaves(state), strict=True):
+            torch.testing.assert_close(ours[:, b], theirs[:, 0])
+    assert not y[0, 4:].any()
+    single = build(kind, "layer_norm").double()
+    steps = torch.randn(6, 2, I, dtype=torch.float64)
+    resets = torch.zeros(6, 2, dtype=torch.bool)
+    resets[3] = True
+    both = torch.cat([single(steps[:3])[0], single(steps[3:])[0]])
+    torch.testing.assert_close(single(steps, resets=resets)[0], both)
+
+
+def test_parameters_and_their_initial_values() -> None:
+    layer = fastrnn.LSTM(I, H, 2, bidirectional=True, layer_norm=True)
+    own = {n: p for n, p in layer.named_parameters() if n.startswith(("gain", "bias_c"))}
+    assert len(own) == 4 * 4
+    assert own["gain_ih_l1_reverse"].shape == own["gain_hh_l0"].shape == (4 * H,)
+    assert own["gain_c_l0"].shape == own["bias_c_l1"].shape == (H,)
+    for _ in range(2):
+        for name, parameter in own.items():
+            assert torch.equal(parameter, torch.full_like(parameter, name.startswith("gain")))
+            nn.init.normal_(parameter)
+        layer.reset_parameters()
+    assert not [n for n, _ in fastrnn.GRU(I, H, layer_norm=True).named_parameters() if "_c_" in n]
+    without = fastrnn.LSTM(I, H, bias=False, layer_norm=True)
+    assert not [name for name, _ in without.named_parameters() if "bias" in name]
+    assert (
+        dict(fastrnn.LSTM(I, H, zoneout=0.5).named_parameters()).keys()
+        == dict(nn.LSTM(I, H).named_parameters()).keys()
+    )
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+def test_copies_and_checkpoints(kind: str) -> None:
+    layer = build(kind, "all", 2).eval()
+    x = torch.randn(4, 3, I)
+    expected = layer(x)[0]
+    fresh = KINDS[kind][0](I, H, 2, **OPTIONS["all"]).eval()
+    fresh.load_state_dict(layer.state_dict())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), fresh):
+        assert torch.equal(other(x)[0], expected)
+        assert other.extra_repr() == layer.extra_repr()
+    assert "layer_norm=True, zoneout=0.2, recurrent_dropout=0.3" in repr(layer)
+    assert "layer_norm" not in repr(KINDS[kind][0](I, H))
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        copied.gain_hh_l1.mul_(2)
+    assert not torch.equal(copied(x)[0], expected)
+
+
+def test_a_learned_initial_state_and_residual_layers() -> None:
+    layer = build("lstm", "layer_norm", 2, learn_initial_state=True, residual=True).double()
+    hidden = layer.h_0.detach(), layer.c_0.detach()
+    x = torch.randn(4, 1, I, dtype=torch.float64)
+    y, _ = layer(x)
+    torch.testing.assert_close(y, layer(x, hidden)[0])
+    y.sum().backward()
+    assert layer.h_0.grad.abs().sum() > 0
+
+
+def test_zoneout_keeps_units() -> None:
+    layer = build("gru", "zoneout", hidden=64)
+    x = torch.randn(30, 8, I)
+    y = layer(x)[0]
+    kept = (y[1:] == y[:-1]).double().mean().item()
+    assert 0.25 < kept < 0.35  # of 15000 draws with probability 0.3
+    layer = fastrnn.LSTM(I, 64, zoneout=(0.0, 1.0))
+    y, (h_n, c_n) = layer(x)
+    assert not y.any()
+    assert not h_n.any()
+    assert c_n.abs().sum() > 0
+    layer = fastrnn.LSTM(I, 64, zoneout=(1.0, 0.0))
+    assert not layer(x)[1][1].any()
+
+
+def test_eval_mode_has_no_randomness() -> None:
+    layer = build("lstm", "all").eval()
+    x = torch.randn(4, 3, I)
+    state = torch.get_rng_state()
+    assert torch.equal(layer(x)[0], layer(x)[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    plain = fastrnn.LSTM(I, H)
+    dropped = fastrnn.LSTM(I, H, recurrent_dropout=0.5, weight_dropout=0.5).eval()
+    dropped.load_state_dict(plain.state_dict())
+    assert torch.equal(dropped(x)[0], plain(x)[0])
+
+
+def test_weight_dropout_draws_one_mask_per_call() -> None:
+    layer = fastrnn.LSTM(I, H, weight_dropout=0.5)
+    x = torch.randn(4, 3, I)
+    y = seeded(layer, x)[0]
+    torch.manual_seed(7)
+    plain = nn.LSTM(I, H)
+    plain.load_state_dict(layer.state_dict())
+    torch.manual_seed(7)
+    with torch.no_grad():
+        plain.weight_hh_l0.copy_(nn.functional.dropout(layer.weight_hh_l0, 0.5))
+    torch.testing.assert_close(y, plain(x)[0])
+    with torch.no_grad():
+        layer.weight_hh_l0.zero_()  # no stale weight
+    assert not torch.equal(seeded(layer, x)[0], y)
+
+
+@pytest.mark.parametrize(
+    ("build_wrong", "message"),
+    [
+        (lambda: fastrnn.GRU(2, 3, layer_norm=1), "GRU: layer_norm must be a bool"),
+        (lambda: fastrnn.GRU(2, 3, zoneout=1.5), "GRU: zoneout must be a number from 0 to 1"),
+        (lambda: fastrnn.GRU(2, 3, zoneout=(0.1, 0.1)), "GRU: zoneout must be one number"),
+        (lambda: fastrnn.LSTM(2, 3, zoneout=(0.1,)), "LSTM: zoneout must be one number or two"),
+        (lambda: fastrnn.LSTM(2, 3, zoneout="x"), "LSTM: zoneout must be a number"),
+        (lambda: fastrnn.RNN(2, 3, recurrent_dropout=-1), "RNN: recurrent_dropout must be"),
+        (lambda: fastrnn.RNN(2, 3, weight_dropout=float("nan")), "RNN: weight_dropout must be"),
+        (
+            lambda: fastrnn.LSTM(2, 3, proj_size=1, layer_norm=True),
+            "LSTM: proj_size must be 0 with layer_norm=True, got 1.",
+        ),
+        (
+            lambda: fastrnn.LSTM(2, 3, recompute=4, zoneout=0.1),
+            "LSTM: recompute must be 'none' with zoneout=0.1, got 4.",
+        ),
+        (lambda: fastrnn.LSTM(2, 3, layer_norm=True).eval().prepare(), "LSTM.prepare: the layer"),
+        (lambda: fastrnn.LSTM(2, 3, layer_norm=True).stream(), "Session: layer must have neither"),
+        (lambda: fastrnn.quantize(fastrnn.LSTM(2, 3, zoneout=0.1)), "fastrnn.quantize: the layer"),
+        (lambda: torch.jit.script(fastrnn.LSTM(2, 3, zoneout=0.1)), "torch.jit.script: the layer"),
+        (
+            lambda: fastrnn.LSTM(2, 3, layer_norm=True)(
+                torch.zeros(2, 2, 2), return_all_states=True
+            ),
+            "with return_all_states or return_gates",
+        ),
+    ],
+)
+def test_wrong_options_raise(build_wrong: Callable[[], Any], message: str) -> None:
+    assert message in str(raised(build_wrong))
+
+
+def _operator_arguments() -> dict[str, Any]:
+    h = torch.zeros(2, 3)
+    return {
+        "pre_x": torch.zeros(4, 2, 12),
+        "h0": h,
+        "c0": h.clone(),
+        "parts": [torch.zeros(12, 3)],
+        "slots": 1,
+        "batch_sizes": None,
+        "reverse": False,
+        "cell": "lstm",
+        "epsilon": 1e-5,
+        "saves": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_x": torch.zeros(4, 2, 11)},
+        {"pre_x": torch.zeros(4, 3, 12)},
+        {"pre_x": torch.zeros(4, 2, 12).double()},
+        {"pre_x": torch.zeros(8, 12)},
+        {"h0": torch.zeros(2, 3).half()},
+        {"h0": torch.zeros(2, 0)},
+        {"h0": torch.zeros(1, 2, 3)},
+        {"c0": None},
+        {"c0": torch.zeros(2, 4)},
+        {"parts": []},
+        {"parts": [torch.zeros(12, 4)]},
+        {"parts": [torch.zeros(12)], "slots": 2},
+        {"slots": 0},
+        {"slots": 1 << 20},
+        {"slots": -1},
+        {"slots": 1 << 4 | 1, "parts": [torch.zeros(12, 3), torch.zeros(3)]},
+        {"slots": 1 << 6 | 1, "parts": [torch.zeros(12, 3), torch.zeros(7, 3)]},
+        {"slots": 1 << 5 | 1, "parts": [torch.zeros(12, 3), torch.zeros(3, 3)]},
+        {"batch_sizes": torch.tensor([2, 3])},
+        {"batch_sizes": torch.tensor([2, 1]), "pre_x": torch.zeros(4, 12)},
+        {"cell": "slstm"},
+        {"cell": "x"},
+        {"epsilon": -1.0},
+        {"epsilon": float("nan")},
+    ],
+    ids=str,
+)
+def test_the_operator_rejects_wrong_arguments(change: dict[str, Any]) -> None:
+    operator = torch.ops.fastrnn.recurrence.default
+    operator(**_operator_arguments())
+    message = str(raised(lambda: operator(**{**_operator_arguments(), **change})))
+    assert message.startswith("fastrnn: ")
+    assert message.endswith(".")
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+def test_the_width_of_saved(kind: str) -> None:
+    spec = CELLS[kind]
+    arguments = _operator_arguments()
+    arguments |= {"pre_x": torch.zeros(4, 2, spec.gates * 3), "cell": kind}
+    if not spec.has_cell_state:
+        arguments["c0"] = None
+    every = Parts(
+        torch.zeros(spec.gates * 3, 3),
+        gain_h=torch.ones(spec.gates * 3),
+        zone_h=torch.ones(1, 3),
+        zone_c=torch.ones(1, 3) if spec.has_cell_state else None,
+    )
+    arguments["parts"] = [part for part in every if part is not None]
+    arguments["slots"] = sum(1 << i for i, part in enumerate(every) if part is not None)
+    saved = torch.ops.fastrnn.recurrence.default(**arguments)[3]
+    assert saved.shape == (8, saved_width(spec, 3, arguments["slots"]))
+
+
+def test_packed_rows_that_end_early_keep_their_state() -> None:
+    layer = build("lstm", "zoneout").double()
+    packed: PackedSequence = ragged(True)
+    y, (h_n, _) = layer.eval()(packed)
+    assert torch.equal(y.data[packed.batch_sizes.sum() - 1], h_n[0, 1])
