@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tolerance import Change
 from torch import Tensor
 
 from fastrnn.layer_call import PADDED, LayerCall
@@ -99,3 +100,16 @@ def weights_for(output: Tensor) -> Tensor:
 def with_gradients(outputs: list[Tensor], given: dict[str, Any]) -> list[Tensor]:
     loss: Any = sum((o * weights_for(o)).sum() for o in outputs)
     return [*outputs, *torch.autograd.grad(loss, leaves(given), materialize_grads=True)]
+
+
+def composed_exactly(change: Change, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Returns results and gradients of the layer by torch, computed with changed arguments."""
+    wide = {
+        name: [change(w).requires_grad_() for w in value]
+        if name == "weights"
+        else change(value).requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in given.items()
+    }
+    return tuple(with_gradients(composed(wide), wide))

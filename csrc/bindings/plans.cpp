@@ -40,7 +40,7 @@ py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t bat
                    std::int64_t input_size, std::int64_t hidden_size, std::int64_t proj_size,
                    const std::string& dtype, bool training, std::int64_t directions, bool tf32,
                    const std::optional<std::string>& schedule, std::int64_t capability,
-                   std::int64_t multiprocessors, std::int64_t shared_bytes) {
+                   std::int64_t multiprocessors, std::int64_t shared_bytes, bool resets) {
   using namespace fastrnn::cuda;
   const fastrnn::LayerShape shape =
       shape_of(cell, steps, batch, input_size, hidden_size, proj_size, directions);
@@ -57,9 +57,9 @@ py::dict cuda_plan(const std::string& cell, std::int64_t steps, std::int64_t bat
   } catch (const std::exception& error) {
     throw py::value_error(error.what());
   }
-  const Plan chosen =
-      make_plan({shape, int(directions), training ? Pass::kBackward : Pass::kForward, arithmetic,
-                 Chip{int(capability), int(multiprocessors), int(shared_bytes)}, choice});
+  const Plan chosen = make_plan(
+      {shape, int(directions), training ? Pass::kBackward : Pass::kForward, arithmetic,
+       Chip{int(capability), int(multiprocessors), int(shared_bytes)}, choice, false, resets});
   py::dict result;
   result["schedule"] = chosen.schedule->name;
   result["chunk_rows"] = chosen.chunk_rows;
@@ -193,7 +193,7 @@ void define_plans(py::module_& m) {
         py::arg("tf32") = false, py::arg("schedule") = py::none(),
         py::arg("capability") = fastrnn::cuda::kH100.major,
         py::arg("multiprocessors") = fastrnn::cuda::kH100.multiprocessors,
-        py::arg("shared_bytes") = fastrnn::cuda::kH100.shared_bytes,
+        py::arg("shared_bytes") = fastrnn::cuda::kH100.shared_bytes, py::arg("resets") = false,
         "The same on a GPU, an H100 unless told otherwise; schedule: auto, persistent or stepwise, "
         "None: what FASTRNN_SCHEDULE says.");
 }

@@ -19,7 +19,7 @@ import torch
 from cuda_shapes import HIDDEN_SIZES, MANY_LENGTHS, PERSISTENT_SHAPES, Shape
 from marks import KINDS as MARKS
 from marks import arguments as marked_arguments
-from marks import composed, with_gradients
+from marks import composed, composed_exactly, with_gradients
 from support import (
     CELLS,
     DTYPES,
@@ -31,6 +31,7 @@ from support import (
     exact_run,
     pack,
     random,
+    reference_math,
     run,
     slots_by_count,
     torch_twin,
@@ -315,6 +316,29 @@ def test_marks_match_the_cpu_without_synchronising(
     assert_same_in_double([t.cpu() for t in found], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 4, 3, 4, 2), (5, 40, 3, 130, 40)], ids=str)
+@pytest.mark.parametrize("kind", MARKS)
+@pytest.mark.parametrize(
+    ("cell", "projected"), [("rnn_tanh", False), ("gru", False), ("lstm", False), ("lstm", True)]
+)
+@both_schedules
+def test_marks_match_the_reference(
+    cell: str, projected: bool, kind: str, sizes: Any, dtype: torch.dtype
+) -> None:
+    given = marked_arguments(cell, kind, projected, 2, dtype, sizes)
+    with reference_math():
+        expected = with_gradients(composed(given), given)
+    own = {name: on_gpu(value) for name, value in given.items()}
+    y, h_n, c_n = torch.ops.fastrnn.ragged_layer(*own.values())
+    found = with_gradients([y, h_n] if own["c0"] is None else [y, h_n, c_n], own)
+    assert_agrees(
+        tuple(t.cpu() for t in found),
+        tuple(expected),
+        lambda change: composed_exactly(change, given),
+    )
+
+
 def on_gpu(value: Any) -> Any:
     """Returns a leaf on the GPU for each tensor."""
     if isinstance(value, list):
@@ -325,6 +349,7 @@ def on_gpu(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+@both_schedules
 def test_graph_with_marks_replays_with_other_marks(cell: str) -> None:
     module = getattr(fastrnn, cell)(5, 16, 2, bidirectional=True, device="cuda")
     x = make(9, 4, 5, dtype=torch.float32)

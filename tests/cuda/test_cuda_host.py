@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from marks import KINDS as MARKS
-from marks import arguments, call_of, composed, weights_for, with_gradients
+from marks import arguments, call_of, composed, composed_exactly, weights_for, with_gradients
 from support import (
     CELLS,
     DTYPES,
@@ -560,22 +560,12 @@ def check_marked(kernels: Kernels, given: dict[str, Any]) -> None:
     with reference_math():
         expected = with_gradients(composed(given), given)
 
-    def exact(change: Change) -> tuple[Tensor, ...]:
-        wide = {
-            name: [change(w).requires_grad_() for w in value]
-            if name == "weights"
-            else change(value).requires_grad_()
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else value
-            for name, value in given.items()
-        }
-        return tuple(with_gradients(composed(wide), wide))
-
     spoilt = {
         name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()
     }
     spoil_padding(spoilt)
-    assert_agrees(tuple(run_marked(kernels, spoilt)), tuple(expected), exact)
+    found = tuple(run_marked(kernels, spoilt))
+    assert_agrees(found, tuple(expected), lambda change: composed_exactly(change, given))
 
 
 @pytest.mark.parametrize(
@@ -595,9 +585,50 @@ def test_stepwise_marks_match_the_reference(
     check_marked(Kernels(library), given)
 
 
+# cells whose persistent kernels have resets (csrc/cuda/schedules/persistent/plan.h)
+RESET_CASES = [("rnn_tanh", False), ("gru", False), ("lstm", False), ("lstm", True)]
+every_reset_case = pytest.mark.parametrize(("cell", "projected"), RESET_CASES)
+# T, B, I, H, P: a tile of few rows, and two tiles
+RESET_SIZES = [(5, 4, 3, 4, 2), (5, 19, 3, 20, 11)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "directions", "units"),
+    [(torch.float32, 1, 8), (torch.float32, 2, 0), (torch.float16, 2, 0), (torch.bfloat16, 2, 16)],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", RESET_SIZES, ids=str)
+@pytest.mark.parametrize("kind", MARKS)
+@every_reset_case
+def test_persistent_marks_match_the_reference(
+    library: ctypes.CDLL,
+    cell: str,
+    projected: bool,
+    kind: str,
+    sizes: Any,
+    dtype: torch.dtype,
+    directions: int,
+    units: int,
+) -> None:
+    kernels = Kernels(library, PERSISTENT)
+    kernels.units = units
+    check_marked(kernels, arguments(cell, kind, projected, directions, dtype, sizes))
+    # the kernel with a projection has no gradients at the cell states of the rows' last steps
+    backward = not (projected and "lengths" in kind)
+    assert kernels.persistent == [True, backward]
+
+
+@pytest.mark.parametrize("cell", [cell for cell in SPECS if (cell, False) not in RESET_CASES])
+def test_resets_of_other_cells_run_stepwise(library: ctypes.CDLL, cell: str) -> None:
+    kernels = Kernels(library, PERSISTENT)
+    run_marked(kernels, arguments(cell, "resets", dtype=torch.float32))
+    assert kernels.persistent == [False, False]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in MARKS if kind != "none"])
-def test_missing_mask_is_found(library: ctypes.CDLL, kind: str) -> None:
-    kernels = Kernels(library)
+@pytest.mark.parametrize("choice", [STEPWISE, PERSISTENT], ids=["stepwise", "persistent"])
+def test_missing_mask_is_found(library: ctypes.CDLL, choice: int, kind: str) -> None:
+    kernels = Kernels(library, choice)
     forward = kernels.reset_forward
 
     def without_mask(*args: Any) -> tuple[Tensor, ...]:
@@ -605,7 +636,7 @@ def test_missing_mask_is_found(library: ctypes.CDLL, kind: str) -> None:
 
     kernels.reset_forward = without_mask  # type: ignore[method-assign]
     with pytest.raises(AssertionError):
-        check_marked(kernels, arguments("gru", kind, False, 2))
+        check_marked(kernels, arguments("gru", kind, False, 2, torch.float32))
 
 
 def test_marks_without_steps_return_the_initial_state(library: ctypes.CDLL) -> None:
@@ -837,17 +868,50 @@ def random_layer(
 
 
 def both_passes(
-    kernels: Kernels, cell: str, layer: tuple[Any, ...], sizes: Tensor | None = None
+    kernels: Kernels,
+    cell: str,
+    layer: tuple[Any, ...],
+    sizes: Tensor | None = None,
+    resets: tuple[Tensor | None, ...] = (),
+    d_outputs: list[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
+    """Returns the results of both passes. The gradients at the outputs are the outputs by default.
+
+    Args:
+        kernels, cell: the kernels and what they run.
+        layer: x, h0, c0, weights.
+        sizes: the batch sizes of a packed batch.
+        resets: the arguments of `Resets`.
+        d_outputs: the gradients at y, h_n and c_n.
+    """
     x, h0, c0, weights = layer
     slots = slots_by_count(len(weights) // h0.shape[0])
     sequence, bits = SequenceMembers(sizes).pack()
-    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots | bits, sequence, cell, -1)
-    d_c_n = c_n if c0 is not None else None
+    own = Resets(*resets) if resets else None
+    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots | bits, sequence, cell, -1, own)
+    d_outputs = d_outputs or [y, h_n, c_n if c0 is not None else None]
     given = (h0, c0, weights, slots | bits, sequence, y, saved, cell)
-    d_results = kernels.backward(y, h_n, d_c_n, *given)
+    d_results = kernels.backward(*d_outputs, *given, resets=own)
     names = "y h_n c_n saved d_pre d_h_all d_h0 d_c0".split()
-    return dict(zip(names, [y, h_n, c_n, saved, *d_results], strict=True))
+    results = dict(zip(names, [y, h_n, c_n, saved, *d_results], strict=True))
+    for name, gradient in zip("hc", own.gradients if own else [], strict=False):
+        if gradient is not None:
+            results[f"d_reset_{name}"] = gradient
+    return results
+
+
+def random_resets(layer: tuple[Any, ...], share: float = 0.3) -> tuple[Tensor | None, ...]:
+    """Returns a mask and states of every step for a padded layer."""
+    x, h0, c0, _ = layer
+    generator = torch.Generator().manual_seed(4)
+    mask = torch.rand(len(h0), *x.shape[:2], generator=generator) < share
+    return (
+        mask,
+        *(
+            None if t is None else torch.randn(len(x), *t.shape, generator=generator)
+            for t in (h0, c0)
+        ),
+    )
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -889,6 +953,100 @@ def test_chunks_and_thread_order_change_no_bit(
     assert all(ran == (choice == PERSISTENT) for ran in kernels.persistent)
 
 
+tf32_or_not = pytest.mark.parametrize("tf32", [False, True], ids=["dot products", "tensor cores"])
+
+
+@tf32_or_not
+@every_reset_case
+def test_chunks_and_thread_order_change_no_bit_with_resets(
+    library: ctypes.CDLL, cell: str, projected: bool, tf32: bool
+) -> None:
+    kernels = Kernels(library, PERSISTENT)
+    kernels.tf32 = tf32
+    layer = random_layer(cell, (5, 18), 18, 20, proj=11 * projected)
+    resets = random_resets(layer)
+    expected = both_passes(kernels, cell, layer, resets=resets)
+    assert not any(tensor.isnan().any() for tensor in expected.values())
+    for kernels.chunk_rows, kernels.units in ((18, 0), (36, 8)):
+        assert_same(both_passes(kernels, cell, layer, resets=resets), expected)
+    kernels.descending = True
+    for kernels.seed in range(2, 5):
+        assert_same(both_passes(kernels, cell, layer, resets=resets), expected)
+    assert all(kernels.persistent)
+
+
+@tf32_or_not
+@every_reset_case
+def test_reset_of_all_rows_gives_the_bits_of_two_calls(
+    library: ctypes.CDLL, cell: str, projected: bool, tf32: bool
+) -> None:
+    """Cuts between steps 1 and 2: direction 0 is reset before step 2, direction 1 before step 1."""
+    kernels = Kernels(library, PERSISTENT)
+    kernels.tf32 = tf32
+    layer = random_layer(cell, (5, 18), 18, 20, proj=11 * projected)
+    x, h0, c0, weights = layer
+    mask, *states = random_resets(layer)
+    mask[:] = False
+    mask[0, 2] = mask[1, 1] = True
+    whole = both_passes(kernels, cell, layer, resets=(mask, *states))
+
+    def at_cut(t: Tensor | None, state: Tensor | None, part: int) -> Tensor | None:
+        """Returns the initial states of a part."""
+        if t is None or state is None:
+            return None
+        return torch.stack([t[0], state[1, 1]] if part == 0 else [state[2, 0], t[1]])
+
+    parts = []
+    for part, rows in enumerate((slice(0, 2), slice(2, 5))):
+        own = (x[rows], at_cut(h0, states[0], part), at_cut(c0, states[1], part), weights)
+        ends = torch.tensor([0.0, 1.0] if part == 0 else [1.0, 0.0]).view(2, 1, 1)
+        d_outputs = [whole["y"][rows], whole["h_n"] * ends, None]
+        if c0 is not None:
+            d_outputs[2] = whole["c_n"] * ends
+        parts.append(both_passes(kernels, cell, own, d_outputs=d_outputs))
+    assert torch.equal(whole["y"], torch.cat([part["y"] for part in parts]))
+    for name in ("saved", "d_pre", "d_h_all"):
+        if whole[name].numel() > 0:
+            assert torch.equal(whole[name], torch.cat([part[name] for part in parts], 1)), name
+    for name in ("h", "c") if c0 is not None else ("h",):
+        first, second = (part[f"{name}_n"] for part in parts)
+        assert torch.equal(whole[f"{name}_n"], torch.stack([second[0], first[1]]))
+        first, second = (part[f"d_{name}0"] for part in parts)
+        assert torch.equal(whole[f"d_{name}0"], torch.stack([first[0], second[1]]))
+        d_reset = torch.zeros_like(whole[f"d_reset_{name}"])
+        d_reset[2, 0], d_reset[1, 1] = second[0], first[1]
+        assert torch.equal(whole[f"d_reset_{name}"], d_reset)
+    assert all(kernels.persistent)
+
+
+@pytest.mark.parametrize("choice", [STEPWISE, PERSISTENT], ids=["stepwise", "persistent"])
+@every_reset_case
+def test_nan_does_not_pass_a_reset(
+    library: ctypes.CDLL, cell: str, projected: bool, choice: int
+) -> None:
+    kernels = Kernels(library, choice)
+    kernels.tf32 = choice == PERSISTENT
+    x, *rest = random_layer(cell, (6, 18), 18, 20, 1, 11 * projected)
+    mask, *states = random_resets((x, *rest))
+    mask[:] = False
+    mask[0, 3, 7] = True
+
+    def run(x: Tensor, d_y: Tensor) -> dict[str, Tensor]:
+        return both_passes(kernels, cell, (x, *rest), None, (mask, *states), [d_y, None, None])
+
+    d_y = torch.ones(6, 18, rest[0].shape[2])
+    clean = run(x, d_y)
+    spoilt = x.clone()
+    spoilt[1, 7] = torch.nan
+    y = run(spoilt, d_y)["y"]
+    assert y[1:3, 7].isnan().all()
+    assert torch.equal(y[3:], clean["y"][3:])
+    d_y[4, 7] = torch.nan
+    d_pre = run(x, d_y)["d_pre"].view(6, 18, -1)
+    assert d_pre[3:5, 7].isnan().any(-1).all()
+    assert torch.equal(d_pre[:3], clean["d_pre"].view(6, 18, -1)[:3])
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_row_tiles_per_block_change_no_bit(library: ctypes.CDLL, cell: str) -> None:
     kernels = Kernels(library, PERSISTENT)
@@ -900,32 +1058,47 @@ def test_row_tiles_per_block_change_no_bit(library: ctypes.CDLL, cell: str) -> N
     assert_same(both_passes(kernels, cell, layer, sizes), expected)
 
 
-@pytest.mark.parametrize("tf32", [False, True], ids=["dot products", "tensor cores"])
+@pytest.mark.parametrize(
+    ("with_resets", "tf32"),
+    [(False, False), (False, True), (True, True)],
+    ids=["dot products", "tensor cores", "resets, tensor cores"],
+)
 @pytest.mark.parametrize("forget", range(1, 6), ids=FORGET)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("cell", "proj"), [("gru", 0), ("lstm", 33)], ids=["gru", "projected"])
 def test_missing_barrier_is_found(
-    library: ctypes.CDLL, cell: str, proj: int, backward: bool, forget: int, tf32: bool
+    library: ctypes.CDLL,
+    cell: str,
+    proj: int,
+    with_resets: bool,
+    backward: bool,
+    forget: int,
+    tf32: bool,
 ) -> None:
     """Shows that every barrier is needed and that random thread orders reveal a missing one."""
     if backward and proj == 0 and FORGET[forget - 1] == "sync of weights":
         pytest.skip("the first backward step has no product, and its arrival is a barrier too")
     kernels = Kernels(library, PERSISTENT)
     kernels.tf32 = tf32
-    sizes = torch.tensor([20, 18, 18, 5, 2])
-    x, h0, c0, weights = random_layer(cell, (int(sizes.sum()),), 20, 70, proj=proj)
+    sizes = None if with_resets else torch.tensor([20, 18, 18, 5, 2])
+    rows = (5, 18) if sizes is None else (int(sizes.sum()),)
+    layer = random_layer(cell, rows, rows[-1] if sizes is None else 20, 70, proj=proj)
+    x, h0, c0, weights = layer
+    resets = Resets(*random_resets(layer)) if with_resets else None
     slots = slots_by_count(len(weights) // h0.shape[0])
     sequence, bits = SequenceMembers(sizes).pack()
-    y, h_n, c_n, saved = kernels.forward(x, h0, c0, weights, slots | bits, sequence, cell, -1)
+    given = (x, h0, c0, weights, slots | bits, sequence, cell)
+    y, h_n, c_n, saved = kernels.forward(*given, -1, resets)
     d_c_n = c_n if c0 is not None else None
-    given = (h0, c0, weights, slots | bits, sequence, y, saved, cell)
+    known = (h0, c0, weights, slots | bits, sequence, y, saved, cell)
 
     def result() -> Tensor:
         if not backward:
-            return kernels.forward(x, h0, c0, weights, slots | bits, sequence, cell, 0)[0]
-        return kernels.backward(y, h_n, d_c_n, *given)[0]
+            return kernels.forward(*given, 0, resets)[0]
+        return kernels.backward(y, h_n, d_c_n, *known, resets=resets)[0]
 
     expected = result()
+    assert all(kernels.persistent)
     kernels.forget = forget
     for kernels.seed in range(1, 6):
         try:

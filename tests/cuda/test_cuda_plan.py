@@ -173,3 +173,22 @@ def test_a_cell_without_a_recurrent_product_runs_stepwise() -> None:
     for training in (False, True):
         plan = _C.cuda_plan("indrnn", 100, 8, 64, 64, dtype="float16", training=training)
         assert plan["schedule"] == "stepwise"
+
+
+def test_resets_are_persistent_in_cells_with_such_kernels() -> None:
+    for training in (False, True):
+        for cell in ("rnn_tanh", "gru", "lstm"):
+            chosen = plan(cell, 16, 256, dtype="float16", training=training, resets=True)
+            assert chosen == plan(cell, 16, 256, dtype="float16", training=training)
+            assert chosen["schedule"] == "persistent"
+        projected = plan("lstm", 16, 256, proj_size=64, training=training, resets=True)
+        assert projected["schedule"] == "persistent"
+        for cell in ("rnn_relu", "rnn_sigmoid", "peephole_lstm", "slstm", "indrnn"):
+            chosen = plan(cell, 16, 256, dtype="float16", training=training, resets=True)
+            assert chosen["schedule"] == "stepwise"
+
+
+def test_few_rows_with_resets_use_tensor_cores_in_half_types() -> None:
+    for dtype, tensor_cores in (("float16", True), ("bfloat16", True), ("float32", False)):
+        chosen = plan("gru", 2, 256, dtype=dtype, tf32=True, resets=True)
+        assert chosen["tensor_cores"] is tensor_cores

@@ -101,18 +101,21 @@ struct Plan {
   bool has_resets = false;
 };
 
-// The resets of one step.
+// The resets before one step. Without a step all pointers are null.
 template <class S>
 struct ResetsOfStep {
-  std::int64_t step;         // t
-  const std::uint8_t* mask;  // [B]
-  const S *h, *c;            // [B, R], [B, C*H], or null: zeros
+  std::int64_t step = 0;               // t
+  const std::uint8_t* mask = nullptr;  // [B]
+  const S *h = nullptr, *c = nullptr;  // [B, R], [B, C*H], or null: zeros
 
-  ResetsOfStep(const Resets<S>& resets, const StepRows& at)
-      : step(at.rows == 0 ? 0 : at.first / at.rows),  // the batch is padded
-        mask(resets.mask + at.first),
-        h(resets.h == nullptr ? nullptr : resets.h + step * resets.h_stride),
-        c(resets.c == nullptr ? nullptr : resets.c + step * resets.c_stride) {}
+  ResetsOfStep() = default;
+  FASTRNN_HD ResetsOfStep(const Resets<S>& resets, std::int64_t t, std::int64_t first_row)
+      : step(t),
+        mask(resets.mask + first_row),
+        h(resets.h == nullptr ? nullptr : resets.h + t * resets.h_stride),
+        c(resets.c == nullptr ? nullptr : resets.c + t * resets.c_stride) {}
+  ResetsOfStep(const Resets<S>& resets, const StepRows& at)  // the batch is padded
+      : ResetsOfStep(resets, at.rows == 0 ? 0 : at.first / at.rows, at.first) {}
 };
 
 // Rows whose gates_x [rows, G*H] fit into `bytes`, at least 1.

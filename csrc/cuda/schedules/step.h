@@ -62,7 +62,7 @@ struct ForwardStep {
   // memory: a conversion would wait for the load.
   struct Inputs {
     A gates_x[Cell::kGates];
-    S h;  // or h0 (only cells that read h)
+    S h_before;  // or h0 (only cells that read h)
     A c[kCellLength];
     S c0[kCellLength];
     bool starts;  // from c0, not c
@@ -96,7 +96,7 @@ struct ForwardStep {
       inputs.gates_x[gate] = gates_x[(b * Cell::kGates + gate) * hidden + unit];
     inputs.starts = at.starts(b);
     if constexpr (Cell::kForwardReadsH)
-      inputs.h = inputs.starts ? h0[i] : h_before[b * h_before_stride + unit];
+      inputs.h_before = inputs.starts ? h0[i] : h_before[b * h_before_stride + unit];
     for (int s = 0; s < kCellStates; ++s) {
       const std::int64_t j = (b * kCellStates + s) * hidden + unit;
       if (inputs.starts)
@@ -114,7 +114,7 @@ struct ForwardStep {
     for (int q = 0; q < Cell::kPre; ++q) pre[q] = constants.pre[q];
     add_side<Cell::kPreX>(pre, inputs.gates_x, 1, kGates);
     if constexpr (Cell::kDenseRecurrence) add_side<Cell::kPreH>(pre, product, stride, kGates);
-    if constexpr (Cell::kForwardReadsH) state[0] = widen(inputs.h);
+    if constexpr (Cell::kForwardReadsH) state[0] = widen(inputs.h_before);
     for (int s = 0; s < kCellStates; ++s)
       state[s + 1] = inputs.starts ? A(widen(inputs.c0[s])) : inputs.c[s];
     Outputs outputs{};

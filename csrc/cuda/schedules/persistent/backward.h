@@ -12,8 +12,8 @@
 
 #include <type_traits>
 
+#include "cuda/schedules/persistent/resets.h"
 #include "cuda/schedules/persistent/walk.h"
-#include "cuda/schedules/step.h"
 
 namespace fastrnn::cuda {
 
@@ -88,10 +88,11 @@ class BackwardProjection {
 };
 
 // All steps, and one more for the gradients at the initial states.
-template <class Cell, class S, class Math, int kUnits, bool kProjected>
+template <class Cell, class S, class Math, int kUnits, bool kProjected, bool kResets>
 struct BackwardLoop {
   WalkShape shape;
   BackwardArguments<S> arguments[2];
+  WalkResetsOf<S, kResets> resets[2];
 
   template <class Thread>
   FASTRNN_DEVICE void operator()(Thread& thread) const {
@@ -111,7 +112,8 @@ struct BackwardLoop {
     Projection projection(thread, shape, args, place, recurrent.end());
     thread.sync();
 
-    BackwardStep<Cell, S> body{};  // with a projection d_y and d_h_n are part of d_h
+    using Step = BackwardStepOf<Cell, S, kResets>;
+    Step body{};  // with a projection d_y and d_h_n are part of d_h
     body.hidden = hidden;
     body.d_c = args.d_c;
     body.d_c_n = args.d_c_n;
@@ -129,9 +131,13 @@ struct BackwardLoop {
     int rows_after = 0;  // of the step that was walked last
     for (std::int64_t k = 0; k <= shape.steps; ++k) {
       StepRowsOf<int> at{};  // no rows in the last round
+      ResetsOfStep<S> after;
+      if constexpr (kResets) after = body.resets;
       if (k < shape.steps) {
-        at = sequence.at(args.reverse ? k : shape.steps - 1 - k);
+        const std::int64_t t = args.reverse ? k : shape.steps - 1 - k;
+        at = sequence.at(t);
         body.at = at;
+        if constexpr (kResets) body.resets = resets[place.direction].at(t, at.rows);
         if constexpr (!kProjected) {
           body.h = args.y + at.first * args.y_stride;
           body.h_before = args.y + at.first_before * args.y_stride;
@@ -154,8 +160,12 @@ struct BackwardLoop {
         const bool is_row = mine.exists && b < rows;
         const bool is_mine = is_row && unit < hidden, is_output = is_row && unit < outputs;
         const bool is_step = is_mine && b < at.rows;  // else the row has no more steps
-        typename BackwardStep<Cell, S>::Inputs inputs;
+        typename Step::Inputs inputs;
         if (is_step) inputs = body.load(b, unit);
+        bool is_reset_after = false;
+        if constexpr (kResets) {
+          if (is_output && b < rows_after) is_reset_after = after.mask[b] != 0;
+        }
 
         float d_h = 0;
         if (has_outputs) {
@@ -170,7 +180,14 @@ struct BackwardLoop {
             recurrent.multiply(
                 TileRows{d_gates, d_gates, first, rows_after, args.exchange.row_bytes()},
                 rows_after - first);
-            if (is_output && b < rows_after) d_h += recurrent.at(mine.row, mine.column);
+            if constexpr (kResets) {
+              if (is_output && b < rows_after)
+                d_h += resets[place.direction].pass_h(is_reset_after,
+                                                      recurrent.at(mine.row, mine.column),
+                                                      after.step, b * outputs + unit);
+            } else {
+              if (is_output && b < rows_after) d_h += recurrent.at(mine.row, mine.column);
+            }
           }
           if constexpr (kProjected) projection.publish(d_h, is_output, at, tile, b, unit, k);
         }
@@ -178,7 +195,7 @@ struct BackwardLoop {
           if (at.rows > first) projection.multiply(at, tile, k);
         }
 
-        typename BackwardStep<Cell, S>::Outputs gradients;
+        typename Step::Outputs gradients;
         if (is_step) {
           if constexpr (kProjected) d_h = projection.at(mine.row, mine.column);
           gradients = body.compute(inputs, d_h);
@@ -188,8 +205,11 @@ struct BackwardLoop {
             to[gate] = Math::operand(gradients.d_pre[gate]);
         }
         args.exchange.arrive(thread, tile, place.unit_block, k + 1);
-        if (is_step) {
-          body.store(gradients, b, unit);  // no other block waits for this
+        if (is_step) {  // no other block waits for this
+          if constexpr (kResets)
+            resets[place.direction].template pass_states<Cell>(inputs.is_reset, gradients.d_state,
+                                                               body.resets.step, b, unit, hidden);
+          body.store(gradients, b, unit);
         } else if (is_mine) {
           if constexpr (!kProjected) args.d_h0[b * hidden + unit] = narrow<S>(d_h);
           for (int s = 0; s < cells::kCellStates<Cell>; ++s) {
@@ -204,8 +224,12 @@ struct BackwardLoop {
 };
 
 template <class Cell, class S, class Math, int kUnits>
-struct BackwardWalk : BackwardLoop<Cell, S, Math, kUnits, false> {};
+struct BackwardWalk : BackwardLoop<Cell, S, Math, kUnits, false, false> {};
 template <class Cell, class S, class Math, int kUnits>
-struct ProjectedBackwardWalk : BackwardLoop<Cell, S, Math, kUnits, true> {};
+struct ProjectedBackwardWalk : BackwardLoop<Cell, S, Math, kUnits, true, false> {};
+template <class Cell, class S, class Math, int kUnits>
+struct ResetBackwardWalk : BackwardLoop<Cell, S, Math, kUnits, false, true> {};
+template <class Cell, class S, class Math, int kUnits>
+struct ProjectedResetBackwardWalk : BackwardLoop<Cell, S, Math, kUnits, true, true> {};
 
 }  // namespace fastrnn::cuda

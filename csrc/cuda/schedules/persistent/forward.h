@@ -10,8 +10,8 @@
 
 #include <type_traits>
 
+#include "cuda/schedules/persistent/resets.h"
 #include "cuda/schedules/persistent/walk.h"
-#include "cuda/schedules/step.h"
 
 namespace fastrnn::cuda {
 
@@ -30,7 +30,7 @@ struct ForwardArguments : DirectionArguments<S> {
 };
 
 // The second stage of a step.
-template <class S, class Math, int kUnits, class Thread>
+template <class S, class Math, int kUnits, bool kResets, class Thread>
 class ForwardProjection {
  public:
   FASTRNN_DEVICE ForwardProjection(Thread& thread, const WalkShape& shape,
@@ -46,9 +46,14 @@ class ForwardProjection {
                                      place.first_unit(kUnits)}) {}
 
   FASTRNN_DEVICE void run(const TileElement<kUnits, Thread>& mine, const StepRowsOf<int>& at,
-                          int tile, std::int64_t k) {
+                          int tile, std::int64_t k, const ResetsOfStep<S>& next) {
     if (!has_outputs_) return;
     const int first = tile * kRowTile, b = first + mine.row;
+    PassedState<S, kResets> passed;
+    if constexpr (kResets) {
+      if (mine.exists && b < at.rows && mine.unit < outputs_)
+        passed.load(next, b, outputs_, mine.unit);
+    }
     product_.wait(tile, k + 1);
     const char* h = args_.projection_exchange.slot(k);
     product_.multiply(TileRows{h, h, first, at.rows, args_.projection_exchange.row_bytes()},
@@ -57,7 +62,7 @@ class ForwardProjection {
     float y = 0;
     if (is_output) {
       y = product_.at(mine.row, mine.column);
-      args_.exchange.template row<S>(k, b)[mine.unit] = Math::operand(y);
+      args_.exchange.template row<S>(k, b)[mine.unit] = Math::operand(passed.of(y));
     }
     args_.exchange.arrive(thread_, tile, place_.unit_block, k + 1);
     if (is_output) {
@@ -76,11 +81,12 @@ class ForwardProjection {
 };
 
 // Steps begin ... end - 1 in walking order.
-template <class Cell, class S, class Math, int kUnits, bool kProjected>
+template <class Cell, class S, class Math, int kUnits, bool kProjected, bool kResets>
 struct ForwardLoop {
   WalkShape shape;
   std::int64_t begin, end;
   ForwardArguments<S> arguments[2];
+  WalkResetsOf<S, kResets> resets[2];
 
   template <class Thread>
   FASTRNN_DEVICE void operator()(Thread& thread) const {
@@ -94,13 +100,15 @@ struct ForwardLoop {
         GateRows<S, kUnits>{args.w_hh, args.w_hh_stride, hidden,
                             kProjected ? shape.outputs : hidden, place.first_unit(kUnits)});
     using Projection =
-        std::conditional_t<kProjected, ForwardProjection<S, Math, kUnits, Thread>, NoProjection>;
+        std::conditional_t<kProjected, ForwardProjection<S, Math, kUnits, kResets, Thread>,
+                           NoProjection>;
     Projection projection(thread, shape, args, place, gates.end());
     thread.sync();
     // for the product that reads h' next
     const Exchange& exchange = kProjected ? args.projection_exchange : args.exchange;
 
-    ForwardStep<Cell, S> body{};  // with a projection its h is in the exchange only
+    using Step = ForwardStepOf<Cell, S, kResets>;
+    Step body{};  // with a projection its h is in the exchange only
     body.hidden = hidden;
     body.b_ih = args.b_ih;
     body.b_hh = args.b_hh;
@@ -113,13 +121,20 @@ struct ForwardLoop {
       body.h0 = args.h0;
       body.h_n = args.h_n;
     }
-    typename ForwardStep<Cell, S>::Constants constants{};
+    typename Step::Constants constants{};
     if (unit < hidden) constants = body.constants(unit);
 
     SegmentedSequence sequence(args.segments, args.reverse);
     for (std::int64_t k = begin; k < end; ++k) {
-      const StepRowsOf<int> at = sequence.at(args.reverse ? shape.steps - 1 - k : k);
+      const std::int64_t t = args.reverse ? shape.steps - 1 - k : k;
+      const StepRowsOf<int> at = sequence.at(t);
       body.at = at;
+      ResetsOfStep<S> next;
+      if constexpr (kResets) {
+        body.resets = resets[place.direction].at(t, at.rows);
+        if (k + 1 < shape.steps)
+          next = resets[place.direction].at(args.reverse ? t - 1 : t + 1, at.rows);
+      }
       body.gates_x = args.gates_x + (at.first - args.first_row) * Cell::kGates * hidden;
       if constexpr (!kProjected) {
         body.h_before = args.y + at.first_before * args.y_stride;
@@ -130,27 +145,31 @@ struct ForwardLoop {
       for (int tile = place.row_group; tile * kRowTile < at.rows; tile += shape.row_groups) {
         const int first = tile * kRowTile, b = first + mine.row;
         const bool is_mine = mine.exists && b < at.rows && unit < hidden;
-        typename ForwardStep<Cell, S>::Inputs inputs;
-        if (is_mine) inputs = body.load(b, unit);
+        typename Step::Inputs inputs;
+        PassedState<S, kResets && !kProjected> passed;
+        if (is_mine) {
+          inputs = body.load(b, unit);
+          if constexpr (kResets && !kProjected) passed.load(next, b, hidden, unit);
+        }
 
         if (at.first_starting > first) gates.wait(tile, k);
         gates.multiply(TileRows{args.exchange.slot(k - 1), args.exchange.initial(), first,
                                 at.first_starting, args.exchange.row_bytes()},
                        at.rows - first);
 
-        typename ForwardStep<Cell, S>::Outputs outputs;
+        typename Step::Outputs outputs;
         if (is_mine) {
           float gates_h[Cell::kGates];
           FASTRNN_UNROLL
           for (int gate = 0; gate < Cell::kGates; ++gate)
             gates_h[gate] = gates.at(mine.row, gate * kUnits + mine.column);
           outputs = body.compute(inputs, constants, gates_h, 1);
-          exchange.template row<S>(k, b)[unit] = Math::operand(outputs.next_state[0]);
+          exchange.template row<S>(k, b)[unit] = Math::operand(passed.of(outputs.next_state[0]));
           if constexpr (kProjected) body.store(outputs, b, unit);  // later takes more registers
         }
         exchange.arrive(thread, tile, place.unit_block, k + 1);
         if constexpr (kProjected)
-          projection.run(mine, at, tile, k);
+          projection.run(mine, at, tile, k, next);
         else if (is_mine)
           body.store(outputs, b, unit);  // no other block waits for this
       }
@@ -159,8 +178,12 @@ struct ForwardLoop {
 };
 
 template <class Cell, class S, class Math, int kUnits>
-struct ForwardWalk : ForwardLoop<Cell, S, Math, kUnits, false> {};
+struct ForwardWalk : ForwardLoop<Cell, S, Math, kUnits, false, false> {};
 template <class Cell, class S, class Math, int kUnits>
-struct ProjectedForwardWalk : ForwardLoop<Cell, S, Math, kUnits, true> {};
+struct ProjectedForwardWalk : ForwardLoop<Cell, S, Math, kUnits, true, false> {};
+template <class Cell, class S, class Math, int kUnits>
+struct ResetForwardWalk : ForwardLoop<Cell, S, Math, kUnits, false, true> {};
+template <class Cell, class S, class Math, int kUnits>
+struct ProjectedResetForwardWalk : ForwardLoop<Cell, S, Math, kUnits, true, true> {};
 
 }  // namespace fastrnn::cuda

@@ -1,7 +1,8 @@
 // The persistent schedule on the host: prepares the workspace of the kernels and launches them.
 //
-//   forward    clears the exchanges, copies h0 into the third slot, uploads the table of steps; for
-//              each chunk of steps: gates_x = x w_ih^T and one launch
+//   forward    clears the exchanges, copies h0 into the third slot (in rows that are reset before
+//              the first step, the state after the reset), uploads the table of steps; for each
+//              chunk of steps: gates_x = x w_ih^T and one launch
 //   backward   clears the exchanges, uploads the table; one launch
 //
 // The code is a template over the machine, which offers `multiply` and `for_each` (stepwise.h) and
@@ -106,38 +107,68 @@ struct CopyOperand {
   }
 };
 
-// The types of the kernels.
-template <class Cell, class S, class Math, int kUnits, bool kProjected>
-using ForwardWalkOf = std::conditional_t<kProjected, ProjectedForwardWalk<Cell, S, Math, kUnits>,
-                                         ForwardWalk<Cell, S, Math, kUnits>>;
-template <class Cell, class S, class Math, int kUnits, bool kProjected>
-using BackwardWalkOf = std::conditional_t<kProjected, ProjectedBackwardWalk<Cell, S, Math, kUnits>,
-                                          BackwardWalk<Cell, S, Math, kUnits>>;
+// h0 in this form, or the state after the reset in rows that are reset before the first step.
+template <class Math, class S>
+struct CopyFirstOperand {
+  CopyOperand<Math, S> initial;
+  ResetsOfStep<S> resets;
 
-// Calls action.run<Cell, Math, kUnits, kProjected>() as the tiling says.
-template <class Cell, class S, class Action>
+  FASTRNN_HD void operator()(std::int64_t b, std::int64_t j) const {
+    if (resets.mask[b] == 0) return initial(b, j);
+    const float state = resets.h == nullptr ? 0 : widen(resets.h[b * initial.outputs + j]);
+    initial.to[b * initial.to_stride + j] = Math::operand(state);
+  }
+};
+
+// The types of the kernels.
+template <class Cell, class S, class Math, int kUnits, bool kProjected, bool kResets>
+using ForwardWalkOf = std::conditional_t<
+    kResets,
+    std::conditional_t<kProjected, ProjectedResetForwardWalk<Cell, S, Math, kUnits>,
+                       ResetForwardWalk<Cell, S, Math, kUnits>>,
+    std::conditional_t<kProjected, ProjectedForwardWalk<Cell, S, Math, kUnits>,
+                       ForwardWalk<Cell, S, Math, kUnits>>>;
+template <class Cell, class S, class Math, int kUnits, bool kProjected, bool kResets>
+using BackwardWalkOf = std::conditional_t<
+    kResets,
+    std::conditional_t<kProjected, ProjectedResetBackwardWalk<Cell, S, Math, kUnits>,
+                       ResetBackwardWalk<Cell, S, Math, kUnits>>,
+    std::conditional_t<kProjected, ProjectedBackwardWalk<Cell, S, Math, kUnits>,
+                       BackwardWalk<Cell, S, Math, kUnits>>>;
+
+// Calls action.run<Cell, Math, kUnits, kProjected, kResets>() as the plan says.
+template <class Cell, class S, bool kResets, class Action>
 auto with_tiling(const Tiling& tiling, Action& action) {
   const auto with_math = [&](auto math, auto is_projected) {
     using Math = decltype(math);
     constexpr bool kProjected = decltype(is_projected)::value;
-    return tiling.units == 8 ? action.template run<Cell, Math, 8, kProjected>()
-                             : action.template run<Cell, Math, 16, kProjected>();
+    return tiling.units == 8 ? action.template run<Cell, Math, 8, kProjected, kResets>()
+                             : action.template run<Cell, Math, 16, kProjected, kResets>();
   };
   const auto with_projection = [&](auto is_projected) {
-    return tiling.tensor_cores ? with_math(TensorCores<S>{}, is_projected)
-                               : with_math(CudaCores<S>{}, is_projected);
+    if constexpr (!kResets || sizeof(S) == 4) {
+      if (!tiling.tensor_cores) return with_math(CudaCores<S>{}, is_projected);
+    }
+    return with_math(TensorCores<S>{}, is_projected);
   };
   if constexpr (Cell::kProjects) {
     if (tiling.projection_groups > 0) return with_projection(std::true_type{});
   }
   return with_projection(std::false_type{});
 }
+template <CellKind kKind, class Cell, class S, class Action>
+auto with_cell(const Plan& plan, Action& action) {
+  if constexpr (has_reset_kernels(kKind)) {
+    if (plan.has_resets) return with_tiling<Cell, S, true>(plan.tiling, action);
+  }
+  return with_tiling<Cell, S, false>(plan.tiling, action);
+}
 template <class S, class Action>
-auto with_walk(CellKind cell, const Tiling& tiling, Action&& action) {
+auto with_walk(CellKind cell, const Plan& plan, Action&& action) {
   switch (cell) {
-#define FASTRNN_CELL(kind, name, type)                                                 \
-  case CellKind::kind:                                                                 \
-    if constexpr (type::kDenseRecurrence) return with_tiling<type, S>(tiling, action); \
+#define FASTRNN_CELL(kind, name, type)                                                             \
+  case CellKind::kind:                                                                             \
+    if constexpr (type::kDenseRecurrence) return with_cell<CellKind::kind, type, S>(plan, action); \
     break;
     FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
@@ -152,10 +183,10 @@ struct Residency {
   const Tiling& tiling;
   Machine& machine;
 
-  template <class Cell, class Math, int kUnits, bool kProjected>
+  template <class Cell, class Math, int kUnits, bool kProjected, bool kResets>
   int run() const {
-    using Forward = ForwardWalkOf<Cell, S, Math, kUnits, kProjected>;
-    using Backward = BackwardWalkOf<Cell, S, Math, kUnits, kProjected>;
+    using Forward = ForwardWalkOf<Cell, S, Math, kUnits, kProjected, kResets>;
+    using Backward = BackwardWalkOf<Cell, S, Math, kUnits, kProjected, kResets>;
     return request.pass == Pass::kForward ? machine.template blocks_per_multiprocessor<Forward>(
                                                 tiling.shared_bytes, request.chip)
                                           : machine.template blocks_per_multiprocessor<Backward>(
@@ -243,9 +274,9 @@ class PersistentForward : PersistentPass<S, Forward<S>, Machine> {
                     Machine& machine)
       : Base(problems, directions, plan, workspace, machine, Pass::kForward) {}
 
-  template <class Cell, class Math, int kUnits, bool kProjected>
+  template <class Cell, class Math, int kUnits, bool kProjected, bool kResets>
   void run() {
-    ForwardWalkOf<Cell, S, Math, kUnits, kProjected> body{};
+    ForwardWalkOf<Cell, S, Math, kUnits, kProjected, kResets> body{};
     const std::int64_t batch = this->shape_.sequence.batch, outputs = this->shape_.output_size();
     body.shape = this->walk_shape();
     this->prepare();
@@ -263,10 +294,15 @@ class PersistentForward : PersistentPass<S, Forward<S>, Machine> {
       args.c = this->cell_states(d);
       args.gates_x = gates_x(d);
       S* initial = reinterpret_cast<S*>(args.exchange.initial());
-      this->machine_.for_each(
-          batch, outputs,
-          CopyOperand<Math, S>{problem.h0, initial, outputs,
-                               args.exchange.row_bytes() / std::int64_t(sizeof(S))});
+      const CopyOperand<Math, S> copy{problem.h0, initial, outputs,
+                                      args.exchange.row_bytes() / std::int64_t(sizeof(S))};
+      if constexpr (kResets) {
+        body.resets[d].states = problem.resets;
+        const ResetsOfStep<S> first = body.resets[d].at(problem.shape.sequence.step(0), batch);
+        this->machine_.for_each(batch, outputs, CopyFirstOperand<Math, S>{copy, first});
+      } else {
+        this->machine_.for_each(batch, outputs, copy);
+      }
     }
     for (std::int64_t k = 0; k < this->shape_.sequence.steps; k = body.end) {
       body.begin = k;
@@ -309,9 +345,9 @@ class PersistentBackward : PersistentPass<S, Backward<S>, Machine> {
                      Machine& machine)
       : Base(problems, directions, plan, workspace, machine, Pass::kBackward) {}
 
-  template <class Cell, class Math, int kUnits, bool kProjected>
+  template <class Cell, class Math, int kUnits, bool kProjected, bool kResets>
   void run() {
-    BackwardWalkOf<Cell, S, Math, kUnits, kProjected> body{};
+    BackwardWalkOf<Cell, S, Math, kUnits, kProjected, kResets> body{};
     body.shape = this->walk_shape();
     this->prepare();
     for (int d = 0; d < this->directions_; ++d) {
@@ -332,6 +368,8 @@ class PersistentBackward : PersistentPass<S, Backward<S>, Machine> {
       args.d_h = this->template part<float>(this->layout_.d_h) + this->state_offset(d);
       args.d_c = this->cell_states(d);
       args.w_unit = problem.weights.w_unit;
+      if constexpr (kResets)
+        body.resets[d] = {problem.resets, problem.d_reset_h, problem.d_reset_c};
     }
     this->walk(body);
   }
@@ -346,22 +384,22 @@ std::size_t Persistent::workspace_bytes(const LayerShape& shape, int directions,
 // Blocks wait for each other, so all of them must be resident at once.
 template <class S, class Machine>
 bool Persistent::can_launch(const Request& request, const Plan& plan, Machine& machine) {
-  const int resident = with_walk<S>(request.shape.cell, plan.tiling,
-                                    Residency<S, Machine>{request, plan.tiling, machine});
+  const int resident =
+      with_walk<S>(request.shape.cell, plan, Residency<S, Machine>{request, plan.tiling, machine});
   return plan.tiling.blocks <= request.chip.multiprocessors * resident;
 }
 
 template <class S, class Machine>
 void Persistent::forward(const Forward<S>* problems, int directions, const Plan& plan,
                          void* workspace, Machine& machine) {
-  with_walk<S>(problems[0].shape.cell, plan.tiling,
+  with_walk<S>(problems[0].shape.cell, plan,
                PersistentForward<S, Machine>(problems, directions, plan, workspace, machine));
 }
 
 template <class S, class Machine>
 void Persistent::backward(const Backward<S>* problems, int directions, const Plan& plan,
                           void* workspace, Machine& machine) {
-  with_walk<S>(problems[0].shape.cell, plan.tiling,
+  with_walk<S>(problems[0].shape.cell, plan,
                PersistentBackward<S, Machine>(problems, directions, plan, workspace, machine));
 }
 

@@ -32,6 +32,13 @@ FASTRNN_HD constexpr int partial_at(int column_tiles, int row, int column) {
   return row * column_tiles * kColumnTile + (column ^ exchanged);
 }
 
+// The cells whose kernels are also compiled with resets (resets.h), with and without a projection.
+// Half types then run on tensor cores only. These are a fifth of all kernels; with all cells and
+// both ways to multiply they would be two fifths.
+constexpr bool has_reset_kernels(CellKind cell) {
+  return cell == CellKind::kRnnTanh || cell == CellKind::kGru || cell == CellKind::kLstm;
+}
+
 inline Tiling make_tiling(const Request& request) {
   const LayerShape& shape = request.shape;
   const Chip& chip = request.chip;
@@ -42,7 +49,7 @@ inline Tiling make_tiling(const Request& request) {
       !cell.dense || shape.hidden_size == 0 || shape.sequence.batch == 0 ||
       shape.sequence.batch > kMostRows)
     return {};
-  if (request.has_resets) return {};
+  if (request.has_resets && !has_reset_kernels(shape.cell)) return {};
   // The kernel with a projection has no register left for the gradients of c of every step.
   if (request.has_step_gradients && shape.proj_size > 0) return {};
   const bool forward = request.pass == Pass::kForward;
@@ -53,13 +60,14 @@ inline Tiling make_tiling(const Request& request) {
   const auto bytes_of = [](std::int64_t groups, int column_tiles) {
     return column_tiles * kColumnTile * (groups * kGroupBytes + kWalkWarps * kRowTile * 4);
   };
+  const bool fills_tensor_cores = shape.sequence.batch > kDotProductRows ||
+                                  (request.has_resets && element_bytes(request.arithmetic) == 2);
   Tiling best;
   for (const int units : kUnitChoices) {
     Tiling tiling;
     const std::int64_t unit_blocks = (shape.hidden_size + units - 1) / units;
     if (unit_blocks * request.directions > chip.multiprocessors) continue;
-    tiling.tensor_cores =
-        request.arithmetic != Arithmetic::kFloat32 && shape.sequence.batch > kDotProductRows;
+    tiling.tensor_cores = request.arithmetic != Arithmetic::kFloat32 && fills_tensor_cores;
     tiling.units = units;
     tiling.unit_blocks = int(unit_blocks);
     tiling.output_blocks = int((shape.output_size() + units - 1) / units);
@@ -97,7 +105,7 @@ inline constexpr std::int64_t kPersistentChunkBytes = std::int64_t(256) << 20;
 struct Persistent {
   static Plan plan(const Request& request) {
     return {nullptr, make_tiling(request),
-            rows_of_gates(request, kPersistentChunkBytes / request.directions)};
+            rows_of_gates(request, kPersistentChunkBytes / request.directions), request.has_resets};
   }
   static bool fits(const Request&, const Plan& plan) { return plan.tiling.blocks > 0; }
   static bool pays(const Request& request, const Plan& plan) {
