@@ -139,7 +139,7 @@ def _explain_quantized(module: QuantizedRecurrent, input: Any, hx: Any) -> Expla
             )
             for layer in range(module.num_layers)
         ]
-        raise _Chosen(Explanation(call, "int8 kernels", {}, plans))
+        raise _Chosen(Explanation(call, "int8 kernels", {}, plans=plans))
 
     watched: Any = copy.copy(module)
     watched._run = explained
