@@ -27,7 +27,7 @@ from fastrnn.spec import (
     present,
 )
 
-_KNOWN_SLOTS = (1 << len(WEIGHT_SLOTS)) - 1
+_KNOWN_SLOTS = (1 << WEIGHT_SLOTS.index("gain_ih")) - 1
 _KNOWN_SLOTS |= ((1 << len(SequenceMembers._fields)) - 1) << FIRST_SEQUENCE_SLOT
 _SAVED = 1 << FORWARD_OUTPUTS.index("saved")
 _FIRST_WEIGHT = GRADIENT_OUTPUTS.index("d_w_ih")

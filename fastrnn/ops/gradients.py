@@ -162,6 +162,10 @@ class DirectionNeeds(NamedTuple):
     b_hh: bool
     w_hr: bool
     w_unit: bool
+    gain_ih: bool = False
+    gain_hh: bool = False
+    gain_c: bool = False
+    bias_c: bool = False
 
 
 def gradients_by_torch(
