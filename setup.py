@@ -272,7 +272,13 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
         "fastrnn.lib.libfastrnn_kernels",
         sources=files(*KERNEL_SOURCES),
         extra_compile_args=[*CXX_FLAGS, *KERNEL_FLAGS, *user_flags],
-        extra_link_args=[*LINK_FLAGS, NO_UNDEFINED, "-Wl,-soname,libfastrnn_kernels.so"],
+        extra_link_args=[
+            *LINK_FLAGS,
+            NO_UNDEFINED,
+            "-Wl,-soname,libfastrnn_kernels.so",
+            # dlopen, which newer C libraries have themselves
+            "-Wl,--as-needed,-ldl",
+        ],
         **common,
     )
     bindings = Extension(

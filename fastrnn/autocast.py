@@ -79,7 +79,7 @@ def _is_faster_in_bfloat16(call: LayerCall) -> bool:
     """Whether bfloat16 copies of tensors on the CPU make the call faster."""
     if torch.compiler.is_compiling() or is_capturing() or are_transforms_active():
         return False
-    if call.options.weight_format != 0:
+    if call.options.weight_format != 0 or call.spec.defined:
         return False
     x, h0, flat = call.x, call.h0, call.weights.flat
     batch = h0.shape[-2]
