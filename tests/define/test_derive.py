@@ -133,8 +133,11 @@ def run_derived(
     return [after[node] for node in derived.next_states], gradients
 
 
-@pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("at_kinks", [False, True])
+# At a bound of clamp, torch's derivative is 1 up to version 2.13 and 0 from 2.14 on.
+@pytest.mark.parametrize(
+    ("name", "at_kinks"),
+    [(name, kinks) for name in STEPS for kinks in (False, True) if not (kinks and name == "clamp")],
+)
 def test_derivative_is_that_of_torch(name: str, at_kinks: bool) -> None:
     step = make_step(STEPS[name])
     graph, results, names = trace(step, GATES, STATES, PARAMETERS)
