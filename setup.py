@@ -20,6 +20,7 @@ Environment variables:
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.util
 import os
 import re
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
@@ -48,6 +50,8 @@ KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-prec-div=false"]
 NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-g0"]
 KERNEL_SOURCES = ("csrc/cpu/**/*.cpp", "csrc/c/*.cpp")
+# Folders of csrc/ whose headers the package has, in fastrnn/include/csrc, for fastrnn.define_cell.
+KERNEL_HEADERS = ("cells", "cpu", "problem")
 # Folders of csrc/'s headers and of the header of the C interface.
 INCLUDE = ("csrc", "fastrnn/include")
 # All symbols are resolved at load time, so an incompatible library fails there, not in a call.
@@ -227,6 +231,21 @@ def text_macro(name: str, value: str) -> tuple[str, str]:
     return name, f'"{value}"'
 
 
+def kernel_headers(folder: Path) -> list[Path]:
+    """Returns the headers that the kernels of a cell are compiled from, relative to csrc/."""
+    found = (path for part in KERNEL_HEADERS for path in (folder / part).rglob("*.h"))
+    return sorted(path.relative_to(folder) for path in found)
+
+
+def hash_of_headers(folder: Path) -> str:
+    """Returns a hash of the kernels' headers. `fastrnn/define/library.py` computes the same."""
+    digest = hashlib.sha256()
+    for path in kernel_headers(folder):
+        digest.update(f"{path.as_posix()}\n".encode())
+        digest.update((folder / path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
     """Returns the libraries in the order in which they have to be linked."""
     import pybind11
@@ -244,11 +263,22 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
         text_macro("FASTRNN_TORCH_VERSION", torch.version),
     ]
 
+    define_cell = [
+        # What fastrnn.define_cell compiles a cell with, and the headers that it must find.
+        text_macro("FASTRNN_KERNEL_FLAGS", " ".join([*CXX_FLAGS, *KERNEL_FLAGS])),
+        text_macro("FASTRNN_HEADERS", hash_of_headers(ROOT / "csrc")),
+    ]
     kernels = Extension(
         "fastrnn.lib.libfastrnn_kernels",
         sources=files(*KERNEL_SOURCES),
         extra_compile_args=[*CXX_FLAGS, *KERNEL_FLAGS, *user_flags],
-        extra_link_args=[*LINK_FLAGS, NO_UNDEFINED, "-Wl,-soname,libfastrnn_kernels.so"],
+        extra_link_args=[
+            *LINK_FLAGS,
+            NO_UNDEFINED,
+            "-Wl,-soname,libfastrnn_kernels.so",
+            # dlopen, which newer C libraries have themselves
+            "-Wl,--as-needed,-ldl",
+        ],
         **common,
     )
     bindings = Extension(
@@ -256,6 +286,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
         sources=files("csrc/bindings/*.cpp"),
         define_macros=[
             text_macro("FASTRNN_VERSION", version),
+            *define_cell,
             text_macro("FASTRNN_TORCH_VERSION", torch.version),
             text_macro("FASTRNN_CUDA_VERSION", cuda.version if cuda else ""),
             text_macro("FASTRNN_CUDA_ARCHS", ";".join(arch_names(cuda.arch_flags)) if cuda else ""),
@@ -300,6 +331,19 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
         **common,
     )
     return [kernels, bindings, ops, cuda_ops]
+
+
+class BuildPackage(build_py):  # type: ignore[misc]
+    """build_py that also packs the kernels' headers."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # fastrnn.define_cell reads csrc/ itself
+            return
+        for path in kernel_headers(ROOT / "csrc"):
+            target = Path(self.build_lib, "fastrnn", "include", "csrc", path)
+            self.mkpath(str(target.parent))
+            self.copy_file(str(ROOT / "csrc" / path), str(target))
 
 
 def build_command() -> type:
@@ -368,7 +412,7 @@ def main() -> None:
     torch = find_torch()
     cuda = find_cuda(torch)
     setup(
-        cmdclass={"build_ext": build_command()},
+        cmdclass={"build_ext": build_command(), "build_py": BuildPackage},
         ext_modules=libraries(project_version(), torch, cuda),
     )
 

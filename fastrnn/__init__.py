@@ -11,6 +11,7 @@ from fastrnn import _C, functional
 from fastrnn import flops as _flops  # noqa: F401 - registers the operators' formulas
 from fastrnn.c_interface import get_include, get_library
 from fastrnn.convert import ConversionReport, convert, patch, unpatch
+from fastrnn.define import DefinedLayer, define_cell
 from fastrnn.engine.states import Extras
 from fastrnn.explanation import Explanation, explain
 from fastrnn.interchange import (
@@ -33,6 +34,7 @@ __version__: str = _C.build_info()["version"]
 
 __all__ = [
     "ConversionReport",
+    "DefinedLayer",
     "Explanation",
     "Extras",
     "QuantizedRecurrent",
@@ -41,6 +43,7 @@ __all__ = [
     "TbpttProgress",
     "__version__",
     "convert",
+    "define_cell",
     "explain",
     "from_flashrnn",
     "from_haste",

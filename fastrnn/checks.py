@@ -229,6 +229,8 @@ def _search_layer(module: Any, input: Any, hx: Any) -> None:
     spec = BY_MODE.get(module.mode)
     if spec is None:
         _wrong(ValueError, owner, "mode", f"one of {', '.join(BY_MODE)}", describe(module.mode))
+    if spec.cell_states > 1:
+        raise _AlreadyClear  # a tuple of more than two states, which the module has checked
     states: list[tuple[str, Tensor]] = []
     if hx is not None:
         states = (

@@ -321,6 +321,11 @@ class Session:
                 "Session.export: the layer's weights have changed since the session copied them. "
                 "Call refresh() first."
             )
+        if self._spec.defined:
+            raise TypeError(
+                "Session.export: the layer's cell must be one of fastrnn, which the C interface "
+                f"knows, got {self._spec.name} of fastrnn.define_cell."
+            )
         with torch.no_grad():
             weights, _ = self._weights_to_pack()
             tensors = {

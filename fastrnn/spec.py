@@ -91,7 +91,7 @@ GRADIENT_OUTPUTS = ("d_x", "d_h0", "d_c0", "d_h_all", "d_w_ih", "d_w_hh", "d_b_i
 class CellSpec:
     """Properties of a cell. A "column" is H wide.
 
-    All except ``torch`` come from ``fastrnn._C.cells()``.
+    All except ``torch`` come from ``fastrnn._C.cells()``, or from `fastrnn.define_cell`.
 
     Attributes:
         name: the cell's name in the kernels' registry.
@@ -106,6 +106,7 @@ class CellSpec:
         dense: whether there is a recurrent product: ``w_hh`` and ``b_hh``.
         projects: whether a layer of this cell may have a projection.
         torch: the facts about torch.
+        defined: whether `fastrnn.define_cell` has made the cell.
         ranges_x, ranges_h: ``pre_x`` and ``pre_h`` as ranges, so that products are few and large.
         inference_outputs, training_outputs: the results to request from ``recurrent_forward``.
         cell_states: C, states besides h.
@@ -123,6 +124,7 @@ class CellSpec:
     dense: bool
     projects: bool
     torch: TorchFacts
+    defined: bool = False
     ranges_x: tuple[ColumnRange, ...] = field(init=False)
     ranges_h: tuple[ColumnRange, ...] = field(init=False)
     inference_outputs: int = field(init=False)
@@ -173,6 +175,9 @@ def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
 
 
 CELLS: dict[str, CellSpec] = {name: _spec(name, facts) for name, facts in _C.cells().items()}
+
+#: the names of cells of `fastrnn.define_cell` that have kernels
+COMPILED: set[str] = set()
 
 BY_MODE: dict[str, CellSpec] = {spec.mode: spec for spec in CELLS.values()}
 

@@ -56,6 +56,8 @@ py::dict build_info() {
 #endif
   info["torch_built_against"] = FASTRNN_TORCH_VERSION;
   info["isas"] = fastrnn::cpu::compiled_isas();
+  info["headers"] = FASTRNN_HEADERS;
+  info["kernel_flags"] = FASTRNN_KERNEL_FLAGS;
   info["cuda"] = !std::string(FASTRNN_CUDA_VERSION).empty();
   info["cuda_version"] = if_any(FASTRNN_CUDA_VERSION);
   info["cuda_archs"] = archs;
@@ -69,6 +71,10 @@ void set_isa(const std::optional<std::string>& name) {
     known += (known.empty() ? "" : ", ") + isa;
   throw py::value_error("isa must be None or one of " + known + ", got '" + name.value_or("") +
                         "'");
+}
+
+void add_defined_cell(const std::string& path) {
+  fastrnn::cpu::add_defined_cell(path, FASTRNN_HEADERS);
 }
 
 void set_max_threads(std::int64_t threads) {
@@ -194,6 +200,10 @@ PYBIND11_MODULE(_C, m) {
         "Gives the kept CPU buffers back to the system.");
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of float32 multiply-adds on registers, all threads at once.");
+  m.def("add_defined_cell", &add_defined_cell, py::arg("path"),
+        "Adds the cell of a library that fastrnn.define_cell has compiled.");
+  m.def("has_defined_cell", &fastrnn::cpu::has_defined_cell, py::arg("name"),
+        "Whether a cell was added that has kernels for the instruction set in use.");
   m.def("cells", &cells, "The contract of each cell in the registry.");
   m.def("recurrence_parts", &recurrence_parts,
         "Names of the parts of the operator recurrence, by number.");

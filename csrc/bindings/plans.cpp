@@ -19,12 +19,10 @@ namespace fastrnn::bindings {
 namespace {
 
 const CellInfo& find_cell(const std::string& name) {
-  std::string known;
-  for (const CellInfo& info : fastrnn::kCells) {
-    if (name == info.name) return info;
-    known += std::string(known.empty() ? "" : ", ") + info.name;
-  }
-  throw py::value_error("cell must be one of " + known + ", got '" + name + "'");
+  const CellInfo* info = fastrnn::cpu::find_cell(name);
+  if (info != nullptr) return *info;
+  throw py::value_error("cell must be one of " + fastrnn::cpu::cell_names() + ", got '" + name +
+                        "'");
 }
 
 int element_bytes(const std::string& dtype, bool allows_int8) {
@@ -166,7 +164,7 @@ LayerShape shape_of(const std::string& cell, std::int64_t steps, std::int64_t ba
                           double(2 * input_size + hidden_size + proj_size + 1);
   check_range("the number of multiply-adds", products, 0, double(std::int64_t(1) << 60));
   const Sequence sequence = {steps, batch, false, nullptr, nullptr};
-  return {info.kind, sequence, input_size, hidden_size, proj_size};
+  return {info, sequence, input_size, hidden_size, proj_size};
 }
 
 WeightFormat weight_format_named(const std::string& name) {

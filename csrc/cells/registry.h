@@ -47,21 +47,26 @@ struct CellInfo {
   int gradient_columns() const { return pre + parameters; }  // of d_pre, per unit
 };
 
+template <class Cell>
+inline constexpr __attribute__((always_inline)) CellInfo make_cell_info(CellKind kind,
+                                                                        const char* name) {
+  return {kind,
+          name,
+          Cell::kGates,
+          Cell::kPre,
+          Cell::kSaved,
+          Cell::kStates,
+          Cell::kSavedState,
+          Cell::kParameters,
+          Cell::kDenseRecurrence,
+          Cell::kBoundedState,
+          Cell::kProjects,
+          Cell::kPreX,
+          Cell::kPreH};
+}
+
 inline constexpr CellInfo kCells[] = {
-#define FASTRNN_CELL(kind, name, type) \
-  CellInfo{CellKind::kind,             \
-           name,                       \
-           type::kGates,               \
-           type::kPre,                 \
-           type::kSaved,               \
-           type::kStates,              \
-           type::kSavedState,          \
-           type::kParameters,          \
-           type::kDenseRecurrence,     \
-           type::kBoundedState,        \
-           type::kProjects,            \
-           type::kPreX,                \
-           type::kPreH},
+#define FASTRNN_CELL(kind, name, type) make_cell_info<type>(CellKind::kind, name),
     FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
 };
@@ -70,9 +75,33 @@ inline constexpr CellInfo kCells[] = {
 FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
 
-// Host only. Always inlined, so that no copy is compiled for one instruction set.
+constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));
+
+// Host only. Always inlined, as the functions below, so that no copy is compiled for one
+// instruction set.
 inline constexpr __attribute__((always_inline)) const CellInfo& cell_info(CellKind kind) {
   return kCells[static_cast<int>(kind)];
+}
+
+// The cell of a layer: a row of kCells, or a cell that a program defines at run time
+// (cpu/defined_cell.h), whose kind is kCellCount or more.
+class CellRef {
+ public:
+  CellRef() = default;
+  __attribute__((always_inline)) constexpr CellRef(CellKind kind) : info_(&cell_info(kind)) {}
+  __attribute__((always_inline)) constexpr CellRef(const CellInfo& info) : info_(&info) {}
+  __attribute__((always_inline)) constexpr operator CellKind() const { return info_->kind; }
+  __attribute__((always_inline)) constexpr const CellInfo& info() const { return *info_; }
+
+ private:
+  const CellInfo* info_;
+};
+
+inline constexpr __attribute__((always_inline)) const CellInfo& cell_info(CellRef cell) {
+  return cell.info();
+}
+inline constexpr __attribute__((always_inline)) bool is_defined_at_run_time(const CellInfo& cell) {
+  return static_cast<int>(cell.kind) >= kCellCount;
 }
 
 }  // namespace fastrnn

@@ -59,6 +59,18 @@ FASTRNN_EXPORT std::vector<std::string> compiled_isas();
 // one vendor.
 FASTRNN_EXPORT const char* cpu_vendor();
 
+// The cell with this name in the registry, or of those that were defined at run time; null if there
+// is none.
+FASTRNN_EXPORT const CellInfo* find_cell(const std::string& name);
+// The names of all cells in the registry, with commas between them.
+FASTRNN_EXPORT std::string cell_names();
+// Adds the cell of a library that was compiled with cpu/kernels/defined_cell.h against headers with
+// this hash. The library stays loaded. Adding a cell again, for another instruction set, adds its
+// kernels. Throws std::invalid_argument with the reason if the library is not usable.
+FASTRNN_EXPORT void add_defined_cell(const std::string& path, const std::string& headers);
+// Whether a cell was defined at run time and has kernels for the instruction set in use.
+FASTRNN_EXPORT bool has_defined_cell(const std::string& name);
+
 // Throws std::invalid_argument if an environment variable of these kernels has an invalid value
 // (cpu/runtime/settings.h). Most of them take effect at first use.
 FASTRNN_EXPORT void check_settings();

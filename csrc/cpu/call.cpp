@@ -24,7 +24,7 @@ struct ForwardPass {
   using Problem = LayerForward<T, T>;
   static constexpr Pass kPass = Pass::kForward;
 
-  const Walks<T>& walks;
+  const Isa& isa;
 
   std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
     const PanelLayout panels(shape, plan);
@@ -35,9 +35,10 @@ struct ForwardPass {
                 int rank) const {
     const PanelLayout panel_layout(problem.shape, plan);
     const ForwardLayout layout(problem.shape, plan, panel_layout);
-    walks.pack(problem.shape, problem.weights, plan, panel_layout, workspace, rank);
-    walks.of[int(problem.shape.cell)].forward(problem, plan, panel_layout, workspace, layout,
-                                              workspace + panel_layout.size, team, rank);
+    isa.walks<T>().pack(problem.shape, problem.weights, plan, panel_layout, workspace, rank);
+    walk_of<T>(isa, problem.shape.cell)
+        .forward(problem, plan, panel_layout, workspace, layout, workspace + panel_layout.size,
+                 team, rank);
   }
 };
 
@@ -48,7 +49,7 @@ struct PackedPass {
   using Problem = PackedForward<T>;
   static constexpr Pass kPass = Pass::kForward;
 
-  const Walks<T>& walks;
+  const Isa& isa;
 
   std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
     return ForwardLayout(shape, plan, PanelLayout(shape, plan)).size;
@@ -57,8 +58,8 @@ struct PackedPass {
                 int rank) const {
     const PanelLayout panel_layout(problem.shape, plan);
     const ForwardLayout layout(problem.shape, plan, panel_layout);
-    walks.of[int(problem.shape.cell)].forward(problem, plan, panel_layout, problem.panels, layout,
-                                              workspace, team, rank);
+    walk_of<T>(isa, problem.shape.cell)
+        .forward(problem, plan, panel_layout, problem.panels, layout, workspace, team, rank);
   }
 };
 
@@ -68,15 +69,15 @@ struct BackwardPass {
   using Problem = LayerBackward<T, T>;
   static constexpr Pass kPass = Pass::kBackward;
 
-  const Walks<T>& walks;
+  const Isa& isa;
 
   std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
     return BackwardLayout(shape, plan).size;
   }
   void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
                 int rank) const {
-    walks.of[int(problem.shape.cell)].backward(problem, plan, BackwardLayout(problem.shape, plan),
-                                               workspace, team, rank);
+    walk_of<T>(isa, problem.shape.cell)
+        .backward(problem, plan, BackwardLayout(problem.shape, plan), workspace, team, rank);
   }
 };
 
@@ -86,15 +87,15 @@ struct GradientPass {
   using Problem = LayerGradients<T>;
   static constexpr Pass kPass = Pass::kGradients;
 
-  const Walks<T>& walks;
+  const Isa& isa;
 
   std::int64_t workspace_size(const LayerShape& shape, const Plan& plan) const {
     return GradientLayout(shape, plan).size;
   }
   void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
                 int rank) const {
-    walks.of[int(problem.shape.cell)].gradients(problem, plan, GradientLayout(problem.shape, plan),
-                                                workspace, team, rank);
+    walk_of<T>(isa, problem.shape.cell)
+        .gradients(problem, plan, GradientLayout(problem.shape, plan), workspace, team, rank);
   }
 };
 
@@ -114,8 +115,8 @@ struct Bfloat16Pass {
     const PanelLayout panel_layout(problem.shape, plan);
     const ForwardLayout layout(problem.shape, plan, panel_layout);
     kernels.pack(problem.shape, problem.weights, plan, panel_layout, workspace, rank);
-    kernels.forward[int(problem.shape.cell)](problem, plan, panel_layout, workspace, layout,
-                                             workspace + panel_layout.size, team, rank);
+    kernels.forward[int(CellKind(problem.shape.cell))](
+        problem, plan, panel_layout, workspace, layout, workspace + panel_layout.size, team, rank);
   }
 };
 
@@ -131,8 +132,8 @@ struct Bfloat16BackwardPass {
   }
   void run_rank(const Problem& problem, const Plan& plan, float* workspace, Team& team,
                 int rank) const {
-    kernels.backward[int(problem.shape.cell)](problem, plan, BackwardLayout(problem.shape, plan),
-                                              workspace, team, rank);
+    kernels.backward[int(CellKind(problem.shape.cell))](
+        problem, plan, BackwardLayout(problem.shape, plan), workspace, team, rank);
   }
 };
 
@@ -148,7 +149,7 @@ struct Bfloat16GradientPass {
   }
   void run_rank(const Problem& problem, const Plan& plan, float* workspace, Team& team,
                 int rank) const {
-    kernels.gradients[int(problem.shape.cell)](problem, plan, workspace, team, rank);
+    kernels.gradients[int(CellKind(problem.shape.cell))](problem, plan, workspace, team, rank);
   }
 };
 
@@ -163,7 +164,7 @@ struct RecurrencePass {
   }
   void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
                 int rank) const {
-    isa().recurrences<T>().of[int(problem.shape.cell)].forward(
+    isa().recurrences<T>().of[int(CellKind(problem.shape.cell))].forward(
         problem, plan, RecurrenceLayout(problem.shape, plan), workspace, team, rank);
   }
 };
@@ -179,7 +180,7 @@ struct RecurrenceBackwardPass {
   }
   void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
                 int rank) const {
-    isa().recurrences<T>().of[int(problem.shape.cell)].backward(
+    isa().recurrences<T>().of[int(CellKind(problem.shape.cell))].backward(
         problem, plan, RecurrenceBackwardLayout(problem.shape, plan), workspace, team, rank);
   }
 };
@@ -196,7 +197,7 @@ struct Int8Pass {
   }
   void run_rank(const Problem& problem, const Plan& plan, char* workspace, Team& team,
                 int rank) const {
-    kernels.forward[int(problem.shape.cell)](
+    kernels.forward[int(CellKind(problem.shape.cell))](
         problem, plan, Int8Layout(problem.shape, plan, kernels.tiles), workspace, team, rank);
   }
 };
@@ -375,7 +376,7 @@ bool make_stacked_plans(const LayerShape& lower, const LayerShape& upper, int el
 template <class T>
 void forward(const LayerForward<T, T>* directions, int count, int threads, ParallelFor parallel_for,
              const WholeLayer* whole) {
-  run(ForwardPass<T>{isa().walks<T>()}, directions, count, directions[0].recurrent_format, threads,
+  run(ForwardPass<T>{isa()}, directions, count, directions[0].recurrent_format, threads,
       parallel_for, whole);
 }
 
@@ -387,7 +388,7 @@ void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
     const bool pair =
         !is_forked() && done + 1 < count &&
         make_stacked_plans(layers[done].shape, layers[done + 1].shape, sizeof(T), threads, plans) &&
-        run_pair(ForwardPass<T>{isa().walks<T>()}, layers + done, plans, threads, parallel_for);
+        run_pair(ForwardPass<T>{isa()}, layers + done, plans, threads, parallel_for);
     if (!pair) forward(layers + done, 1, threads, parallel_for);
     done += pair ? 2 : 1;
   }
@@ -396,15 +397,14 @@ void forward_stack(const LayerForward<T, T>* layers, int count, int threads,
 template <class T>
 void backward(const LayerBackward<T, T>* directions, int count, int threads,
               ParallelFor parallel_for, const WholeLayer* whole) {
-  run(BackwardPass<T>{isa().walks<T>()}, directions, count, WeightFormat::kNative, threads,
-      parallel_for, whole);
+  run(BackwardPass<T>{isa()}, directions, count, WeightFormat::kNative, threads, parallel_for,
+      whole);
 }
 
 template <class T>
 void gradients(const LayerGradients<T>* directions, int count, int threads,
                ParallelFor parallel_for) {
-  run(GradientPass<T>{isa().walks<T>()}, directions, count, WeightFormat::kNative, threads,
-      parallel_for);
+  run(GradientPass<T>{isa()}, directions, count, WeightFormat::kNative, threads, parallel_for);
 }
 
 bool computes_bfloat16(const LayerShape& shape) {
@@ -485,7 +485,8 @@ std::string int8_reason(const LayerShape& shape) {
 }
 
 bool has_recurrence(const CellInfo& cell) {
-  return isa().recurrences_float.of[int(cell.kind)].forward != nullptr;
+  return !is_defined_at_run_time(cell) &&
+         isa().recurrences_float.of[int(cell.kind)].forward != nullptr;
 }
 
 template <class T>
@@ -520,7 +521,7 @@ void forward_packed(const PackedForward<T>* directions, int count, const Plan& p
                     int threads, ParallelFor parallel_for) {
   const Isa& isa = isa_named(panel_plan.isa);
   const LayerShape& shape = directions[0].shape;
-  const PackedPass<T> pass{isa.walks<T>()};
+  const PackedPass<T> pass{isa};
   run(pass, directions, count, shape, threads, parallel_for, [&](int granted) {
     return make_packed_plan(shape, isa, panel_plan, bounded_threads(granted), count);
   });
@@ -536,7 +537,7 @@ bool forward_packed_pair(const PackedForward<T>* layers, const Plan* panel_plans
     plans[layer] =
         make_packed_plan(layers[layer].shape, isa, panel_plans[layer], bounded_threads(threads), 2);
   return stack_plans(layers[1].shape, sizeof(T), plans) &&
-         run_pair(PackedPass<T>{isa.walks<T>()}, layers, plans, threads, parallel_for);
+         run_pair(PackedPass<T>{isa}, layers, plans, threads, parallel_for);
 }
 
 void forget_contention() { contention.forget(); }

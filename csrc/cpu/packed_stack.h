@@ -10,7 +10,7 @@
 namespace fastrnn::cpu {
 
 struct StackShape {
-  CellKind cell;
+  CellRef cell;
   int layers, directions;    // L, D
   std::int64_t input_size;   // I
   std::int64_t hidden_size;  // H

@@ -184,6 +184,7 @@ bool pick_shared(const LayerShape& shape, const Plan& plan) {
 
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                    int max_threads, int directions, WeightFormat allowed_format) {
+  check_kernels(isa, shape.cell);
   Plan plan{};
   plan.isa = isa.name;
   plan.element_bytes = element_bytes;
@@ -245,12 +246,15 @@ Plan make_packed_plan(const LayerShape& shape, const Isa& isa, const Plan& panel
   return plan;
 }
 
+constexpr const char* kDefinedCell = "a cell defined at run time has no kernels for bfloat16";
+
 // AMX multiplies 16 rows with a tile of weights in the time in which an instruction for pairs
 // multiplies two or three. An instruction for pairs has twice the multiply-adds of float32. Without
 // it bfloat16 pays where a step waits for its weights, because half the bytes arrive sooner. One
 // long sequence of a small layer waits for neither, and keeps float32 copies.
 Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
   const Bfloat16Kernels* kernels;
+  if (is_defined_at_run_time(shape.cell.info())) return {nullptr, kDefinedCell};
   if (forced_bfloat16_kernels(&kernels)) return {kernels, "forced"};
   const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
   const std::int64_t batch = shape.sequence.batch;
@@ -273,6 +277,7 @@ Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
 
 bool bfloat16_pays_for_copies(const LayerShape& shape) {
   const Bfloat16Kernels* kernels;
+  if (is_defined_at_run_time(shape.cell.info())) return false;
   if (forced_bfloat16_kernels(&kernels)) return kernels != nullptr;
   if (shape.sequence.steps * shape.sequence.batch < kMinCastRows) return false;
   kernels = pick_bfloat16_kernels(shape).kernels;
@@ -304,6 +309,7 @@ Bfloat16Choice pick_bfloat16_backward(const LayerShape& shape) {
 // not what they wait for: they are faster where an instruction multiplies pairs.
 Bfloat16Choice pick_bfloat16_gradients(const LayerShape& shape) {
   const Bfloat16Kernels* kernels;
+  if (is_defined_at_run_time(shape.cell.info())) return {nullptr, kDefinedCell};
   if (forced_bfloat16_kernels(&kernels)) {
     if (kernels != nullptr && kernels->gradients[0] == nullptr) kernels = nullptr;
     return {kernels, "forced"};

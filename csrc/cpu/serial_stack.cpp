@@ -56,7 +56,7 @@ auto SerialStack<T>::prepare(std::int64_t steps) const -> std::vector<Prepared> 
     const Plan plan = make_packed_plan(shape, isa, stack_.panel_plan(layer), 1, 1);
     const PanelLayout panel_layout(shape, plan);
     layers.push_back({shape, plan, panel_layout, ForwardLayout(shape, plan, panel_layout),
-                      isa.walks<T>().of[int(shape.cell)].forward, stack_.panels(layer, 0)});
+                      walk_of<T>(isa, shape.cell).forward, stack_.panels(layer, 0)});
   }
   return layers;
 }

@@ -15,7 +15,7 @@
 namespace fastrnn {
 
 struct LayerShape {
-  CellKind cell;
+  CellRef cell;
   Sequence sequence;
   std::int64_t input_size;   // I
   std::int64_t hidden_size;  // H

@@ -75,14 +75,6 @@ void check_memory(const char* name, const Tensor& t, int64_t value_bytes) {
                 " values, got a storage of ", bytes, " bytes.");
 }
 
-const CellInfo* find_cell(const std::string& name) {
-  std::string known;
-  for (const CellInfo& info : kCells)
-    if (name == info.name) return &info;
-  for (const CellInfo& info : kCells) known += (known.empty() ? "" : ", ") + std::string(info.name);
-  throw_error("cell must be one of ", known, ", got '", name, "'.");
-}
-
 std::vector<int64_t> packed_step_rows(const Tensor& batch_sizes, int64_t batch) {
   FASTRNN_CHECK(batch_sizes.dim() == 1 && batch_sizes.is_cpu() &&
                     dtype_code(batch_sizes) == aoti_torch_dtype_int64(),

@@ -106,7 +106,7 @@ struct LayerArguments {
   LayerShape shape(int64_t d) const {
     const Sequence sequence = {int64_t(step_rows.size()), batch, d == 1, step_offset.data(),
                                step_rows.data()};
-    return {cell->kind, sequence, input_size, hidden_size, proj_size};
+    return {*cell, sequence, input_size, hidden_size, proj_size};
   }
 
   // The shape of y: [T, B, D*R], packed [N, D*R], of one step [B, R].
@@ -148,6 +148,7 @@ struct LayerArguments {
 // Checks that a tensor's storage holds all of its values: it may have been resized afterwards.
 void check_memory(const char* name, const Tensor& t, int64_t value_bytes);
 // Returns the cell of this name.
+// In find_cell.cpp for the CPU, in ops_cuda.cpp for CUDA. Throws if there is no such cell.
 const CellInfo* find_cell(const std::string& name);
 // Returns the checked number of rows of each step of a packed batch of `batch` sequences.
 std::vector<int64_t> packed_step_rows(const Tensor& batch_sizes, int64_t batch);

@@ -9,6 +9,16 @@
 #include "torch/problems.h"
 
 namespace fastrnn {
+
+// The cells of the CUDA operators: those of the registry.
+const CellInfo* find_cell(const std::string& name) {
+  std::string known;
+  for (const CellInfo& info : kCells)
+    if (name == info.name) return &info;
+  for (const CellInfo& info : kCells) known += (known.empty() ? "" : ", ") + std::string(info.name);
+  throw_error("cell must be one of ", known, ", got '", name, "'.");
+}
+
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;

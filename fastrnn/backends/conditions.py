@@ -12,6 +12,7 @@ from fastrnn._torch_internals import (
 )
 from fastrnn.layer_call import LayerCall
 from fastrnn.ops import DEVICES, DTYPES
+from fastrnn.spec import COMPILED
 
 
 def unsupported_transform() -> str:
@@ -41,6 +42,11 @@ def unsupported_placement(call: LayerCall) -> str:
         return "there are no kernels for {device}"
     if x.dtype not in DTYPES:
         return "there are no kernels for {dtype}"
+    if call.spec.defined:
+        if not x.is_cpu:
+            return "a cell of fastrnn.define_cell has no kernels for {device}"
+        if call.spec.name not in COMPILED:
+            return "{cell} has not been compiled"
     return ""
 
 

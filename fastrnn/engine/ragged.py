@@ -139,7 +139,11 @@ def _unsupported(call: LayerCall) -> str:
     if is_in_onnx_export():
         return "ONNX does not have this operator"
     reason = unsupported_transform() or unsupported_tensors(call)
-    return reason.format(dtype=str(call.x.dtype).removeprefix("torch."), device=call.x.device)
+    return reason.format(
+        cell=call.spec.name,
+        dtype=str(call.x.dtype).removeprefix("torch."),
+        device=call.x.device,
+    )
 
 
 def _run_by_operators(call: LayerCall, ragged: Ragged) -> Results:

@@ -253,7 +253,10 @@ def test_compiled_kernels_pass_and_excess_tile_heights_spill(
     # The tile heights of AVX-512 spill with AVX2, which has half as many registers.
     text = (ROOT / "csrc" / "cpu" / "isa" / "avx2.cpp").read_text(encoding="utf-8")
     source = tmp_path / "avx2.cpp"
-    source.write_text(text.replace("FASTRNN_REGISTERS 16", "FASTRNN_REGISTERS 32"))
+    include = '#include "cpu/isa/avx2_target.h"\n'
+    assert include in text
+    more = "#undef FASTRNN_REGISTERS\n#define FASTRNN_REGISTERS 32\n"
+    source.write_text(text.replace(include, include + more))
     compile_kernels(source, tmp_path / "avx2.o")
     assert kernels.main([str(tmp_path / "avx2.o")]) == 1
     errors = capsys.readouterr().err.splitlines()

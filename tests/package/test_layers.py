@@ -35,7 +35,7 @@ MAY_INCLUDE = {
 STABLE_TORCH = r"torch/csrc/stable/.+|torch/headeronly/.+|torch/csrc/inductor/aoti_torch/.+"
 CUDA_TOOLKIT = r"cuda(_\w+)?\.h|cublas_v2\.h"
 OUTSIDE = {
-    "cpu": r"pthread\.h|sched\.h|unistd\.h|sys/(mman|syscall)\.h|linux/futex\.h"
+    "cpu": r"dlfcn\.h|pthread\.h|sched\.h|unistd\.h|sys/(mman|syscall)\.h|linux/futex\.h"
     r"|cpuid\.h|immintrin\.h",
     "cuda": CUDA_TOOLKIT,
     "c": r"fastrnn\.h",
@@ -59,7 +59,7 @@ PYTHON_ORDER = [
     {"backends", "session"},
     {"engine"},
     {"functional", "modules"},
-    {"convert", "explanation", "flops", "interchange", "quantization", "tbptt"},
+    {"convert", "define", "explanation", "flops", "interchange", "quantization", "tbptt"},
     {"diagnostics"},
     {""},  # fastrnn itself, that is fastrnn/__init__.py
     {"tools"},

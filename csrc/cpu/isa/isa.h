@@ -19,8 +19,6 @@
 
 namespace fastrnn::cpu {
 
-constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));
-
 template <class T>
 struct Walk {
   // Reads panels that the team has packed, or that were packed before the call.
@@ -38,7 +36,7 @@ struct Walks {
   void (*pack)(const LayerShape&, const LayerWeights<T>&, const Plan&, const PanelLayout&,
                T* panels, int rank);
   WeightFormats recurrent_formats;  // of w_hh in forward (cpu/kernels/product/formats.h)
-  Walk<T> of[kCellCount];           // by CellKind
+  Walk<T> of[kCellCount];           // by CellKind; walk_of below serves all cells
 };
 
 // Multiply-adds in registers (cpu/kernels/peak.h).
@@ -120,6 +118,22 @@ struct Isa {
   }
 };
 
+// The kernels of a cell that was defined at run time (cpu/defined_cell.h). check_kernels(isa, cell)
+// must have passed.
+template <class T>
+const Walk<T>& defined_walk(const Isa& isa, CellKind cell);
+
+// The kernels of a cell.
+template <class T>
+const Walk<T>& walk_of(const Isa& isa, CellKind cell) {
+  const int kind = static_cast<int>(cell);
+  return kind < kCellCount ? isa.walks<T>().of[kind] : defined_walk<T>(isa, cell);
+}
+
+// Throws std::invalid_argument if the cell was defined at run time and its kernels were not
+// compiled for this instruction set.
+void check_kernels(const Isa& isa, CellRef cell);
+
 // The instruction set in use (dispatch.cpp).
 const Isa& isa();
 // The instruction set with this name, which must be that of an Isa.
@@ -127,6 +141,6 @@ const Isa& isa_named(const char* name);
 
 // Whether this CPU converts float16 faster into vectors of 32 bytes than into vectors of 64 bytes.
 // Matters for AVX-512 only.
-bool widens_by_halves();
+FASTRNN_EXPORT bool widens_by_halves();
 
 }  // namespace fastrnn::cpu

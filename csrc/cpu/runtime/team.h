@@ -59,8 +59,8 @@ class Barrier {
     return std::int32_t(flag(rank).count.load(std::memory_order_acquire) - goal) >= 0;
   }
   // Spins briefly, then sleeps. Returns how long it slept.
-  std::chrono::nanoseconds wait_for(int other, std::uint32_t goal);
-  void wake(int rank);
+  FASTRNN_EXPORT std::chrono::nanoseconds wait_for(int other, std::uint32_t goal);
+  FASTRNN_EXPORT void wake(int rank);
 
   struct alignas(128) Flag {
     std::atomic<std::uint32_t> count{0};
@@ -128,7 +128,7 @@ class Interruption {
 
  private:
   static constexpr std::int64_t kWorkPerCheck = 1 << 22;  // 1 ms of the slowest kernels
-  void check();
+  FASTRNN_EXPORT void check();
 
   std::int64_t left_ = kWorkPerCheck;
   std::chrono::steady_clock::time_point last_{};
