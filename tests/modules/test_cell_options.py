@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import fastrnn
 from fastrnn import _C
 from fastrnn.backends import composite, recurrence
+from fastrnn.diagnostics import diagnose
 from fastrnn.engine import choose
 from fastrnn.ops.recurrence import saved_width
 from fastrnn.reference import Parts
@@ -392,10 +393,36 @@ def test_weight_dropout_draws_one_mask_per_call() -> None:
             ),
             "with return_all_states or return_gates",
         ),
+        (
+            lambda: fastrnn.GRU(2, 3, recurrent_dropout=0.5)(
+                torch.zeros(2, 2, 2), return_gates=True
+            ),
+            "in training mode, no recurrent_dropout, got recurrent_dropout=0.5.",
+        ),
     ],
 )
 def test_wrong_options_raise(build_wrong: Callable[[], Any], message: str) -> None:
     assert message in str(raised(build_wrong))
+
+
+def test_states_of_layers_with_dropout() -> None:
+    layer = build("gru", "recurrent_dropout", 2).eval()
+    x = torch.randn(4, 3, I)
+    y, _, extras = layer(x, return_all_states=True)
+    assert torch.equal(y, layer(x)[0])
+    torch.testing.assert_close(extras.states[:, 1], y)
+    layer = build("gru", "weight_dropout")
+    y, _, extras = seeded(layer, x, return_all_states=True)
+    torch.testing.assert_close(y, seeded(layer, x)[0])
+    torch.testing.assert_close(extras.states[:, 0], y)
+
+
+def test_diagnose_rejects_the_options() -> None:
+    for options in KERNEL_OPTIONS:
+        error = raised(lambda own=options: diagnose(build("gru", own), torch.zeros(3, 2, I)))
+        assert "must have no layer_norm, zoneout or recurrent_dropout" in str(error)
+    layer = build("gru", "recurrent_dropout").eval()
+    assert list(diagnose(layer, torch.ones(3, 2, I)).layers)
 
 
 def _operator_arguments() -> dict[str, Any]:
