@@ -2,9 +2,10 @@
 
     python bench/cell_options.py [--seconds 0.5] [--threads 2] [--json FILE]
 
-Each figure is a time divided by that of the layer with the option: of the plain layer, of a loop of
-cells in Python as users write it, and of that loop under torch.compile (training of an LSTM with
-layer normalisation only). Calls are interleaved (`fastrnn.tools.benchmark.timing`).
+First all options of an LSTM together, relative to the plain layer, with loops of cells in Python
+as users write them, and a loop whose steps torch.compile compiles. Then each option alone,
+relative to the layer with the option: the plain layer and the loop. Calls are interleaved
+(`fastrnn.tools.benchmark.timing`).
 """
 
 from __future__ import annotations
@@ -93,31 +94,51 @@ LOOPS: dict[str, Callable[[str, int], nn.Module]] = {
 }
 
 
+def timed(layer: Callable[[Tensor], Any], x: Tensor) -> Callable[[], None]:
+    """Returns one step of training."""
+
+    def call() -> None:
+        result = layer(x)
+        (result[0] if isinstance(result, tuple) else result).sum().backward()
+
+    return call
+
+
+def task(cell: str, shape: tuple[int, int, int], layers: dict[str, Any]) -> Task:
+    steps, batch, size = shape
+    x = torch.randn(steps, batch, size, requires_grad=True)
+    calls = {title: timed(layer, x) for title, layer in layers.items()}
+    return Task(cell, "training", f"T{steps} B{batch} H{size}", calls)
+
+
+def overview() -> Task:
+    """Returns the task that compares all options of an LSTM."""
+    size = SHAPES[0][2]
+    layers: dict[str, Any] = {"plain": fastrnn.LSTM(size, size)}
+    layers |= {option: fastrnn.LSTM(size, size, **own) for option, own in OPTIONS.items()}
+    for option, loop in LOOPS.items():
+        layers[f"{option} loop"] = loop("LSTM", size)
+    compiled: Any = LayerNormCell("LSTM", size)
+    compiled.step = torch.compile(compiled.step)  # the unrolled loop takes minutes to compile
+    layers["layer_norm loop of compiled steps"] = compiled
+    return task("LSTM", SHAPES[0], layers)
+
+
 def tasks() -> Iterator[Task]:
     """Yields what is compared."""
+    torch.manual_seed(0)
+    yield overview()
     for cell in ("LSTM", "GRU"):
         for option, arguments in OPTIONS.items():
-            for steps, batch, size in SHAPES:
-                torch.manual_seed(0)
-                layers: dict[str, nn.Module] = {
+            for shape in SHAPES:
+                size = shape[2]
+                layers: dict[str, Any] = {
                     option: getattr(fastrnn, cell)(size, size, **arguments),
                     "plain": getattr(fastrnn, cell)(size, size),
                 }
                 if option in LOOPS:
                     layers["loop"] = LOOPS[option](cell, size)
-                    if option == "layer_norm" and (cell, steps, batch) == ("LSTM", 100, 32):
-                        layers["compiled loop"] = torch.compile(LOOPS[option](cell, size))  # type: ignore[assignment]
-                x = torch.randn(steps, batch, size, requires_grad=True)
-
-                def timed(layer: nn.Module, x: Tensor = x) -> Callable[[], None]:
-                    def call() -> None:
-                        result = layer(x)
-                        (result[0] if isinstance(result, tuple) else result).sum().backward()
-
-                    return call
-
-                calls = {title: timed(layer) for title, layer in layers.items()}
-                yield Task(cell, "training", f"T{steps} B{batch} H{size}", calls)
+                yield task(cell, shape, layers)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 // The operators of time loops with layer normalisation, zoneout and recurrent dropout.
 #include "cpu/recurrence.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -17,7 +19,15 @@ namespace {
 
 constexpr int64_t kMostRecurrenceValues = int64_t(1) << 52;  // of a matrix, see arguments.cpp
 
-// The arguments that both operators share: checked, contiguous and kept alive.
+ScalarType wide_dtype(const char* name, const Tensor& t) {
+  const int32_t code = dtype_code(t);
+  if (code == aoti_torch_dtype_float32()) return ScalarType::Float;
+  if (code == aoti_torch_dtype_float64()) return ScalarType::Double;
+  throw_error(name, " must be float32 or float64, got ", dtype_name(t), ".");
+}
+
+// The arguments that both operators share: checked, contiguous and kept alive. Every size is
+// checked before memory is taken for it, because a tensor without values may have any size.
 struct RecurrenceArguments {
   const CellInfo* cell;
   ScalarType dtype;
@@ -26,25 +36,27 @@ struct RecurrenceArguments {
   std::vector<int64_t> step_offset, step_rows;
   bool reverse;
   double epsilon;
+  Tensor data;  // pre_x or y
   Tensor h0;
   std::optional<Tensor> c0;
   std::array<std::optional<Tensor>, kRecurrenceParts> parts;
 
-  // data: pre_x or y.
-  RecurrenceArguments(const char* data_name, const Tensor& data, const Tensor& h0_,
+  // is_pre_x: the data are pre_x, else y.
+  RecurrenceArguments(const char* data_name, const Tensor& data_, bool is_pre_x, const Tensor& h0_,
                       const std::optional<Tensor>& c0_, const std::vector<Tensor>& tensors,
                       int64_t slots, const std::optional<Tensor>& batch_sizes, bool reverse_,
                       const std::string& cell_name, double epsilon_)
       : cell(find_cell(cell_name)),
-        dtype(checked_dtype("h0", h0_)),
+        dtype(wide_dtype("h0", h0_)),
         reverse(reverse_),
         epsilon(epsilon_),
+        data(data_),
         h0(h0_),
         code_(dtype_code(h0_)) {
     FASTRNN_CHECK(cpu::has_recurrence(*cell), "cell must be one of torch.nn or rnn_sigmoid, got '",
                   cell_name, "'.");
-    FASTRNN_CHECK(!is_half(dtype), "h0 must be float32 or float64, got ", dtype_name(h0_), ".");
-    FASTRNN_CHECK(epsilon >= 0, "epsilon must not be negative, got ", std::to_string(epsilon), ".");
+    FASTRNN_CHECK(epsilon >= 0 && std::isfinite(epsilon),
+                  "epsilon must be a finite number from 0 on, got ", std::to_string(epsilon), ".");
     FASTRNN_CHECK(h0.dim() == 2, "h0 must be [B, H], got ", h0.dim(), " dimensions.");
     batch = h0.size(0);
     hidden = h0.size(1);
@@ -56,7 +68,7 @@ struct RecurrenceArguments {
     FASTRNN_CHECK(c0_.has_value() == (cell->states > 1), "c0 must ",
                   cell->states > 1 ? "be given for " : "not be given for ", cell->name, ".");
     if (c0_) c0 = checked("c0", *c0_, {batch, hidden});
-    read_sequence(data_name, data, batch_sizes);
+    read_sequence(data_name, is_pre_x ? gate_units() : hidden, batch_sizes);
     read_parts(tensors, slots);
   }
 
@@ -103,24 +115,21 @@ struct RecurrenceArguments {
   }
 
  private:
-  void read_sequence(const char* data_name, const Tensor& data,
+  void read_sequence(const char* data_name, int64_t columns,
                      const std::optional<Tensor>& batch_sizes) {
     const int64_t dims = batch_sizes ? 2 : 3;
     FASTRNN_CHECK(data.dim() == dims, data_name, " must have ", dims, " dimensions ",
                   batch_sizes ? "with" : "without", " batch_sizes, got ", data.dim(), ".");
-    if (batch_sizes) {
+    leading = batch_sizes ? std::vector{data.size(0)} : std::vector{data.size(0), batch};
+    data = checked(data_name, data, row_sizes(columns));
+    if (batch_sizes)
       step_rows = packed_step_rows(*batch_sizes, batch);
-      leading = {data.size(0)};
-    } else {
-      FASTRNN_CHECK(data.size(1) == batch, data_name, " must have the batch ", batch,
-                    " of h0, got ", data.size(1), ".");
+    else
       step_rows.assign(batch > 0 ? data.size(0) : 0, batch);
-      leading = {data.size(0), batch};
-    }
     step_offset.reserve(step_rows.size());
     for (const int64_t size : step_rows) {
       step_offset.push_back(rows);
-      rows += size;
+      rows = std::min(rows + size, kMostRecurrenceValues);
     }
     FASTRNN_CHECK(!batch_sizes || rows == data.size(0), "batch_sizes must add up to the ",
                   data.size(0), " rows of ", data_name, ", got ", rows, ".");
@@ -177,9 +186,9 @@ FourTensors recurrence(Tensor pre_x_, Tensor h0_, std::optional<Tensor> c0_,
                        bool reverse, StringHandle cell, double epsilon, bool saves) {
   const std::string cell_name = consume_string(cell);
   return guarded([&] {
-    const RecurrenceArguments layer("pre_x", pre_x_, h0_, c0_, parts, slots, batch_sizes, reverse,
-                                    cell_name, epsilon);
-    const Tensor pre_x = layer.checked("pre_x", pre_x_, layer.row_sizes(layer.gate_units()));
+    const RecurrenceArguments layer("pre_x", pre_x_, true, h0_, c0_, parts, slots, batch_sizes,
+                                    reverse, cell_name, epsilon);
+    const Tensor& pre_x = layer.data;
     const Tensor y = ordinary(layer.row_sizes(layer.hidden), layer.dtype, pre_x);
     const Tensor h_n = empty({layer.batch, layer.hidden}, layer.dtype, pre_x);
     const bool has_c = layer.c0.has_value();
@@ -207,10 +216,10 @@ FiveTensors recurrence_gradients(std::optional<Tensor> d_y_, std::optional<Tenso
                                  StringHandle cell, double epsilon, Tensor y_, Tensor saved_) {
   const std::string cell_name = consume_string(cell);
   return guarded([&] {
-    const RecurrenceArguments layer("y", y_, h0_, c0_, parts, slots, batch_sizes, reverse,
+    const RecurrenceArguments layer("y", y_, false, h0_, c0_, parts, slots, batch_sizes, reverse,
                                     cell_name, epsilon);
     const std::vector<int64_t> state{layer.batch, layer.hidden};
-    const Tensor y = layer.checked("y", y_, layer.row_sizes(layer.hidden));
+    const Tensor& y = layer.data;
     const Tensor saved = layer.checked("saved", saved_, {layer.rows, layer.saved_width()});
     const auto d_y = layer.checked("d_y", d_y_, layer.row_sizes(layer.hidden));
     const auto d_h_n = layer.checked("d_h_n", d_h_n_, state);
@@ -238,16 +247,29 @@ FiveTensors recurrence_gradients(std::optional<Tensor> d_y_, std::optional<Tenso
   });
 }
 
-// A matrix like another one, in contiguous memory.
-Tensor matrix(const char* name, const Tensor& t, const Tensor& like, int32_t code) {
+// A matrix of this dtype, in contiguous memory.
+Tensor matrix(const char* name, const Tensor& t, ScalarType dtype, int32_t code) {
   FASTRNN_CHECK(t.is_cpu(), name, " must be on the CPU, got another device.");
   FASTRNN_CHECK(dtype_code(t) == code, name, " must have the dtype of the first matrix, got ",
                 dtype_name(t), ".");
   FASTRNN_CHECK(t.dim() == 2, name, " must have 2 dimensions, got ", t.dim(), ".");
   FASTRNN_CHECK(t.size(0) <= kMostRecurrenceValues / 64 / (t.size(1) + 1), name,
                 " must have at most 2^46 values, got ", text(sizes_of(t)), ".");
-  check_memory(name, t, value_bytes(checked_dtype(name, like)));
+  check_memory(name, t, value_bytes(dtype));
   return as_contiguous(t);
+}
+
+// A product of matrices without values may have any number of values.
+void check_product(int64_t rows, int64_t columns) {
+  FASTRNN_CHECK(rows <= kMostRecurrenceValues / 64 / (columns + 1),
+                "a product must have at most 2^46 values, got ", rows, " rows and ", columns,
+                " columns.");
+}
+
+// The kernels write no product of matrices that share a dimension of size 0.
+void fill_empty_product(const Tensor& product, int64_t shared, ScalarType dtype) {
+  if (shared == 0 && product.numel() > 0)
+    std::memset(product.data_ptr(), 0, size_t(product.numel() * value_bytes(dtype)));
 }
 
 // The products after backward (problem/layer.h) of d [N, K] with x [N, M] and w [K, M].
@@ -279,21 +301,18 @@ void run_products(ScalarType dtype, const Tensor& d, const Tensor* x, const Tens
                                                                              d_w, sums);
 }
 
-ScalarType product_type(const char* name, const Tensor& t) {
-  const ScalarType dtype = checked_dtype(name, t);
-  FASTRNN_CHECK(!is_half(dtype), name, " must be float32 or float64, got ", dtype_name(t), ".");
-  return dtype;
-}
-
 Tensor recurrence_product(Tensor x_, Tensor w_) {
   return guarded([&] {
-    const ScalarType dtype = product_type("x", x_);
-    const Tensor x = matrix("x", x_, x_, dtype_code(x_)), w = matrix("w", w_, x_, dtype_code(x_));
+    const ScalarType dtype = wide_dtype("x", x_);
+    const int32_t code = dtype_code(x_);
+    const Tensor x = matrix("x", x_, dtype, code), w = matrix("w", w_, dtype, code);
     FASTRNN_CHECK(x.size(1) == w.size(1), "w must have the ", x.size(1), " columns of x, got ",
                   w.size(1), ".");
+    check_product(x.size(0), w.size(0));
     const Tensor transposed = torch::stable::contiguous(torch::stable::transpose(w, 0, 1));
     const Tensor result = recycled({x.size(0), w.size(0)}, dtype, x);
     run_products(dtype, x, nullptr, &transposed, w.size(0), &result, nullptr, nullptr);
+    fill_empty_product(result, x.size(1), dtype);
     return result;
   });
 }
@@ -301,23 +320,27 @@ Tensor recurrence_product(Tensor x_, Tensor w_) {
 ThreeTensors recurrence_product_gradients(Tensor d_, std::optional<Tensor> x_,
                                           std::optional<Tensor> w_) {
   return guarded([&] {
-    const ScalarType dtype = product_type("d", d_);
+    const ScalarType dtype = wide_dtype("d", d_);
     const int32_t code = dtype_code(d_);
-    const Tensor d = matrix("d", d_, d_, code);
+    const Tensor d = matrix("d", d_, dtype, code);
     FASTRNN_CHECK(x_ || w_, "x or w must be given, got neither.");
-    const Tensor x = x_ ? matrix("x", *x_, d_, code) : d, w = w_ ? matrix("w", *w_, d_, code) : d;
+    const Tensor x = x_ ? matrix("x", *x_, dtype, code) : d;
+    const Tensor w = w_ ? matrix("w", *w_, dtype, code) : d;
     const int64_t columns = (x_ ? x : w).size(1);
     FASTRNN_CHECK(!x_ || x.size(0) == d.size(0), "x must have the ", d.size(0), " rows of d, got ",
                   x.size(0), ".");
     FASTRNN_CHECK(!w_ || (w.size(0) == d.size(1) && w.size(1) == columns),
                   "w must have a row for each of the ", d.size(1),
                   " columns of d and the columns of x, got ", text(sizes_of(w)), ".");
+    if (w_) check_product(d.size(0), columns);
+    if (x_) check_product(d.size(1), columns);
     const Tensor none = placeholder(dtype, d);
     const Tensor d_x = w_ ? ordinary({d.size(0), columns}, dtype, d) : none;
     const Tensor d_w = x_ ? ordinary({d.size(1), columns}, dtype, d) : none;
     const Tensor sums = x_ ? empty({d.size(1)}, dtype, d) : none;
     run_products(dtype, d, x_ ? &x : nullptr, w_ ? &w : nullptr, columns, w_ ? &d_x : nullptr,
                  x_ ? &d_w : nullptr, x_ ? &sums : nullptr);
+    if (w_) fill_empty_product(d_x, d.size(1), dtype);
     return ThreeTensors(d_x, d_w, sums);
   });
 }

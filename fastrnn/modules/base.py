@@ -749,7 +749,8 @@ class RecurrentBase(nn.RNNBase):
         if all(mark is None for mark in marks):
             marks = NO_MARKS
         recorder = recorder_of(return_all_states, return_gates)
-        cell_options.reject(f"{type(self).__name__}: with return_all_states or return_gates", self)
+        owner = f"{type(self).__name__}: with return_all_states or return_gates"
+        cell_options.reject(owner, self, self.training)
         options = {
             **marks._asdict(),
             "return_all_states": return_all_states or None,

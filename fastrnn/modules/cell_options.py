@@ -100,19 +100,20 @@ def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -
             )
 
 
-def reject(owner: str, module: Any) -> None:
+def reject(owner: str, module: Any, training: bool = False) -> None:
     """Raises for a module whose cell is not plain, for what plain layers alone can do.
 
     Args:
         owner: what rejects the module, for the message.
         module: any module.
+        training: whether the module computes in training mode, where recurrent dropout acts too.
     """
     options: ModuleOptions | None = getattr(module, "_cell_options", None)
-    if options is not None and options.changes_the_cell(training=False):
-        raise ValueError(
-            f"{owner}: the layer must have neither layer_norm nor zoneout, got "
-            f"{options.describe()}."
-        )
+    if options is not None and options.changes_the_cell(training):
+        names = "neither layer_norm nor zoneout"
+        if training:
+            names = "no layer_norm, no zoneout and, in training mode, no recurrent_dropout"
+        raise ValueError(f"{owner}: the layer must have {names}, got {options.describe()}.")
 
 
 def _suffixes(module: nn.RNNBase) -> list[str]:

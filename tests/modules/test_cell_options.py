@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import fastrnn
 from fastrnn import _C
 from fastrnn.backends import composite, recurrence
+from fastrnn.diagnostics import diagnose
 from fastrnn.engine import choose
 from fastrnn.ops.recurrence import saved_width
 from fastrnn.reference import Parts
@@ -392,10 +393,36 @@ def test_weight_dropout_draws_one_mask_per_call() -> None:
             ),
             "with return_all_states or return_gates",
         ),
+        (
+            lambda: fastrnn.GRU(2, 3, recurrent_dropout=0.5)(
+                torch.zeros(2, 2, 2), return_gates=True
+            ),
+            "in training mode, no recurrent_dropout, got recurrent_dropout=0.5.",
+        ),
     ],
 )
 def test_wrong_options_raise(build_wrong: Callable[[], Any], message: str) -> None:
     assert message in str(raised(build_wrong))
+
+
+def test_states_of_layers_with_dropout() -> None:
+    layer = build("gru", "recurrent_dropout", 2).eval()
+    x = torch.randn(4, 3, I)
+    y, _, extras = layer(x, return_all_states=True)
+    assert torch.equal(y, layer(x)[0])
+    torch.testing.assert_close(extras.states[:, 1], y)
+    layer = build("gru", "weight_dropout")
+    y, _, extras = seeded(layer, x, return_all_states=True)
+    torch.testing.assert_close(y, seeded(layer, x)[0])
+    torch.testing.assert_close(extras.states[:, 0], y)
+
+
+def test_diagnose_rejects_the_options() -> None:
+    for options in KERNEL_OPTIONS:
+        error = raised(lambda own=options: diagnose(build("gru", own), torch.zeros(3, 2, I)))
+        assert "must have no layer_norm, zoneout or recurrent_dropout" in str(error)
+    layer = build("gru", "recurrent_dropout").eval()
+    assert list(diagnose(layer, torch.ones(3, 2, I)).layers)
 
 
 def _operator_arguments() -> dict[str, Any]:
@@ -441,15 +468,157 @@ def _operator_arguments() -> dict[str, Any]:
         {"cell": "x"},
         {"epsilon": -1.0},
         {"epsilon": float("nan")},
+        {"epsilon": float("inf")},
+        {"pre_x": torch.zeros(1 << 40, 2, 0)},
+        {"pre_x": torch.zeros(1 << 40, 0), "batch_sizes": torch.tensor([2])},
+        {"h0": torch.zeros(2, 3).to_sparse()},
+        {"batch_sizes": torch.tensor([2.0]), "pre_x": torch.zeros(2, 12)},
     ],
     ids=str,
 )
 def test_the_operator_rejects_wrong_arguments(change: dict[str, Any]) -> None:
     operator = torch.ops.fastrnn.recurrence.default
     operator(**_operator_arguments())
-    message = str(raised(lambda: operator(**{**_operator_arguments(), **change})))
-    assert message.startswith("fastrnn: ")
-    assert message.endswith(".")
+    _assert_rejects(operator, {**_operator_arguments(), **change})
+
+
+def _assert_rejects(operator: Any, arguments: dict[str, Any]) -> None:
+    error = raised(lambda: operator(**arguments))
+    if isinstance(error, NotImplementedError):  # of the dispatcher, for tensors of another kind
+        return
+    assert str(error).startswith("fastrnn: ")
+    assert "the call failed" not in str(error)
+    assert str(error).endswith(".")
+
+
+def _gradient_arguments(cell: str = "lstm") -> dict[str, Any]:
+    spec = CELLS[cell]
+    own = _operator_arguments() | {"cell": cell, "pre_x": torch.zeros(4, 2, 3 * spec.gates)}
+    own["parts"] = [torch.zeros(3 * spec.gates, 3)]
+    if not spec.has_cell_state:
+        own["c0"] = None
+    y, _, _, saved = torch.ops.fastrnn.recurrence.default(**own)
+    del own["pre_x"], own["saves"]
+    gradients = {"d_y": torch.ones(4, 2, 3), "d_h_n": None, "d_c_n": None}
+    return gradients | own | {"y": y, "saved": saved}
+
+
+def _without_memory(*shape: int) -> Tensor:
+    """Returns a tensor whose storage has been freed."""
+    t = torch.zeros(shape)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def _wrong(shape: tuple[int, ...]) -> list[Tensor]:
+    """Returns tensors that must not stand for one of this shape."""
+    longer = (*shape[:-1], shape[-1] + 1)
+    return [
+        torch.zeros(longer),
+        torch.zeros(*shape, 1),
+        torch.zeros(shape[1:]),
+        torch.zeros(0),
+        torch.zeros(()),
+        torch.zeros(1 << 40, *shape[1:-1], 0),
+        torch.zeros(shape, dtype=torch.float64),
+        torch.zeros(shape, dtype=torch.bfloat16),
+        torch.zeros(shape, dtype=torch.int32),
+        torch.zeros(shape, dtype=torch.complex64),
+        torch.zeros(shape).to_sparse(),
+        _without_memory(*shape),
+    ]
+
+
+@pytest.mark.parametrize("name", ["d_y", "d_h_n", "d_c_n", "h0", "c0", "y", "saved", "parts"])
+def test_the_gradient_operator_rejects_wrong_tensors(name: str) -> None:
+    operator = torch.ops.fastrnn.recurrence_gradients.default
+    arguments = _gradient_arguments()
+    value = arguments[name]
+    if name == "parts":
+        shape = tuple(value[0].shape)
+    else:
+        shape = (2, 3) if value is None else tuple(value.shape)
+    for wrong in _wrong(shape):
+        _assert_rejects(operator, {**arguments, name: [wrong] if name == "parts" else wrong})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"c0": None},
+        {"parts": []},
+        {"parts": [torch.zeros(12, 3)] * 2},
+        {"slots": 0},
+        {"slots": 1 << 40},
+        {"slots": -1},
+        # the width of saved depends on the parts
+        {"slots": 1 << 2 | 1, "parts": [torch.zeros(12, 3), torch.ones(12)]},
+        {"slots": 1 << 7 | 1, "parts": [torch.zeros(12, 3), torch.ones(1, 3)]},
+        {"batch_sizes": torch.tensor([2, 2, 2, 2])},
+        {"batch_sizes": torch.tensor([2, 1]), "y": torch.zeros(4, 3)},
+        {"batch_sizes": torch.tensor([1, 2]), "y": torch.zeros(3, 3)},
+        {"batch_sizes": torch.tensor([2, -1]), "y": torch.zeros(1, 3)},
+        {"cell": "gru"},
+        {"cell": "indrnn_tanh"},
+        {"cell": ""},
+        {"epsilon": -1.0},
+        {"epsilon": float("nan")},
+        {"epsilon": float("inf")},
+    ],
+    ids=str,
+)
+def test_the_gradient_operator_rejects_wrong_arguments(change: dict[str, Any]) -> None:
+    operator = torch.ops.fastrnn.recurrence_gradients.default
+    _assert_rejects(operator, {**_gradient_arguments(), **change})
+
+
+def test_the_gradient_operator_takes_gradients_that_are_absent_or_strided() -> None:
+    operator = torch.ops.fastrnn.recurrence_gradients.default
+    for cell in ("lstm", "gru", "rnn_tanh"):
+        arguments = _gradient_arguments(cell)
+        expected = operator(**arguments)
+        strided = arguments["saved"].t().contiguous().t()
+        expanded = torch.ones(()).expand(4, 2, 3)
+        ours = operator(**{**arguments, "d_y": expanded, "saved": strided})
+        assert all(map(torch.equal, ours, expected))
+        for result in operator(**{**arguments, "d_y": None}):
+            assert not result.any()
+    _assert_rejects(operator, {**arguments, "d_c_n": torch.zeros(2, 3)})
+
+
+def test_the_products_reject_wrong_tensors() -> None:
+    product = torch.ops.fastrnn.recurrence_product.default
+    gradients = torch.ops.fastrnn.recurrence_product_gradients.default
+    d, x, w = torch.ones(4, 3), torch.ones(4, 5), torch.ones(3, 5)
+    arguments = {"d": d, "x": x, "w": w}
+    for name, value in arguments.items():
+        for wrong in [*_wrong(tuple(value.shape)), value.t()]:
+            _assert_rejects(gradients, {**arguments, name: wrong})
+            if name != "d":
+                _assert_rejects(product, {"x": x, "w": w, name: wrong})
+    _assert_rejects(gradients, {"d": d, "x": None, "w": None})
+    for half in (torch.float16, torch.bfloat16):
+        _assert_rejects(product, {"x": x.to(half), "w": w.to(half)})
+        _assert_rejects(gradients, {name: t.to(half) for name, t in arguments.items()})
+    # the bytes of these results would be 4 MiB modulo 2^64
+    many, most = 1 << 20, (1 << 42) + 1
+    _assert_rejects(product, {"x": torch.zeros(many, 0), "w": torch.zeros(most, 0)})
+    _assert_rejects(gradients, {"d": torch.zeros(0, many), "x": torch.zeros(0, most), "w": None})
+    _assert_rejects(gradients, {"d": torch.zeros(many, 0), "x": None, "w": torch.zeros(0, most)})
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3, 0, 2), (3, 2, 0), (0, 2, 3), (0, 0, 0), (1, 1, 1), (9, 4, 5)]
+)
+def test_products_of_any_size(sizes: tuple[int, int, int]) -> None:
+    rows, units, columns = sizes
+    d, x = torch.randn(rows, units).double(), torch.randn(rows, columns).double()
+    w = torch.randn(units, columns).double()
+    product = torch.ops.fastrnn.recurrence_product.default
+    torch.testing.assert_close(product(x, w), x @ w.t())
+    torch.testing.assert_close(product(x.t().contiguous().t(), w), x @ w.t())
+    d_x, d_w, sums = torch.ops.fastrnn.recurrence_product_gradients.default(d, x, w)
+    torch.testing.assert_close((d_x, d_w, sums), (d @ w, d.t() @ x, d.sum(0)))
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
