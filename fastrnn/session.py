@@ -382,7 +382,7 @@ class Session:
 
     def _weights_to_pack(self) -> tuple[Weights, torch.dtype]:
         """Returns the layer's weights in the kernel's dtype, and the layer's own dtype."""
-        weights: Weights = self._layer._weights()
+        weights: Weights = self._layer._torch_weights()
         dtype = weights.flat[0].dtype
         if dtype not in HALF:
             return weights, find_dtype("Session", weights)

@@ -98,11 +98,14 @@ def _load(name: str, source: str, isa: str) -> str:
     code = _TEMPLATE.format(isa=isa, source=source, name=name)
     parts = "\n".join((code, build["headers"], build["kernel_flags"]))
     key = hashlib.sha256(parts.encode()).hexdigest()[:16]
-    folder = cache_folder()
-    library = folder / f"{name}-{isa}-{key}.so"
-    if _add(library):
-        return ""
     try:
+        folder = cache_folder()
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return "there is no home directory for the cache folder; set FASTRNN_CACHE"
+    library = folder / f"{name}-{isa}-{key}.so"
+    try:
+        if _add(library):
+            return ""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(folder / f"{library.stem}.lock"):
             if _add(library):  # another process has compiled it
@@ -121,9 +124,10 @@ def _load(name: str, source: str, isa: str) -> str:
 
 def _add(library: Path) -> bool:
     """Loads a library of the cache. False if there is none, or a damaged one."""
-    if not library.exists():
+    try:
+        data = library.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    data = library.read_bytes()
     if data[-_DIGEST:] != hashlib.sha256(data[:-_DIGEST]).digest():
         return False
     try:

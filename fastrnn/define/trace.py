@@ -101,6 +101,11 @@ class Symbol:
     def __pow__(self, other: Any) -> Any:
         return _pow(self, other)
 
+    def _in_place(self, _: Any) -> NoReturn:
+        reject("step must not change a tensor in place; write a = a + b instead of a += b")
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ipow__ = _in_place
+
     def __neg__(self) -> Any:
         return apply("neg", self)
 

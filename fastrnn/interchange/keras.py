@@ -138,7 +138,7 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
             )
     order = _GATES.get(spec.name, (0,))
     per_direction = []
-    for own in module._weights().directions():
+    for own in module._torch_weights().directions():
         assert own.w_hh is not None
         arrays = [to_order(own.w_ih, order).t(), to_order(own.w_hh, order).t()]
         if own.b_ih is not None and own.b_hh is not None:

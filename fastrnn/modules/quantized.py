@@ -81,7 +81,7 @@ class QuantizedRecurrent(nn.Module):
                 f"(per layer, both directions together), got {widest}."
             )
         with torch.no_grad():
-            weights = layer._weights().directions()
+            weights = layer._torch_weights().directions()
             for suffix, own in zip(self._suffixes(), weights, strict=True):
                 for kind, weight in own._asdict().items():
                     if weight is not None:

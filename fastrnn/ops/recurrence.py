@@ -11,7 +11,9 @@ gives the same results in every way of computing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from fastrnn._torch_internals import AutoDispatchBelowAutograd, forward_ad
 from fastrnn.layer_call import CellOptions, LayerCall, Results, SequenceMembers
 from fastrnn.ops.autograd import implementations
 from fastrnn.ops.composite import as_kernels
-from fastrnn.ops.gradients import is_transformed
+from fastrnn.ops.gradients import differentiable_gradients, is_transformed
 from fastrnn.ops.operators import interruptible
 from fastrnn.ops.sequence import previous_states
 from fastrnn.reference import Parts, reference_recurrence
@@ -73,7 +75,7 @@ def _run_directions(call: LayerCall, multiply: _Product, run: _Run) -> Results:
             pre_x = layer_norm(pre_x, pre_x.shape[-1:], w.gain_ih, w.b_ih, EPSILON)
         h = h0[direction]
         c = None if c0 is None else c0[direction]
-        parts = _parts(w, options.cell, h, c, x.shape[:-1].numel())
+        parts = _parts(w, options.cell, h, c, math.prod(x.shape[:-1]))
         reverse = direction == 1
         y, h, c = run(spec.name, pre_x, h, c, parts, sequence.named().batch_sizes, reverse, EPSILON)
         outputs.append(y)
@@ -171,6 +173,13 @@ def _records(pre_x: Tensor, h0: Tensor, c0: Tensor | None, parts: Sequence[Tenso
     return any(t is not None and t.requires_grad for t in (pre_x, h0, c0, *parts))
 
 
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Returns a context for gradients of tensors that forward has already cast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
 class ProductFunction(torch.autograd.Function):
     """The product x w^T of matrices with its gradient."""
 
@@ -188,6 +197,13 @@ class ProductFunction(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, w = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad
+        with _no_autocast(x):
+            return ProductFunction._gradients(d, x, w, needs_x, needs_w)
+
+    @staticmethod
+    def _gradients(
+        d: Tensor, x: Tensor, w: Tensor, needs_x: bool, needs_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_transformed(d):
             return d.mm(w) if needs_x else None, d.t().mm(x) if needs_w else None
         d_x, d_w, _ = _product_gradients(d, x if needs_w else None, w if needs_x else None)
@@ -258,9 +274,10 @@ class RecurrenceFunction(torch.autograd.Function):
         is_differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
         if is_differentiated or any(t is not None and is_transformed(t) for t in gradients):
             inputs = (pre_x, h0, c0, *parts)
-            return (None,) * 5 + _composite_gradients(
-                fixed, inputs, gradients, ctx.needs_input_grad[5:]
-            )
+            with _no_autocast(h0):
+                return (None,) * 5 + _composite_gradients(
+                    fixed, inputs, gradients, ctx.needs_input_grad[5:]
+                )
         return (None,) * 5 + _kernel_gradients(
             fixed, h0, c0, parts, y, saved, gradients, ctx.needs_input_grad[8:]
         )
@@ -321,23 +338,13 @@ def _composite_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of the inputs by operations that can be differentiated."""
     cell, slots, batch_sizes, reverse, epsilon = fixed
-    with torch.enable_grad():
-        pre_x, h0, c0, *parts = inputs
-        results: Any = reference_recurrence(
-            cell, pre_x, h0, c0, _unpack(parts, slots), batch_sizes, reverse, epsilon
-        )
-        pairs = [(r, d) for r, d in zip(results, gradients, strict=True) if d is not None]
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [r for r, _ in pairs],
-                wanted,
-                [d for _, d in pairs],
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
-        )
-    return tuple([next(found) if need else None for need in needs])
+
+    def run(pre_x: Tensor, h0: Tensor, c0: Tensor | None, *parts: Tensor) -> Any:
+        own = _unpack(parts, slots)
+        return reference_recurrence(cell, pre_x, h0, c0, own, batch_sizes, reverse, epsilon)
+
+    transformed = any(d is not None and is_transformed(d) for d in gradients)
+    return differentiable_gradients(run, inputs, tuple(needs), gradients, transformed)
 
 
 def _apply(
@@ -401,7 +408,7 @@ def _fake(
 ) -> tuple[Tensor, ...]:
     spec = _check(pre_x, h0, c0, cell)
     hidden = h0.shape[1]
-    rows = pre_x.shape[:-1].numel()
+    rows = math.prod(pre_x.shape[:-1])
     saved = h0.new_empty(rows, saved_width(spec, hidden, slots)) if saves else h0.new_empty(0)
     c_n = h0.new_empty(0 if c0 is None else h0.shape)
     return h0.new_empty(*pre_x.shape[:-1], hidden), h0.new_empty(h0.shape), c_n, saved
@@ -425,7 +432,7 @@ def _gradients_fake(
     spec, hidden = CELLS[cell], h0.shape[1]
     width = spec.gates * hidden
     is_same = spec.pre == spec.gates and _unpack(parts, slots).gain_h is None
-    d_a = h0.new_empty(0) if is_same else h0.new_empty(y.shape[:-1].numel(), width)
+    d_a = h0.new_empty(0) if is_same else h0.new_empty(math.prod(y.shape[:-1]), width)
     d_c0 = h0.new_empty(0 if c0 is None else h0.shape)
     d_pre_x = h0.new_empty(*y.shape[:-1], width)
     return d_pre_x, d_a, h0.new_empty(h0.shape), d_c0, h0.new_empty(2 * (width + hidden))

@@ -278,6 +278,27 @@ def test_unusable_cache_folder_is_a_warning(
     assert_runs_by_composite(layer)
 
 
+def test_without_a_home_there_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, forgotten: None
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTRNN_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(RuntimeWarning, match="no home directory .*; set FASTRNN_CACHE"):
+        layer = make_cell(0.0625)(4, 5)
+    assert_runs_by_composite(layer)
+
+
+@pytest.mark.parametrize("option", ["layer_norm", "zoneout", "recurrent_dropout"])
+def test_options_that_change_the_cell_raise(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda name, source: "not loaded")
+    with pytest.raises(ValueError, match=f"^Scaled: a cell of define_cell .* got .*{option}"):
+        make_cell(0.5)(4, 5, **{option: True if option == "layer_norm" else 0.5})
+
+
 @needs_compiler
 def test_failing_compiler_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgotten: None

@@ -46,6 +46,11 @@ def attribute(g: Any, h: Any) -> Any:
     return h
 
 
+def in_place(g: Any, h: Any) -> Any:
+    h *= 0.5
+    return h + g
+
+
 WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "cumsum": (lambda g, h: torch.cumsum(g, 0), "torch's cumsum cannot be fused"),
     "softmax": (lambda g, h: g.softmax(-1), "the method softmax cannot be fused"),
@@ -58,6 +63,7 @@ WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "loop": (loop, "an iteration over a tensor"),
     "number": (lambda g, h: g * math.exp(h), "a Python number must not depend on the values"),
     "index": (lambda g, h: g[..., 0], "an index into a tensor"),
+    "in place": (in_place, "must not change a tensor in place; write a = a + b"),
     "changed": (changed, "an assignment to a part of one"),
     "attribute": (attribute, "an assignment to .data"),
     "shape": (lambda g, h: torch.zeros(h.shape), "must not read the shape of a tensor"),

@@ -645,3 +645,78 @@ def test_packed_rows_that_end_early_keep_their_state() -> None:
     packed: PackedSequence = ragged(True)
     y, (h_n, _) = layer.eval()(packed)
     assert torch.equal(y.data[packed.batch_sizes.sum() - 1], h_n[0, 1])
+
+
+GRADIENT_OPTIONS: list[dict[str, Any]] = [
+    {"layer_norm": True},
+    {"zoneout": 0.3},
+    {"recurrent_dropout": 0.4},
+]
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("options", GRADIENT_OPTIONS, ids=str)
+def test_create_graph_does_not_change_gradients_of_a_carried_state(
+    cell: str, options: dict[str, Any]
+) -> None:
+    layer = getattr(fastrnn, cell)(3, 4, **options).double()
+    x = torch.randn(2, 3, 2, 3, dtype=torch.double, requires_grad=True)
+
+    def gradients(create_graph: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        _, state = layer(x[0])
+        y, _ = layer(x[1], state)
+        loss = y.square().sum()
+        return torch.autograd.grad(loss, [x, *layer.parameters()], create_graph=create_graph)
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_vjp_and_jacrev_match_autograd(cell: str, is_frozen: bool) -> None:
+    layer = getattr(fastrnn, cell)(3, 4, layer_norm=True).double().requires_grad_(not is_frozen)
+    x = torch.randn(3, 2, 3, dtype=torch.double)
+
+    def run(t: Tensor) -> Tensor:
+        result: Tensor = layer(t)[0]
+        return result
+
+    expected = torch.autograd.functional.jacobian(run, x)
+    torch.testing.assert_close(torch.func.jacrev(run)(x), expected)
+    y, pull_back = torch.func.vjp(run, x)
+    v = torch.randn_like(y)
+    torch.testing.assert_close(pull_back(v)[0], torch.tensordot(v, expected, dims=3))
+
+
+def test_second_derivatives_inside_autocast_keep_their_precision() -> None:
+    layer = fastrnn.GRU(3, 4, layer_norm=True)
+    x = torch.randn(3, 2, 3, requires_grad=True)
+    y = layer(x)[0]
+    (expected,) = torch.autograd.grad(y.sum(), [x], create_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(y.sum(), [x], create_graph=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_exported_with_dynamic_sizes() -> None:
+    layer = fastrnn.LSTM(3, 4, layer_norm=True)
+    steps, batch = torch.export.Dim("steps"), torch.export.Dim("batch")
+    program = torch.export.export(
+        layer, (torch.randn(5, 3, 3),), dynamic_shapes=({0: steps, 1: batch},)
+    )
+    x = torch.randn(7, 2, 3)
+    torch.testing.assert_close(program.module()(x)[0], layer(x)[0])
+
+
+def test_copies_for_inference_have_all_weights() -> None:
+    layer = fastrnn.LSTM(3, 4, weight_dropout=0.5)
+    assert layer.training
+    x = torch.randn(5, 1, 3)
+    with torch.no_grad():
+        expected = copy.deepcopy(layer).eval()(x)[0]
+        session = layer.stream()
+        torch.testing.assert_close(session.run(x), expected)
+        session.close()
+        quantized = fastrnn.quantize(layer)(x)[0]
+    assert (quantized - expected).abs().max() < 0.02
