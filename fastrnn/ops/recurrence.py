@@ -333,7 +333,7 @@ def _of_rows(values: Tensor, batch_sizes: Tensor | None, rows: int) -> Tensor:
 def _composite_gradients(
     fixed: tuple[Any, ...],
     inputs: tuple[Any, ...],
-    gradients: tuple[Tensor | None, ...],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of the inputs by operations that can be differentiated."""
