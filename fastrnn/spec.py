@@ -175,6 +175,8 @@ def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
 
 
 CELLS: dict[str, CellSpec] = {name: _spec(name, facts) for name, facts in _C.cells().items()}
+#: names of the cells of the kernels' library; `CELLS` also gets those of `fastrnn.define_cell`
+BUILT_IN: tuple[str, ...] = tuple(CELLS)
 
 #: the names of cells of `fastrnn.define_cell` that have kernels
 COMPILED: set[str] = set()

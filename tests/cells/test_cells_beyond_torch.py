@@ -16,10 +16,10 @@ from fastrnn import _C
 from fastrnn.layer_call import PADDED, LayerCall
 from fastrnn.ops import kernel_layer
 from fastrnn.reference import reference_step
+from fastrnn.spec import BUILT_IN, WEIGHT_SLOTS, Weights
 from fastrnn.spec import CELLS as SPECS
-from fastrnn.spec import WEIGHT_SLOTS, Weights
 
-NAMES = [name for name in SPECS if name not in CELLS]
+NAMES = [name for name in BUILT_IN if name not in CELLS]
 F64 = torch.float64
 every_cell = pytest.mark.parametrize("cell", NAMES)
 

@@ -51,8 +51,8 @@ from fastrnn.ops import (
     states,
 )
 from fastrnn.ops.segments import Ragged
+from fastrnn.spec import BUILT_IN, PROJECTION, Weights
 from fastrnn.spec import CELLS as SPECS
-from fastrnn.spec import PROJECTION, Weights
 
 ROOT = Path(__file__).resolve().parents[2]
 # in the order of the enumeration in csrc/cuda/schedules/schedule.h; 2 is float32 in TF32
@@ -668,7 +668,7 @@ def test_lengths_beyond_the_batch_count_as_its_ends_without_reading_them(
 
 
 # cells that torch.nn lacks: per-unit parameters, several cell states, no recurrent product
-BEYOND_TORCH = [name for name in SPECS if name not in CELLS]
+BEYOND_TORCH = [name for name in BUILT_IN if name not in CELLS]
 
 
 def check_beyond_torch(cell: str, batch: int, hidden: int, dtype: torch.dtype) -> None:

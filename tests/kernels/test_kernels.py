@@ -16,7 +16,7 @@ from fastrnn import _C
 from fastrnn.layer_call import SequenceMembers
 from fastrnn.ops.gradients import cpu_gradients
 from fastrnn.ops.sequence import previous_states, previous_states_by_index
-from fastrnn.spec import CELLS, CellSpec, present
+from fastrnn.spec import BUILT_IN, CELLS, CellSpec, present
 
 ISAS = _C.available_isas()
 
@@ -121,8 +121,8 @@ def packed(sizes: list[Any]) -> dict[str, Any]:
 ALL, SAVE = slots_by_count(4), 0b1111
 
 #: cells with a recurrent product; cells whose gradients are one operator
-DENSE = [name for name, spec in CELLS.items() if spec.dense]
-WITHOUT_PARAMETERS = [name for name, spec in CELLS.items() if not spec.parameters]
+DENSE = [name for name in BUILT_IN if CELLS[name].dense]
+WITHOUT_PARAMETERS = [name for name in BUILT_IN if not CELLS[name].parameters]
 
 #           T   B   I   H   options
 SHAPES: list[tuple[int, int, int, int, dict[str, Any]]] = [
@@ -141,7 +141,7 @@ SHAPES: list[tuple[int, int, int, int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", BUILT_IN)
 def test_layer_matches_reference(
     isa: str, threads: int, cell: str, shape: tuple[Any, ...], dtype: torch.dtype
 ) -> None:
@@ -169,12 +169,12 @@ def test_projection_matches_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", BUILT_IN)
 def test_half_types_accumulate_in_float32(isa: str, cell: str, dtype: torch.dtype) -> None:
     Case(CELLS[cell], 9, 3, 5, 21, directions=2).check(dtype)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", BUILT_IN)
 def test_long_sequences_are_projected_in_chunks(isa: str, cell: str) -> None:
     plan = _C.plan(cell, 600, 1, 3, 20)
     assert plan["input"] == "ahead"
@@ -212,7 +212,7 @@ def test_shared_blocks_match_reference(isa: str, threads: int, cell: str) -> Non
 )
 @pytest.mark.parametrize("sizes", [(30, 1, 5, 150), (12, 16, 33, 70)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", BUILT_IN)
 def test_panels_serve_calls_after_the_weights_changed(
     isa: str, cell: str, threads: int, sizes: tuple[int, ...], options: dict[str, Any]
 ) -> None:
@@ -260,7 +260,7 @@ def test_plans_for_a_slow_l3_match_reference(
     Case(CELLS[cell], *sizes, **options).check(torch.float32)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", BUILT_IN)
 def test_plans_for_a_slow_l3_change_no_bits_of_wide_layers(
     isa: str, cell: str, l2_kb: Callable[[int | None], None]
 ) -> None:
@@ -338,7 +338,7 @@ def gradients_of(case: Case, needs: list[bool]) -> list[Tensor | None]:
     ids=str,
 )
 @pytest.mark.parametrize("sizes", [(1, 3, 5, 7), (3, 40, 6, 9), (40, 3, 6, 9)], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", BUILT_IN)
 def test_gradient_products_match_torch(cell: str, sizes: tuple[int, ...], options: Any) -> None:
     steps, batch, inputs, hidden = sizes
     Case(CELLS[cell], steps, batch, inputs, hidden, **options).check(torch.float32)
@@ -361,7 +361,7 @@ def test_previous_states_of_packed_rows_match_a_loop(sizes: list[int], backwards
     assert torch.equal(previous_states_by_index(y, h0, batch_sizes, backwards), truth)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", BUILT_IN)
 def test_gradients_of_several_blocks_and_a_remainder_match_reference(
     isa: str, threads: int, cell: str
 ) -> None:
@@ -556,7 +556,7 @@ def test_activations_of_infinity_nan_and_zero_match_torch(isa: str, dtype: torch
 # --- threads and processes -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", BUILT_IN)
 def test_results_are_bitwise_reproducible(threads: int, cell: str) -> None:
     case = Case(CELLS[cell], 20, 9, 12, 70, directions=2)
     first, second = (case.compute(by_kernels, torch.float32) for _ in range(2))
@@ -565,7 +565,7 @@ def test_results_are_bitwise_reproducible(threads: int, cell: str) -> None:
 
 
 def test_calls_from_many_python_threads_match_reference() -> None:
-    cases = [Case(CELLS[cell], 15, 8, 16, 64) for cell in CELLS for _ in range(2)]
+    cases = [Case(CELLS[cell], 15, 8, 16, 64) for cell in BUILT_IN for _ in range(2)]
     expected = [case.compute(by_kernels, torch.float32) for case in cases]
     wrong: list[str] = []
 

@@ -24,13 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastrnn.ops import kernel_layer
 from fastrnn.ops.ragged import gradients_by_parts
 from fastrnn.ops.segments import run_composed
-from fastrnn.spec import CELLS
+from fastrnn.spec import BUILT_IN, CELLS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 F64 = torch.float64
 T, B, I, H, P = SIZES  # noqa: E741 - the sizes' names
-CASES = [(cell, projected) for cell in CELLS for projected in {False, CELLS[cell].projects}]
+CASES = [(cell, projected) for cell in BUILT_IN for projected in {False, CELLS[cell].projects}]
 every_case = pytest.mark.parametrize(("cell", "projected"), CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 operators = torch.ops.fastrnn
