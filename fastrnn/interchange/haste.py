@@ -59,7 +59,7 @@ def from_haste(
     Raises:
         TypeError: an argument has another type.
         ValueError: a parameter is missing or has another shape.
-        NotImplementedError: the layer has parameters that fastrnn does not have (layer
+        NotImplementedError: the layer has parameters of a kind that is not converted (layer
             normalization, IndRNN), or zoneout, which also changes inference.
     """
     is_mapping = isinstance(source, Mapping)

@@ -108,8 +108,9 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
 
     Raises:
         TypeError: ``module`` is not a fastrnn layer.
-        NotImplementedError: Keras does not have the cell; the layer has a projection, residual
-            connections or a learned initial state, which Keras does not have.
+        NotImplementedError: Keras does not have the cell; the layer has a projection, layer
+            normalisation, zoneout, residual connections or a learned initial state, which Keras
+            does not have.
     """
     if not isinstance(module, RecurrentBase):
         raise TypeError(
