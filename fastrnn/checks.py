@@ -314,6 +314,11 @@ def _check_layer_attributes(owner: str, module: Any) -> None:
         _wrong(ValueError, owner, "dropout", "a number from 0 to 1", describe(dropout))
 
 
+def _heads(module: Any) -> int:
+    options = getattr(module, "_cell_options", None)
+    return 1 if options is None else options.heads
+
+
 def _check_layer_shapes(
     owner: str, module: Any, spec: CellSpec, parameters: dict[str, Tensor]
 ) -> None:
@@ -325,7 +330,7 @@ def _check_layer_shapes(
         width = module.input_size if place.split("_")[0] == "0" else size * directions
         shapes = {
             "weight_ih": [rows, width],
-            "weight_hh": [rows, size],
+            "weight_hh": [rows, size // _heads(module)],
             "weight_hr": [size, module.hidden_size],
         }
         _check_shape(owner, name, parameter, shapes.get(kind, [rows]))

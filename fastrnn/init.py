@@ -20,6 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastrnn.spec import without_variant
+
 __all__ = ["chrono_", "forget_bias_", "identity_", "orthogonal_"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -195,7 +197,7 @@ def _cell(
     """Returns the name of the module's cell. Raises TypeError unless it is one of ``cells``."""
     cell = ""
     if isinstance(module, nn.RNNBase):
-        cell = module.mode.lower()
+        cell = without_variant(module.mode.lower())
     elif isinstance(module, nn.RNNCellBase):
         # fastrnn's cells do not derive from torch's, and a parametrized one has its own class
         names = [cls.__name__ for cls in type(module).__mro__]

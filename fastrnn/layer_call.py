@@ -22,18 +22,20 @@ FULL = -1
 
 
 class CellOptions(NamedTuple):
-    """Options of a cell; layer normalisation is in the weights.
+    """Options of a cell; layer normalisation is in the weights, other gates are other cells.
 
     Attributes:
         zoneout_h, zoneout_c: probability that a unit keeps its state.
         recurrent_dropout: probability that a unit of h is zero in the recurrent product.
         training: whether zoneout draws at random; otherwise it takes the expectation.
+        cell_clip: bound of the absolute value of c, or None.
     """
 
     zoneout_h: float = 0.0
     zoneout_c: float = 0.0
     recurrent_dropout: float = 0.0
     training: bool = True
+    cell_clip: float | None = None
 
 
 class Options(NamedTuple):
@@ -51,6 +53,7 @@ class Options(NamedTuple):
         residual: whether each layer but the first adds its input to its output
             (`fastrnn.ops.stacking`).
         cell: options of the cell, or None.
+        heads: number of independent parts of the units (`fastrnn.engine.heads`).
     """
 
     num_layers: int = 1
@@ -61,6 +64,7 @@ class Options(NamedTuple):
     recompute: int = 0
     residual: bool = False
     cell: CellOptions | None = None
+    heads: int = 1
 
 
 DEFAULTS = Options()
@@ -142,8 +146,12 @@ class LayerCall(NamedTuple):
 
     @property
     def has_plain_cell(self) -> bool:
-        """Whether the cell has neither layer normalisation nor options."""
-        return self.options.cell is None and self.weights.slots & NORM == 0
+        """Whether the cell has no options, so that all schedules run it."""
+        return (
+            self.options.cell is None
+            and self.weights.slots & NORM == 0
+            and not self.spec.loops_only
+        )
 
     @property
     def is_step(self) -> bool:

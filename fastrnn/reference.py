@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, logsigmoid
+from torch.nn.functional import layer_norm, linear, logsigmoid, relu6
 
 from fastrnn.layer_call import LayerCall, Results
 
 # gates_x [B,G*H], gates_h [B,G*H] (None without a recurrent product), h [B,R], c [B,C*H] or None,
 # w_unit [E*H] or None -> h' before projection, c' or None
 Step = Callable[[Tensor, Any, Tensor, Any, Any], "tuple[Tensor, Tensor | None]"]
+# the activation of the gates
+Gate = Callable[[Tensor], Tensor]
 
 
 def rnn_step(activation: Callable[[Tensor], Tensor]) -> Step:
@@ -33,10 +35,10 @@ def rnn_step(activation: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
-def lstm_gates(gates_x: Tensor, gates_h: Tensor) -> tuple[Tensor, ...]:
+def lstm_gates(gates_x: Tensor, gates_h: Tensor, gate: Gate = torch.sigmoid) -> tuple[Tensor, ...]:
     """Returns the activations i, f, g, o of an LSTM."""
     i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
-    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    return gate(i), gate(f), torch.tanh(g), gate(o)
 
 
 def lstm_step(
@@ -48,11 +50,11 @@ def lstm_step(
     return o * torch.tanh(c), c
 
 
-def gru_gates(gates_x: Tensor, gates_h: Tensor) -> tuple[Tensor, ...]:
+def gru_gates(gates_x: Tensor, gates_h: Tensor, gate: Gate = torch.sigmoid) -> tuple[Tensor, ...]:
     """Returns the activations r, z, n of a GRU."""
     xr, xz, xn = gates_x.chunk(3, dim=-1)
     hr, hz, hn = gates_h.chunk(3, dim=-1)
-    r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+    r, z = gate(xr + hr), gate(xz + hz)
     return r, z, torch.tanh(xn + r * hn)
 
 
@@ -107,6 +109,57 @@ STEPS: dict[str, Step] = {
 }
 
 
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """Returns the same as torch's ``hardsigmoid``, which has no second derivatives."""
+    return relu6(x + 3) / 6
+
+
+def _hard_gru_step(
+    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None, w_unit: None
+) -> tuple[Tensor, None]:
+    _, z, n = gru_gates(gates_x, gates_h, hard_sigmoid)
+    return (1 - z) * n + z * h, None
+
+
+#: the cells of csrc/cells/loop_cells.h with one product and without a cell state
+LOOP_STEPS: dict[str, Step] = {"gru_hard_sigmoid": _hard_gru_step}
+
+#: the activation of the gates of each LSTM
+LSTM_GATES: dict[str, Gate] = {"lstm": torch.sigmoid, "lstm_hard_sigmoid": hard_sigmoid}
+
+
+class TwoProducts(NamedTuple):
+    """A cell with two products per step: the second one multiplies h times the first gate.
+
+    Attributes:
+        gate: the activation of the first gates.
+        output: the first gates, the candidate n, h -> h'.
+    """
+
+    gate: Gate
+    output: Callable[[tuple[Tensor, ...], Tensor, Tensor], Tensor]
+
+
+def _interpolate(gates: tuple[Tensor, ...], n: Tensor, h: Tensor) -> Tensor:
+    """Returns h' of a GRU from the gates r, z."""
+    _, z = gates
+    return (1 - z) * n + z * h
+
+
+def _update_minimally(gates: tuple[Tensor, ...], n: Tensor, h: Tensor) -> Tensor:
+    """Returns h' of a minimal gated unit from its gate f."""
+    (f,) = gates
+    return (1 - f) * h + f * n
+
+
+#: the cells of csrc/cells/two_products.h; the last gate is the candidate
+TWO_PRODUCTS: dict[str, TwoProducts] = {
+    "gru_reset_before": TwoProducts(torch.sigmoid, _interpolate),
+    "gru_reset_before_hard_sigmoid": TwoProducts(hard_sigmoid, _interpolate),
+    "mgu": TwoProducts(torch.sigmoid, _update_minimally),
+}
+
+
 class NamedGates(NamedTuple):
     """The gates of a cell.
 
@@ -130,8 +183,8 @@ class Parts(NamedTuple):
     """The parts of a time loop, by slot in the order of csrc/torch/slots.h.
 
     ``w_hh`` [G*H,H], ``b_hh`` and ``gain_h`` [G*H], ``gain_c`` and ``bias_c`` [H], ``mask_h``
-    [B,H]; ``zone_h`` and ``zone_c`` [N,H], or [1,H] for all rows; ``b_x`` [G*H]. None if they are
-    absent.
+    [B,H]; ``zone_h`` and ``zone_c`` [N,H], or [1,H] for all rows; ``b_x`` [G*H]; ``clip_c`` [1].
+    None if they are absent.
     """
 
     w_hh: Tensor
@@ -143,22 +196,50 @@ class Parts(NamedTuple):
     zone_h: Tensor | None = None
     zone_c: Tensor | None = None
     b_x: Tensor | None = None
+    clip_c: Tensor | None = None
+
+    def of_rows(self, begin: int | None, end: int | None) -> Parts:
+        """Returns what a product with these rows of ``w_hh`` needs."""
+        rows = slice(begin, end)
+        b_hh = None if self.b_hh is None else self.b_hh[rows]
+        gain_h = None if self.gain_h is None else self.gain_h[rows]
+        return self._replace(w_hh=self.w_hh[rows], b_hh=b_hh, gain_h=gain_h)
+
+
+def _hidden_side(h: Tensor, parts: Parts, epsilon: float) -> Tensor:
+    """Returns W_hh h with its mask, layer normalisation and bias."""
+    operand = h if parts.mask_h is None else h * parts.mask_h[: h.shape[0]]
+    if parts.gain_h is None:
+        return linear(operand, parts.w_hh, parts.b_hh)
+    product = linear(operand, parts.w_hh)
+    return layer_norm(product, product.shape[-1:], parts.gain_h, parts.b_hh, epsilon)
+
+
+def _step_with_two_products(
+    cell: TwoProducts, gates_x: Tensor, h: Tensor, parts: Parts, epsilon: float
+) -> Tensor:
+    first = parts.w_hh.shape[0] - h.shape[-1]
+    pre = gates_x[..., :first] + _hidden_side(h, parts.of_rows(None, first), epsilon)
+    gates = cell.gate(pre).chunk(first // h.shape[-1], dim=-1)
+    second = _hidden_side(gates[0] * h, parts.of_rows(first, None), epsilon)
+    return cell.output(gates, torch.tanh(gates_x[..., first:] + second), h)
 
 
 def _step_with_parts(
     cell: str, gates_x: Tensor, h: Tensor, c: Tensor | None, parts: Parts, epsilon: float
 ) -> tuple[Tensor, Tensor | None]:
     """Runs a step before zoneout, with layer normalisation of W_hh h and of c'."""
-    operand = h if parts.mask_h is None else h * parts.mask_h[: h.shape[0]]
-    if parts.gain_h is None:
-        gates_h = linear(operand, parts.w_hh, parts.b_hh)
-    else:
-        product = linear(operand, parts.w_hh)
-        gates_h = layer_norm(product, product.shape[-1:], parts.gain_h, parts.b_hh, epsilon)
-    if cell != "lstm" or c is None:
-        return STEPS[cell](gates_x, gates_h, h, c, None)
-    i, f, g, o = lstm_gates(gates_x, gates_h)
-    c = normal = f * c + i * g
+    if cell in TWO_PRODUCTS:
+        return _step_with_two_products(TWO_PRODUCTS[cell], gates_x, h, parts, epsilon), None
+    gates_h = _hidden_side(h, parts, epsilon)
+    if cell not in LSTM_GATES or c is None:
+        step = LOOP_STEPS.get(cell) or STEPS[cell]
+        return step(gates_x, gates_h, h, c, None)
+    i, f, g, o = lstm_gates(gates_x, gates_h, LSTM_GATES[cell])
+    c = f * c + i * g
+    if parts.clip_c is not None:
+        c = torch.clamp(c, -parts.clip_c, parts.clip_c)
+    normal = c
     if parts.gain_c is not None:
         normal = layer_norm(c, c.shape[-1:], parts.gain_c, parts.bias_c, epsilon)
     return o * torch.tanh(normal), c

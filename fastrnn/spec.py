@@ -107,6 +107,8 @@ class CellSpec:
         projects: whether a layer of this cell may have a projection.
         torch: the facts about torch.
         defined: whether `fastrnn.define_cell` has made the cell.
+        second_gates: the last gates, which a second product of the step computes; 0 for most cells.
+        loops_only: whether only the time loops with options run the cell.
         ranges_x, ranges_h: ``pre_x`` and ``pre_h`` as ranges, so that products are few and large.
         inference_outputs, training_outputs: the results to request from ``recurrent_forward``.
         cell_states: C, states besides h.
@@ -125,6 +127,8 @@ class CellSpec:
     projects: bool
     torch: TorchFacts
     defined: bool = False
+    second_gates: int = 0
+    loops_only: bool = False
     ranges_x: tuple[ColumnRange, ...] = field(init=False)
     ranges_h: tuple[ColumnRange, ...] = field(init=False)
     inference_outputs: int = field(init=False)
@@ -158,7 +162,7 @@ class CellSpec:
         return slots | UNIT if self.parameters else slots
 
 
-def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
+def _spec(name: str, facts: _C.CellFacts, loops_only: bool = False) -> CellSpec:
     return CellSpec(
         name=name,
         gates=facts["gates"],
@@ -171,6 +175,8 @@ def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
         dense=facts["dense"],
         projects=facts["projects"],
         torch=torch_facts(name),
+        second_gates=facts["gates"] - facts["first_gates"],
+        loops_only=loops_only,
     )
 
 
@@ -181,7 +187,24 @@ BUILT_IN: tuple[str, ...] = tuple(CELLS)
 #: the names of cells of `fastrnn.define_cell` that have kernels
 COMPILED: set[str] = set()
 
-BY_MODE: dict[str, CellSpec] = {spec.mode: spec for spec in CELLS.values()}
+#: cells that only the time loops with options run (csrc/cells/loop_cells.h)
+LOOP_CELLS: dict[str, CellSpec] = {
+    name: _spec(name, facts, loops_only=True) for name, facts in _C.loop_cells().items()
+}
+#: the cells that the operator ``recurrence`` may run
+RECURRENCE_CELLS: dict[str, CellSpec] = {**CELLS, **LOOP_CELLS}
+
+BY_MODE: dict[str, CellSpec] = {spec.mode: spec for spec in RECURRENCE_CELLS.values()}
+
+
+def variant_of(cell: str, hard_gates: bool, reset_after: bool = True) -> str:
+    """Returns the name of a cell with hard gates, or with the reset gate before the product."""
+    return cell + ("" if reset_after else "_reset_before") + ("_hard_sigmoid" if hard_gates else "")
+
+
+def without_variant(cell: str) -> str:
+    """Returns the name that `variant_of` has been given."""
+    return cell.removesuffix("_hard_sigmoid").removesuffix("_reset_before")
 
 
 class DirectionWeights(NamedTuple):

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "cells/loop_cells.h"
 #include "cpu/api.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/thread_budget.h"
@@ -126,21 +127,30 @@ void raise_interruption(const std::string& message) {
   throw py::error_already_set();
 }
 
+py::dict facts(const CellInfo& info) {
+  py::dict cell;
+  cell["gates"] = info.gates;
+  cell["first_gates"] = fastrnn::first_gates(info);
+  cell["pre"] = info.pre;
+  cell["saved"] = info.saved;
+  cell["states"] = info.states;
+  cell["parameters"] = info.parameters;
+  cell["dense"] = info.dense;
+  cell["projects"] = info.projects;
+  cell["pre_x"] = std::vector<int>(info.pre_x, info.pre_x + info.gates);
+  cell["pre_h"] = std::vector<int>(info.pre_h, info.pre_h + info.gates);
+  return cell;
+}
+
 py::dict cells() {
   py::dict all;
-  for (const CellInfo& info : fastrnn::kCells) {
-    py::dict cell;
-    cell["gates"] = info.gates;
-    cell["pre"] = info.pre;
-    cell["saved"] = info.saved;
-    cell["states"] = info.states;
-    cell["parameters"] = info.parameters;
-    cell["dense"] = info.dense;
-    cell["projects"] = info.projects;
-    cell["pre_x"] = std::vector<int>(info.pre_x, info.pre_x + info.gates);
-    cell["pre_h"] = std::vector<int>(info.pre_h, info.pre_h + info.gates);
-    all[info.name] = cell;
-  }
+  for (const CellInfo& info : fastrnn::kCells) all[info.name] = facts(info);
+  return all;
+}
+
+py::dict loop_cells() {
+  py::dict all;
+  for (const fastrnn::LoopCell& cell : fastrnn::kLoopCells) all[cell.info.name] = facts(cell.info);
   return all;
 }
 
@@ -205,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_defined_cell", &fastrnn::cpu::has_defined_cell, py::arg("name"),
         "Whether a cell was added that has kernels for the instruction set in use.");
   m.def("cells", &cells, "The contract of each cell in the registry.");
+  m.def("loop_cells", &loop_cells, "The same of the cells that only time loops with options run.");
   m.def("recurrence_parts", &recurrence_parts,
         "Names of the parts of the operator recurrence, by number.");
   m.def("weight_slots", &weight_slots, "Names of the weight slots of the operators, by number.");

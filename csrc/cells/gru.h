@@ -3,11 +3,14 @@
 #pragma once
 
 #include "cells/contract.h"
+#include "cells/gates.h"
 #include "cells/math.h"
 
 namespace fastrnn::cells {
 
-struct Gru {
+// Gate: the activation f of r and z (gates.h).
+template <class Gate>
+struct GruWith {
   static constexpr int kGates = 3;           // r, z, n
   static constexpr int kPre = 4;             // r, z, hn, xn
   static constexpr int kSaved = 4;           // r, z, n, hn
@@ -24,12 +27,12 @@ struct Gru {
   static constexpr bool kBoundedState = true;  // h' is between n and h
   static constexpr bool kProjects = false;
 
-  // r = sigmoid(pre_r)   z = sigmoid(pre_z)   n = tanh(xn + r hn)   h' = n + z (h - n)
+  // r = f(pre_r)   z = f(pre_z)   n = tanh(xn + r hn)   h' = n + z (h - n)
   template <class A>
   static FASTRNN_HD void forward(const StepInputs<A>& inputs, const StepOutputs<A>& outputs) {
     const A *pre = inputs.pre, *state = inputs.state;
     A *saved = outputs.saved, *next_state = outputs.next_state;
-    const A r = sigmoid(pre[0]), z = sigmoid(pre[1]), hn = pre[2];
+    const A r = Gate::apply(pre[0]), z = Gate::apply(pre[1]), hn = pre[2];
     const A n = tanh(pre[3] + r * hn);
     saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = hn;
     next_state[0] = n + z * (state[0] - n);
@@ -47,12 +50,14 @@ struct Gru {
     // An infinite dh' makes dn NaN, as in torch, which does not multiply by (1 - z) either.
     const A d_h = d_next_state[0] * z;
     const A d_xn = (d_next_state[0] - d_h) * (one - n * n);
-    d_pre[0] = d_xn * hn * r * (one - r);
-    d_pre[1] = d_next_state[0] * (state[0] - n) * z * (one - z);
+    d_pre[0] = Gate::gradient(d_xn * hn, r);
+    d_pre[1] = Gate::gradient(d_next_state[0] * (state[0] - n), z);
     d_pre[2] = d_xn * r;
     d_pre[3] = d_xn;
     d_state[0] = d_h;
   }
 };
+
+struct Gru : GruWith<SigmoidGate> {};
 
 }  // namespace fastrnn::cells

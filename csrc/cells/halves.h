@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cells/contract.h"
+#include "cells/gates.h"
 #include "cells/lstm.h"
 #include "cells/math.h"
 
@@ -17,16 +18,18 @@ struct HalvesOf {
   static constexpr bool kExist = false;
 };
 
-// The equations of Lstm. kOutputGate: the index of o in pre and saved.
-template <>
-struct HalvesOf<Lstm> {
+// The equations of Lstm, with the activation f of i, f and o (gates.h). kOutputGate: the index of o
+// in pre and saved.
+template <class Gate>
+struct LstmHalves {
   static constexpr bool kExist = true;
   static constexpr int kOutputGate = 3;
 
   // Writes i, f, g, o, c' to saved. Returns c'.
   template <class A>
   static FASTRNN_HD A update(const A* pre, A c, A* saved) {
-    const A i = sigmoid(pre[0]), f = sigmoid(pre[1]), g = tanh(pre[2]), o = sigmoid(pre[3]);
+    const A i = Gate::apply(pre[0]), f = Gate::apply(pre[1]), g = tanh(pre[2]);
+    const A o = Gate::apply(pre[3]);
     const A next = f * c + i * g;
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o, saved[4] = next;
     return next;
@@ -37,11 +40,11 @@ struct HalvesOf<Lstm> {
     return o * tanh(n);
   }
 
-  // do = dh' tanh(n)    d_pre_o = do o (1 - o)    dn = dh' o (1 - tanh(n)^2)
+  // do = dh' tanh(n)    d_pre_o = do f'(pre_o)    dn = dh' o (1 - tanh(n)^2)
   template <class A>
   static FASTRNN_HD void output_backward(A o, A n, A d_h, A& d_pre_o, A& d_n) {
     const A one = A(ScalarOf<A>(1)), tanh_n = tanh(n);
-    d_pre_o = d_h * tanh_n * o * (one - o);
+    d_pre_o = Gate::gradient(d_h * tanh_n, o);
     d_n = d_h * o * (one - tanh_n * tanh_n);
   }
   // d_pre of i, f, g from dc' and the values that update has saved. Returns dc.
@@ -49,11 +52,20 @@ struct HalvesOf<Lstm> {
   static FASTRNN_HD A update_backward(const A* saved, A c, A d_c, A* d_pre) {
     const A one = A(ScalarOf<A>(1));
     const A i = saved[0], f = saved[1], g = saved[2];
-    d_pre[0] = d_c * g * i * (one - i);
-    d_pre[1] = d_c * c * f * (one - f);
+    d_pre[0] = Gate::gradient(d_c * g, i);
+    d_pre[1] = Gate::gradient(d_c * c, f);
     d_pre[2] = d_c * i * (one - g * g);
     return d_c * f;
   }
 };
+
+template <>
+struct HalvesOf<Lstm> : LstmHalves<SigmoidGate> {};
+
+// An LSTM with another activation of its gates, which runs in halves alone.
+template <class Gate>
+struct LstmWith : Lstm {};
+template <class Gate>
+struct HalvesOf<LstmWith<Gate>> : LstmHalves<Gate> {};
 
 }  // namespace fastrnn::cells

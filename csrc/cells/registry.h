@@ -76,6 +76,9 @@ FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
 
 constexpr int kCellCount = int(sizeof(kCells) / sizeof(kCells[0]));
+// The kinds from kCellCount on are those of cells that a program defines at run time, and from here
+// on those of cells/loop_cells.h.
+constexpr int kFirstLoopCell = 1 << 16;
 
 // Host only. Always inlined, as the functions below, so that no copy is compiled for one
 // instruction set.
@@ -100,8 +103,11 @@ class CellRef {
 inline constexpr __attribute__((always_inline)) const CellInfo& cell_info(CellRef cell) {
   return cell.info();
 }
+inline constexpr __attribute__((always_inline)) bool is_loop_cell(const CellInfo& cell) {
+  return static_cast<int>(cell.kind) >= kFirstLoopCell;
+}
 inline constexpr __attribute__((always_inline)) bool is_defined_at_run_time(const CellInfo& cell) {
-  return static_cast<int>(cell.kind) >= kCellCount;
+  return static_cast<int>(cell.kind) >= kCellCount && !is_loop_cell(cell);
 }
 
 }  // namespace fastrnn

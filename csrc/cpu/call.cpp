@@ -164,8 +164,10 @@ struct RecurrencePass {
   }
   void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
                 int rank) const {
-    isa().recurrences<T>().of[int(CellKind(problem.shape.cell))].forward(
-        problem, plan, RecurrenceLayout(problem.shape, plan), workspace, team, rank);
+    isa()
+        .recurrences<T>()
+        .of_cell(problem.shape.cell.info())
+        .forward(problem, plan, RecurrenceLayout(problem.shape, plan), workspace, team, rank);
   }
 };
 
@@ -180,8 +182,11 @@ struct RecurrenceBackwardPass {
   }
   void run_rank(const Problem& problem, const Plan& plan, T* workspace, Team& team,
                 int rank) const {
-    isa().recurrences<T>().of[int(CellKind(problem.shape.cell))].backward(
-        problem, plan, RecurrenceBackwardLayout(problem.shape, plan), workspace, team, rank);
+    isa()
+        .recurrences<T>()
+        .of_cell(problem.shape.cell.info())
+        .backward(problem, plan, RecurrenceBackwardLayout(problem.shape, plan), workspace, team,
+                  rank);
   }
 };
 
@@ -484,9 +489,13 @@ std::string int8_reason(const LayerShape& shape) {
   return std::string(choice.kernels->name) + ": " + choice.reason;
 }
 
-bool has_recurrence(const CellInfo& cell) {
-  return !is_defined_at_run_time(cell) &&
-         isa().recurrences_float.of[int(cell.kind)].forward != nullptr;
+const CellInfo* find_recurrence_cell(const std::string& name) {
+  for (const LoopCell& cell : kLoopCells)
+    if (name == cell.info.name) return &cell.info;
+  for (const CellInfo& info : kCells)
+    if (name == info.name)
+      return isa().recurrences_float.of_cell(info).forward != nullptr ? &info : nullptr;
+  return nullptr;
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// Time loops with layer normalisation, zoneout and recurrent dropout as the layers above see them.
+// Time loops with options (problem/recurrence.h) as the layers above see them.
 #pragma once
 
 #include "cpu/api.h"
@@ -6,8 +6,8 @@
 
 namespace fastrnn::cpu {
 
-// Whether there are kernels for a cell.
-FASTRNN_EXPORT bool has_recurrence(const CellInfo& cell);
+// The cell of this name that has kernels, of cells/registry.h or cells/loop_cells.h, or null.
+FASTRNN_EXPORT const CellInfo* find_recurrence_cell(const std::string& name);
 
 // Run one direction. T: float or double. The rounding of d_vectors depends on the number of
 // threads; no other result does.

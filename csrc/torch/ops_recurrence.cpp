@@ -1,4 +1,4 @@
-// The operators of time loops with layer normalisation, zoneout and recurrent dropout.
+// The operators of time loops with options (problem/recurrence.h).
 #include "cpu/recurrence.h"
 
 #include <algorithm>
@@ -46,15 +46,15 @@ struct RecurrenceArguments {
                       const std::optional<Tensor>& c0_, const std::vector<Tensor>& tensors,
                       int64_t slots, const std::optional<Tensor>& batch_sizes, bool reverse_,
                       const std::string& cell_name, double epsilon_)
-      : cell(find_cell(cell_name)),
+      : cell(cpu::find_recurrence_cell(cell_name)),
         dtype(wide_dtype("h0", h0_)),
         reverse(reverse_),
         epsilon(epsilon_),
         data(data_),
         h0(h0_),
         code_(dtype_code(h0_)) {
-    FASTRNN_CHECK(cpu::has_recurrence(*cell), "cell must be one of torch.nn or rnn_sigmoid, got '",
-                  cell_name, "'.");
+    FASTRNN_CHECK(cell != nullptr, "cell must be one with time loops for options, got '", cell_name,
+                  "'.");
     FASTRNN_CHECK(epsilon >= 0 && std::isfinite(epsilon),
                   "epsilon must be a finite number from 0 on, got ", std::to_string(epsilon), ".");
     FASTRNN_CHECK(h0.dim() == 2, "h0 must be [B, H], got ", h0.dim(), " dimensions.");
@@ -95,13 +95,15 @@ struct RecurrenceArguments {
   int64_t gate_units() const { return cell->gates * hidden; }
   bool has(RecurrencePart part) const { return parts[part].has_value(); }
   int64_t saved_width() const {
-    return RecurrenceSaved(*cell, hidden, has(kPartGainH), has(kPartZoneH), has(kPartZoneC)).width;
+    return RecurrenceSaved(*cell, hidden, has(kPartGainH), has(kPartZoneH), has(kPartZoneC),
+                           has(kPartClipC))
+        .width;
   }
 
   LayerShape shape() const {
     const Sequence sequence = {int64_t(step_rows.size()), batch, reverse, step_offset.data(),
                                step_rows.data()};
-    return {cell->kind, sequence, 0, hidden, 0};
+    return {*cell, sequence, 0, hidden, 0};
   }
   template <class T>
   RecurrenceParts<T> view() const {
@@ -111,7 +113,8 @@ struct RecurrenceArguments {
     };
     return {values(kPartWHh),   values(kPartBHh),   values(kPartGainH), values(kPartGainC),
             values(kPartBiasC), values(kPartMaskH), values(kPartZoneH), values(kPartZoneC),
-            stride(kPartZoneH), stride(kPartZoneC), values(kPartBX),    T(epsilon)};
+            stride(kPartZoneH), stride(kPartZoneC), values(kPartBX),    values(kPartClipC),
+            T(epsilon)};
   }
 
  private:
@@ -145,8 +148,10 @@ struct RecurrenceArguments {
     FASTRNN_CHECK(int64_t(tensors.size()) == count, "parts must hold ", count,
                   " tensors, one per slot, got ", int64_t(tensors.size()), ".");
     const bool has_c = cell->states > 1;
-    FASTRNN_CHECK(has_c || !(has_slot(slots, kPartGainC) || has_slot(slots, kPartZoneC)),
-                  "slots must hold gain_c and zone_c for lstm only, got ", slots, ".");
+    FASTRNN_CHECK(has_c || !(has_slot(slots, kPartGainC) || has_slot(slots, kPartZoneC) ||
+                             has_slot(slots, kPartClipC)),
+                  "slots must hold gain_c, zone_c and clip_c for cells with c only, got ", slots,
+                  ".");
     FASTRNN_CHECK(has_slot(slots, kPartGainC) || !has_slot(slots, kPartBiasC),
                   "slots must hold bias_c with gain_c only, got ", slots, ".");
     size_t next = 0;
@@ -164,6 +169,8 @@ struct RecurrenceArguments {
         return checked(name, t, {gate_units()});
       case kPartMaskH:
         return checked(name, t, {batch, hidden});
+      case kPartClipC:
+        return checked(name, t, {1});
       case kPartZoneH:
       case kPartZoneC:
         return checked(name, t, {t.dim() == 2 && t.size(0) == 1 ? 1 : rows, hidden});

@@ -44,10 +44,11 @@ enum RecurrencePart : int {
   kPartZoneH,
   kPartZoneC,
   kPartBX,
+  kPartClipC,
   kRecurrenceParts
 };
 inline constexpr const char* kRecurrencePartNames[kRecurrenceParts] = {
-    "w_hh", "b_hh", "gain_h", "gain_c", "bias_c", "mask_h", "zone_h", "zone_c", "b_x"};
+    "w_hh", "b_hh", "gain_h", "gain_c", "bias_c", "mask_h", "zone_h", "zone_c", "b_x", "clip_c"};
 
 enum SequenceSlot : int { kBatchSizes = 16, kSequenceSlotsEnd };
 inline constexpr int kFirstSequenceSlot = kBatchSizes;

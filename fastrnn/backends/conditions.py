@@ -31,7 +31,7 @@ def unsupported_transform() -> str:
 def unsupported_tensors(call: LayerCall) -> str:
     """Checks the cell, the device and the dtype."""
     if not call.has_plain_cell:
-        return "the cell has layer normalisation, zoneout or recurrent dropout"
+        return "the cell has options, such as layer normalisation or zoneout"
     return unsupported_placement(call)
 
 

@@ -1,4 +1,4 @@
-"""fastrnn's kernels for layer normalisation, zoneout and recurrent dropout, on the CPU."""
+"""fastrnn's kernels for cells with options, on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def unsupported(call: LayerCall) -> str:
     if size(call.h0, -1) == 0:
         return "the hidden size is 0"
     if call.x.device.type not in ("cpu", "meta"):
-        return "the kernels of layer normalisation, zoneout and recurrent dropout are for the CPU"
+        return "the kernels of cells with options are for the CPU"
     return unsupported_transform() or unsupported_placement(call)
 
 

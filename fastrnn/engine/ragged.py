@@ -17,6 +17,7 @@ from fastrnn import autocast
 from fastrnn.backends.conditions import unsupported_tensors, unsupported_transform
 from fastrnn.engine import choose
 from fastrnn.engine.checks import check_layers
+from fastrnn.engine.heads import run_heads
 from fastrnn.engine.lengths_on_device import can_run, run_lengths_on_device
 from fastrnn.engine.ragged_states import recorded_layer
 from fastrnn.engine.run import run, without_autocast
@@ -95,6 +96,15 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
     if batch_first:
         call = call._replace(x=call.x.transpose(0, 1))
     without_tracing(_check_kinds, call, marks, batch_first)
+    if call.options.heads > 1:
+        if batch_first and marks.resets is not None:
+            marks = marks._replace(resets=marks.resets.transpose(0, 1))
+        y, h_n, c_n = run_heads(
+            call,
+            marks.reset_state,
+            lambda own, state: run_marked(own, marks._replace(reset_state=state), False),
+        )
+        return y.transpose(0, 1) if batch_first else y, h_n, c_n
     is_graph = torch.compiler.is_compiling() or is_capturing()
     if not is_graph and _stays_on_device(call, marks):
         results = run_lengths_on_device(call, marks.lengths.detach().to(call.x.device, torch.int64))

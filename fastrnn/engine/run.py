@@ -14,6 +14,7 @@ from fastrnn._torch_internals import is_any_autocast_enabled
 from fastrnn.backends import Backend, prepared, torch_step
 from fastrnn.engine import choose
 from fastrnn.engine.checks import check_alike, check_layers, check_step
+from fastrnn.engine.heads import run_heads
 from fastrnn.layer_call import DEFAULTS, PADDED, LayerCall, Results
 from fastrnn.ops import HALF, forward_op, kernel_layer, raise_unless_rejected
 from fastrnn.ops.stacking import layer_input, layer_output
@@ -34,6 +35,8 @@ def run(call: LayerCall, batch_first: bool = False) -> Results:
     if batch_first:
         y, h_n, c_n = run(call._replace(x=call.x.transpose(0, 1)))
         return y.transpose(0, 1), h_n, c_n
+    if call.options.heads > 1:
+        return run_heads(call, None, lambda own, _: run(own))
     backend = choose.choose(call)
     if not (is_any_autocast_enabled() and autocast.acts_on(call.x)):
         if backend is not torch_step:

@@ -38,6 +38,7 @@ from fastrnn.spec import (
     BY_MODE,
     MATRICES,
     PROJECTION,
+    RECURRENCE_CELLS,
     WEIGHT_FORMATS,
     Weights,
     slots_of_names,
@@ -109,6 +110,10 @@ class RecurrentBase(nn.RNNBase):
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        cell_clip: float | None = None,
+        gate_activation: str = "sigmoid",
+        reset_after: bool = True,
+        heads: int = 1,
         **kwargs: Any,
     ) -> None:
         self.weight_dtype = weight_dtype
@@ -140,10 +145,18 @@ class RecurrentBase(nn.RNNBase):
                 zoneout,
                 recurrent_dropout,
                 weight_dropout,
+                self.hidden_size,
+                cell_clip,
+                gate_activation,
+                reset_after,
+                heads,
             )
             if options is not None:
                 cell_options.check_together(self, options, self._recompute)
                 self._cell_options = options
+                self.mode = RECURRENCE_CELLS[options.cell(BY_MODE[mode].name)].mode
+                if options.heads > 1:
+                    cell_options.divide_recurrent_weights(self, options.heads)
                 if layer_norm:
                     cell_options.add_norm_parameters(self, BY_MODE[mode].has_cell_state)
             if learn_initial_state:
@@ -291,8 +304,9 @@ class RecurrentBase(nn.RNNBase):
             text += ", residual=True"
         if self._batch_first_states:
             text += ", batch_first_states=True"
-        if self._cell_options is not None:
-            text += f", {self._cell_options.describe()}"
+        options = "" if self._cell_options is None else self._cell_options.as_arguments()
+        if options:
+            text += f", {options}"
         return text
 
     def prepare(self: _Module) -> _Module:
@@ -522,7 +536,9 @@ class RecurrentBase(nn.RNNBase):
             options = options._replace(recorder=recorder)
         if self._cell_options is not None:
             cell_options.check_together(self, self._cell_options, self._recompute)
-            options = options._replace(cell=self._cell_options.of_call(self.training))
+            options = options._replace(
+                cell=self._cell_options.of_call(self.training), heads=self._cell_options.heads
+            )
             if options == DEFAULTS:
                 options = DEFAULTS  # `run` compares by identity
         call = LayerCall(spec, input, sequence, h0, c0, weights, options)

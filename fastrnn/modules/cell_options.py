@@ -10,7 +10,17 @@ from torch.nn.functional import dropout
 
 from fastrnn import checks
 from fastrnn.layer_call import CellOptions
-from fastrnn.spec import NORM, NORM_CELL, NORM_CELL_BIAS, CellSpec, Weights
+from fastrnn.spec import (
+    NORM,
+    NORM_CELL,
+    NORM_CELL_BIAS,
+    CellSpec,
+    Weights,
+    variant_of,
+)
+
+#: the activations of gates
+GATE_ACTIVATIONS = ("sigmoid", "hard_sigmoid")
 
 
 class ModuleOptions(NamedTuple):
@@ -23,26 +33,55 @@ class ModuleOptions(NamedTuple):
     zoneout: tuple[float, float] = (0.0, 0.0)
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    cell_clip: float | None = None
+    gate_activation: str = "sigmoid"
+    reset_after: bool = True
+    heads: int = 1
+    #: whether no other schedule than the time loops with options runs the module's cell
+    loops_only: bool = False
 
     def changes_the_cell(self, training: bool) -> bool:
         """Whether the time loop is not that of a plain layer."""
-        return self.layer_norm or any(self.zoneout) or (training and self.recurrent_dropout > 0)
+        return (
+            self.layer_norm
+            or any(self.zoneout)
+            or (training and self.recurrent_dropout > 0)
+            or self.cell_clip is not None
+            or self.gate_activation != "sigmoid"
+            or not self.reset_after
+            or self.loops_only
+        )
 
     def of_call(self, training: bool) -> CellOptions | None:
-        """Returns the options of a call; None if there are none besides layer normalisation."""
-        own = self._replace(layer_norm=False)
-        if not own.changes_the_cell(training):
+        """Returns the options of a call; None if there are none besides weights and the cell."""
+        is_random = training and self.recurrent_dropout > 0
+        if not (any(self.zoneout) or is_random or self.cell_clip is not None):
             return None
         zoneout_c, zoneout_h = self.zoneout
-        return CellOptions(zoneout_h, zoneout_c, self.recurrent_dropout, training)
+        return CellOptions(zoneout_h, zoneout_c, self.recurrent_dropout, training, self.cell_clip)
+
+    def cell(self, plain: str) -> str:
+        """Returns the cell that runs, for the name of the cell without options."""
+        return variant_of(plain, self.gate_activation != "sigmoid", self.reset_after)
 
     def describe(self) -> str:
-        """Returns the options that are set, as arguments."""
-        return ", ".join(f"{name}={value}" for name, value in self.arguments().items() if value)
+        """Returns the options that are set as arguments, or what else makes the cell special."""
+        return self.as_arguments() or "a cell that only the kernels of options run"
 
-    def arguments(self) -> dict[str, Any]:
+    def as_arguments(self) -> str:
+        """Returns the options that are set, as in a call; "" if there are none."""
+        defaults = ModuleOptions()._arguments()
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in self._arguments().items()
+            if value != defaults[name]
+        )
+
+    def _arguments(self) -> dict[str, Any]:
         zoneout: Any = self.zoneout[0] if self.zoneout[0] == self.zoneout[1] else self.zoneout
-        return {**self._asdict(), "zoneout": zoneout}
+        arguments = {**self._asdict(), "zoneout": zoneout}
+        del arguments["loops_only"]
+        return arguments
 
 
 def _probability(name: str, option: str, value: Any) -> float:
@@ -54,6 +93,35 @@ def _probability(name: str, option: str, value: Any) -> float:
     return float(value)
 
 
+def _clip(name: str, option: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not checks.is_bool(value)
+    if not is_number or not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"{name}: {option} must be a positive number or None, got {checks.describe(value)}."
+        )
+    return float(value)
+
+
+def _check_cell(name: str, spec: CellSpec, option: str, value: Any, cells: tuple[str, ...]) -> None:
+    """Raises if an option that is set is not one of the module's cell."""
+    if spec.name not in cells:
+        owners = " or ".join(cell.upper() for cell in cells)
+        raise ValueError(
+            f"{name}: {option} is an option of {owners} only, got {checks.describe(value)}."
+        )
+
+
+def _heads(name: str, heads: Any, hidden_size: int) -> int:
+    if not isinstance(heads, int) or checks.is_bool(heads) or heads < 1 or hidden_size % heads:
+        raise ValueError(
+            f"{name}: heads must be a positive divisor of hidden_size {hidden_size}, "
+            f"got {checks.describe(heads)}."
+        )
+    return heads
+
+
 def parse(
     name: str,
     spec: CellSpec,
@@ -61,6 +129,11 @@ def parse(
     zoneout: Any,
     recurrent_dropout: Any,
     weight_dropout: Any,
+    hidden_size: int = 1,
+    cell_clip: Any = None,
+    gate_activation: Any = "sigmoid",
+    reset_after: Any = True,
+    heads: Any = 1,
 ) -> ModuleOptions | None:
     """Checks the arguments of a module. Returns None if all are the defaults.
 
@@ -76,28 +149,52 @@ def parse(
         zone_c, zone_h = (_probability(name, "zoneout", value) for value in zoneout)
     else:
         zone_c = zone_h = _probability(name, "zoneout", zoneout)
+    if cell_clip is not None:
+        _check_cell(name, spec, "cell_clip", cell_clip, ("lstm",))
+    if not isinstance(gate_activation, str) or gate_activation not in GATE_ACTIVATIONS:
+        raise ValueError(
+            f"{name}: gate_activation must be one of "
+            f"{', '.join(map(repr, GATE_ACTIVATIONS))}, got {checks.describe(gate_activation)}."
+        )
+    if gate_activation != "sigmoid":
+        _check_cell(name, spec, "gate_activation", gate_activation, ("lstm", "gru"))
+    if not checks.is_bool(reset_after):
+        raise TypeError(f"{name}: reset_after must be a bool, got {checks.describe(reset_after)}.")
+    if not reset_after:
+        _check_cell(name, spec, "reset_after", reset_after, ("gru",))
     options = ModuleOptions(
         bool(layer_norm),
         (zone_c, zone_h),
         _probability(name, "recurrent_dropout", recurrent_dropout),
         _probability(name, "weight_dropout", weight_dropout),
+        _clip(name, "cell_clip", cell_clip),
+        gate_activation,
+        bool(reset_after),
+        _heads(name, heads, hidden_size),
+        spec.loops_only,
     )
     return None if options == ModuleOptions() else options
 
 
 def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -> None:
     """Raises if the module has another option that excludes these."""
-    if not options.changes_the_cell(training=True):
-        return
     name = type(module).__name__
-    for other, value, expected in (
-        ("proj_size", module.proj_size, 0),
-        ("recompute", recompute, "none"),
-    ):
+    exclusions: list[tuple[str, Any, Any, str]] = []
+    if options.heads > 1:
+        heads = f"heads={options.heads}"
+        exclusions += [
+            ("proj_size", module.proj_size, 0, heads),
+            ("layer_norm", options.layer_norm, False, heads),
+        ]
+    if options.changes_the_cell(training=True):
+        own = options.describe()
+        exclusions += [
+            ("proj_size", module.proj_size, 0, own),
+            ("recompute", recompute, "none", own),
+        ]
+    for other, value, expected, option in exclusions:
         if value != expected:
-            raise ValueError(
-                f"{name}: {other} must be {expected!r} with {options.describe()}, got {value!r}."
-            )
+            raise ValueError(f"{name}: {other} must be {expected!r} with {option}, got {value!r}.")
 
 
 def reject(owner: str, module: Any, training: bool = False) -> None:
@@ -109,11 +206,27 @@ def reject(owner: str, module: Any, training: bool = False) -> None:
         training: whether the module computes in training mode, where recurrent dropout acts too.
     """
     options: ModuleOptions | None = getattr(module, "_cell_options", None)
-    if options is not None and options.changes_the_cell(training):
-        names = "neither layer_norm nor zoneout"
+    if options is None:
+        return
+    if options.heads > 1:
+        raise ValueError(f"{owner}: the layer must have heads=1, got {options.heads}.")
+    if options.changes_the_cell(training):
+        names = "neither layer_norm nor zoneout nor another option of the cell"
         if training:
-            names = "no layer_norm, no zoneout and, in training mode, no recurrent_dropout"
+            names = (
+                "no layer_norm, no zoneout, no other option of the cell and, in training mode, "
+                "no recurrent_dropout"
+            )
         raise ValueError(f"{owner}: the layer must have {names}, got {options.describe()}.")
+
+
+def divide_recurrent_weights(module: nn.RNNBase, heads: int) -> None:
+    """Replaces each weight_hh [G*H,H] by one that has the columns of one head, [G*H,H/heads]."""
+    for suffix in _suffixes(module):
+        name = f"weight_hh_{suffix}"
+        columns = getattr(module, name).detach()[:, : module.hidden_size // heads]
+        module._parameters[name] = nn.Parameter(columns.clone())
+    module._init_flat_weights()
 
 
 def _suffixes(module: nn.RNNBase) -> list[str]:

@@ -19,7 +19,7 @@ _Device = torch.device | str | int | None
 _NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
 
-def _without_projection(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def without_projection(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Returns the positional arguments for ``nn.RNNBase``, whose 8th after mode is ``proj_size``.
 
     For RNN and GRU, torch documents ``device`` at that position and reads ``proj_size``. Both are
@@ -68,6 +68,8 @@ class RNN(OneState):
         recurrent_dropout: probability that a unit of h is zero in the product with W_hh; one mask
             for all steps of a sequence. Default: 0
         weight_dropout: probability that a value of W_hh is zero; one mask per call. Default: 0
+        heads: number of independent parts of the units, a divisor of H: ``weight_hh`` is
+            [G*H,H/heads]. Default: 1
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -122,6 +124,7 @@ class RNN(OneState):
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        heads: int = 1,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -131,7 +134,7 @@ class RNN(OneState):
             args = args[:3] + args[4:]
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        args = _without_projection(args, kwargs)
+        args = without_projection(args, kwargs)
         modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
         if not isinstance(nonlinearity, str) or nonlinearity not in modes:
             given = " ".join(str(nonlinearity).split())
@@ -239,6 +242,10 @@ class LSTM(TwoStates):
         recurrent_dropout: probability that a unit of h is zero in the product with W_hh; one mask
             for all steps of a sequence. Default: 0
         weight_dropout: probability that a value of W_hh is zero; one mask per call. Default: 0
+        cell_clip: bound of the absolute value of c at every step. Default: ``None``
+        gate_activation: ``"sigmoid"``, or ``"hard_sigmoid"``: relu6(a + 3) / 6 for i, f and o.
+        heads: number of independent parts of the units, a divisor of H: ``weight_hh`` is
+            [G*H,H/heads]. Default: 1
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -299,6 +306,9 @@ class LSTM(TwoStates):
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        cell_clip: float | None = None,
+        gate_activation: str = "sigmoid",
+        heads: int = 1,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -476,6 +486,11 @@ class GRU(OneState):
         recurrent_dropout: probability that a unit of h is zero in the product with W_hh; one mask
             for all steps of a sequence. Default: 0
         weight_dropout: probability that a value of W_hh is zero; one mask per call. Default: 0
+        gate_activation: ``"sigmoid"``, or ``"hard_sigmoid"``: relu6(a + 3) / 6 for r and z.
+        reset_after: whether r multiplies the product, as above; ``False``: it multiplies h before
+            the product, n = tanh(W_in x + b_in + W_hn (r*h) + b_hn), as in the paper.
+        heads: number of independent parts of the units, a divisor of H: ``weight_hh`` is
+            [G*H,H/heads]. Default: 1
 
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
@@ -529,11 +544,14 @@ class GRU(OneState):
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        gate_activation: str = "sigmoid",
+        reset_after: bool = True,
+        heads: int = 1,
     ) -> None: ...
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("GRU", *_without_projection(args, kwargs), **kwargs)
+        super().__init__("GRU", *without_projection(args, kwargs), **kwargs)
 
     @overload
     @overload_method

@@ -1,4 +1,4 @@
-"""Layers whose cell has layer normalisation, zoneout or recurrent dropout.
+"""Layers whose cell has options, such as layer normalisation or two products per step.
 
     pre_x = W_ih x, or with layer normalisation gain_ih * LN(W_ih x) + b_ih     for all steps
     y, h_n, c_n = recurrence(pre_x, ...)    the time loop (csrc/problem/recurrence.h)
@@ -28,7 +28,7 @@ from fastrnn.ops.gradients import differentiable_gradients, is_transformed
 from fastrnn.ops.operators import interruptible
 from fastrnn.ops.sequence import previous_states
 from fastrnn.reference import Parts, reference_recurrence
-from fastrnn.spec import CELLS, CellSpec, DirectionWeights
+from fastrnn.spec import RECURRENCE_CELLS, CellSpec, DirectionWeights
 from fastrnn.tracing import is_capturing
 
 _recurrence_op = torch.ops.fastrnn.recurrence.default
@@ -109,7 +109,8 @@ def _parts(
 
     zone_h = zone(options.zoneout_h)
     zone_c = None if c is None else zone(options.zoneout_c)
-    return parts._replace(mask_h=mask, zone_h=zone_h, zone_c=zone_c)
+    clip_c = None if options.cell_clip is None else h.new_full((1,), options.cell_clip)
+    return parts._replace(mask_h=mask, zone_h=zone_h, zone_c=zone_c, clip_c=clip_c)
 
 
 def _draw_zone(probability: float, rows: int, units: int, like: Tensor) -> Tensor:
@@ -300,7 +301,7 @@ def _kernel_gradients(
     )
     if d_a.numel() == 0:
         d_a = d_pre_x
-    spec, hidden = CELLS[cell], h0.shape[1]
+    spec, hidden = RECURRENCE_CELLS[cell], h0.shape[1]
     width = spec.gates * hidden
     parts, needs = _unpack(tensors, slots), _unpack(needs_parts, slots)
     d_b_hh, d_gain_h, d_gain_c, d_bias_c = d_vectors.split((width, width, hidden, hidden))
@@ -311,12 +312,18 @@ def _kernel_gradients(
         )
         if parts.mask_h is not None:
             h_prev = h_prev * _of_rows(parts.mask_h, batch_sizes, h_prev.shape[0])
-        d_w_hh = _product_gradients(d_a.reshape(-1, width), h_prev, None)[1]
+        d_a = d_a.reshape(-1, width)
+        first = width - spec.second_gates * hidden
+        d_w_hh = _product_gradients(d_a[:, :first], h_prev, None)[1]
+        if spec.second_gates:  # that product has multiplied h times the first gate
+            operand = h_prev * saved[:, :hidden]
+            d_second = _product_gradients(d_a[:, first:], operand, None)[1]
+            d_w_hh = torch.cat([d_w_hh, d_second])
     d_b_x = None
     if needs.b_x:  # both sides of a GRU differ
         is_same = spec.pre == spec.gates and parts.b_hh is not None
         d_b_x = d_b_hh.clone() if is_same else d_pre_x.reshape(-1, width).sum(0)
-    d_parts = (d_w_hh, d_b_hh, d_gain_h, d_gain_c, d_bias_c, None, None, None, d_b_x)
+    d_parts = (d_w_hh, d_b_hh, d_gain_h, d_gain_c, d_bias_c, None, None, None, d_b_x, None)
     present = [d for i, d in enumerate(d_parts) if slots >> i & 1]
     return d_pre_x, d_h0, None if c0 is None else d_c0, *present
 
@@ -380,11 +387,13 @@ def saved_width(spec: CellSpec, hidden: int, slots: int) -> int:
     columns = spec.saved + (spec.gates if has.gain_h else 0) + (1 if has.zone_c else 0)
     if has.zone_h and spec.saved == 0:
         columns += 1
+    if has.clip_c:
+        columns += 1
     return columns * hidden + 3
 
 
 def _check(pre_x: Tensor, h0: Tensor, c0: Tensor | None, cell: str) -> CellSpec:
-    spec = CELLS[cell]
+    spec = RECURRENCE_CELLS[cell]
     torch._check(h0.dim() == 2, lambda: f"fastrnn: h0 must be [B, H], got {h0.dim()} dimensions.")
     width = spec.gates * h0.shape[1]
     torch._check(
@@ -429,7 +438,7 @@ def _gradients_fake(
     y: Tensor,
     saved: Tensor,
 ) -> tuple[Tensor, ...]:
-    spec, hidden = CELLS[cell], h0.shape[1]
+    spec, hidden = RECURRENCE_CELLS[cell], h0.shape[1]
     width = spec.gates * hidden
     is_same = spec.pre == spec.gates and _unpack(parts, slots).gain_h is None
     d_a = h0.new_empty(0) if is_same else h0.new_empty(math.prod(y.shape[:-1]), width)

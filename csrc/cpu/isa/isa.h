@@ -71,8 +71,7 @@ struct ScanTypes {
   ScanPasses<Float16Value, float> of_float16;
 };
 
-// Time loops with layer normalisation, zoneout and recurrent dropout
-// (cpu/kernels/recurrence/table.h); null for cells without kernels.
+// Time loops with options (cpu/kernels/recurrence/table.h); null for cells without kernels.
 template <class T>
 struct RecurrenceKernels {
   void (*forward)(const Recurrence<T>&, const Plan&, const RecurrenceLayout&, T* workspace, Team&,
@@ -82,7 +81,13 @@ struct RecurrenceKernels {
 };
 template <class T>
 struct RecurrenceTable {
-  RecurrenceKernels<T> of[kCellCount];  // by CellKind
+  RecurrenceKernels<T> of[kCellCount];         // by CellKind
+  RecurrenceKernels<T> loops[kLoopCellCount];  // of cells/loop_cells.h
+
+  const RecurrenceKernels<T>& of_cell(const CellInfo& cell) const {
+    const int kind = static_cast<int>(cell.kind);
+    return is_loop_cell(cell) ? loops[kind - kFirstLoopCell] : of[kind];
+  }
 };
 
 struct Isa {

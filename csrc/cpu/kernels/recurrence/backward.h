@@ -23,7 +23,7 @@ class RecurrenceBackward {
         plan_(plan),
         layout_(layout),
         kept_(cell_info(problem.shape.cell), problem.shape.hidden_size, parts_.gain_h != nullptr,
-              parts_.zone_h != nullptr, parts_.zone_c != nullptr),
+              parts_.zone_h != nullptr, parts_.zone_c != nullptr, parts_.clip_c != nullptr),
         workspace_(workspace),
         team_(team),
         barrier_(team.barrier),
@@ -62,7 +62,7 @@ class RecurrenceBackward {
     add_sums();
   }
 
- private:
+ protected:
   using Vec = Pack<T>;
   using Halves = cells::HalvesOf<Cell>;
   static constexpr int kLanes = Vec::kLanes;
@@ -270,6 +270,11 @@ class RecurrenceBackward {
           d_c = (Vec(T(1)) - zone) * d_c;
         }
         d_c = d_c + Vec::load(d_row + unit, lanes);
+        if (parts_.clip_c != nullptr) {
+          const Vec limit(*parts_.clip_c), zero(T(0));
+          const Vec unclipped = Vec::load(saved + kept_.unclipped + unit, lanes);
+          d_c = select(limit >= unclipped, select(unclipped >= -limit, d_c, zero), zero);
+        }
         const Vec before = Vec::load(c_before + unit, lanes);
         (Halves::update_backward(values, before, d_c, d_pre) + around).store(d_c_row + unit, lanes);
         store_gates(n, unit, lanes, d_pre);
@@ -279,11 +284,16 @@ class RecurrenceBackward {
 
   // From what is added to pre to a, both on the hidden side.
   void normalisation_backward(std::int64_t n, const T* saved) {
-    const std::int64_t hidden = hidden_, width = Cell::kGates * hidden;
-    const T* from = (kSeparateSides ? problem_.d_a : problem_.d_pre_x) + n * width;
-    T* to = problem_.d_a + n * width;
-    T* d_bias = sums(rank_);
-    T* d_gain = d_bias + width;
+    normalisation_backward(n, saved, 0, Cell::kGates * hidden_, kept_.statistics);
+  }
+  // Of `width` columns from `first` on, whose 1/deviation is at saved[scale_at].
+  FASTRNN_INLINE void normalisation_backward(std::int64_t n, const T* saved, std::int64_t first,
+                                             std::int64_t width, std::int64_t scale_at) {
+    const std::int64_t all = Cell::kGates * hidden_, row = n * all + first;
+    const T* from = (kSeparateSides ? problem_.d_a : problem_.d_pre_x) + row;
+    T* to = problem_.d_a + row;
+    T* d_bias = sums(rank_) + first;
+    T* d_gain = d_bias + all;
     if (parts_.gain_h == nullptr) {
       for (std::int64_t i = 0; i < width; i += kLanes) {
         const std::int64_t lanes = std::min<std::int64_t>(kLanes, width - i);
@@ -293,20 +303,21 @@ class RecurrenceBackward {
       }
       return;
     }
-    const T* x_row = saved + kept_.normalised;
+    const T* x_row = saved + kept_.normalised + first;
+    const T* gain_h = parts_.gain_h + first;
     Vec sum(T(0)), sum_x(T(0));
     for (std::int64_t i = 0; i < width; i += kLanes) {
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, width - i);
       const Vec x = Vec::load(x_row + i, lanes), d_v = Vec::load(from + i, lanes);
       add_to(d_bias + i, d_v, lanes);
       add_to(d_gain + i, d_v * x, lanes);
-      const Vec d = d_v * Vec::load(parts_.gain_h + i, lanes);
+      const Vec d = d_v * Vec::load(gain_h + i, lanes);
       sum = sum + d;
       sum_x = sum_x + d * x;
       d.store(to + i, lanes);
     }
     const Vec mean_d(sum.total() / T(width)), mean_dx(sum_x.total() / T(width));
-    const Vec scale(saved[kept_.statistics]);
+    const Vec scale(saved[scale_at]);
     for (std::int64_t i = 0; i < width; i += kLanes) {
       const std::int64_t lanes = std::min<std::int64_t>(kLanes, width - i);
       const Vec x = Vec::load(x_row + i, lanes), d = Vec::load(to + i, lanes);

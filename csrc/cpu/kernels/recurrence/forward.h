@@ -18,7 +18,7 @@ class RecurrenceForward {
         plan_(plan),
         layout_(layout),
         kept_(cell_info(problem.shape.cell), problem.shape.hidden_size, parts_.gain_h != nullptr,
-              parts_.zone_h != nullptr, parts_.zone_c != nullptr),
+              parts_.zone_h != nullptr, parts_.zone_c != nullptr, parts_.clip_c != nullptr),
         workspace_(workspace),
         team_(team),
         barrier_(team.barrier),
@@ -55,7 +55,7 @@ class RecurrenceForward {
     if (steps == 0) finish_untouched();
   }
 
- private:
+ protected:
   using Vec = Pack<T>;
   using Halves = cells::HalvesOf<Cell>;
   static constexpr int kLanes = Vec::kLanes;
@@ -176,6 +176,11 @@ class RecurrenceForward {
       if constexpr (Halves::kExist) {
         const Vec before = Vec::load(c + unit, lanes);
         Vec next = Halves::update(pre, before, saved);
+        if (parts.clip_c != nullptr) {
+          if (saves) next.store(saved_row + kept_.unclipped + unit, lanes);
+          next = cells::clamp(next, Vec(-*parts.clip_c), Vec(*parts.clip_c));
+          saved[Cell::kSavedState] = next;
+        }
         if (parts.zone_c != nullptr) {
           const Vec zone = Vec::load(parts.zone_c + n * parts.zone_c_stride + unit, lanes);
           next = zone * before + (Vec(T(1)) - zone) * next;

@@ -4,10 +4,6 @@
 #include "cpu/kernels/product/weight_matrix.h"
 #include "cpu/recurrence_layout.h"
 
-FASTRNN_TARGET_BEGIN
-#include "cells/halves.h"
-FASTRNN_TARGET_END
-
 FASTRNN_KERNELS_BEGIN
 
 // The vector with zeros from lane `lanes` on.
