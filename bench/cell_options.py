@@ -1,10 +1,11 @@
-"""Time of layers with layer normalisation, zoneout and dropout, beside the plain layer and a loop.
+"""Time of layers with options of the cell, compared with the plain layer and a loop.
 
     python bench/cell_options.py [--seconds 0.5] [--threads 2] [--json FILE]
 
 First all options of an LSTM together, relative to the plain layer, with loops of cells in Python
-as users write them, and a loop whose steps torch.compile compiles. Then each option alone,
-relative to the layer with the option: the plain layer and the loop. Calls are interleaved
+as users write them, and a loop whose steps torch.compile compiles. The same for a GRU: its reset
+gate before the product, hard gates, heads, and `fastrnn.MGU`. Then each option alone, relative to
+the layer with the option: the plain layer and the loop. Calls are interleaved
 (`fastrnn.tools.benchmark.timing`).
 """
 
@@ -59,6 +60,28 @@ class LayerNormCell(nn.Module):
         outputs = []
         for step in x.unbind(0):
             h, c = self.step(step, h, c)
+            outputs.append(h)
+        return torch.stack(outputs)
+
+
+class ResetBeforeCell(nn.Module):
+    """A GRU whose reset gate acts before the product."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight_ih = nn.Parameter(torch.randn(3 * size, size) / size**0.5)
+        self.weight_hh = nn.Parameter(torch.randn(3 * size, size) / size**0.5)
+        self.bias = nn.Parameter(torch.randn(3 * size) / size**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2]
+        h = x.new_zeros(x.shape[1], size)
+        outputs = []
+        for of_x in linear(x, self.weight_ih, self.bias).unbind(0):
+            gates = of_x[:, : 2 * size] + linear(h, self.weight_hh[: 2 * size])
+            r, z = torch.sigmoid(gates).chunk(2, -1)
+            n = torch.tanh(of_x[:, 2 * size :] + linear(r * h, self.weight_hh[2 * size :]))
+            h = n + z * (h - n)
             outputs.append(h)
         return torch.stack(outputs)
 
@@ -124,10 +147,27 @@ def overview() -> Task:
     return task("LSTM", SHAPES[0], layers)
 
 
+def variants() -> Task:
+    """Returns the task that compares the variants of a GRU, and those of an LSTM's cell state."""
+    size = SHAPES[0][2]
+    layers = {
+        "plain": fastrnn.GRU(size, size),
+        "reset_after=False": fastrnn.GRU(size, size, reset_after=False),
+        "reset_after=False loop": ResetBeforeCell(size),
+        "hard_sigmoid": fastrnn.GRU(size, size, gate_activation="hard_sigmoid"),
+        "heads=4": fastrnn.GRU(size, size, heads=4),
+        "MGU": fastrnn.MGU(size, size),
+        "LSTM": fastrnn.LSTM(size, size),
+        "LSTM cell_clip": fastrnn.LSTM(size, size, cell_clip=3.0),
+    }
+    return task("GRU", SHAPES[0], layers)
+
+
 def tasks() -> Iterator[Task]:
     """Yields what is compared."""
     torch.manual_seed(0)
     yield overview()
+    yield variants()
     for cell in ("LSTM", "GRU"):
         for option, arguments in OPTIONS.items():
             for shape in SHAPES:

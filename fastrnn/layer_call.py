@@ -28,7 +28,7 @@ class CellOptions(NamedTuple):
         zoneout_h, zoneout_c: probability that a unit keeps its state.
         recurrent_dropout: probability that a unit of h is zero in the recurrent product.
         training: whether zoneout draws at random; otherwise it takes the expectation.
-        cell_clip: bound of the absolute value of c, or None.
+        cell_clip, proj_clip: bounds of the absolute values of c and of the projected h, or None.
     """
 
     zoneout_h: float = 0.0
@@ -36,6 +36,7 @@ class CellOptions(NamedTuple):
     recurrent_dropout: float = 0.0
     training: bool = True
     cell_clip: float | None = None
+    proj_clip: float | None = None
 
 
 class Options(NamedTuple):

@@ -9,13 +9,14 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, logsigmoid, relu6
 
-from fastrnn.layer_call import LayerCall, Results
+from fastrnn.layer_call import CellOptions, LayerCall, Results
 
 # gates_x [B,G*H], gates_h [B,G*H] (None without a recurrent product), h [B,R], c [B,C*H] or None,
 # w_unit [E*H] or None -> h' before projection, c' or None
@@ -42,11 +43,19 @@ def lstm_gates(gates_x: Tensor, gates_h: Tensor, gate: Gate = torch.sigmoid) -> 
 
 
 def lstm_step(
-    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor, w_unit: None
+    gates_x: Tensor,
+    gates_h: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_unit: None,
+    gate: Gate = torch.sigmoid,
+    cell_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Long short-term memory: c' = f*c + i*g, h' = o*tanh(c')."""
-    i, f, g, o = lstm_gates(gates_x, gates_h)
+    i, f, g, o = lstm_gates(gates_x, gates_h, gate)
     c = f * c + i * g
+    if cell_clip is not None:
+        c = c.clamp(-cell_clip, cell_clip)
     return o * torch.tanh(c), c
 
 
@@ -327,7 +336,14 @@ def reference_states(call: LayerCall) -> StateResults:
 def _run_layer(call: LayerCall, keeps_c: bool) -> StateResults:
     x, batch_sizes, h0, c0 = call.x, call.batch_sizes, call.h0, call.c0
     batch = h0.shape[1]
-    step = STEPS[call.spec.name]
+    options = call.options.cell or CellOptions()
+    cell = call.spec.name
+    # of the cells with options, an LSTM with a projection alone comes here
+    lstm: Any = partial(
+        lstm_step, gate=LSTM_GATES.get(cell, torch.sigmoid), cell_clip=options.cell_clip
+    )
+    step: Step = STEPS[cell] if call.has_plain_cell else lstm
+    proj_clip = options.proj_clip
     sizes = [batch] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
     outputs, h_n, c_n, c_all = [], [], [], []
     for direction, w in enumerate(call.weights.directions()):
@@ -345,6 +361,8 @@ def _run_layer(call: LayerCall, keeps_c: bool) -> StateResults:
             h_next, c_next = step(step_gates_x[t], gates_h, h_active, c_active, w.w_unit)
             if w.w_hr is not None:
                 h_next = linear(h_next, w.w_hr)
+                if proj_clip is not None:
+                    h_next = h_next.clamp(-proj_clip, proj_clip)
             h_steps.append(h_next)
             if keeps_c and c_next is not None:
                 c_steps.append(c_next)

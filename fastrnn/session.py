@@ -546,9 +546,10 @@ def _check_layer(layer: Any) -> None:
             "overrides it."
         )
     options = layer._cell_options
-    if options is not None and options.changes_the_cell(training=False):
+    if options is not None and (options.heads > 1 or options.changes_the_cell(training=False)):
         raise ValueError(
-            f"Session: layer must have neither layer_norm nor zoneout, got {options.describe()}."
+            "Session: layer must have neither layer_norm nor zoneout nor another option of the "
+            f"cell, got {options.describe()}."
         )
     if layer.bidirectional:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastrnn.layer_call import LayerCall, Results
 from fastrnn.ops import composite_layer
 from fastrnn.ops.recurrence import composite_recurrence_layer
+from fastrnn.spec import PROJECTION
 from fastrnn.tracing import is_in_onnx_export, is_tracing
 
 NAME = "composite"
@@ -18,4 +19,6 @@ def unsupported(call: LayerCall) -> str:
 
 
 def run(call: LayerCall) -> Results:
-    return composite_layer(call) if call.has_plain_cell else composite_recurrence_layer(call)
+    if call.has_plain_cell or call.weights.has(PROJECTION):
+        return composite_layer(call)
+    return composite_recurrence_layer(call)

@@ -94,8 +94,13 @@ class Recorder:
     def watch(self, module: nn.Module, name: str) -> Callable[[], None]:
         """Records the calls of a module from now on. Returns the function that ends this."""
         layers = layer_names(module, name)
+        options = getattr(module, "_cell_options", None)
+        heads = 1 if options is None else options.heads
 
         def begin(module: nn.Module, inputs: Any) -> None:
+            if heads > 1:
+                owner = name or type(module).__name__
+                raise ValueError(f"diagnose: {owner} must have heads=1, got {heads}.")
             # a subclass may run its stack several times per call
             self._current.layers = itertools.cycle(layers)
 
@@ -144,7 +149,8 @@ class Recorder:
             )
         if not call.has_plain_cell:
             raise ValueError(
-                f"diagnose: {names[0]} must have no layer_norm, zoneout or recurrent_dropout."
+                f"diagnose: {names[0]} must have no layer_norm, zoneout or recurrent_dropout, and "
+                "no other option of the cell."
             )
         batch = call.h0.shape[1]
         sizes = [batch] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()

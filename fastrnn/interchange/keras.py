@@ -3,7 +3,8 @@
 ========== ============ ===========================================================
 SimpleRNN               kernel [I,H], recurrent_kernel [H,H], bias [H]
 LSTM       i, f, c, o   kernel [I,4H], recurrent_kernel [H,4H], bias [4H]
-GRU        z, r, h      kernel [I,3H], recurrent_kernel [H,3H], bias [2,3H]: of x, of h
+GRU        z, r, h      kernel [I,3H], recurrent_kernel [H,3H], bias [2,3H]: of x, of h;
+                        [3H] with reset_after=False
 ========== ============ ===========================================================
 """
 
@@ -27,8 +28,9 @@ from fastrnn.interchange.weights import (
     to_order,
 )
 from fastrnn.modules.base import RecurrentBase
+from fastrnn.modules.cell_options import GATE_ACTIVATIONS
 from fastrnn.modules.rnn import LAYERS
-from fastrnn.spec import BY_MODE, DirectionWeights
+from fastrnn.spec import BY_MODE, DirectionWeights, without_variant
 
 _OWNER = "from_keras"
 
@@ -41,10 +43,11 @@ _CLASSES = ("SimpleRNN", "GRU", "LSTM", "Bidirectional")
 
 
 class _Layer(NamedTuple):
-    """One layer: its cell, and the arrays of each direction."""
+    """One layer: its cell, the arrays of each direction, and arguments of the fastrnn module."""
 
     cell: str
     directions: list[list[Any]]
+    options: dict[str, Any]
 
 
 def from_keras(
@@ -74,7 +77,7 @@ def from_keras(
             ``cell``; or a list of such layers or lists, which become stacked layers. The layers of
             a stack have the same cell and H.
         cell: for arrays: "lstm", "gru", "rnn_tanh", "rnn_relu" or "rnn_sigmoid". The arrays of a
-            GRU are read as those of ``reset_after=True``.
+            GRU are those of ``reset_after=True``, unless their bias is [3*H].
         bidirectional: for arrays: whether the arrays of a backward direction follow.
         device, dtype: of the parameters; those of the arrays by default.
 
@@ -82,7 +85,7 @@ def from_keras(
         TypeError: an argument has another type.
         ValueError: a shape is wrong, or the layer has no weights yet.
         NotImplementedError: the layer computes something that fastrnn does not: other activations,
-            ``reset_after=False``, ``go_backwards=True`` or another ``merge_mode`` than "concat".
+            ``go_backwards=True`` or another ``merge_mode`` than "concat".
     """
     is_list = isinstance(source, (list, tuple))
     if is_list and len(source) == 0:
@@ -92,8 +95,27 @@ def from_keras(
     cells = {layer.cell for layer in layers}
     if len(cells) > 1:
         raise ValueError(f"{_OWNER}: stacked layers must have one cell, got {sorted(cells)}.")
-    weights = [[_convert(layer.cell, arrays) for arrays in layer.directions] for layer in layers]
-    return build(_OWNER, layers[0].cell, weights, batch_first=True, device=device, dtype=dtype)
+    options = layers[0].options
+    for layer in layers:
+        if layer.options != options:
+            raise ValueError(
+                f"{_OWNER}: stacked layers must have the same options, got {options} and "
+                f"{layer.options}."
+            )
+    has_two_biases = layers[0].cell == "gru" and options.get("reset_after", True)
+    weights = [
+        [_convert(layer.cell, arrays, has_two_biases) for arrays in layer.directions]
+        for layer in layers
+    ]
+    return build(
+        _OWNER,
+        layers[0].cell,
+        weights,
+        batch_first=True,
+        device=device,
+        dtype=dtype,
+        cell_options=options,
+    )
 
 
 def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
@@ -102,31 +124,38 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
         for keras_layer, weights in zip(keras_layers, fastrnn.to_keras_weights(module)):
             keras_layer.set_weights(weights)
 
-    A GRU of Keras needs ``reset_after=True``, which is its default. The list of a bidirectional
+    The layer of Keras needs the ``reset_after`` of the module, and its ``gate_activation`` as
+    ``recurrent_activation``. The list of a bidirectional
     layer has the arrays of both directions, as Keras' Bidirectional expects. bfloat16, which numpy
     does not have, becomes float32.
 
     Raises:
         TypeError: ``module`` is not a fastrnn layer.
         NotImplementedError: Keras does not have the cell; the layer has a projection, layer
-            normalisation, zoneout, residual connections or a learned initial state, which Keras
-            does not have.
+            normalisation, zoneout, heads, a clipped cell state, residual connections or a learned
+            initial state, which Keras does not have.
     """
     if not isinstance(module, RecurrentBase):
         raise TypeError(
             "to_keras_weights: module must be a fastrnn.RNN, LSTM or GRU, "
             f"got {type(module).__name__}."
         )
-    spec = BY_MODE[module.mode]
-    if spec.name not in LAYERS:
+    cell = without_variant(BY_MODE[module.mode].name)
+    if cell not in LAYERS:
         raise NotImplementedError(
-            f"to_keras_weights: module must be an RNN, LSTM or GRU, got a {spec.name}."
+            f"to_keras_weights: module must be an RNN, LSTM or GRU, got a {cell}."
         )
     if module.proj_size:
         raise NotImplementedError(
             f"to_keras_weights: module must have proj_size 0, got {module.proj_size}."
         )
     options = module._cell_options
+    if options is not None and (options.heads > 1 or options.cell_clip is not None):
+        raise NotImplementedError(
+            "to_keras_weights: module must have heads=1 and cell_clip=None, got "
+            f"heads={options.heads} and cell_clip={options.cell_clip}."
+        )
+    has_two_biases = cell == "gru" and (options is None or options.reset_after)
     for option, is_set in (
         ("layer_norm", options is not None and options.layer_norm),
         ("zoneout", options is not None and any(options.zoneout)),
@@ -137,14 +166,14 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
             raise NotImplementedError(
                 f"to_keras_weights: {option} of module must be False, got True."
             )
-    order = _GATES.get(spec.name, (0,))
+    order = _GATES.get(cell, (0,))
     per_direction = []
     for own in module._torch_weights().directions():
         assert own.w_hh is not None
         arrays = [to_order(own.w_ih, order).t(), to_order(own.w_hh, order).t()]
         if own.b_ih is not None and own.b_hh is not None:
             b_ih, b_hh = to_order(own.b_ih, order), to_order(own.b_hh, order)
-            arrays.append(torch.stack((b_ih, b_hh)) if spec.name == "gru" else b_ih + b_hh)
+            arrays.append(torch.stack((b_ih, b_hh)) if has_two_biases else b_ih + b_hh)
         if own.w_ih.dtype == torch.bfloat16:
             arrays = [a.float() for a in arrays]
         per_direction.append([a.detach().cpu().contiguous().numpy() for a in arrays])
@@ -188,7 +217,9 @@ def _read(part: Any, cell: str | None, bidirectional: bool) -> _Layer:
             f"{', of each direction' if bidirectional else ''}), got {len(part)}."
         )
     each = len(part) // directions
-    return _Layer(cell, [list(part[k * each : (k + 1) * each]) for k in range(directions)])
+    arrays = [list(part[k * each : (k + 1) * each]) for k in range(directions)]
+    has_one_bias = each == 3 and len(getattr(arrays[0][2], "shape", ())) == 1
+    return _Layer(cell, arrays, {"reset_after": False} if cell == "gru" and has_one_bias else {})
 
 
 def _read_layer(layer: Any) -> _Layer:
@@ -200,13 +231,14 @@ def _read_layer(layer: Any) -> _Layer:
                 f"{_OWNER}: {_called(layer)} must have go_backwards=False, got True. Convert its "
                 f"get_weights() with cell={cell!r} and call the module with input.flip(1)."
             )
-        return _Layer(cell, [_weights_of(layer)])
+        return _Layer(cell, [_weights_of(layer)], _options_of(layer))
     forward, backward = layer.forward_layer, layer.backward_layer
     cell, other = _cell_of(forward), _cell_of(backward)
-    if cell != other:
+    options = _options_of(forward)
+    if cell != other or options != _options_of(backward):
         raise NotImplementedError(
             f"{_OWNER}: both directions of {_called(layer)} must have one cell, "
-            f"got {cell} and {other}."
+            f"got {cell} and {other} with {options} and {_options_of(backward)}."
         )
     backwards = [bool(part.get_config().get("go_backwards")) for part in (forward, backward)]
     if backwards != [False, True]:
@@ -221,7 +253,18 @@ def _read_layer(layer: Any) -> _Layer:
             f"get_weights() with cell={cell!r} and bidirectional=True, and merge the halves of the "
             "output."
         )
-    return _Layer(cell, [_weights_of(forward), _weights_of(backward)])
+    return _Layer(cell, [_weights_of(forward), _weights_of(backward)], options)
+
+
+def _options_of(layer: Any) -> dict[str, Any]:
+    """Returns the arguments of a fastrnn module that select the variant of the cell."""
+    options: dict[str, Any] = {}
+    config = layer.get_config()
+    if type(layer).__name__ == "GRU" and not config.get("reset_after"):
+        options["reset_after"] = False
+    if config.get("recurrent_activation") == "hard_sigmoid":
+        options["gate_activation"] = "hard_sigmoid"
+    return options
 
 
 def _called(layer: Any) -> str:
@@ -252,14 +295,10 @@ def _cell_of(layer: Any) -> str:
         return _ELMAN[activation]
     if activation != "tanh":
         _raise_activation(layer, "activation", "'tanh'", activation)
-    if config.get("recurrent_activation") != "sigmoid":
-        found = config.get("recurrent_activation")
-        _raise_activation(layer, "recurrent_activation", "'sigmoid'", found)
-    if name == "GRU" and not config.get("reset_after"):
-        raise NotImplementedError(
-            f"{_OWNER}: {_called(layer)} must have reset_after=True, got False, which is another "
-            "recurrence: r is applied before the recurrent product."
-        )
+    found = config.get("recurrent_activation")
+    if found not in GATE_ACTIVATIONS:
+        expected = " or ".join(map(repr, GATE_ACTIVATIONS))
+        _raise_activation(layer, "recurrent_activation", expected, found)
     return name.lower()
 
 
@@ -269,7 +308,7 @@ def _raise_activation(layer: Any, argument: str, expected: str, actual: Any) -> 
     )
 
 
-def _convert(cell: str, arrays: Sequence[Any]) -> DirectionWeights:
+def _convert(cell: str, arrays: Sequence[Any], has_two_biases: bool) -> DirectionWeights:
     """Returns one direction's kernel, recurrent_kernel and bias as fastrnn's weights."""
     names = ("kernel", "recurrent_kernel", "bias")
     tensors = [as_tensor(_OWNER, *pair) for pair in zip(names, arrays, strict=False)]
@@ -283,20 +322,14 @@ def _convert(cell: str, arrays: Sequence[Any]) -> DirectionWeights:
     w_ih, w_hh = from_order(kernel.t(), order), from_order(recurrent.t(), order)
     if len(tensors) == 2:
         return DirectionWeights(w_ih, w_hh)
-    biases = _biases(cell, tensors[2], gates * hidden, vector)
+    biases = _biases(has_two_biases, tensors[2], gates * hidden, vector)
     return DirectionWeights(w_ih, w_hh, *(from_order(bias, order) for bias in biases))
 
 
-def _biases(cell: str, bias: Tensor, rows: int, meaning: str) -> tuple[Tensor, Tensor]:
+def _biases(has_two_biases: bool, bias: Tensor, rows: int, meaning: str) -> tuple[Tensor, Tensor]:
     """Returns the biases of x and of h."""
-    if cell != "gru":
+    if not has_two_biases:
         check_shape(_OWNER, "bias", bias, (rows,), meaning)
         return bias, torch.zeros_like(bias)
-    if bias.shape == (rows,):
-        raise NotImplementedError(
-            f"{_OWNER}: the bias of a GRU must be of shape [2, 3*H], got {list(bias.shape)}, which "
-            "reset_after=False has. That is another recurrence: r is applied before the recurrent "
-            "product."
-        )
     check_shape(_OWNER, "bias", bias, (2, rows), "[2, 3*H]")
     return bias[0], bias[1]

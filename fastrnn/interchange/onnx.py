@@ -31,10 +31,15 @@ _DIRECTIONS = {b"forward": 1, b"reverse": 1, b"bidirectional": 2}
 
 #: activations of one direction that fastrnn computes, in lower case, and the cell with them
 _ACTIVATIONS: dict[str, dict[tuple[str, ...], str]] = {
-    "LSTM": {("sigmoid", "tanh", "tanh"): "lstm"},
-    "GRU": {("sigmoid", "tanh"): "gru"},
+    "LSTM": {("sigmoid", "tanh", "tanh"): "lstm", ("hardsigmoid", "tanh", "tanh"): "lstm"},
+    "GRU": {("sigmoid", "tanh"): "gru", ("hardsigmoid", "tanh"): "gru"},
     "RNN": {("tanh",): "rnn_tanh", ("relu",): "rnn_relu", ("sigmoid",): "rnn_sigmoid"},
 }
+
+#: a and b of ONNX's HardSigmoid, max(0, min(1, a*x + b)), if a node does not give them
+_HARD_SIGMOID = (0.2, 0.5)
+#: the candidate of a cell in fastrnn's order, whose activation is tanh
+_CANDIDATE = {"lstm": 2, "gru": 2}
 
 
 def from_onnx(
@@ -73,8 +78,8 @@ def from_onnx(
         TypeError: an argument has another type.
         ValueError: the model has no such node, or it is not valid; the message names the node.
         NotImplementedError: a node computes something that fastrnn does not: ``clip``,
-            ``input_forget``, peepholes, other activations, ``linear_before_reset=0``, or weights
-            that are not constants. With ``name``, other nodes are not read.
+            ``input_forget``, peepholes, other activations, or weights that are not constants. With
+            ``name``, other nodes are not read.
     """
     graph = _load(model).graph
     nodes = [node for node in graph.node if node.op_type in _TYPES and node.domain in _DOMAINS]
@@ -213,6 +218,12 @@ def _convert(
     for d in range(directions):
         parts = [w[d], r[d]] if b is None else [w[d], r[d], b[d, :rows], b[d, rows:]]
         weights.append(DirectionWeights(*(from_order(part, order) for part in parts)))
+    options: dict[str, Any] = {}
+    if node.type == "GRU" and attributes.get("linear_before_reset", 0) == 0:
+        options["reset_after"] = False
+    if _activations(node)[:1] == ["hardsigmoid"]:
+        options["gate_activation"] = "hard_sigmoid"
+        weights = _fold(node, cell, weights)
     module = build(
         f"{_OWNER}: {node.place}",
         cell,
@@ -220,6 +231,7 @@ def _convert(
         batch_first=attributes.get("layout", 0) == 1,
         device=device,
         dtype=dtype,
+        cell_options=options,
     )
     return Reversed(module) if direction == b"reverse" else module
 
@@ -231,11 +243,6 @@ def _check_attributes(node: _Node) -> None:
         node.raise_unsupported("clip", "absent", attributes["clip"])
     if attributes.get("input_forget", 0) != 0:
         node.raise_unsupported("input_forget", "0", attributes["input_forget"])
-    if node.type == "GRU" and attributes.get("linear_before_reset", 0) == 0:
-        raise NotImplementedError(
-            f"{_OWNER}: linear_before_reset of {node.place} must be 1, got 0, which is another "
-            "recurrence: r is applied before the recurrent product."
-        )
     if node.type == "LSTM" and node.has(7):
         raise NotImplementedError(
             f"{_OWNER}: {node.place} must be without the input P, got one; fastrnn has no layer "
@@ -243,13 +250,50 @@ def _check_attributes(node: _Node) -> None:
         )
 
 
+def _activations(node: _Node) -> list[str]:
+    return [a.decode().lower() for a in node.attributes.get("activations", [])]
+
+
+def _fold(node: _Node, cell: str, weights: list[DirectionWeights]) -> list[DirectionWeights]:
+    """Returns weights with which hard_sigmoid, max(0, min(1, x/6 + 1/2)), is the node's function.
+
+    a*x + b = (6*a*x + 6*b - 3) / 6 + 1/2. Each direction has its own a and b: tanh has none.
+    """
+    factors = []
+    for name, default in zip(("alpha", "beta"), _HARD_SIGMOID, strict=True):
+        values = list(node.attributes.get(f"activation_{name}", [])) or [default] * len(weights)
+        if len(values) != len(weights):
+            expected = f"{len(weights)} values, one per HardSigmoid"
+            node.raise_unsupported(f"activation_{name}", expected, values)
+        factors.append(values)
+    needs_biases = any(beta != 0.5 for beta in factors[1])
+    folded = []
+    for w, alpha, beta in zip(weights, *factors, strict=True):
+        if w.b_ih is None and needs_biases:
+            zeros = w.w_ih.new_zeros(w.w_ih.shape[0])
+            w = w._replace(b_ih=zeros, b_hh=zeros)
+        units = w.w_ih.shape[0] // CELLS[cell].gates
+        scale = torch.full((w.w_ih.shape[0], 1), 6 * alpha, dtype=torch.float64)
+        shift = torch.full((w.w_ih.shape[0],), 6 * beta - 3, dtype=torch.float64)
+        candidate = slice(_CANDIDATE[cell] * units, (_CANDIDATE[cell] + 1) * units)
+        scale[candidate], shift[candidate] = 1, 0
+        own: list[Any] = [None if t is None else t.double() for t in w[:4]]
+        own[0], own[1] = own[0] * scale, own[1] * scale
+        if own[2] is not None:
+            own[2], own[3] = own[2] * scale[:, 0] + shift, own[3] * scale[:, 0]
+        rounded: list[Any] = [None if t is None else t.to(w.w_ih.dtype) for t in own]
+        folded.append(DirectionWeights(*rounded))
+    return folded
+
+
 def _cell_of(node: _Node, directions: int) -> str:
     known = _ACTIVATIONS[node.type]
     default = next(iter(known))
     found = [a.decode() for a in node.attributes.get("activations", [])]
     each = tuple(a.lower() for a in found[: len(default)]) or default
-    is_same = not found or [a.lower() for a in found] == list(each) * directions
+    is_same = not found or _activations(node) == list(each) * directions
     if each not in known or not is_same:
-        choices = " or ".join(str([a.capitalize() for a in key]) for key in known)
+        names = {"hardsigmoid": "HardSigmoid"}
+        choices = " or ".join(str([names.get(a, a.capitalize()) for a in key]) for key in known)
         node.raise_unsupported("activations", f"{choices}, the same in each direction", found)
     return known[each]

@@ -106,6 +106,7 @@ def build(
     batch_first: bool,
     device: Any = None,
     dtype: torch.dtype | None = None,
+    cell_options: dict[str, Any] | None = None,
 ) -> RecurrentBase:
     """Returns a fastrnn module with copies of the weights of each layer and direction.
 
@@ -115,6 +116,7 @@ def build(
         layers: weights of consistent sizes per direction, with both biases or none.
         batch_first: of the module.
         device, dtype: of the parameters; those of the weights if None.
+        cell_options: arguments of the module that select a variant of the cell.
 
     Raises:
         ValueError: layers or directions do not fit each other.
@@ -163,6 +165,7 @@ def build(
         device="meta",  # draws no random numbers
         dtype=first.w_ih.dtype if dtype is None else dtype,
         **options,
+        **(cell_options or {}),
     )
     module.to_empty(device=first.w_ih.device if device is None else device)
     module.load_state_dict(state)

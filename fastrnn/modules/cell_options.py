@@ -34,6 +34,7 @@ class ModuleOptions(NamedTuple):
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
     cell_clip: float | None = None
+    proj_clip: float | None = None
     gate_activation: str = "sigmoid"
     reset_after: bool = True
     heads: int = 1
@@ -46,19 +47,26 @@ class ModuleOptions(NamedTuple):
             self.layer_norm
             or any(self.zoneout)
             or (training and self.recurrent_dropout > 0)
-            or self.cell_clip is not None
+            or self.clips
             or self.gate_activation != "sigmoid"
             or not self.reset_after
             or self.loops_only
         )
 
+    @property
+    def clips(self) -> bool:
+        """Whether a state has a bound."""
+        return self.cell_clip is not None or self.proj_clip is not None
+
     def of_call(self, training: bool) -> CellOptions | None:
         """Returns the options of a call; None if there are none besides weights and the cell."""
         is_random = training and self.recurrent_dropout > 0
-        if not (any(self.zoneout) or is_random or self.cell_clip is not None):
+        if not (any(self.zoneout) or is_random or self.clips):
             return None
         zoneout_c, zoneout_h = self.zoneout
-        return CellOptions(zoneout_h, zoneout_c, self.recurrent_dropout, training, self.cell_clip)
+        dropout = self.recurrent_dropout
+        clips = self.cell_clip, self.proj_clip
+        return CellOptions(zoneout_h, zoneout_c, dropout, training, *clips)
 
     def cell(self, plain: str) -> str:
         """Returns the cell that runs, for the name of the cell without options."""
@@ -131,6 +139,7 @@ def parse(
     weight_dropout: Any,
     hidden_size: int = 1,
     cell_clip: Any = None,
+    proj_clip: Any = None,
     gate_activation: Any = "sigmoid",
     reset_after: Any = True,
     heads: Any = 1,
@@ -149,8 +158,9 @@ def parse(
         zone_c, zone_h = (_probability(name, "zoneout", value) for value in zoneout)
     else:
         zone_c = zone_h = _probability(name, "zoneout", zoneout)
-    if cell_clip is not None:
-        _check_cell(name, spec, "cell_clip", cell_clip, ("lstm",))
+    for option, value in (("cell_clip", cell_clip), ("proj_clip", proj_clip)):
+        if value is not None:
+            _check_cell(name, spec, option, value, ("lstm",))
     if not isinstance(gate_activation, str) or gate_activation not in GATE_ACTIVATIONS:
         raise ValueError(
             f"{name}: gate_activation must be one of "
@@ -168,6 +178,7 @@ def parse(
         _probability(name, "recurrent_dropout", recurrent_dropout),
         _probability(name, "weight_dropout", weight_dropout),
         _clip(name, "cell_clip", cell_clip),
+        _clip(name, "proj_clip", proj_clip),
         gate_activation,
         bool(reset_after),
         _heads(name, heads, hidden_size),
@@ -187,11 +198,13 @@ def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -
             ("layer_norm", options.layer_norm, False, heads),
         ]
     if options.changes_the_cell(training=True):
-        own = options.describe()
-        exclusions += [
-            ("proj_size", module.proj_size, 0, own),
-            ("recompute", recompute, "none", own),
-        ]
+        exclusions.append(("recompute", recompute, "none", options.describe()))
+    if options.layer_norm or any(options.zoneout) or options.recurrent_dropout > 0:
+        exclusions.append(("proj_size", module.proj_size, 0, options.describe()))
+    if options.proj_clip is not None and module.proj_size == 0:
+        raise ValueError(
+            f"{name}: proj_size must be positive with proj_clip={options.proj_clip}, got 0."
+        )
     for other, value, expected, option in exclusions:
         if value != expected:
             raise ValueError(f"{name}: {other} must be {expected!r} with {option}, got {value!r}.")

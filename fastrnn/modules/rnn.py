@@ -243,6 +243,8 @@ class LSTM(TwoStates):
             for all steps of a sequence. Default: 0
         weight_dropout: probability that a value of W_hh is zero; one mask per call. Default: 0
         cell_clip: bound of the absolute value of c at every step. Default: ``None``
+        proj_clip: bound of the absolute value of the projected h at every step; runs as torch
+            operations. Default: ``None``
         gate_activation: ``"sigmoid"``, or ``"hard_sigmoid"``: relu6(a + 3) / 6 for i, f and o.
         heads: number of independent parts of the units, a divisor of H: ``weight_hh`` is
             [G*H,H/heads]. Default: 1
@@ -307,6 +309,7 @@ class LSTM(TwoStates):
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         cell_clip: float | None = None,
+        proj_clip: float | None = None,
         gate_activation: str = "sigmoid",
         heads: int = 1,
     ) -> None: ...

@@ -233,6 +233,10 @@ def lstm_arrays() -> list[Any]:
     return [random(3, 20), random(5, 20), random(20)]
 
 
+def gru_arrays(*bias: int) -> list[Any]:
+    return [random(3, 15), random(5, 15), random(*bias)]
+
+
 def test_weights_are_copies() -> None:
     tensors = [torch.from_numpy(a) for a in lstm_arrays()]
     module = fastrnn.from_keras(tensors, cell="lstm")
@@ -272,10 +276,10 @@ def test_dtype_and_byte_order() -> None:
             r"recurrent_kernel must be of shape \[H, 4\*H\], got \[20, 5\]",
         ),
         (
-            [random(3, 15), random(5, 15), random(15)],
-            {"cell": "gru"},
-            NotImplementedError,
-            "which reset_after=False has",
+            [*gru_arrays(15), *gru_arrays(2, 15)],
+            {"cell": "gru", "bidirectional": True},
+            ValueError,
+            r"bias must be of shape \[3\*H\] = \[15\], got \[2, 15\]",
         ),
         (
             [random(3, 5), random(5, 5), random(2, 5)],

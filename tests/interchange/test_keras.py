@@ -114,6 +114,37 @@ def test_weights_go_back_to_keras(name: str, bias: bool) -> None:
     assert_same(detached(layers[1](layers[0](x)[0]))[0], module, x, lambda r: r[0])
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GRU", {"reset_after": False}),
+        ("GRU", {"reset_after": False, "recurrent_activation": "hard_sigmoid"}),
+        ("GRU", {"recurrent_activation": "hard_sigmoid"}),
+        ("LSTM", {"recurrent_activation": "hard_sigmoid"}),
+    ],
+    ids=str,
+)
+def test_variants_of_the_cells(name: str, options: dict[str, Any], bias: bool) -> None:
+    layers = [make(name, width, 5, both=True, use_bias=bias, **options) for width in (3, 10)]
+    x = 2 * torch.randn(2, 7, 3)
+    module = fastrnn.from_keras(layers)
+    before = detached(layers[1](layers[0](x)[0]))[0]
+    assert_same(before, module, x, lambda r: r[0])
+    for layer in layers:
+        layer.set_weights([0 * w for w in layer.get_weights()])
+    for layer, weights in zip(layers, fastrnn.to_keras_weights(module), strict=True):
+        layer.set_weights(weights)
+    after = detached(layers[1](layers[0](x)[0]))[0]
+    torch.testing.assert_close(after, before)
+    if bias and name == "GRU" and not options.get("reset_after", True):
+        arrays = layers[0].get_weights()
+        by_arrays = fastrnn.from_keras(arrays, cell="gru", bidirectional=True)
+        assert "reset_after=False" in repr(by_arrays)
+    with pytest.raises(ValueError, match="stacked layers must have the same options"):
+        fastrnn.from_keras([layers[0], make(name, 10, 5, both=True, use_bias=bias)])
+
+
 def test_masked_steps_are_lengths() -> None:
     layer = make("LSTM", 3, 5, both=True, zero_output_for_mask=True)
     x, lengths = torch.randn(3, 7, 3), torch.tensor([7, 2, 4])
@@ -151,9 +182,12 @@ def test_summed_directions_by_their_arrays() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("GRU", {"reset_after": False}, "must have reset_after=True, got False"),
         ("GRU", {"activation": "relu"}, "activation of GRU 'gru.*' must be 'tanh', got 'relu'"),
-        ("LSTM", {"recurrent_activation": "hard_sigmoid"}, "must be 'sigmoid', got 'hard_sigmoid'"),
+        (
+            "LSTM",
+            {"recurrent_activation": "relu"},
+            "must be 'sigmoid' or 'hard_sigmoid', got 'relu'",
+        ),
         ("LSTM", {"activation": None}, "activation of LSTM 'lstm.*' must be 'tanh', got 'linear'"),
         ("SimpleRNN", {"activation": "softsign"}, "must be 'tanh', 'relu', 'sigmoid', got 'softs"),
     ],

@@ -169,12 +169,45 @@ def test_exported_layer_comes_back(cell: str, dynamo: bool, tmp_path: Path) -> N
     assert all(map(torch.equal, weights, layer.parameters()))
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_reset_before_the_product(direction: str, bias: bool) -> None:
+    arrays = arrays_of("GRU", 2 if direction == "bidirectional" else 1, 3, 5, bias)
+    model = model_of("GRU", arrays, direction=direction, hidden_size=5, linear_before_reset=0)
+    module = fastrnn.from_onnx(model, name="node")
+    assert "reset_after=False" in repr(module)
+    assert_same_as_runtime(module, model, torch.randn(7, 2, 3))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["default", "own"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_hard_sigmoids(kind: str, direction: str, bias: bool, own: bool) -> None:
+    directions = 2 if direction == "bidirectional" else 1
+    arrays = arrays_of(kind, directions, 3, 5, bias)
+    attributes: dict[str, Any] = {
+        "activations": ["HardSigmoid", "Tanh", "Tanh"][: 3 if kind == "LSTM" else 2] * directions
+    }
+    if own:
+        attributes |= {"activation_alpha": [0.3, 0.4][:directions]}
+        attributes |= {"activation_beta": [0.45, 0.6][:directions]}
+    model = model_of(kind, arrays, direction=direction, hidden_size=5, **attributes)
+    module = fastrnn.from_onnx(model, name="node")
+    assert "gate_activation='hard_sigmoid'" in repr(module)
+    assert_same_as_runtime(module, model, 2 * torch.randn(7, 2, 3))
+
+
 @pytest.mark.parametrize(
     ("kind", "attributes", "message"),
     [
         ("LSTM", {"clip": 3.0}, "clip of LSTM node 'node' must be absent, got 3.0"),
         ("LSTM", {"input_forget": 1}, "input_forget of LSTM node 'node' must be 0, got 1"),
-        ("GRU", {"linear_before_reset": 0}, "linear_before_reset of GRU node 'node' must be 1"),
+        (
+            "GRU",
+            {"activations": ["HardSigmoid", "Tanh"], "activation_alpha": [0.1, 0.2]},
+            "activation_alpha of GRU node 'node' must be 1 values",
+        ),
         ("RNN", {"activations": ["Elu"]}, "activations of RNN node 'node' must be .* got .'Elu'"),
         ("GRU", {"activations": ["Sigmoid", "Relu"]}, "activations of GRU node 'node' must be"),
         ("LSTM", {"activations": ["Sigmoid"]}, "activations of LSTM node 'node' must be"),

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import fastrnn
 from fastrnn import _C
 from fastrnn.backends import composite, kernels, recurrence
+from fastrnn.diagnostics import diagnose
 from fastrnn.engine import choose
 from fastrnn.reference import LOOP_STEPS, LSTM_GATES, TWO_PRODUCTS
 from fastrnn.spec import CELLS, LOOP_CELLS
@@ -346,6 +347,28 @@ def test_the_cell_state_is_clipped() -> None:
     torch.testing.assert_close(wide(x), plain(x))
 
 
+def test_clipped_projections() -> None:
+    options: dict[str, Any] = {"cell_clip": 0.4, "gate_activation": "hard_sigmoid"}
+    layer = fastrnn.LSTM(I, H, proj_size=3, proj_clip=0.1, **options).double()
+    w = {name.removesuffix("_l0"): 3 * p.detach() for name, p in layer.named_parameters()}
+    layer.load_state_dict({f"{name}_l0": p for name, p in w.items()})
+    x = torch.randn(6, 2, I, dtype=torch.float64)
+    assert fastrnn.explain(layer, x).backend == composite.NAME
+    h, c = x.new_zeros(2, 3), x.new_zeros(2, H)
+    outputs = []
+    for step in x:
+        of_x = linear(step, w["weight_ih"], w["bias_ih"])
+        i, f, g, o = (of_x + linear(h, w["weight_hh"], w["bias_hh"])).chunk(4, -1)
+        c = (hardsigmoid(f) * c + hardsigmoid(i) * g.tanh()).clamp(-0.4, 0.4)
+        h = linear(hardsigmoid(o) * c.tanh(), w["weight_hr"]).clamp(-0.1, 0.1)
+        outputs.append(h)
+    y, (h_n, c_n) = layer(x)
+    assert (y.abs() == 0.1).any()
+    assert_same_in_double([y, h_n[0], c_n[0]], [torch.stack(outputs), h, c])
+    lengths = torch.tensor([6, 3])
+    torch.testing.assert_close(layer(x, lengths=lengths)[0][:3], y[:3])
+
+
 def of_head(layer: Any, head: int) -> Any:
     """Returns one head of a single layer as a layer of its own."""
     units = layer.hidden_size // layer._cell_options.heads
@@ -484,9 +507,14 @@ def test_heads_with_everything_else() -> None:
         ),
         (lambda: fastrnn.MGU(2, 3, recompute=4), "MGU: recompute must be 'none'"),
         (
-            lambda: fastrnn.LSTM(2, 4, cell_clip=1.0, proj_size=2),
-            "LSTM: proj_size must be 0 with cell_clip=1.0, got 2",
+            lambda: fastrnn.LSTM(2, 4, cell_clip=1.0, zoneout=0.5, proj_size=2),
+            "LSTM: proj_size must be 0 with zoneout=0.5, cell_clip=1.0, got 2",
         ),
+        (
+            lambda: fastrnn.LSTM(2, 4, proj_clip=1.0),
+            "LSTM: proj_size must be positive with proj_clip=1.0, got 0",
+        ),
+        (lambda: fastrnn.GRU(2, 4, proj_clip=1.0), "GRU: proj_clip is an option of LSTM only"),
     ],
 )
 def test_wrong_arguments(build_wrong: Callable[[], Any], message: str) -> None:
@@ -506,6 +534,7 @@ def test_what_plain_layers_alone_can_do(name: str) -> None:
     ]
     if name != "mgu":
         calls.append(lambda: layer(x, return_all_states=True))
+    calls.append(lambda: diagnose(layer, x))
     for call in calls:
         with pytest.raises((ValueError, RuntimeError), match=r"must have|must be|must hold"):
             call()
