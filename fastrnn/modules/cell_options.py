@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn.functional import dropout
 
 from fastrnn import checks
 from fastrnn.layer_call import CellOptions
-from fastrnn.spec import NORM, NORM_CELL, NORM_CELL_BIAS, CellSpec, Weights
+from fastrnn.spec import BY_MODE, NORM, NORM_CELL, NORM_CELL_BIAS, CellSpec, Weights
 
 
 class ModuleOptions(NamedTuple):
@@ -46,8 +46,8 @@ class ModuleOptions(NamedTuple):
 
 
 def _probability(name: str, option: str, value: Any) -> float:
-    is_number = isinstance(value, int | float) and not checks.is_bool(value)
-    if not is_number or not (math.isfinite(value) and 0 <= value <= 1):
+    is_number = isinstance(value, Real) and not checks.is_bool(value)
+    if not is_number or not 0 <= value <= 1:
         raise ValueError(
             f"{name}: {option} must be a number from 0 to 1, got {checks.describe(value)}."
         )
@@ -90,6 +90,11 @@ def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -
     if not options.changes_the_cell(training=True):
         return
     name = type(module).__name__
+    if BY_MODE[module.mode].defined:
+        raise ValueError(
+            f"{name}: a cell of define_cell must have no layer_norm, no zoneout and no "
+            f"recurrent_dropout, got {options.describe()}."
+        )
     for other, value, expected in (
         ("proj_size", module.proj_size, 0),
         ("recompute", recompute, "none"),
