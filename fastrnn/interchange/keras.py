@@ -126,16 +126,15 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
         raise NotImplementedError(
             f"to_keras_weights: module must have proj_size 0, got {module.proj_size}."
         )
-    options = module._cell_options
-    for option, is_set in (
-        ("layer_norm", options is not None and options.layer_norm),
-        ("zoneout", options is not None and any(options.zoneout)),
-        ("residual", module.residual),
-        ("learn_initial_state", module._learns_initial_state),
+    for option, value, expected in (
+        ("layer_norm", module.layer_norm, False),
+        ("zoneout", module.zoneout, 0),
+        ("residual", module.residual, False),
+        ("learn_initial_state", module._learns_initial_state, False),
     ):
-        if is_set:
+        if value:
             raise NotImplementedError(
-                f"to_keras_weights: {option} of module must be False, got True."
+                f"to_keras_weights: {option} of module must be {expected}, got {value}."
             )
     order = _GATES.get(spec.name, (0,))
     per_direction = []
