@@ -99,6 +99,8 @@ def describe(value: Any) -> str:
         if value.is_nested:
             return "a nested tensor"
         return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float, complex, torch.dtype, torch.device)):
         return repr(value)
     if isinstance(value, str):

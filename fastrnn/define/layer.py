@@ -71,12 +71,6 @@ class DefinedLayer(RecurrentBase):
         if kwargs.get("proj_size") or (len(args) > 7 and isinstance(args[7], int) and args[7]):
             raise ValueError(f"{type(self).__name__}: proj_size must be 0, got a projection.")
         super().__init__(self._spec.mode, *args, **kwargs)
-        options = self._cell_options
-        if options is not None and options.changes_the_cell(training=True):
-            raise ValueError(
-                f"{type(self).__name__}: a cell of define_cell must have no layer_norm, no zoneout "
-                f"and no recurrent_dropout, got {options.describe()}."
-            )
         bound = self.hidden_size**-0.5
         for name in self._unit_names():
             parameter = nn.Parameter(self.weight_ih_l0.new_empty(self.hidden_size))  # type: ignore[operator]

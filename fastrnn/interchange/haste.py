@@ -1,11 +1,15 @@
 """Layers of Haste (github.com/lmnt-com/haste), the package ``haste_pytorch``.
 
-==== ========== ==========================================================================
-LSTM i, g, f, o kernel [I,4H], recurrent_kernel [H,4H], bias [4H]
-GRU  z, r, n    kernel [I,3H], recurrent_kernel [H,3H], bias [3H], recurrent_bias [3H]
-==== ========== ==========================================================================
+============= ========== =======================================================================
+LSTM          i, g, f, o kernel [I,4H], recurrent_kernel [H,4H], bias [4H]
+GRU           z, r, n    kernel [I,3H], recurrent_kernel [H,3H], bias [3H], recurrent_bias [3H]
+LayerNormLSTM i, g, f, o those of LSTM, gamma [2,4H] of x and of h, gamma_h and beta_h [H] of c
+LayerNormGRU  z, r, n    those of GRU, gamma [2,3H] of x and of h
+============= ========== =======================================================================
 
-The GRU applies r after the recurrent product, as fastrnn's does.
+The GRU applies r after the recurrent product, as fastrnn's does. Layer normalisation has fastrnn's
+form: each product is normalised over all gates before biases are added, c' only where it becomes
+h'. Zoneout mixes h alone, c of an LSTM is never kept; DropConnect is fastrnn's ``weight_dropout``.
 """
 
 from __future__ import annotations
@@ -29,9 +33,6 @@ from fastrnn.spec import DirectionWeights
 
 _OWNER = "from_haste"
 
-_LSTM = {"kernel", "recurrent_kernel", "bias"}
-_GRU = {*_LSTM, "recurrent_bias"}
-
 #: for each gate of Haste, its index in fastrnn
 _GATES = {"lstm": (0, 2, 1, 3), "gru": (1, 0, 2)}
 
@@ -39,52 +40,49 @@ _GATES = {"lstm": (0, 2, 1, 3), "gru": (1, 0, 2)}
 def from_haste(
     source: Any,
     *,
+    zoneout: float | None = None,
+    weight_dropout: float | None = None,
     batch_first: bool | None = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
 ) -> RecurrentBase:
-    """Returns a fastrnn module that computes what an LSTM or GRU of ``haste_pytorch`` computes.
+    """Returns a fastrnn module that computes what a layer of ``haste_pytorch`` computes.
 
         module = fastrnn.from_haste(haste_layer)
-        module = fastrnn.from_haste(torch.load("lstm.pt"))        # its state_dict
+        module = fastrnn.from_haste(torch.load("lstm.pt"), zoneout=0.1)   # its state_dict
 
-    The weights are copied; ``b_hh`` of an LSTM is zero. DropConnect (``dropout``) is a method of
-    training and is not taken over.
+    The layer is an LSTM, GRU, LayerNormLSTM or LayerNormGRU. The weights are copied; ``b_hh`` of an
+    LSTM is zero. Zoneout of Haste becomes ``zoneout`` of h, DropConnect (``dropout``) becomes
+    ``weight_dropout``, and the module is in training mode if the layer is.
 
     Args:
         source: a layer of Haste, or its ``state_dict``.
+        zoneout, weight_dropout: probabilities; by default those of the layer, 0 for a
+            ``state_dict``, which has none.
         batch_first: of the module; by default that of the layer, False for a ``state_dict``.
         device, dtype: of the parameters; those of the weights by default.
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: a parameter is missing or has another shape.
-        NotImplementedError: the layer has parameters of a kind that is not converted (layer
-            normalization, IndRNN), or zoneout, which also changes inference.
+        ValueError: a parameter is missing or has another shape, or a probability is wrong.
+        NotImplementedError: the layer has parameters of another kind (IndRNN).
     """
     is_mapping = isinstance(source, Mapping)
     if not is_mapping and not callable(getattr(source, "state_dict", None)):
         raise TypeError(
             f"{_OWNER}: source must be a layer of Haste or its state_dict, got {describe(source)}."
         )
-    zoneout = 0 if is_mapping else getattr(source, "zoneout", 0)
-    if zoneout:
-        raise NotImplementedError(
-            f"{_OWNER}: source must have zoneout=0, got {zoneout}; zoneout changes inference too."
-        )
+    layer = None if is_mapping else source
+    if zoneout is None:
+        zoneout = getattr(layer, "zoneout", 0.0)
+    if weight_dropout is None:
+        weight_dropout = getattr(layer, "dropout", 0.0)
     if batch_first is None:
-        batch_first = not is_mapping and bool(getattr(source, "batch_first", False))
+        batch_first = bool(getattr(layer, "batch_first", False))
     state = dict(source if is_mapping else source.state_dict())
-    unknown = sorted(map(str, set(state) - _GRU))
-    if unknown:
-        raise NotImplementedError(
-            f"{_OWNER}: source must have only {', '.join(sorted(_GRU))}, got also "
-            f"{', '.join(unknown)}."
-        )
-    missing = sorted(_LSTM - set(state))
-    if missing:
-        raise ValueError(f"{_OWNER}: source must have {', '.join(missing)}, got none.")
     cell = "gru" if "recurrent_bias" in state else "lstm"
+    has_norm = not {"gamma", "gamma_h", "beta_h"}.isdisjoint(state)
+    _check_names(state, cell, has_norm)
     weights = {name: as_tensor(_OWNER, name, value) for name, value in state.items()}
     order = _GATES[cell]
     gates = len(order)
@@ -93,9 +91,15 @@ def from_haste(
     kernel = weights["kernel"]
     inputs = kernel.shape[0] if kernel.dim() else 0
     check_shape(_OWNER, "kernel", kernel, (inputs, gates * hidden), matrix)
-    for name in ("bias", "recurrent_bias"):
+    for name, shape, meaning in (
+        ("bias", (gates * hidden,), vector),
+        ("recurrent_bias", (gates * hidden,), vector),
+        ("gamma", (2, gates * hidden), f"[2, {gates}*H]"),
+        ("gamma_h", (hidden,), "[H]"),
+        ("beta_h", (hidden,), "[H]"),
+    ):
         if name in weights:
-            check_shape(_OWNER, name, weights[name], (gates * hidden,), vector)
+            check_shape(_OWNER, name, weights[name], shape, meaning)
     bias = weights["bias"]
     own = DirectionWeights(
         from_order(kernel.t(), order),
@@ -103,4 +107,36 @@ def from_haste(
         from_order(bias, order),
         from_order(weights.get("recurrent_bias", torch.zeros_like(bias)), order),
     )
-    return build(_OWNER, cell, [[own]], batch_first=batch_first, device=device, dtype=dtype)
+    if has_norm:
+        gain_ih, gain_hh = (from_order(gain, order) for gain in weights["gamma"])
+        own = own._replace(gain_ih=gain_ih, gain_hh=gain_hh)
+        own = own._replace(gain_c=weights.get("gamma_h"), bias_c=weights.get("beta_h"))
+    module = build(
+        _OWNER,
+        cell,
+        [[own]],
+        batch_first=batch_first,
+        device=device,
+        dtype=dtype,
+        zoneout=(0.0, zoneout) if cell == "lstm" else zoneout,
+        weight_dropout=weight_dropout,
+    )
+    return module.train(bool(getattr(layer, "training", True)))
+
+
+def _check_names(state: Mapping[Any, Any], cell: str, has_norm: bool) -> None:
+    """Raises unless a state_dict has exactly the parameters of a layer."""
+    expected = {"kernel", "recurrent_kernel", "bias"}
+    if cell == "gru":
+        expected |= {"recurrent_bias"}
+    if has_norm:
+        expected |= {"gamma"} if cell == "gru" else {"gamma", "gamma_h", "beta_h"}
+    unknown = sorted(map(str, set(state) - expected))
+    if unknown:
+        raise NotImplementedError(
+            f"{_OWNER}: source must have only {', '.join(sorted(expected))}, got also "
+            f"{', '.join(unknown)}."
+        )
+    missing = sorted(expected - set(state))
+    if missing:
+        raise ValueError(f"{_OWNER}: source must have {', '.join(missing)}, got none.")

@@ -114,7 +114,7 @@ def from_keras(
         batch_first=True,
         device=device,
         dtype=dtype,
-        cell_options=options,
+        **options,
     )
 
 
@@ -156,15 +156,15 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
             f"heads={options.heads} and cell_clip={options.cell_clip}."
         )
     has_two_biases = cell == "gru" and (options is None or options.reset_after)
-    for option, is_set in (
-        ("layer_norm", options is not None and options.layer_norm),
-        ("zoneout", options is not None and any(options.zoneout)),
-        ("residual", module.residual),
-        ("learn_initial_state", module._learns_initial_state),
+    for option, value, expected in (
+        ("layer_norm", module.layer_norm, False),
+        ("zoneout", module.zoneout, 0),
+        ("residual", module.residual, False),
+        ("learn_initial_state", module._learns_initial_state, False),
     ):
-        if is_set:
+        if value:
             raise NotImplementedError(
-                f"to_keras_weights: {option} of module must be False, got True."
+                f"to_keras_weights: {option} of module must be {expected}, got {value}."
             )
     order = _GATES.get(cell, (0,))
     per_direction = []

@@ -231,7 +231,7 @@ def _convert(
         batch_first=attributes.get("layout", 0) == 1,
         device=device,
         dtype=dtype,
-        cell_options=options,
+        **options,
     )
     return Reversed(module) if direction == b"reverse" else module
 

@@ -106,7 +106,7 @@ def build(
     batch_first: bool,
     device: Any = None,
     dtype: torch.dtype | None = None,
-    cell_options: dict[str, Any] | None = None,
+    **cell_options: Any,
 ) -> RecurrentBase:
     """Returns a fastrnn module with copies of the weights of each layer and direction.
 
@@ -116,7 +116,8 @@ def build(
         layers: weights of consistent sizes per direction, with both biases or none.
         batch_first: of the module.
         device, dtype: of the parameters; those of the weights if None.
-        cell_options: arguments of the module that select a variant of the cell.
+        cell_options: ``zoneout``, arguments that select a variant of the cell. Weights with gains
+            have layer normalisation.
 
     Raises:
         ValueError: layers or directions do not fit each other.
@@ -145,6 +146,9 @@ def build(
             suffix = f"l{index}" + ("_reverse" if direction else "")
             names = {"weight_ih": own.w_ih, "weight_hh": own.w_hh}
             names |= {"bias_ih": own.b_ih, "bias_hh": own.b_hh} if has_biases else {}
+            gains = {"gain_ih": own.gain_ih, "gain_hh": own.gain_hh}
+            gains |= {"gain_c": own.gain_c, "bias_c": own.bias_c}
+            names |= {name: gain for name, gain in gains.items() if gain is not None}
             for name, weight in names.items():
                 assert weight is not None
                 if weight.dtype != first.w_ih.dtype or weight.device != first.w_ih.device:
@@ -164,8 +168,9 @@ def build(
         bidirectional=directions == 2,
         device="meta",  # draws no random numbers
         dtype=first.w_ih.dtype if dtype is None else dtype,
+        layer_norm=first.gain_ih is not None,
         **options,
-        **(cell_options or {}),
+        **cell_options,
     )
     module.to_empty(device=first.w_ih.device if device is None else device)
     module.load_state_dict(state)

@@ -252,6 +252,62 @@ class RecurrentBase(nn.RNNBase):
         """Whether initial and final states are [B,L*D,*] instead of [L*D,B,*]."""
         return self._batch_first_states
 
+    @property
+    @torch.jit.unused
+    def layer_norm(self) -> bool:
+        """Whether the cell has layer normalisation; its parameters belong to the constructor."""
+        return self._option("layer_norm")  # type: ignore[no-any-return]
+
+    @property
+    @torch.jit.unused
+    def zoneout(self) -> float | tuple[float, float]:
+        """The probability that a unit keeps its state; can be changed at any time.
+
+        As in the constructor: one number, or for an LSTM also a pair of those of c and of h.
+        """
+        return self._option("zoneout")  # type: ignore[no-any-return]
+
+    @zoneout.setter
+    def zoneout(self, zoneout: float | tuple[float, float]) -> None:
+        self._change_option("zoneout", zoneout)
+
+    @property
+    @torch.jit.unused
+    def recurrent_dropout(self) -> float:
+        """The probability that a unit of h is zero in W_hh h; can be changed at any time."""
+        return self._option("recurrent_dropout")  # type: ignore[no-any-return]
+
+    @recurrent_dropout.setter
+    def recurrent_dropout(self, recurrent_dropout: float) -> None:
+        self._change_option("recurrent_dropout", recurrent_dropout)
+
+    @property
+    @torch.jit.unused
+    def weight_dropout(self) -> float:
+        """The probability that a value of W_hh is zero; can be changed at any time."""
+        return self._option("weight_dropout")  # type: ignore[no-any-return]
+
+    @weight_dropout.setter
+    def weight_dropout(self, weight_dropout: float) -> None:
+        self._change_option("weight_dropout", weight_dropout)
+
+    @torch.jit.unused
+    def _option(self, name: str) -> Any:
+        return (self._cell_options or ModuleOptions()).arguments()[name]
+
+    @torch.jit.unused
+    def _change_option(self, name: str, value: Any) -> None:
+        arguments = (self._cell_options or ModuleOptions()).arguments() | {name: value}
+        arguments["hidden_size"] = self.hidden_size
+        options = cell_options.parse(type(self).__name__, BY_MODE[self.mode], **arguments)
+        if options is not None:
+            cell_options.check_together(self, options, self._recompute)
+        self.unprepare()  # its kernels have no options
+        if options is None:
+            self.__dict__.pop("_cell_options", None)
+        else:
+            self._cell_options = options
+
     def __prepare_scriptable__(self) -> nn.Module:
         """Returns the module that ``torch.jit.script`` compiles.
 
@@ -797,11 +853,13 @@ class RecurrentBase(nn.RNNBase):
         marks: Marks = NO_MARKS,
         recorder: Recorder | None = None,
     ) -> tuple[Tensor | PackedSequence, Hidden]:
-        """Runs any call. `_run` replaces unclear errors."""
-        weights = self._weights()
+        """Runs any call. `_run` replaces unclear errors.
+
+        Reads the weights last, because weight dropout then draws a mask.
+        """
         if isinstance(input, PackedSequence):
             marks.check_absent("a PackedSequence")
-            return self._run_packed(input, hx, weights, recorder)
+            return self._run_packed(input, hx, recorder)
         if input.is_nested and input.layout is torch.jagged:
             marks.check_absent("a nested tensor")
             return self._run_nested(input, hx, recorder)
@@ -821,7 +879,7 @@ class RecurrentBase(nn.RNNBase):
         without_tracing(self.check_forward_args, input, hx, None)
         if self._learns_initial_state and marks.resets is not None and marks.reset_state is None:
             marks = marks._replace(reset_state=self._learned_states(1))
-        output, hidden = self._compute(input, hx, PADDED, weights, marks, recorder)
+        output, hidden = self._compute(input, hx, PADDED, self._weights(), marks, recorder)
         if is_batched:
             return output, hidden
         output = output.squeeze(batch_dim)
@@ -866,7 +924,6 @@ class RecurrentBase(nn.RNNBase):
         self,
         packed: PackedSequence,
         hx: Hidden,
-        weights: Weights,
         recorder: Recorder | None = None,
     ) -> tuple[PackedSequence, Hidden]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
@@ -891,7 +948,7 @@ class RecurrentBase(nn.RNNBase):
         else:
             without_tracing(self.check_forward_args, data, hx, batch_sizes)
         sequence = SequenceMembers(batch_sizes).pack()
-        output, hidden = self._compute(data, hx, sequence, weights, NO_MARKS, recorder)
+        output, hidden = self._compute(data, hx, sequence, self._weights(), NO_MARKS, recorder)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden(hidden, unsorted_indices)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn.functional import dropout
 from fastrnn import checks
 from fastrnn.layer_call import CellOptions
 from fastrnn.spec import (
+    BY_MODE,
     NORM,
     NORM_CELL,
     NORM_CELL_BIAS,
@@ -78,14 +79,14 @@ class ModuleOptions(NamedTuple):
 
     def as_arguments(self) -> str:
         """Returns the options that are set, as in a call; "" if there are none."""
-        defaults = ModuleOptions()._arguments()
+        defaults = ModuleOptions().arguments()
         return ", ".join(
             f"{name}={value!r}"
-            for name, value in self._arguments().items()
+            for name, value in self.arguments().items()
             if value != defaults[name]
         )
 
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         zoneout: Any = self.zoneout[0] if self.zoneout[0] == self.zoneout[1] else self.zoneout
         arguments = {**self._asdict(), "zoneout": zoneout}
         del arguments["loops_only"]
@@ -93,8 +94,8 @@ class ModuleOptions(NamedTuple):
 
 
 def _probability(name: str, option: str, value: Any) -> float:
-    is_number = isinstance(value, int | float) and not checks.is_bool(value)
-    if not is_number or not (math.isfinite(value) and 0 <= value <= 1):
+    is_number = isinstance(value, Real) and not checks.is_bool(value)
+    if not is_number or not 0 <= value <= 1:
         raise ValueError(
             f"{name}: {option} must be a number from 0 to 1, got {checks.describe(value)}."
         )
@@ -190,6 +191,11 @@ def parse(
 def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -> None:
     """Raises if the module has another option that excludes these."""
     name = type(module).__name__
+    if options.changes_the_cell(training=True) and BY_MODE[module.mode].defined:
+        raise ValueError(
+            f"{name}: a cell of define_cell must have no layer_norm, no zoneout and no "
+            f"recurrent_dropout, got {options.describe()}."
+        )
     exclusions: list[tuple[str, Any, Any, str]] = []
     if options.heads > 1:
         heads = f"heads={options.heads}"

@@ -187,8 +187,8 @@ class _LinearTime(nn.Module):
                 starts = starts & ~ends
         h_n = []
         for layer in range(self.num_layers):
-            if layer > 0 and self.dropout > 0:
-                x = F.dropout(x, self.dropout, self.training)
+            if layer > 0 and self.training and self.dropout != 0:  # torch raises for a wrong number
+                x = F.dropout(x, self.dropout)
             outputs = []
             for direction, suffix in enumerate(self._suffixes(layer)):
                 index = layer * self._directions + direction

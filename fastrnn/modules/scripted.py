@@ -72,7 +72,7 @@ def run_layers(
     c_n: list[Tensor] = []
     for index in range(num_layers):
         below = x
-        if index > 0 and dropout > 0.0:
+        if index > 0 and dropout != 0.0:
             x = torch.dropout(x, dropout, True)
         first, end = index * directions, (index + 1) * directions
         h_own = h0[first:end]

@@ -6,11 +6,13 @@
 The product and the time loop are operators; layer normalisation of the product is torch's.
 
 All random numbers are drawn before the operator runs, by torch's generator, so that the same seed
-gives the same results in every way of computing.
+gives the same results in every way of computing. In an eager call autocast is disabled here; the
+code of the dispatch key "Autocast" is for graphs that were captured without autocast.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,16 +22,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, layer_norm, linear
 
-from fastrnn._torch_internals import AutoDispatchBelowAutograd, forward_ad
-from fastrnn.layer_call import CellOptions, LayerCall, Results, SequenceMembers
-from fastrnn.ops.autograd import implementations
+from fastrnn import autocast
+from fastrnn._torch_internals import (
+    AutoDispatchBelowAutograd,
+    ExcludeDispatchKeyGuard,
+    forward_ad,
+    tree_leaves,
+    tree_map,
+)
+from fastrnn.layer_call import PADDED, CellOptions, LayerCall, Results, SequenceMembers
+from fastrnn.ops.autograd import AUTOCAST_KEYS, implementations
 from fastrnn.ops.composite import as_kernels
 from fastrnn.ops.gradients import differentiable_gradients, is_transformed
 from fastrnn.ops.operators import interruptible
 from fastrnn.ops.sequence import previous_states
 from fastrnn.reference import Parts, reference_recurrence
-from fastrnn.spec import RECURRENCE_CELLS, CellSpec, DirectionWeights
-from fastrnn.tracing import is_capturing
+from fastrnn.spec import CELLS, RECURRENCE_CELLS, CellSpec, DirectionWeights, Weights
+from fastrnn.tracing import is_capturing, is_tracing
 
 _recurrence_op = torch.ops.fastrnn.recurrence.default
 _interruptible_recurrence = interruptible(_recurrence_op)
@@ -114,17 +123,30 @@ def _parts(
 
 
 def _draw_zone(probability: float, rows: int, units: int, like: Tensor) -> Tensor:
-    """Returns [rows,units] of 1 with this probability, rounded to a multiple of 1/32768, else 0.
+    """Returns [rows,units] of 1 with this probability, else 0.
 
-    Four values share a number of 63 random bits: ``Tensor.bernoulli_`` takes four times as long.
+    Four values share a number of 64 random bits, because ``Tensor.bernoulli_`` takes five times as
+    long. This rounds the probability to a multiple of 2^-16. Where that could change the frequency
+    of 0 or of 1 by 1%, each value has 53 bits.
     """
-    steps = max(1, round(probability * 32768))
-    if steps == 32768:
+    if probability == 1:
         return like.new_ones(rows, units)
-    count = (rows * units + 3) // 4
-    bits = torch.randint(2**63 - 1, (count,), device=like.device)
-    is_kept = bits.view(torch.int16)[: rows * units].bitwise_and(32767) < steps
-    return is_kept.view(rows, units).to(like.dtype)
+    if not _SHORTEST <= probability <= 1 - _SHORTEST:
+        numbers = torch.rand(rows, units, dtype=torch.float64, device=like.device)
+        return numbers.lt(probability).to(like.dtype)
+    count = rows * units
+    bits = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,), device=like.device)
+    if is_tracing():  # torch.jit.trace cannot record a view of another dtype
+        shorts = torch.stack([bits << shift >> 48 for shift in (48, 32, 16, 0)], -1).flatten()
+    else:
+        shorts = bits.view(torch.int16)
+    # a comparison in place avoids a tensor of bool, which takes four times as long
+    is_kept = shorts[:count].to(torch.float32).lt_(round(probability * 2**16) - 2**15)
+    return is_kept.to(like.dtype).view(rows, units)
+
+
+#: the least probability that 16 bits represent with an error of less than 1%
+_SHORTEST = 2**-10
 
 
 def _pack(parts: Parts) -> tuple[list[Tensor], int]:
@@ -381,6 +403,34 @@ def _autograd(*arguments: Any) -> tuple[Tensor, ...]:
         return _recurrence_op(*arguments)  # type: ignore[no-any-return]
 
 
+def _under_autocast(operator: Any) -> Callable[..., Any]:
+    """Returns an operator for graphs under autocast: it casts to the widest type of its tensors."""
+
+    def run(*arguments: Any) -> Any:
+        leaves = [t for t in tree_leaves(arguments) if _is_number(t)]
+        dtype = functools.reduce(torch.promote_types, [t.dtype for t in leaves], torch.float32)
+        with ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
+            return operator(*tree_map(lambda t: t.to(dtype) if _is_number(t) else t, arguments))
+
+    return run
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _recurrence_autocast(*arguments: Any) -> tuple[Tensor, ...]:
+    """Runs ``recurrence`` of a graph under autocast, with the types of `fastrnn.autocast`."""
+    y, h_n, c_n, saved = _under_autocast(_recurrence_op)(*arguments)
+    pre_x, h0, c0, *_, cell, _, saves = arguments
+    spec = RECURRENCE_CELLS[cell]
+    if not saves and autocast.acts_on(pre_x):  # gradients need y in the type of ``saved``
+        call = LayerCall(spec, pre_x, PADDED, h0.unsqueeze(0), c0, Weights([], 0))
+        y, h_n, cast_c = autocast.cast_results(call, (y, h_n, None if c0 is None else c_n))
+        c_n = c_n if cast_c is None else cast_c
+    return y, h_n, c_n, saved
+
+
 def saved_width(spec: CellSpec, hidden: int, slots: int) -> int:
     """Returns the columns of a row of ``saved``, as csrc/problem/recurrence.h has it."""
     has = _unpack([True] * slots.bit_count(), slots)
@@ -465,3 +515,8 @@ implementations.impl("recurrence_product", _product_autograd, "Autograd")
 torch.library.register_fake("fastrnn::recurrence", _fake)
 torch.library.register_fake("fastrnn::recurrence_gradients", _gradients_fake)
 implementations.impl("recurrence", _autograd, "Autograd")
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    implementations.impl("recurrence", _recurrence_autocast, _key)
+    for _name in ("recurrence_gradients", "recurrence_product", "recurrence_product_gradients"):
+        _operator = getattr(torch.ops.fastrnn, _name).default
+        implementations.impl(_name, _under_autocast(_operator), _key)

@@ -17,7 +17,7 @@ from fastrnn.layer_call import Options
 
 def layer_input(z: Tensor, layer: int, options: Options) -> Tensor:
     """Returns the input of a layer from the output of the layer below, or of the first layer."""
-    if layer > 0 and options.dropout > 0:
+    if layer > 0 and options.dropout != 0:  # torch raises for a negative number or NaN
         return dropout_function(z, options.dropout, training=True)
     return z
 

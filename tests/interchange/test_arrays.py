@@ -93,15 +93,100 @@ def test_haste_layer_knows_its_layout() -> None:
     layer = SimpleNamespace(state_dict=lambda: state, zoneout=0.0, batch_first=True)
     assert fastrnn.from_haste(layer).batch_first
     assert not fastrnn.from_haste(layer, batch_first=False).batch_first
-    layer.zoneout = 0.25
-    with pytest.raises(NotImplementedError, match=r"must have zoneout=0, got 0\.25"):
-        fastrnn.from_haste(layer)
+    assert fastrnn.from_haste(layer).training
+
+
+def haste_norm(gain: Any, v: Any, shift: Any = 0.0) -> Any:
+    centred = v - v.mean(-1, keepdims=True)
+    return gain * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) + shift
+
+
+def haste_with_options(state: dict[str, Any], x: Any, zoneout: float) -> Tensor:
+    """Runs a layer of Haste with zoneout in eval mode, and layer normalisation if it has gains."""
+
+    def norm_x_h(index: int, v: Any) -> Any:
+        return haste_norm(state["gamma"][index], v) if "gamma" in state else v
+
+    def step(x_t: Any, h: Any, c: Any) -> tuple[Any, Any]:
+        of_x = norm_x_h(0, x_t @ state["kernel"]) + state["bias"]
+        of_h = norm_x_h(1, h @ state["recurrent_kernel"]) + state.get("recurrent_bias", 0.0)
+        if "recurrent_bias" in state:
+            (xz, xr, xn), (hz, hr, hn) = np.split(of_x, 3, -1), np.split(of_h, 3, -1)
+            z = sigmoid(xz + hz)
+            new = z * h + (1 - z) * np.tanh(xn + sigmoid(xr + hr) * hn)
+        else:
+            i, g, f, o = np.split(of_x + of_h, 4, -1)
+            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+            shown = haste_norm(state["gamma_h"], c, state["beta_h"]) if "gamma_h" in state else c
+            new = sigmoid(o) * np.tanh(shown)
+        return zoneout * h + (1 - zoneout) * new, c
+
+    zeros = np.zeros((x.shape[1], state["recurrent_kernel"].shape[0]))
+    return scan(step, (zeros, zeros), x)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("zoneout", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("gates", [4, 3])
+def test_haste_with_options(gates: int, zoneout: float, has_norm: bool) -> None:
+    state = haste_state(gates, 3, 5)
+    if has_norm:
+        state["gamma"] = random(2, gates * 5)
+    if has_norm and gates == 4:
+        state |= {"gamma_h": random(5), "beta_h": random(5)}
+    layer = SimpleNamespace(
+        state_dict=lambda: {name: torch.from_numpy(w) for name, w in state.items()},
+        zoneout=zoneout,
+        dropout=0.5,
+        training=False,
+    )
+    module = fastrnn.from_haste(layer)
+    assert module.layer_norm == has_norm
+    assert module.weight_dropout == 0.5
+    x = random(6, 2, 3)
+    expected = haste_with_options(state, x, zoneout)
+    assert_same_in_double(run(module, x), expected)
+    again = fastrnn.from_haste(state, zoneout=zoneout).eval()
+    assert_same_in_double(run(again, x), expected)
+    assert again.zoneout == ((0.0, zoneout) if gates == 4 and zoneout else zoneout)
+
+
+def test_haste_keeps_units_of_h_but_none_of_c() -> None:
+    layer = SimpleNamespace(
+        state_dict=lambda: {n: torch.from_numpy(w) for n, w in haste_state(4, 3, 64).items()},
+        zoneout=0.3,
+    )
+    module = fastrnn.from_haste(layer)
+    y, (_, c_n) = module(torch.randn(40, 8, 3).double())
+    kept = (y[1:] == y[:-1]).double().mean().item()
+    assert 0.27 < kept < 0.33  # of 20000 draws
+    module.zoneout = (0.0, 1.0)
+    y, (_, c_n) = module(torch.randn(4, 8, 3).double())
+    assert not y.any()
+    assert c_n.all()
+
+
+def test_the_options_of_haste_are_checked() -> None:
+    state = haste_state(3, 2, 3)
+    with pytest.raises(ValueError, match="GRU: zoneout must be a number from 0 to 1, got 2"):
+        fastrnn.from_haste(state, zoneout=2)
+    with pytest.raises(ValueError, match="GRU: weight_dropout must be a number from 0 to 1"):
+        fastrnn.from_haste(state, weight_dropout=-1)
+    with pytest.raises(NotImplementedError, match="got also gamma_h"):
+        fastrnn.from_haste({**state, "gamma": random(2, 9), "gamma_h": random(3)})
+    with pytest.raises(NotImplementedError, match="got also recurrent_scale"):
+        fastrnn.from_haste({"kernel": 0, "recurrent_scale": 0, "bias": 0})
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"gamma": 0.0, "beta_h": 0.0}, NotImplementedError, "got also beta_h, gamma"),
+        ({"gamma": 0.0, "beta_h": 0.0}, ValueError, "source must have gamma_h, got none"),
+        (
+            {"gamma": np.zeros(20), "gamma_h": np.zeros(5), "beta_h": np.zeros(5)},
+            ValueError,
+            r"gamma must be of shape \[2, 4\*H\] = \[2, 20\], got \[20\]",
+        ),
         ({"kernel": None}, TypeError, "kernel must be an array or a tensor, got None"),
         ({"kernel": [[1.0]]}, TypeError, "kernel must be an array or a tensor, got a list of 1"),
         ({"kernel": np.zeros((20, 3))}, ValueError, r"kernel must be of shape \[I, 4\*H\]"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import layer_norm, linear
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._pytree import tree_leaves
@@ -19,7 +21,7 @@ from fastrnn import _C
 from fastrnn.backends import composite, recurrence
 from fastrnn.diagnostics import diagnose
 from fastrnn.engine import choose
-from fastrnn.ops.recurrence import saved_width
+from fastrnn.ops.recurrence import _draw_zone, saved_width
 from fastrnn.reference import Parts
 from fastrnn.spec import CELLS
 from tests.support import raised
@@ -720,3 +722,146 @@ def test_copies_for_inference_have_all_weights() -> None:
         session.close()
         quantized = fastrnn.quantize(layer)(x)[0]
     assert (quantized - expected).abs().max() < 0.02
+
+
+class Projected(nn.Module):
+    """A layer whose input autocast rounds to bfloat16."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(I, I)
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(self.linear(x))[0]
+        return output
+
+
+def _traced(model: nn.Module, x: Tensor) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", (FutureWarning, DeprecationWarning, torch.jit.TracerWarning)
+        )
+        return torch.jit.trace(model, (x,), check_trace=False)
+
+
+CAPTURES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "trace": _traced,
+    "make_fx": lambda model, x: make_fx(model)(x),
+}
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("options", KERNEL_OPTIONS)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_captured_graph_runs_under_autocast(kind: str, options: str, capture: str) -> None:
+    """The graph draws the masks of the module, and backward runs."""
+    model = Projected(build(kind, options, 2, bidirectional=True))
+    x = torch.randn(4, 3, I)
+    graph = CAPTURES[capture](model, x)
+    torch.testing.assert_close(seeded(graph, x), seeded(model, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = seeded(graph, x), seeded(model, x)
+    if capture != "make_fx":  # there the operator keeps values for gradients, in float32
+        assert y.dtype == expected.dtype
+        model.zero_grad()
+        y.float().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        assert graph.linear.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(y.float(), expected.float(), rtol=0.02, atol=0.02)
+
+
+def test_a_training_step_captured_by_make_fx_runs_under_autocast() -> None:
+    layer = build("lstm", "all")
+    weights = dict(layer.named_parameters())
+
+    def step(x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        y = torch.func.functional_call(layer, weights, (x,))[0]
+        return torch.autograd.grad(y.square().sum(), list(weights.values()))
+
+    x = torch.randn(4, 3, I)
+    graph = make_fx(step)(x, weights)
+    expected = seeded(step, x, weights)
+    torch.testing.assert_close(seeded(graph, x, weights), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(seeded(graph, x, weights), expected)
+
+
+@pytest.mark.parametrize("layout", ["padded", "batch first", "packed", "lengths", "jagged"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_the_masks_do_not_depend_on_the_layout(kind: str, layout: str) -> None:
+    layer = build(kind, "all", 2, bidirectional=True)
+    x = torch.randn(5, 3, I)
+    torch.manual_seed(7)
+    expected, state = layer(x)[0], torch.get_rng_state()
+    torch.manual_seed(7)
+    if layout == "packed":
+        y = layer(pack_sequence([x[:, b] for b in range(3)]))[0].data.view(expected.shape)
+    elif layout == "lengths":
+        y = layer(x, lengths=torch.tensor([5, 5, 5]))[0]
+    elif layout == "jagged":
+        rows = torch.nested.nested_tensor([x[:, b] for b in range(3)], layout=torch.jagged)
+        y = layer(rows)[0].values().view(3, 5, -1).transpose(0, 1)
+    else:
+        layer.batch_first = layout == "batch first"
+        y = layer(x.transpose(0, 1))[0].transpose(0, 1) if layer.batch_first else layer(x)[0]
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_recompute_has_the_masks_of_other_schedules() -> None:
+    layer = build("lstm", "weight_dropout")
+    x = torch.randn(9, 3, I)
+    leaves = list(layer.parameters())
+    expected = everything(lambda: seeded(layer, x), leaves)
+    layer.recompute = 2
+    torch.testing.assert_close(everything(lambda: seeded(layer, x), leaves), expected)
+
+
+def test_explain_and_rejected_calls_draw_nothing() -> None:
+    layer = build("lstm", "all")
+    dropped = build("lstm", "weight_dropout")
+    state = torch.get_rng_state()
+    x = torch.zeros(3, 2, I)
+    for own in (layer, dropped):
+        fastrnn.explain(own, x)
+        fastrnn.explain(own, pack_sequence([x[:, 0]]))
+        raised(lambda own=own: own(torch.zeros(3, 2, I + 1)))
+    raised(dropped.prepare)
+    dropped.stream().close()
+    dropped.eval().prepare()(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("p", [2.0**-18, 0.1, 0.7, 1 - 2.0**-18, 1.0])
+def test_zoneout_draws_with_every_probability(p: float) -> None:
+    torch.manual_seed(5)
+    rows, units = 1 << 11, 1 << 11
+    zone = _draw_zone(p, rows, units, torch.empty(0))
+    assert torch.equal(zone, zone.bool().float())
+    count = rows * units
+    error = abs(zone.double().sum().item() - p * count)
+    assert error <= 5 * (p * (1 - p) * count) ** 0.5 + 1e-5 * count * (0.001 < p < 0.999)
+    assert 0 < zone.sum() < count or p == 1
+    assert _draw_zone(0.3, 3, 7, torch.empty(0).double()).dtype == torch.float64
+
+
+def test_options_can_be_changed_between_calls() -> None:
+    x = torch.randn(4, 3, I)
+    layer, plain = build("lstm", "zoneout").eval(), fastrnn.LSTM(I, H)
+    plain.load_state_dict(layer.state_dict())
+    plain.eval().prepare()
+    plain.zoneout = 0.3
+    assert torch.equal(plain(x)[0], layer(x)[0])
+    plain.recurrent_dropout = plain.weight_dropout = 0.5
+    assert "zoneout=0.3, recurrent_dropout=0.5, weight_dropout=0.5" in repr(plain)
+    plain.zoneout = (0.0, 0.25)
+    assert plain.zoneout == (0.0, 0.25)
+    plain.zoneout = plain.recurrent_dropout = plain.weight_dropout = 0
+    assert repr(plain) == repr(fastrnn.LSTM(I, H))
+    assert fastrnn.explain(plain, x).backend == "kernels"
+    assert "no setter" in str(raised(lambda: setattr(plain, "layer_norm", True)))
+    projected = fastrnn.LSTM(I, H, proj_size=2)
+    assert "proj_size must be 0" in str(raised(lambda: setattr(projected, "zoneout", 0.1)))
+    assert not projected.zoneout
