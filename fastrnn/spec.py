@@ -105,6 +105,8 @@ class CellSpec:
         parameters: E, values per unit that are the same at every step, in ``w_unit``.
         dense: whether there is a recurrent product: ``w_hh`` and ``b_hh``.
         projects: whether a layer of this cell may have a projection.
+        reduced: whether there are CPU kernels that multiply float16, bfloat16 and int8 as they are
+            stored; otherwise half types are computed in float32 copies.
         torch: the facts about torch.
         defined: whether `fastrnn.define_cell` has made the cell.
         ranges_x, ranges_h: ``pre_x`` and ``pre_h`` as ranges, so that products are few and large.
@@ -123,6 +125,7 @@ class CellSpec:
     parameters: int
     dense: bool
     projects: bool
+    reduced: bool
     torch: TorchFacts
     defined: bool = False
     ranges_x: tuple[ColumnRange, ...] = field(init=False)
@@ -150,6 +153,12 @@ class CellSpec:
     def mode(self) -> str:
         return self.torch.mode
 
+    @property
+    def has_options(self) -> bool:
+        """Whether there are kernels with layer normalisation, zoneout and recurrent dropout."""
+        one_state = self.states == 1 or self.name == "lstm"
+        return self.dense and self.parameters == 0 and one_state and not self.defined
+
     def slots(self, has_biases: bool, has_projection: bool = False) -> int:
         """Returns the mask of weight slots of a layer."""
         slots = slots_of(has_biases, has_projection)
@@ -170,6 +179,7 @@ def _spec(name: str, facts: _C.CellFacts) -> CellSpec:
         parameters=facts["parameters"],
         dense=facts["dense"],
         projects=facts["projects"],
+        reduced=facts["reduced"],
         torch=torch_facts(name),
     )
 
@@ -218,6 +228,8 @@ PROJECTION = 0b010000
 UNIT = 0b100000
 #: the slots of layer normalisation: of every cell, of a cell with a cell state, of its bias
 NORM, NORM_CELL, NORM_CELL_BIAS = 0b011000000, 0b100000000, 0b1000000000
+#: the slot of layer normalisation of the input side alone
+GAIN_IH = 0b001000000
 #: the slots of the recurrent product
 RECURRENT = 0b001010
 
@@ -236,6 +248,8 @@ def slots_of(has_biases: bool, has_projection: bool) -> int:
 def slots_of_names(names: Sequence[str]) -> int:
     """Returns the mask for a module's parameter names, such as ``weight_ih_l0``."""
     slots = MATRICES | BIASES if "bias_ih_l0" in names else MATRICES
+    if "weight_hh_l0" not in names:
+        slots &= ~RECURRENT
     return slots | PROJECTION if "weight_hr_l0" in names else slots
 
 

@@ -53,7 +53,7 @@ struct RecurrenceArguments {
         data(data_),
         h0(h0_),
         code_(dtype_code(h0_)) {
-    FASTRNN_CHECK(cpu::has_recurrence(*cell), "cell must be one of torch.nn or rnn_sigmoid, got '",
+    FASTRNN_CHECK(cpu::has_recurrence(*cell), "cell must be one with kernels for options, got '",
                   cell_name, "'.");
     FASTRNN_CHECK(epsilon >= 0 && std::isfinite(epsilon),
                   "epsilon must be a finite number from 0 on, got ", std::to_string(epsilon), ".");
