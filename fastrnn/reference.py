@@ -87,7 +87,7 @@ def ligru_step(
 def janet_step(
     gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None, w_unit: Tensor
 ) -> tuple[Tensor, None]:
-    """JANET: h' = sigmoid(s)*h + (1-sigmoid(s-beta))*g, with 1-sigmoid(s-beta) = sigmoid(beta-s)."""
+    """JANET: h' = sigmoid(s)*h + (1-sigmoid(s-beta))*g; 1-sigmoid(s-beta) = sigmoid(beta-s)."""
     s, g = (gates_x + gates_h).chunk(2, dim=-1)
     return torch.sigmoid(s) * h + torch.sigmoid(w_unit - s) * torch.tanh(g), None
 

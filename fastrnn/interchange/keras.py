@@ -130,6 +130,7 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
     for option, is_set in (
         ("layer_norm", options is not None and options.layer_norm),
         ("zoneout", options is not None and any(options.zoneout)),
+        ("coupled_gates", options is not None and options.coupled_gates),
         ("residual", module.residual),
         ("learn_initial_state", module._learns_initial_state),
     ):

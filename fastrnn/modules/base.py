@@ -109,6 +109,8 @@ class RecurrentBase(nn.RNNBase):
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        peephole: bool = False,
+        coupled_gates: bool = False,
         **kwargs: Any,
     ) -> None:
         self.weight_dtype = weight_dtype
@@ -140,12 +142,19 @@ class RecurrentBase(nn.RNNBase):
                 zoneout,
                 recurrent_dropout,
                 weight_dropout,
+                peephole,
+                coupled_gates,
             )
             if options is not None:
                 cell_options.check_together(self, options, self._recompute)
                 self._cell_options = options
                 if layer_norm:
                     cell_options.add_norm_parameters(self, BY_MODE[mode].has_cell_state)
+                if coupled_gates:
+                    self._set_gates(3)
+                if peephole:
+                    self.mode = "PEEPHOLE_LSTM"
+                    cell_options.add_peepholes(self, options)
             if learn_initial_state:
                 self._add_initial_state()
         except Exception:
@@ -181,7 +190,8 @@ class RecurrentBase(nn.RNNBase):
     @property
     def _weight_rows(self) -> int:
         """The rows of the parameters of a layer and direction."""
-        return BY_MODE[self.mode].gates * self.hidden_size
+        is_coupled = self._cell_options is not None and self._cell_options.coupled_gates
+        return (3 if is_coupled else BY_MODE[self.mode].gates) * self.hidden_size
 
     def _add_initial_state(self) -> None:
         """Registers the learned initial state: zeros, after the weights."""
@@ -333,6 +343,7 @@ class RecurrentBase(nn.RNNBase):
         owner = f"{type(self).__name__}.prepare"
         self._check_packable("prepare")
         cell_options.reject(owner, self)
+        cell_options.reject_other_weights(owner, self)
         if self.training:
             raise RuntimeError(
                 f"{owner}: the module must be in eval mode, got training mode. Call eval() first."
@@ -446,7 +457,11 @@ class RecurrentBase(nn.RNNBase):
 
     def _weights_to_pack(self) -> Weights:
         """Returns the weights that a session packs: those of inference."""
-        return self._torch_weights()
+        weights, options = self._torch_weights(), self._cell_options
+        if options is None or not options.coupled_gates:
+            return weights
+        options = options._replace(weight_dropout=0.0)
+        return cell_options.with_options(self, options, True, weights)
 
     def _torch_weights(self) -> Weights:
         """Returns the weights of ``torch.nn``.
@@ -787,6 +802,10 @@ class RecurrentBase(nn.RNNBase):
         recorder = recorder_of(return_all_states, return_gates)
         owner = f"{type(self).__name__}: with return_all_states or return_gates"
         cell_options.reject(owner, self, self.training)
+        if return_gates and BY_MODE[self.mode].parameters:
+            raise ValueError(
+                f"{type(self).__name__}: return_gates must be False with peephole=True, got True."
+            )
         options = {
             **marks._asdict(),
             "return_all_states": return_all_states or None,
