@@ -23,6 +23,7 @@ class CellFacts(TypedDict):
     parameters: int
     dense: bool
     projects: bool
+    reduced: bool
     pre_x: list[int]
     pre_h: list[int]
 

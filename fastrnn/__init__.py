@@ -26,6 +26,7 @@ from fastrnn.modules import *
 from fastrnn.modules import cells as _cells
 from fastrnn.modules import linear_time as _linear_time
 from fastrnn.modules import minimal_gated as _minimal_gated
+from fastrnn.modules import more_cells as _more_cells
 from fastrnn.modules import rnn as _rnn
 from fastrnn.quantization import QuantizedRecurrent, quantization_mapping, quantize
 from fastrnn.session import Session
@@ -63,4 +64,5 @@ __all__ = [
 __all__ += _cells.__all__
 __all__ += _linear_time.__all__
 __all__ += _minimal_gated.__all__
+__all__ += _more_cells.__all__
 __all__ += _rnn.__all__

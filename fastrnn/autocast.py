@@ -96,8 +96,8 @@ def float32_reason(call: LayerCall) -> str:
         return "weight_dtype is float16"
     if not call.has_plain_cell:
         return "the cell has options"
-    if call.spec.defined:
-        return "a cell of fastrnn.define_cell has no bfloat16 kernels"
+    if not call.spec.reduced:
+        return "the cell has no bfloat16 kernels"
     x, h0, flat = call.x, call.h0, call.weights.flat
     hidden = flat[0].shape[0] // call.spec.gates
     proj = h0.shape[-1] if call.weights.slots & PROJECTION else 0

@@ -260,7 +260,7 @@ def _search_layer(module: Any, input: Any, hx: Any) -> None:
             hx = [state.unsqueeze(1) for _, state in states]
             hx = None if not states else hx if spec.has_cell_state else hx[0]
         _check_by_torch(module, x, hx, None)
-    _check_layer_shapes(owner, module, spec, parameters)
+    _check_layer_shapes(owner, module, parameters)
     _check_dtype(owner, "data" if packed else "input", x)
     for name, parameter in parameters.items():
         _check_same_device(owner, name, parameter, x)
@@ -321,14 +321,14 @@ def _heads(module: Any) -> int:
     return 1 if options is None else options.heads
 
 
-def _check_layer_shapes(
-    owner: str, module: Any, spec: CellSpec, parameters: dict[str, Tensor]
-) -> None:
-    rows = spec.gates * module.hidden_size
+def _check_layer_shapes(owner: str, module: Any, parameters: dict[str, Tensor]) -> None:
+    rows = module._weight_rows
     size = module.proj_size or module.hidden_size
     directions = 2 if module.bidirectional else 1
     for name, parameter in parameters.items():
         kind, _, place = name.rpartition("_l")
+        if kind.endswith("_left"):  # a factor of a matrix
+            continue
         width = module.input_size if place.split("_")[0] == "0" else size * directions
         shapes = {
             "weight_ih": [rows, width],

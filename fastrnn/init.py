@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 # index of a gate in the rows of a weight: i, f, g, o (LSTM) and r, z, n (GRU)
 _LSTM_INPUT, _LSTM_FORGET = 0, 1
 _GRU_UPDATE = 1
+_JANET_GATE = 0
 
 
 @torch.no_grad()
@@ -78,15 +79,17 @@ def chrono_(module: M, t_max: float, *, generator: torch.Generator | None = None
         \begin{aligned}
         u &\sim \mathcal{U}(1, t_{max} - 1) \quad \text{for each unit} \\
         \text{LSTM: } b_f &= \log u, \quad b_i = -\log u \\
-        \text{GRU: } b_z &= \log u
+        \text{GRU, LiGRU: } b_z &= \log u \\
+        \text{JANET: } b_s &= \log u
         \end{aligned}
 
     A unit whose forget gate is constant with the bias log u keeps its state for about 1 + u steps.
     The source derives the rule for the LSTM and for a gated network that multiplies the old state
-    by 1 - g. In torch's GRU, z multiplies the old state, so its bias has the sign of b_f.
+    by 1 - g. With ``coupled_gates`` an LSTM has no b_i. In torch's GRU, z multiplies the old state,
+    so its bias has the sign of b_f.
 
     Args:
-        module: an LSTM, GRU or one of their cells, with biases [G*H].
+        module: an LSTM, GRU, JANET, LiGRU or a cell, with biases [G*H].
         t_max: the longest dependency that the layer is expected to learn, in steps; at least 2.
         generator: source of the random numbers, on the module's device. Default: torch's own.
 
@@ -94,21 +97,26 @@ def chrono_(module: M, t_max: float, *, generator: torch.Generator | None = None
         ``module``.
 
     Raises:
-        TypeError: ``module`` is neither an LSTM nor a GRU nor one of their cells.
+        TypeError: ``module`` is no LSTM, GRU, JANET or LiGRU and no cell of an LSTM or GRU.
         ValueError: ``t_max`` is less than 2 or not finite, or the module has no biases.
         RuntimeError: a bias is not a Parameter but computed, for example by a parametrization.
 
     Source: C. Tallec, Y. Ollivier, Can recurrent neural networks warp time? (2018).
     """
     function = "chrono_"
-    cell = _cell(function, module, ("lstm", "gru"), "an LSTM, GRU, LSTMCell or GRUCell")
+    cells = ("lstm", "gru", "janet", "ligru")
+    cell = _cell(function, module, cells, "an LSTM, GRU, JANET, LiGRU, LSTMCell or GRUCell")
     if not (math.isfinite(t_max) and t_max >= 2):
         raise ValueError(f"{function}: t_max must be a number of steps of at least 2, got {t_max}.")
     for b_ih, b_hh in _biases(function, module):
         dtype = _at_least_float32(b_ih.dtype)
         keep = torch.empty(_hidden_size(module), dtype=dtype, device=b_ih.device)
         keep.uniform_(1, t_max - 1, generator=generator).log_()
-        gates = {_LSTM_FORGET: keep, _LSTM_INPUT: -keep} if cell == "lstm" else {_GRU_UPDATE: keep}
+        gates = {_JANET_GATE if cell == "janet" else _GRU_UPDATE: keep}  # also LiGRU's z
+        if cell == "lstm":
+            gates = {_forget_gate(module): keep}
+            if not _has_coupled_gates(module):
+                gates[_LSTM_INPUT] = -keep
         for gate, value in gates.items():
             _gates(module, b_ih)[gate].copy_(value)
             _gates(module, b_hh)[gate].zero_()
@@ -144,8 +152,8 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
     if not math.isfinite(value):
         raise ValueError(f"{function}: value must be a finite number, got {value}.")
     for b_ih, b_hh in _biases(function, module):
-        _gates(module, b_ih)[_LSTM_FORGET].fill_(value)
-        _gates(module, b_hh)[_LSTM_FORGET].zero_()
+        _gates(module, b_ih)[_forget_gate(module)].fill_(value)
+        _gates(module, b_hh)[_forget_gate(module)].zero_()
     return module
 
 
@@ -211,6 +219,17 @@ def _cell(
             name += f" with nonlinearity='{cell.removeprefix('rnn_')}'"
         raise TypeError(f"{function}: module must be {expected}, got {name}.")
     return cell
+
+
+def _has_coupled_gates(module: nn.Module) -> bool:
+    """Whether an LSTM has the gates f, g, o alone, with i = 1 - f."""
+    options: Any = getattr(module, "_cell_options", None)
+    return options is not None and bool(options.coupled_gates)
+
+
+def _forget_gate(module: nn.Module) -> int:
+    """Returns the index of an LSTM's forget gate."""
+    return 0 if _has_coupled_gates(module) else _LSTM_FORGET
 
 
 def _hidden_size(module: nn.Module) -> int:

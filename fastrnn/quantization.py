@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from fastrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fastrnn.modules.base import RecurrentBase
-from fastrnn.modules.cell_options import reject
+from fastrnn.modules.cell_options import reject, reject_other_weights
 from fastrnn.modules.quantized import QuantizedRecurrent
 
 __all__ = ["QuantizedRecurrent", "quantization_mapping", "quantize"]
@@ -156,6 +156,7 @@ class _QuantizedClass:
                     "learn_initial_state=True."
                 )
             reject(self.name, mod)
+            reject_other_weights(self.name, mod)
             for option in ("residual", "batch_first_states"):
                 if getattr(mod, option, False):
                     raise NotImplementedError(

@@ -75,11 +75,42 @@ def gru_step(
     return (1 - z) * n + z * h, None
 
 
-def indrnn_step(
-    gates_x: Tensor, gates_h: None, h: Tensor, c: None, w_unit: Tensor
+def indrnn_step(activation: Callable[[Tensor], Tensor]) -> Step:
+    """Independently recurrent network: h' = f(W_x x + b_x + u*h)."""
+
+    def step(
+        gates_x: Tensor, gates_h: None, h: Tensor, c: None, w_unit: Tensor
+    ) -> tuple[Tensor, None]:
+        return activation(gates_x + w_unit * h), None
+
+    return step
+
+
+def ligru_step(
+    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None, w_unit: None
 ) -> tuple[Tensor, None]:
-    """Independently recurrent network: h' = relu(W_x x + b_x + u*h)."""
-    return torch.relu(gates_x + w_unit * h), None
+    """Light GRU: h' = z*h + (1-z)*relu(a)."""
+    a, z = (gates_x + gates_h).chunk(2, dim=-1)
+    z = torch.sigmoid(z)
+    return z * h + (1 - z) * torch.relu(a), None
+
+
+def janet_step(
+    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None, w_unit: Tensor
+) -> tuple[Tensor, None]:
+    """JANET: h' = sigmoid(s)*h + (1-sigmoid(s-beta))*g; 1-sigmoid(s-beta) = sigmoid(beta-s)."""
+    s, g = (gates_x + gates_h).chunk(2, dim=-1)
+    return torch.sigmoid(s) * h + torch.sigmoid(w_unit - s) * torch.tanh(g), None
+
+
+def fastgrnn_step(
+    gates_x: Tensor, gates_h: Tensor, h: Tensor, c: None, w_unit: Tensor
+) -> tuple[Tensor, None]:
+    """FastGRNN: h' = (zeta*(1-z)+nu)*tanh(a) + z*h, with z = sigmoid(a+b)."""
+    a = gates_x + gates_h
+    b, zeta, nu = w_unit.chunk(3)
+    z = torch.sigmoid(a + b)
+    return (zeta * (1 - z) + nu) * torch.tanh(a) + z * h, None
 
 
 def peephole_lstm_step(
@@ -112,9 +143,13 @@ STEPS: dict[str, Step] = {
     "rnn_sigmoid": rnn_step(torch.sigmoid),
     "lstm": lstm_step,
     "gru": gru_step,
-    "indrnn": indrnn_step,
+    "indrnn": indrnn_step(torch.relu),
     "peephole_lstm": peephole_lstm_step,
     "slstm": slstm_step,
+    "indrnn_tanh": indrnn_step(torch.tanh),
+    "ligru": ligru_step,
+    "janet": janet_step,
+    "fastgrnn": fastgrnn_step,
 }
 
 

@@ -382,7 +382,7 @@ class Session:
 
     def _weights_to_pack(self) -> tuple[Weights, torch.dtype]:
         """Returns the layer's weights in the kernel's dtype, and the layer's own dtype."""
-        weights: Weights = self._layer._torch_weights()
+        weights: Weights = self._layer._weights_to_pack()
         dtype = weights.flat[0].dtype
         if dtype not in HALF:
             return weights, find_dtype("Session", weights)
@@ -545,6 +545,7 @@ def _check_layer(layer: Any) -> None:
             f"Session: layer must have the forward of fastrnn, got {cls.__name__}, which "
             "overrides it."
         )
+    layer._check_packable("stream")
     options = layer._cell_options
     if options is not None and (options.heads > 1 or options.changes_the_cell(training=False)):
         raise ValueError(

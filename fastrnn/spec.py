@@ -105,6 +105,8 @@ class CellSpec:
         parameters: E, values per unit that are the same at every step, in ``w_unit``.
         dense: whether there is a recurrent product: ``w_hh`` and ``b_hh``.
         projects: whether a layer of this cell may have a projection.
+        reduced: whether there are CPU kernels that multiply float16, bfloat16 and int8 as they are
+            stored; otherwise half types are computed in float32 copies.
         torch: the facts about torch.
         defined: whether `fastrnn.define_cell` has made the cell.
         second_gates: the last gates, which a second product of the step computes; 0 for most cells.
@@ -125,6 +127,7 @@ class CellSpec:
     parameters: int
     dense: bool
     projects: bool
+    reduced: bool
     torch: TorchFacts
     defined: bool = False
     second_gates: int = 0
@@ -154,6 +157,12 @@ class CellSpec:
     def mode(self) -> str:
         return self.torch.mode
 
+    @property
+    def has_options(self) -> bool:
+        """Whether there are kernels with layer normalisation, zoneout and recurrent dropout."""
+        has_loops = self.states == 1 or without_variant(self.name) == "lstm"
+        return self.dense and self.parameters == 0 and has_loops and not self.defined
+
     def slots(self, has_biases: bool, has_projection: bool = False) -> int:
         """Returns the mask of weight slots of a layer."""
         slots = slots_of(has_biases, has_projection)
@@ -174,6 +183,7 @@ def _spec(name: str, facts: _C.CellFacts, loops_only: bool = False) -> CellSpec:
         parameters=facts["parameters"],
         dense=facts["dense"],
         projects=facts["projects"],
+        reduced=facts["reduced"],
         torch=torch_facts(name),
         second_gates=facts["gates"] - facts["first_gates"],
         loops_only=loops_only,
@@ -197,14 +207,25 @@ RECURRENCE_CELLS: dict[str, CellSpec] = {**CELLS, **LOOP_CELLS}
 BY_MODE: dict[str, CellSpec] = {spec.mode: spec for spec in RECURRENCE_CELLS.values()}
 
 
+#: before the name of a cell whose gates see the cell state
+PEEPHOLE = "peephole_"
+
+
 def variant_of(cell: str, hard_gates: bool, reset_after: bool = True) -> str:
     """Returns the name of a cell with hard gates, or with the reset gate before the product."""
     return cell + ("" if reset_after else "_reset_before") + ("_hard_sigmoid" if hard_gates else "")
 
 
 def without_variant(cell: str) -> str:
-    """Returns the name that `variant_of` has been given."""
-    return cell.removesuffix("_hard_sigmoid").removesuffix("_reset_before")
+    """Returns the name of the cell that options have made the cell of this name from."""
+    plain = cell.removesuffix("_hard_sigmoid").removesuffix("_reset_before")
+    return plain.removeprefix(PEEPHOLE)
+
+
+def plain_spec(mode: str) -> CellSpec:
+    """Returns the cell of a module of this mode without its options."""
+    spec = BY_MODE[mode]
+    return spec if spec.defined else RECURRENCE_CELLS[without_variant(spec.name)]
 
 
 class DirectionWeights(NamedTuple):
@@ -241,6 +262,8 @@ PROJECTION = 0b010000
 UNIT = 0b100000
 #: the slots of layer normalisation: of every cell, of a cell with a cell state, of its bias
 NORM, NORM_CELL, NORM_CELL_BIAS = 0b011000000, 0b100000000, 0b1000000000
+#: the slot of layer normalisation of the input side alone
+GAIN_IH = 0b001000000
 #: the slots of the recurrent product
 RECURRENT = 0b001010
 
@@ -259,6 +282,8 @@ def slots_of(has_biases: bool, has_projection: bool) -> int:
 def slots_of_names(names: Sequence[str]) -> int:
     """Returns the mask for a module's parameter names, such as ``weight_ih_l0``."""
     slots = MATRICES | BIASES if "bias_ih_l0" in names else MATRICES
+    if "weight_hh_l0" not in names:
+        slots &= ~RECURRENT
     return slots | PROJECTION if "weight_hr_l0" in names else slots
 
 

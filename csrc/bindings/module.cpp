@@ -137,6 +137,7 @@ py::dict facts(const CellInfo& info) {
   cell["parameters"] = info.parameters;
   cell["dense"] = info.dense;
   cell["projects"] = info.projects;
+  cell["reduced"] = info.reduced;
   cell["pre_x"] = std::vector<int>(info.pre_x, info.pre_x + info.gates);
   cell["pre_h"] = std::vector<int>(info.pre_h, info.pre_h + info.gates);
   return cell;

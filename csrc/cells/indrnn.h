@@ -4,9 +4,12 @@
 
 #include "cells/contract.h"
 #include "cells/math.h"
+#include "cells/rnn.h"
 
 namespace fastrnn::cells {
 
+// F: the activation (cells/rnn.h).
+template <class F>
 struct IndRnn {
   static constexpr int kGates = 1;
   static constexpr int kPre = 1;
@@ -21,21 +24,20 @@ struct IndRnn {
   static constexpr bool kBackwardReadsH = true;
   static constexpr bool kBackwardReadsNextH = true;
   static constexpr bool kDirectPath = true;
-  static constexpr bool kBoundedState = false;
+  static constexpr bool kBoundedState = F::kIsBounded;
   static constexpr bool kProjects = false;
 
-  // h' = relu(a + u h)
+  // h' = f(a + u h)
   template <class A>
   static FASTRNN_HD void forward(const StepInputs<A>& inputs, const StepOutputs<A>& outputs) {
-    outputs.next_state[0] = relu(inputs.pre[0] + inputs.parameters[0] * inputs.state[0]);
+    outputs.next_state[0] = F::apply(inputs.pre[0] + inputs.parameters[0] * inputs.state[0]);
   }
 
-  // da = dh' where h' > 0, else 0     dh = da u     du = da h
+  // da = dh' f'     dh = da u     du = da h
   template <class A>
   static FASTRNN_HD void backward(const StepGradientInputs<A>& inputs,
                                   const StepGradientOutputs<A>& outputs) {
-    const A zero = A(ScalarOf<A>(0));
-    const A d_a = select(zero >= inputs.next_state[0], zero, inputs.d_next_state[0]);
+    const A d_a = F::gradient(inputs.d_next_state[0], inputs.next_state[0]);
     outputs.d_pre[0] = d_a;
     outputs.d_state[0] = d_a * inputs.parameters[0];
     outputs.d_parameters[0] = d_a * inputs.state[0];

@@ -1,9 +1,11 @@
 // The registry: one line per cell.
 #pragma once
 
+#include "cells/fastgrnn.h"
 #include "cells/gru.h"
 #include "cells/indrnn.h"
 #include "cells/lstm.h"
+#include "cells/one_gate.h"
 #include "cells/peephole_lstm.h"
 #include "cells/rnn.h"
 #include "cells/slstm.h"
@@ -15,9 +17,13 @@
   CELL(kRnnSigmoid, "rnn_sigmoid", ::fastrnn::cells::Rnn<::fastrnn::cells::Sigmoid>) \
   CELL(kLstm, "lstm", ::fastrnn::cells::Lstm)                                        \
   CELL(kGru, "gru", ::fastrnn::cells::Gru)                                           \
-  CELL(kIndRnn, "indrnn", ::fastrnn::cells::IndRnn)                                  \
+  CELL(kIndRnn, "indrnn", ::fastrnn::cells::IndRnn<::fastrnn::cells::Relu>)          \
   CELL(kPeepholeLstm, "peephole_lstm", ::fastrnn::cells::PeepholeLstm)               \
-  CELL(kSlstm, "slstm", ::fastrnn::cells::Slstm)
+  CELL(kSlstm, "slstm", ::fastrnn::cells::Slstm)                                     \
+  CELL(kIndRnnTanh, "indrnn_tanh", ::fastrnn::cells::IndRnn<::fastrnn::cells::Tanh>) \
+  CELL(kLiGru, "ligru", ::fastrnn::cells::LiGru)                                     \
+  CELL(kJanet, "janet", ::fastrnn::cells::Janet)                                     \
+  CELL(kFastGrnn, "fastgrnn", ::fastrnn::cells::FastGrnn)
 
 namespace fastrnn {
 
@@ -26,6 +32,17 @@ enum class CellKind : int {
   FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
 };
+
+// The cells with CPU kernels that multiply float16, bfloat16 and int8 as they are stored: a third
+// of the code of a cell. All others compute these types in float32 copies.
+template <class Cell>
+inline constexpr bool kHasReducedFormats = false;
+template <class F>
+inline constexpr bool kHasReducedFormats<cells::Rnn<F>> = true;
+template <>
+inline constexpr bool kHasReducedFormats<cells::Lstm> = true;
+template <>
+inline constexpr bool kHasReducedFormats<cells::Gru> = true;
 
 // The traits of a cell (contract.h) that are needed to size buffers and to combine weights.
 struct CellInfo {
@@ -40,6 +57,7 @@ struct CellInfo {
   bool dense;        // has a recurrent product with w_hh
   bool bounded;      // |h'| <= max(1, |h|)
   bool projects;     // may have a projection
+  bool reduced;      // kHasReducedFormats
   const int* pre_x;  // [G]
   const int* pre_h;  // [G]
 
@@ -61,6 +79,7 @@ inline constexpr __attribute__((always_inline)) CellInfo make_cell_info(CellKind
           Cell::kDenseRecurrence,
           Cell::kBoundedState,
           Cell::kProjects,
+          kHasReducedFormats<Cell>,
           Cell::kPreX,
           Cell::kPreH};
 }

@@ -107,7 +107,9 @@ bool pick_packed(const LayerShape& shape, Pass pass) {
 WeightFormat pick_recurrent_format(const LayerShape& shape, Pass pass, const Isa& isa,
                                    int element_bytes, WeightFormat allowed) {
   const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
-  const bool pays = cell_info(shape.cell).dense && shape.sequence.batch == 1 &&
+  const CellInfo& cell = cell_info(shape.cell);
+  const bool has_format = cell.reduced || is_defined_at_run_time(cell);
+  const bool pays = has_format && shape.sequence.batch == 1 &&
                     shape.sequence.steps >= kMinHalfSteps && values >= kMinHalfWeights;
   return pass == Pass::kForward && pays && isa.has_recurrent_format(allowed, element_bytes)
              ? allowed
@@ -246,7 +248,7 @@ Plan make_packed_plan(const LayerShape& shape, const Isa& isa, const Plan& panel
   return plan;
 }
 
-constexpr const char* kDefinedCell = "a cell defined at run time has no kernels for bfloat16";
+constexpr const char* kNotReduced = "the cell has no kernels for bfloat16";
 
 // AMX multiplies 16 rows with a tile of weights in the time in which an instruction for pairs
 // multiplies two or three. An instruction for pairs has twice the multiply-adds of float32. Without
@@ -254,7 +256,7 @@ constexpr const char* kDefinedCell = "a cell defined at run time has no kernels 
 // long sequence of a small layer waits for neither, and keeps float32 copies.
 Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
   const Bfloat16Kernels* kernels;
-  if (is_defined_at_run_time(shape.cell.info())) return {nullptr, kDefinedCell};
+  if (!cell_info(shape.cell).reduced) return {nullptr, kNotReduced};
   if (forced_bfloat16_kernels(&kernels)) return {kernels, "forced"};
   const std::int64_t values = cell_info(shape.cell).gates * shape.hidden_size * shape.output_size();
   const std::int64_t batch = shape.sequence.batch;
@@ -277,7 +279,7 @@ Bfloat16Choice pick_bfloat16_kernels(const LayerShape& shape) {
 
 bool bfloat16_pays_for_copies(const LayerShape& shape) {
   const Bfloat16Kernels* kernels;
-  if (is_defined_at_run_time(shape.cell.info())) return false;
+  if (!cell_info(shape.cell).reduced) return false;
   if (forced_bfloat16_kernels(&kernels)) return kernels != nullptr;
   if (shape.sequence.steps * shape.sequence.batch < kMinCastRows) return false;
   kernels = pick_bfloat16_kernels(shape).kernels;
@@ -301,7 +303,6 @@ Bfloat16Copies bfloat16_copies(const LayerShape& shape) {
 
 // The product with w_hh of a backward step is faster where an instruction multiplies pairs.
 Bfloat16Choice pick_bfloat16_backward(const LayerShape& shape) {
-  if (!cell_info(shape.cell).dense) return {nullptr, "the cell has no product"};
   return pick_bfloat16_gradients(shape);
 }
 
@@ -309,7 +310,7 @@ Bfloat16Choice pick_bfloat16_backward(const LayerShape& shape) {
 // not what they wait for: they are faster where an instruction multiplies pairs.
 Bfloat16Choice pick_bfloat16_gradients(const LayerShape& shape) {
   const Bfloat16Kernels* kernels;
-  if (is_defined_at_run_time(shape.cell.info())) return {nullptr, kDefinedCell};
+  if (!cell_info(shape.cell).reduced) return {nullptr, kNotReduced};
   if (forced_bfloat16_kernels(&kernels)) {
     if (kernels != nullptr && kernels->gradients[0] == nullptr) kernels = nullptr;
     return {kernels, "forced"};

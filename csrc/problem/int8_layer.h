@@ -30,11 +30,8 @@ constexpr std::int64_t kInt8Depth = 4;   // values along K that lie next to each
 // The largest K: partial sums, at most 2 * 255 * 127 * K with the zero point, fit in 32 bits.
 constexpr std::int64_t kInt8MostColumns = 32768;
 
-// Whether a cell has int8 kernels: it has a recurrent product, h and at most c, and no parameters,
-// and was not defined at run time.
-constexpr bool has_int8(const CellInfo& cell) {
-  return cell.dense && cell.parameters == 0 && cell.states <= 2 && !is_defined_at_run_time(cell);
-}
+// Whether a cell has int8 kernels.
+constexpr bool has_int8(const CellInfo& cell) { return cell.reduced; }
 
 constexpr std::int64_t int8_blocks(std::int64_t units) {
   return (units + kInt8Units - 1) / kInt8Units;

@@ -167,6 +167,7 @@ def _spec(name: str, source: str, derived: Derived) -> CellSpec:
         parameters=len(derived.d_parameters),
         dense=True,
         projects=False,
+        reduced=False,
         torch=torch_facts(cell),
         defined=True,
     )

@@ -150,6 +150,7 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
             f"to_keras_weights: module must have proj_size 0, got {module.proj_size}."
         )
     options = module._cell_options
+    options = module._cell_options
     if options is not None and (options.heads > 1 or options.cell_clip is not None):
         raise NotImplementedError(
             "to_keras_weights: module must have heads=1 and cell_clip=None, got "
@@ -159,6 +160,7 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
     for option, value, expected in (
         ("layer_norm", module.layer_norm, False),
         ("zoneout", module.zoneout, 0),
+        ("coupled_gates", options is not None and options.coupled_gates, False),
         ("residual", module.residual, False),
         ("learn_initial_state", module._learns_initial_state, False),
     ):

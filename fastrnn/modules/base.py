@@ -38,9 +38,9 @@ from fastrnn.spec import (
     BY_MODE,
     MATRICES,
     PROJECTION,
-    RECURRENCE_CELLS,
     WEIGHT_FORMATS,
     Weights,
+    plain_spec,
     slots_of_names,
 )
 from fastrnn.tracing import (
@@ -110,6 +110,8 @@ class RecurrentBase(nn.RNNBase):
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        peephole: bool = False,
+        coupled_gates: bool = False,
         cell_clip: float | None = None,
         proj_clip: float | None = None,
         gate_activation: str = "sigmoid",
@@ -146,6 +148,8 @@ class RecurrentBase(nn.RNNBase):
                 zoneout,
                 recurrent_dropout,
                 weight_dropout,
+                peephole,
+                coupled_gates,
                 self.hidden_size,
                 cell_clip,
                 proj_clip,
@@ -156,11 +160,15 @@ class RecurrentBase(nn.RNNBase):
             if options is not None:
                 cell_options.check_together(self, options, self._recompute)
                 self._cell_options = options
-                self.mode = RECURRENCE_CELLS[options.cell(BY_MODE[mode].name)].mode
+                self.mode = options.mode(BY_MODE[mode])
+                if coupled_gates:
+                    self._set_gates(3)
                 if options.heads > 1:
                     cell_options.divide_recurrent_weights(self, options.heads)
                 if layer_norm:
                     cell_options.add_norm_parameters(self, BY_MODE[mode].has_cell_state)
+                if peephole:
+                    cell_options.add_peepholes(self, options)
             if learn_initial_state:
                 self._add_initial_state()
         except Exception:
@@ -170,14 +178,34 @@ class RecurrentBase(nn.RNNBase):
     def _change_cell(self, mode: str) -> None:
         """Changes a new RNN of torch, which has one gate, to a cell that torch does not have."""
         self.mode = mode
-        gates = BY_MODE[mode].gates
-        if gates > 1:
-            for name, parameter in self._parameters.items():
-                assert parameter is not None
-                rows, *columns = parameter.shape
-                self._parameters[name] = nn.Parameter(parameter.new_empty(gates * rows, *columns))
-            self._init_flat_weights()
-            self.reset_parameters()
+        spec = BY_MODE[mode]
+        if not spec.dense:
+            self._all_weights = [
+                [name for name in names if "_hh_" not in name] for names in self._all_weights
+            ]
+            self._flat_weights_names = [name for names in self._all_weights for name in names]
+            for name in [name for name in self._parameters if "_hh_" in name]:
+                del self._parameters[name]
+        if spec.gates > 1 or not spec.dense:
+            self._set_gates(spec.gates)
+
+    def _set_gates(self, gates: int) -> None:
+        """Gives the weights of a new module another number of gates, and draws them."""
+        for name, parameter in self._parameters.items():
+            assert parameter is not None
+            if name.startswith("weight_hr"):
+                continue
+            _, *columns = parameter.shape
+            rows = gates * self.hidden_size
+            self._parameters[name] = nn.Parameter(parameter.new_empty(rows, *columns))
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    @property
+    def _weight_rows(self) -> int:
+        """The rows of the parameters of a layer and direction."""
+        is_coupled = self._cell_options is not None and self._cell_options.coupled_gates
+        return (3 if is_coupled else BY_MODE[self.mode].gates) * self.hidden_size
 
     def _add_initial_state(self) -> None:
         """Registers the learned initial state: zeros, after the weights."""
@@ -186,7 +214,7 @@ class RecurrentBase(nn.RNNBase):
         sizes = {"h_0": self.proj_size or self.hidden_size}
         if BY_MODE[self.mode].has_cell_state:
             sizes["c_0"] = self.hidden_size
-        like: Any = self.weight_hh_l0
+        like: Any = self.weight_ih_l0
         for name, units in sizes.items():
             zeros = like.detach().new_zeros(self.num_layers * directions, 1, units)
             self.register_parameter(name, nn.Parameter(zeros))
@@ -299,7 +327,7 @@ class RecurrentBase(nn.RNNBase):
     def _change_option(self, name: str, value: Any) -> None:
         arguments = (self._cell_options or ModuleOptions()).arguments() | {name: value}
         arguments["hidden_size"] = self.hidden_size
-        options = cell_options.parse(type(self).__name__, BY_MODE[self.mode], **arguments)
+        options = cell_options.parse(type(self).__name__, plain_spec(self.mode), **arguments)
         if options is not None:
             cell_options.check_together(self, options, self._recompute)
         self.unprepare()  # its kernels have no options
@@ -381,10 +409,12 @@ class RecurrentBase(nn.RNNBase):
 
         Raises:
             RuntimeError: the module is in training mode, or a weight is not a Parameter in float32
-                or float64 on the CPU.
+                or float64 on the CPU, or the cell has parameters per unit or over two states.
         """
         owner = f"{type(self).__name__}.prepare"
+        self._check_packable("prepare")
         cell_options.reject(owner, self)
+        cell_options.reject_other_weights(owner, self)
         if self.training:
             raise RuntimeError(
                 f"{owner}: the module must be in eval mode, got training mode. Call eval() first."
@@ -425,8 +455,20 @@ class RecurrentBase(nn.RNNBase):
         Args:
             batch_size: B, number of sequences that run at the same time. Default: 1
             threads: largest number of threads per call. Default: 1
+
+        Raises:
+            RuntimeError: the cell has parameters per unit or over two states.
         """
         return Session(self, batch_size, threads)
+
+    def _check_packable(self, method: str) -> None:
+        """Raises unless weights of the cell can be packed once for many calls."""
+        spec = BY_MODE[self.mode]
+        if spec.parameters or spec.states > 2:
+            raise RuntimeError(
+                f"{type(self).__name__}.{method}: the cell must have no parameters per unit and at "
+                f"most 2 states, got {spec.parameters} and {spec.states}."
+            )
 
     def train(self: _Module, mode: bool = True) -> _Module:
         """Sets training or eval mode. Training mode drops the copy of `prepare`."""
@@ -484,6 +526,14 @@ class RecurrentBase(nn.RNNBase):
         has_cell_state = BY_MODE[self.mode].has_cell_state
         return cell_options.with_options(self, options, has_cell_state, weights)
 
+    def _weights_to_pack(self) -> Weights:
+        """Returns the weights that a session packs: those of inference."""
+        weights, options = self._torch_weights(), self._cell_options
+        if options is None or not options.coupled_gates:
+            return weights
+        options = options._replace(weight_dropout=0.0)
+        return cell_options.with_options(self, options, True, weights)
+
     def _torch_weights(self) -> Weights:
         """Returns the weights of ``torch.nn``.
 
@@ -509,11 +559,11 @@ class RecurrentBase(nn.RNNBase):
                 raise RuntimeError(f"{type(self).__name__}: {name} must be a tensor, got None.")
         if all(weight is None for bias, weight in zip(is_bias, weights, strict=True) if bias):
             return Weights([weight for weight in weights if weight is not None], slots & ~BIASES)
-        # a bias has one value per row of w_hh of its layer and direction
+        # a bias has one value per row of w_ih of its layer and direction
         rows = {n: w.shape[0] for n, w in zip(names, weights, strict=True) if w is not None}
         first: Any = weights[0]
         flat = [
-            first.new_zeros(rows["weight_hh" + name[len("bias_hh") :]])
+            first.new_zeros(rows["weight_ih" + name[len("bias_ih") :]])
             if weight is None
             else weight
             for name, weight in zip(names, weights, strict=True)
@@ -825,6 +875,10 @@ class RecurrentBase(nn.RNNBase):
         recorder = recorder_of(return_all_states, return_gates)
         owner = f"{type(self).__name__}: with return_all_states or return_gates"
         cell_options.reject(owner, self, self.training)
+        if return_gates and BY_MODE[self.mode].parameters:
+            raise ValueError(
+                f"{type(self).__name__}: return_gates must be False with peephole=True, got True."
+            )
         options = {
             **marks._asdict(),
             "return_all_states": return_all_states or None,

@@ -5,23 +5,32 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from fastrnn import checks
 from fastrnn.layer_call import CellOptions
 from fastrnn.spec import (
+    BIASES,
     BY_MODE,
+    MATRICES,
     NORM,
     NORM_CELL,
     NORM_CELL_BIAS,
+    PEEPHOLE,
+    UNIT,
     CellSpec,
     Weights,
+    present,
+    torch_facts,
     variant_of,
 )
 
 #: the activations of gates
 GATE_ACTIVATIONS = ("sigmoid", "hard_sigmoid")
+#: the weight slots whose rows are those of the gates
+_WITH_GATES = present(MATRICES | BIASES)
 
 
 class ModuleOptions(NamedTuple):
@@ -34,6 +43,8 @@ class ModuleOptions(NamedTuple):
     zoneout: tuple[float, float] = (0.0, 0.0)
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    peephole: bool = False
+    coupled_gates: bool = False
     cell_clip: float | None = None
     proj_clip: float | None = None
     gate_activation: str = "sigmoid"
@@ -41,6 +52,11 @@ class ModuleOptions(NamedTuple):
     heads: int = 1
     #: whether no other schedule than the time loops with options runs the module's cell
     loops_only: bool = False
+
+    @property
+    def has_other_weights(self) -> bool:
+        """Whether the weights are not those of a plain layer."""
+        return self.layer_norm or self.peephole or self.coupled_gates or self.heads > 1
 
     def changes_the_cell(self, training: bool) -> bool:
         """Whether the time loop is not that of a plain layer."""
@@ -69,9 +85,14 @@ class ModuleOptions(NamedTuple):
         clips = self.cell_clip, self.proj_clip
         return CellOptions(zoneout_h, zoneout_c, dropout, training, *clips)
 
-    def cell(self, plain: str) -> str:
-        """Returns the cell that runs, for the name of the cell without options."""
-        return variant_of(plain, self.gate_activation != "sigmoid", self.reset_after)
+    def mode(self, plain: CellSpec) -> str:
+        """Returns the mode of a module with these options, for the cell without them."""
+        if self.peephole:
+            return torch_facts(PEEPHOLE + plain.name).mode
+        if self.gate_activation == "sigmoid" and self.reset_after:
+            return plain.mode
+        variant = variant_of(plain.name, self.gate_activation != "sigmoid", self.reset_after)
+        return torch_facts(variant).mode
 
     def describe(self) -> str:
         """Returns the options that are set as arguments, or what else makes the cell special."""
@@ -138,6 +159,8 @@ def parse(
     zoneout: Any,
     recurrent_dropout: Any,
     weight_dropout: Any,
+    peephole: Any = False,
+    coupled_gates: Any = False,
     hidden_size: int = 1,
     cell_clip: Any = None,
     proj_clip: Any = None,
@@ -150,8 +173,15 @@ def parse(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    if not checks.is_bool(layer_norm):
-        raise TypeError(f"{name}: layer_norm must be a bool, got {checks.describe(layer_norm)}.")
+    for option, value in (
+        ("layer_norm", layer_norm),
+        ("peephole", peephole),
+        ("coupled_gates", coupled_gates),
+    ):
+        if not checks.is_bool(value):
+            raise TypeError(f"{name}: {option} must be a bool, got {checks.describe(value)}.")
+        if value and option != "layer_norm" and spec.name != "lstm":
+            raise ValueError(f"{name}: {option} must be False for a cell that is not an LSTM.")
     if isinstance(zoneout, tuple | list):
         if not spec.has_cell_state or len(zoneout) != 2:
             expected = "one number or two, of c and of h" if spec.has_cell_state else "one number"
@@ -178,6 +208,8 @@ def parse(
         (zone_c, zone_h),
         _probability(name, "recurrent_dropout", recurrent_dropout),
         _probability(name, "weight_dropout", weight_dropout),
+        bool(peephole),
+        bool(coupled_gates),
         _clip(name, "cell_clip", cell_clip),
         _clip(name, "proj_clip", proj_clip),
         gate_activation,
@@ -191,19 +223,37 @@ def parse(
 def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -> None:
     """Raises if the module has another option that excludes these."""
     name = type(module).__name__
-    if options.changes_the_cell(training=True) and BY_MODE[module.mode].defined:
+    spec = BY_MODE[module.mode]
+    changes = options.changes_the_cell(training=True)
+    if options.peephole and module.proj_size:
+        raise ValueError(f"{name}: proj_size must be 0 with peephole=True, got {module.proj_size}.")
+    if options.peephole and changes:
         raise ValueError(
-            f"{name}: a cell of define_cell must have no layer_norm, no zoneout and no "
-            f"recurrent_dropout, got {options.describe()}."
+            f"{name}: peephole must be False with another option of the cell, got "
+            f"{options.describe()}."
+        )
+    if changes and not spec.has_options:
+        kind = getattr(module, "_kind", "this cell")
+        raise ValueError(
+            f"{name}: {kind} must have no layer_norm, no zoneout and no recurrent_dropout, got "
+            f"{options.describe()}."
         )
     exclusions: list[tuple[str, Any, Any, str]] = []
+    if not spec.dense:
+        without = "a cell that has no recurrent matrix"
+        exclusions += [
+            ("weight_dropout", options.weight_dropout, 0, without),
+            ("heads", options.heads, 1, without),
+        ]
+    if options.layer_norm:
+        exclusions.append(("coupled_gates", options.coupled_gates, False, "layer_norm=True"))
     if options.heads > 1:
         heads = f"heads={options.heads}"
         exclusions += [
             ("proj_size", module.proj_size, 0, heads),
             ("layer_norm", options.layer_norm, False, heads),
         ]
-    if options.changes_the_cell(training=True):
+    if changes:
         exclusions.append(("recompute", recompute, "none", options.describe()))
     if options.layer_norm or any(options.zoneout) or options.recurrent_dropout > 0:
         exclusions.append(("proj_size", module.proj_size, 0, options.describe()))
@@ -248,6 +298,16 @@ def divide_recurrent_weights(module: nn.RNNBase, heads: int) -> None:
     module._init_flat_weights()
 
 
+def reject_other_weights(owner: str, module: Any) -> None:
+    """Raises for a module with other weights than a plain layer, for what reads these."""
+    options: ModuleOptions | None = getattr(module, "_cell_options", None)
+    if options is not None and options.has_other_weights:
+        raise ValueError(
+            f"{owner}: the layer must have no layer_norm, no peephole, no coupled_gates and no "
+            f"heads, got {options.describe()}."
+        )
+
+
 def _suffixes(module: nn.RNNBase) -> list[str]:
     directions = ("", "_reverse") if module.bidirectional else ("",)
     return [f"l{layer}{end}" for layer in range(module.num_layers) for end in directions]
@@ -278,13 +338,48 @@ def reset_norm_parameters(module: nn.RNNBase, has_cell_state: bool) -> None:
             (nn.init.zeros_ if name.startswith("bias") else nn.init.ones_)(parameter)
 
 
+def peephole_names(options: ModuleOptions) -> tuple[str, ...]:
+    """Returns the names of the peepholes, by gate; coupled gates share one."""
+    return ("w_cf", "w_co") if options.coupled_gates else ("w_ci", "w_cf", "w_co")
+
+
+def add_peepholes(module: nn.RNNBase, options: ModuleOptions) -> None:
+    """Registers the parameters of peepholes, drawn like the weights of ``torch.nn``."""
+    bound = module.hidden_size**-0.5
+    for suffix in _suffixes(module):
+        like: Any = getattr(module, f"weight_ih_{suffix}")
+        for name in peephole_names(options):
+            own = nn.Parameter(like.detach().new_empty(module.hidden_size))
+            module.register_parameter(f"{name}_{suffix}", nn.init.uniform_(own, -bound, bound))  # type: ignore[arg-type]
+
+
+def _peepholes(module: nn.RNNBase, options: ModuleOptions, suffix: str) -> Tensor:
+    """Returns the peepholes of the gates i, f and o [3*H]."""
+    own = [getattr(module, f"{name}_{suffix}") for name in peephole_names(options)]
+    return torch.cat([-own[0], *own] if options.coupled_gates else own)
+
+
+def uncoupled(weight: Tensor, hidden: int) -> Tensor:
+    """Returns the rows of the gates i, f, g, o from those of f, g, o.
+
+    i = 1 - f = 1 - sigmoid(a_f) = sigmoid(-a_f), so the rows of i are minus those of f.
+    """
+    return torch.cat([-weight[:hidden], weight])
+
+
 def with_options(
     module: nn.RNNBase, options: ModuleOptions, has_cell_state: bool, weights: Weights
 ) -> Weights:
-    """Returns the weights to compute with: w_hh after dropout, and those of layer normalisation."""
+    """Returns the weights to compute with.
+
+    They are w_hh after dropout, four gates of coupled ones, peepholes, and the weights of layer
+    normalisation.
+    """
     suffixes = _suffixes(module)
     count = len(weights.flat) // len(suffixes)
     slots = weights.slots
+    if options.peephole:
+        slots |= UNIT
     if options.layer_norm:
         slots |= NORM
         if has_cell_state:
@@ -294,6 +389,13 @@ def with_options(
         own = list(weights.flat[index * count : (index + 1) * count])
         if options.weight_dropout > 0 and module.training:
             own[1] = dropout(own[1], options.weight_dropout)
+        if options.coupled_gates:
+            own = [
+                uncoupled(weight, module.hidden_size) if slot in _WITH_GATES else weight
+                for slot, weight in zip(present(weights.slots), own, strict=True)
+            ]
+        if options.peephole:
+            own.append(_peepholes(module, options, suffix))
         if options.layer_norm:
             own += [getattr(module, name) for name in _norm_names(module, has_cell_state, suffix)]
         flat += own

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.checks import describe
 from fastrnn.modules.base import RecurrentBase
-from fastrnn.modules.cell_options import reject
+from fastrnn.modules.cell_options import reject, reject_other_weights
 from fastrnn.ops import HALF
 from fastrnn.ops.int8 import DEPTH, MOST_COLUMNS, UNITS, Int8Weights, int8_layer
 from fastrnn.spec import BY_MODE, CellSpec, DirectionWeights
@@ -50,6 +50,7 @@ class QuantizedRecurrent(nn.Module):
 
     def __init__(self, layer: RecurrentBase) -> None:
         reject("fastrnn.quantize", layer)
+        reject_other_weights("fastrnn.quantize", layer)
         super().__init__()
         spec = BY_MODE[layer.mode]
         name = type(layer).__name__

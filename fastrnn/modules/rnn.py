@@ -242,6 +242,11 @@ class LSTM(TwoStates):
         recurrent_dropout: probability that a unit of h is zero in the product with W_hh; one mask
             for all steps of a sequence. Default: 0
         weight_dropout: probability that a value of W_hh is zero; one mask per call. Default: 0
+        peephole: whether the gates see the cell state of their unit: i and f see c_{t-1}, o sees
+            c_t, by the parameters ``w_ci_l{k}``, ``w_cf_l{k}`` and ``w_co_l{k}`` [H], see
+            docs/cells.md. Default: ``False``
+        coupled_gates: whether i = 1 - f. The gates are then f, g, o: weights and biases have 3*H
+            rows, see docs/cells.md. Default: ``False``
         cell_clip: bound of the absolute value of c at every step. Default: ``None``
         proj_clip: bound of the absolute value of the projected h at every step; runs as torch
             operations. Default: ``None``
@@ -277,7 +282,9 @@ class LSTM(TwoStates):
 
     Source: S. Hochreiter, J. Schmidhuber, Long Short-Term Memory (1997); F. A. Gers,
     J. Schmidhuber, F. Cummins, Learning to Forget (2000); projection: H. Sak, A. Senior,
-    F. Beaufays, Long Short-Term Memory Based Recurrent Neural Network Architectures (2014).
+    F. Beaufays, Long Short-Term Memory Based Recurrent Neural Network Architectures (2014);
+    peepholes: F. A. Gers, J. Schmidhuber, Recurrent Nets that Time and Count (2000); coupled gates:
+    K. Greff et al., LSTM: A Search Space Odyssey (2017).
     """
 
     # without an annotation, which TorchScript would read
@@ -308,6 +315,8 @@ class LSTM(TwoStates):
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        peephole: bool = False,
+        coupled_gates: bool = False,
         cell_clip: float | None = None,
         proj_clip: float | None = None,
         gate_activation: str = "sigmoid",

@@ -42,7 +42,7 @@ F64 = torch.float64
 def test_every_cell_of_the_kernels_has_its_facts() -> None:
     registered = [name for name, spec in SPECS.items() if not spec.defined]
     assert registered == list(_C.cells())
-    assert set(CELLS) < set(registered)  # the others have no module yet
+    assert set(CELLS) < set(registered)  # the others are in modules of their own
     assert {name for name, spec in SPECS.items() if spec.projects} == set(BEFORE_PROJECTION)
 
 

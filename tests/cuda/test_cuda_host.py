@@ -669,6 +669,7 @@ def test_lengths_beyond_the_batch_count_as_its_ends_without_reading_them(
 
 # cells that torch.nn lacks: per-unit parameters, several cell states, no recurrent product
 BEYOND_TORCH = [name for name in BUILT_IN if name not in CELLS]
+PERSISTENT_BEYOND_TORCH = ["peephole_lstm", "slstm"]
 
 
 def check_beyond_torch(cell: str, batch: int, hidden: int, dtype: torch.dtype) -> None:
@@ -692,7 +693,7 @@ def test_stepwise_runs_cells_beyond_torch(kernels: Kernels, cell: str, dtype: to
 @persistent
 @pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
 @pytest.mark.parametrize("batch", [3, 20])
-@pytest.mark.parametrize("cell", [cell for cell in BEYOND_TORCH if SPECS[cell].dense])
+@pytest.mark.parametrize("cell", PERSISTENT_BEYOND_TORCH)
 def test_persistent_runs_cells_beyond_torch(
     kernels: Kernels, cell: str, batch: int, dtype: torch.dtype, units: int
 ) -> None:

@@ -169,9 +169,10 @@ def test_plan_rejects_impossible_arguments() -> None:
         plan("gru", 1, 1, dtype="int8")
 
 
-def test_a_cell_without_a_recurrent_product_runs_stepwise() -> None:
+@pytest.mark.parametrize("cell", ["indrnn", "indrnn_tanh", "ligru", "janet", "fastgrnn"])
+def test_cells_without_persistent_kernels_run_stepwise(cell: str) -> None:
     for training in (False, True):
-        plan = _C.cuda_plan("indrnn", 100, 8, 64, 64, dtype="float16", training=training)
+        plan = _C.cuda_plan(cell, 100, 8, 64, 64, dtype="float16", training=training)
         assert plan["schedule"] == "stepwise"
 
 

@@ -244,7 +244,7 @@ def test_types_under_autocast_are_those_of_the_results(cell: str) -> None:
 
 
 class TestCells:
-    """The cells that no public module offers."""
+    """Cells that torch.nn lacks."""
 
     @pytest.mark.parametrize("cell", ["indrnn", "peephole_lstm", "slstm"])
     @pytest.mark.parametrize("bidirectional", [False, True])

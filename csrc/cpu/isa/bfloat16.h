@@ -29,7 +29,7 @@ struct Bfloat16Kernels {
   const char* isa;  // the instruction set that these kernels belong to
   Bfloat16Product product;
   WeightFormat format;  // of the panels
-  // The same as in Walks and Walk (isa.h).
+  // The same as in Walks and Walk (isa.h); null for cells without reduced formats.
   void (*pack)(const LayerShape&, const LayerWeights<Bfloat16>&, const Plan&, const PanelLayout&,
                float* panels, int rank);
   void (*forward[kCellCount])(const Bfloat16Forward&, const Plan&, const PanelLayout&,

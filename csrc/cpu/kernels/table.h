@@ -15,7 +15,7 @@ constexpr Walks<T> walks() {
   return {pack_rank<T>,
           RecurrentFormats<T>::List::kSet,
           {
-#define FASTRNN_CELL(kind, name, type) walk<type, T>(),
+#define FASTRNN_CELL(kind, name, type) walk<type, T, FormatsOf<type, T>>(),
               FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
           }};

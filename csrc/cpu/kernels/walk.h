@@ -8,13 +8,18 @@
 
 FASTRNN_KERNELS_BEGIN
 
+// The formats of w_hh in forward for a cell of the registry.
+template <class Cell, class T>
+using FormatsOf = std::conditional_t<kHasReducedFormats<Cell>, typename RecurrentFormats<T>::List,
+                                     FormatList<NativeFormat<T>>>;
+
 // Calls function(panels) with ForwardPanels in the format of the plan. Here, and only here, a
 // format chooses code.
-template <class T, class Function>
+template <class Formats, class T, class Function>
 FASTRNN_INLINE void with_panels(const LayerShape& shape, const LayerWeights<T>& weights,
                                 const Plan& plan, const PanelLayout& layout, T* panels,
                                 Function&& function) {
-  RecurrentFormats<T>::List::select(plan.recurrent_format, [&](auto tag) {
+  Formats::select(plan.recurrent_format, [&](auto tag) {
     function(ForwardPanels<T, typename decltype(tag)::Type>(shape, weights, plan, layout, panels));
   });
 }
@@ -22,17 +27,19 @@ FASTRNN_INLINE void with_panels(const LayerShape& shape, const LayerWeights<T>& 
 template <class T>
 void pack_rank(const LayerShape& shape, const LayerWeights<T>& weights, const Plan& plan,
                const PanelLayout& layout, T* panels, int rank) {
-  with_panels(shape, weights, plan, layout, panels, [&](const auto& packed) { packed.pack(rank); });
+  with_panels<typename RecurrentFormats<T>::List>(shape, weights, plan, layout, panels,
+                                                  [&](const auto& packed) { packed.pack(rank); });
 }
 
-template <class Cell, class T>
+template <class Cell, class T, class Formats>
 void forward_rank(const LayerForward<T, T>& problem, const Plan& plan,
                   const PanelLayout& panel_layout, T* panels, const ForwardLayout& layout,
                   T* scratch, Team& team, int rank) {
-  with_panels(problem.shape, problem.weights, plan, panel_layout, panels, [&](const auto& packed) {
-    using Panels = std::decay_t<decltype(packed)>;
-    ForwardWalk<Cell, T, Panels>(problem, plan, packed, layout, scratch, team, rank).run();
-  });
+  with_panels<Formats>(
+      problem.shape, problem.weights, plan, panel_layout, panels, [&](const auto& packed) {
+        using Panels = std::decay_t<decltype(packed)>;
+        ForwardWalk<Cell, T, Panels>(problem, plan, packed, layout, scratch, team, rank).run();
+      });
 }
 
 template <class Cell, class T>
@@ -49,9 +56,9 @@ void gradient_rank(const LayerGradients<T>& problem, const Plan& plan, const Gra
   GradientWalk<Cell, T>(problem, plan, layout, workspace, team, rank).run();
 }
 
-template <class Cell, class T>
+template <class Cell, class T, class Formats = typename RecurrentFormats<T>::List>
 constexpr Walk<T> walk() {
-  return {forward_rank<Cell, T>, backward_rank<Cell, T>, gradient_rank<Cell, T>};
+  return {forward_rank<Cell, T, Formats>, backward_rank<Cell, T>, gradient_rank<Cell, T>};
 }
 
 FASTRNN_KERNELS_END

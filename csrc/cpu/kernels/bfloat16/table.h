@@ -49,6 +49,16 @@ void bfloat16_forward_rank(const Bfloat16Forward& problem, const Plan& plan,
   Bfloat16Format::finish();
 }
 
+// A cell without these kernels has null pointers.
+template <class Cell>
+constexpr auto bfloat16_forward_of() {
+  using Function = decltype(&bfloat16_forward_rank<cells::Lstm>);
+  if constexpr (kHasReducedFormats<Cell>)
+    return Function(bfloat16_forward_rank<Cell>);
+  else
+    return Function(nullptr);
+}
+
 #if defined(FASTRNN_BF16_TILES) || defined(FASTRNN_BF16_DOT)
 template <class Cell>
 void bfloat16_gradient_rank(const Bfloat16Gradients& problem, const Plan& plan, float* workspace,
@@ -64,8 +74,24 @@ void bfloat16_backward_rank(const Bfloat16Backward& problem, const Plan& plan,
       .run();
   Bfloat16Format::finish();
 }
-#define FASTRNN_BF16_BACKWARD(type) bfloat16_backward_rank<type>
-#define FASTRNN_BF16_GRADIENTS(type) bfloat16_gradient_rank<type>
+template <class Cell>
+constexpr auto bfloat16_backward_of() {
+  using Function = decltype(&bfloat16_backward_rank<cells::Lstm>);
+  if constexpr (kHasReducedFormats<Cell>)
+    return Function(bfloat16_backward_rank<Cell>);
+  else
+    return Function(nullptr);
+}
+template <class Cell>
+constexpr auto bfloat16_gradients_of() {
+  using Function = decltype(&bfloat16_gradient_rank<cells::Lstm>);
+  if constexpr (kHasReducedFormats<Cell>)
+    return Function(bfloat16_gradient_rank<Cell>);
+  else
+    return Function(nullptr);
+}
+#define FASTRNN_BF16_BACKWARD(type) bfloat16_backward_of<type>()
+#define FASTRNN_BF16_GRADIENTS(type) bfloat16_gradients_of<type>()
 #else
 #define FASTRNN_BF16_BACKWARD(type) nullptr
 #define FASTRNN_BF16_GRADIENTS(type) nullptr
@@ -79,7 +105,7 @@ const Bfloat16Kernels kBfloat16Kernels = {
     Bfloat16Format::kFormat,
     bfloat16_pack_rank,
     {
-#define FASTRNN_CELL(kind, name, type) bfloat16_forward_rank<type>,
+#define FASTRNN_CELL(kind, name, type) bfloat16_forward_of<type>(),
         FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL
     },

@@ -166,9 +166,10 @@ auto with_cell(const Plan& plan, Action& action) {
 template <class S, class Action>
 auto with_walk(CellKind cell, const Plan& plan, Action&& action) {
   switch (cell) {
-#define FASTRNN_CELL(kind, name, type)                                                             \
-  case CellKind::kind:                                                                             \
-    if constexpr (type::kDenseRecurrence) return with_cell<CellKind::kind, type, S>(plan, action); \
+#define FASTRNN_CELL(kind, name, type)                         \
+  case CellKind::kind:                                         \
+    if constexpr (has_persistent_kernels(CellKind::kind))      \
+      return with_cell<CellKind::kind, type, S>(plan, action); \
     break;
     FASTRNN_CELLS(FASTRNN_CELL)
 #undef FASTRNN_CELL

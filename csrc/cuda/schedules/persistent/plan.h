@@ -39,6 +39,13 @@ constexpr bool has_reset_kernels(CellKind cell) {
   return cell == CellKind::kRnnTanh || cell == CellKind::kGru || cell == CellKind::kLstm;
 }
 
+// The cells that have kernels here. A cell has dozens of them, for each type, way to multiply and
+// number of units, so that most cells that torch lacks run stepwise only.
+constexpr bool has_persistent_kernels(CellKind cell) {
+  return cell_info(cell).dense && cell != CellKind::kLiGru && cell != CellKind::kJanet &&
+         cell != CellKind::kFastGrnn;
+}
+
 inline Tiling make_tiling(const Request& request) {
   const LayerShape& shape = request.shape;
   const Chip& chip = request.chip;
@@ -46,7 +53,7 @@ inline Tiling make_tiling(const Request& request) {
   const int gates = cell.gates;
   constexpr std::int64_t kMostRows = std::int64_t(1) << 24;
   if (request.arithmetic == Arithmetic::kFloat64 || chip.major < 8 || shape.sequence.steps == 0 ||
-      !cell.dense || shape.hidden_size == 0 || shape.sequence.batch == 0 ||
+      !has_persistent_kernels(shape.cell) || shape.hidden_size == 0 || shape.sequence.batch == 0 ||
       shape.sequence.batch > kMostRows)
     return {};
   if (request.has_resets && !has_reset_kernels(shape.cell)) return {};
