@@ -37,7 +37,7 @@ from fastrnn.ops.gradients import differentiable_gradients, is_transformed
 from fastrnn.ops.operators import interruptible
 from fastrnn.ops.sequence import previous_states
 from fastrnn.reference import Parts, reference_recurrence
-from fastrnn.spec import CELLS, RECURRENCE_CELLS, CellSpec, DirectionWeights, Weights
+from fastrnn.spec import RECURRENCE_CELLS, CellSpec, DirectionWeights, Weights
 from fastrnn.tracing import is_capturing, is_tracing
 
 _recurrence_op = torch.ops.fastrnn.recurrence.default
