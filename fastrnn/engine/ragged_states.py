@@ -1,8 +1,8 @@
 """States and gates of every step together with lengths and resets, for graphs.
 
 ``ragged_states`` is the operator of a layer. It runs what eager code composes
-(`fastrnn.ops.segments`, on CUDA `fastrnn.ops.masked`), so a graph depends on no value of lengths and
-resets. Its backward pass, ``ragged_states_gradients``, runs the forward pass of the layer again.
+(`fastrnn.ops.segments`, on CUDA `fastrnn.ops.masked`), so a graph depends on no value of the marks.
+Its backward pass, ``ragged_states_gradients``, runs the forward pass of the layer again.
 """
 
 from __future__ import annotations
