@@ -52,7 +52,8 @@ class Session:
 
     Args:
         layer: an RNN, LSTM or GRU of fastrnn in float32, float64, float16 or bfloat16 on the CPU,
-            with any number of layers and one direction. Its class may not override ``forward``.
+            with any number of layers and one direction. Its class may not override ``forward``. For
+            a layer on CUDA, ``layer.stream()`` returns a `fastrnn.cuda_session.CudaSession`.
         batch_size: B, number of sequences that run at the same time. Default: 1
         threads: largest number of threads per call. With more than one, large steps use torch's
             threads, and calls acquire memory. Default: 1
@@ -62,33 +63,14 @@ class Session:
     """
 
     def __init__(self, layer: nn.Module, batch_size: int = 1, threads: int = 1) -> None:
-        _check_layer(layer)
-        _check_count("batch_size", batch_size)
-        _check_count("threads", threads)
-        source: Any = layer
-        self._layer = source
-        self._spec = BY_MODE[source.mode]
-        self._batch_first = source.batch_first
-        self._batch = batch_size
-        shape = StackShape(
-            source.num_layers,
-            1,
-            source.input_size,
-            source.hidden_size,
-            source.proj_size,
-            source.residual,
-        )
-        self._shape = shape
-        with torch.no_grad():
-            weights, self._dtype = self._weights_to_pack()
+        weights = self._describe(layer, batch_size, threads)
+        shape = self._shape
         self._kernel_dtype = torch.float32 if self._dtype in HALF else self._dtype
         sizes = (shape.num_layers, *shape[2:])
         self._kernel = create(
             "Session", self._kernel_dtype, self._spec.name, *sizes, batch_size, threads
         )
         self._step = self._kernel.step
-        self._x_shape = torch.Size((batch_size, shape.input_size))
-        self._y_shape = torch.Size((batch_size, shape.output_size))
         self._item = self._dtype.itemsize
         self._x_bytes = self._x_shape.numel() * self._item
         self._y_bytes = self._y_shape.numel() * self._item
@@ -106,6 +88,31 @@ class Session:
                 self._widened = own, self._new(*self._x_shape), self._new(*self._y_shape)
         self._pack(weights)
         self.reset()
+
+    def _describe(self, layer: nn.Module, batch_size: int, threads: int) -> Weights:
+        """Checks the arguments and keeps what they say. Returns the layer's weights."""
+        _check_layer(layer)
+        _check_count("batch_size", batch_size)
+        _check_count("threads", threads)
+        source: Any = layer
+        self._layer = source
+        self._spec = BY_MODE[source.mode]
+        self._batch_first = source.batch_first
+        self._batch = batch_size
+        self._shape = StackShape(
+            source.num_layers,
+            1,
+            source.input_size,
+            source.hidden_size,
+            source.proj_size,
+            source.residual,
+        )
+        self._x_shape = torch.Size((batch_size, self._shape.input_size))
+        self._y_shape = torch.Size((batch_size, self._shape.output_size))
+        self._device = torch.device("cpu")
+        with torch.no_grad():
+            weights, self._dtype = self._weights_to_pack()
+        return weights
 
     def step(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Runs one step.
@@ -196,10 +203,15 @@ class Session:
         numbers = None if rows is None else self._row_numbers(rows)
         if self._layer._learns_initial_state:
             self._reset_to_learned(numbers)
-        elif numbers is None:
+        else:
+            self._clear(numbers)
+
+    def _clear(self, rows: list[int] | None) -> None:
+        """Sets the states of some sequences, or of all, to zero."""
+        if rows is None:
             self._kernel.write_states(0, 0)
         else:
-            for row in numbers:
+            for row in rows:
                 self._kernel.clear_row(row)
 
     def _reset_to_learned(self, rows: list[int] | None) -> None:
@@ -280,7 +292,7 @@ class Session:
         ``.data`` or NumPy, which autograd cannot see either, do not show.
         """
         try:
-            return _fingerprint(self._layer) != self._copied
+            return fingerprint(self._layer) != self._copied
         except Exception:  # the weights are no longer plain tensors
             return True
 
@@ -394,7 +406,7 @@ class Session:
         return widened, dtype
 
     def _pack(self, weights: Weights) -> None:
-        self._copied = _fingerprint(self._layer)
+        self._copied = fingerprint(self._layer)
         pack(self._kernel, "Session", self._spec, self._shape, weights)
 
     def _step_widened(
@@ -415,9 +427,7 @@ class Session:
             self._fail("step", "out", "a tensor", describe(out), TypeError)
         if out.dtype != self._dtype:
             self._fail("step", "out", str(self._dtype), str(out.dtype))
-        if out.device.type != "cpu" or out.layout != torch.strided or out.is_nested:
-            kind = "nested" if out.is_nested else str(out.layout)
-            self._fail("step", "out", "a dense tensor on the CPU", f"{kind} on {out.device}")
+        self._check_place("step", "out", out)
         if out.shape != self._y_shape:
             self._fail("step", "out", f"of size {list(self._y_shape)}", str(list(out.shape)))
         if not out.is_contiguous() or out.is_neg():
@@ -470,9 +480,7 @@ class Session:
             self._fail(method, name, "a tensor", describe(x), TypeError)
         if x.dtype != self._dtype:
             self._fail(method, name, str(self._dtype), str(x.dtype))
-        if x.device.type != "cpu" or x.layout != torch.strided or x.is_nested:
-            kind = "nested" if x.is_nested else str(x.layout)
-            self._fail(method, name, "a dense tensor on the CPU", f"{kind} on {x.device}")
+        self._check_place(method, name, x)
         if tuple(x.shape) != tuple(shape):
             self._fail(method, name, f"of size {list(shape)}", str(list(x.shape)))
         if x.requires_grad and torch.is_grad_enabled():
@@ -483,6 +491,13 @@ class Session:
         if not has_memory(readable):
             self._fail(method, name, "a tensor whose storage holds all its values", "a smaller one")
         return readable
+
+    def _check_place(self, method: str, name: str, x: Tensor) -> None:
+        """Raises unless a tensor is dense and on the session's device."""
+        if x.device != self._device or x.layout != torch.strided or x.is_nested:
+            kind = "nested" if x.is_nested else str(x.layout)
+            place = "the CPU" if self._device.type == "cpu" else str(self._device)
+            self._fail(method, name, f"a dense tensor on {place}", f"{kind} on {x.device}")
 
     def _fail(
         self,
@@ -500,7 +515,7 @@ def _raise_closed(*arguments: int) -> NoReturn:
     raise RuntimeError("Session.step: the session is closed.")
 
 
-def _fingerprint(layer: nn.Module) -> list[Any]:
+def fingerprint(layer: nn.Module) -> list[Any]:
     """Returns what changes when the weights of a layer do: identities, versions and addresses.
 
     A weight that a parametrization computes is new at each access, so the parameters that it is

@@ -1,8 +1,9 @@
 """Lengths and resets of padded batches: their checks, and the way to compute them.
 
 Stacked layers run by an operator per layer (`fastrnn.ops.ragged`) in graphs and on CUDA, and a
-single layer also in eager code on the CPU. Otherwise they are composed (`fastrnn.ops.segments`) of
-the backends' packed batches.
+single layer also in eager code on the CPU. Otherwise, on CUDA each direction runs with masks
+(`fastrnn.ops.masked`). On the CPU the layers are composed (`fastrnn.ops.segments`) of the backends'
+packed batches.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import torch
 from torch import Tensor
 
 from fastrnn import autocast
+from fastrnn._torch_internals import are_transforms_active
 from fastrnn.backends.conditions import unsupported_tensors, unsupported_transform
 from fastrnn.engine import choose
 from fastrnn.engine.checks import check_layers
 from fastrnn.engine.heads import run_heads
 from fastrnn.engine.lengths_on_device import can_run, run_lengths_on_device
-from fastrnn.engine.ragged_states import recorded_layer
+from fastrnn.engine.ragged_states import recorded_layer, run_masked
 from fastrnn.engine.run import run, without_autocast
-from fastrnn.layer_call import DEFAULTS, LayerCall, Results
-from fastrnn.ops import ragged_layer
+from fastrnn.layer_call import DEFAULTS, LayerCall, Options, Results
+from fastrnn.ops import ragged_layer, recomputes
+from fastrnn.ops.masked import masked_layer
 from fastrnn.ops.ragged import cast_states
+from fastrnn.ops.ragged_on_device import keeps_marks
 from fastrnn.ops.segments import Ragged, run_composed, slice_states
 from fastrnn.ops.stacking import layer_input, layer_output
 from fastrnn.spec import CellSpec, Weights
@@ -110,7 +114,7 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
         results = run_lengths_on_device(call, marks.lengths.detach().to(call.x.device, torch.int64))
         return results[0].transpose(0, 1) if batch_first else results[0], *results[1:]
     reason = _unsupported(call)
-    on_device = not reason and _runs_on_device(call)
+    on_device = _runs_on_device(call)
     ragged = _convert(call, marks, batch_first, not on_device)
     if is_graph and not reason:
         y, h_n, c_n = _run_by_operators(call, ragged)
@@ -132,16 +136,16 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
 def _stays_on_device(call: LayerCall, marks: Marks) -> bool:
     """Whether a call on CUDA with lengths runs by the kernels of a padded batch."""
     lengths: Any = marks.lengths
-    if not (call.x.is_cuda and marks.resets is None and lengths.is_cuda):
+    if not (keeps_marks(call.x) and marks.resets is None and keeps_marks(lengths)):
         return False
     return call.has_plain_cell and can_run(call)
 
 
 def _runs_on_device(call: LayerCall) -> bool:
-    """Whether a supported call on CUDA runs by an operator per layer, which reads no mark."""
-    options = call.options
-    is_plain = options.recompute == 0 and options.recorder is None
-    return call.x.is_cuda and is_plain and not choose.is_watched()
+    """Whether a call on CUDA runs without the values of the marks."""
+    if is_in_onnx_export() or choose.is_watched():
+        return False
+    return keeps_marks(call.x) and call.has_plain_cell
 
 
 def _unsupported(call: LayerCall) -> str:
@@ -185,16 +189,31 @@ def _run_layers(call: LayerCall, ragged: Ragged) -> Results:
             options=DEFAULTS,
         )
         marks = slice_states(ragged, states)
-        recorder = call.options.recorder
-        if recorder is None:
-            y, h, c = ragged_layer(own, marks)
-        else:
-            y, h, c = recorded_layer(own, marks, recorder)
+        y, h, c = _run_layer(own, marks, call.options)
         x = layer_output(y, x, index, call.options)
         h_n.append(h)
         if c is not None:
             c_n.append(c)
     return x, torch.cat(h_n), torch.cat(c_n) if c_n else None
+
+
+def _run_layer(call: LayerCall, ragged: Ragged, options: Options) -> Results:
+    """Runs one layer; the options are those of the stack."""
+    recorder = options.recorder
+    if torch.compiler.is_compiling() or is_capturing():
+        is_operator = not _unsupported(call)
+    else:
+        call = call._replace(options=DEFAULTS._replace(recompute=options.recompute))
+        is_recorded = recorder is not None or recomputes(call)
+        is_operator = not (is_recorded or are_transforms_active() or _unsupported(call))
+    if is_operator:
+        if recorder is None:
+            return ragged_layer(call, ragged)
+        return recorded_layer(call, ragged, recorder)
+    by_kernels = not (are_transforms_active() or _unsupported(call))
+    if recorder is None:
+        return masked_layer(call, ragged, by_kernels).results
+    return run_masked(call, ragged, recorder, by_kernels)
 
 
 def _states(marks: Marks, call: LayerCall) -> list[tuple[str, Any, Tensor]]:

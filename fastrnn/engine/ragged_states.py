@@ -1,8 +1,8 @@
 """States and gates of every step together with lengths and resets, for graphs.
 
 ``ragged_states`` is the operator of a layer. It runs what eager code composes
-(`fastrnn.ops.segments`), so a graph depends on no value of lengths and resets. Its backward pass,
-``ragged_states_gradients``, runs the forward pass of the layer again.
+(`fastrnn.ops.segments`, on CUDA `fastrnn.ops.masked`), so a graph depends on no value of the marks.
+Its backward pass, ``ragged_states_gradients``, runs the forward pass of the layer again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from fastrnn.layer_call import DEFAULTS, LayerCall, Results
 from fastrnn.ops.autograd import implementations, saved_tensors
 from fastrnn.ops.fakes import expect_ragged
 from fastrnn.ops.gradients import Gradients
+from fastrnn.ops.masked import masked_layer
 from fastrnn.ops.operators import decode_layer
 from fastrnn.ops.ragged_arguments import ragged_arguments
+from fastrnn.ops.ragged_on_device import keeps_marks
 from fastrnn.ops.segments import Ragged, run_composed
 from fastrnn.ops.states import gate_names, output_rows
 from fastrnn.reference import GATES
@@ -53,7 +55,7 @@ def recorded_layer(call: LayerCall, ragged: Ragged, recorder: Recorder) -> Resul
 
     Args:
         call: the layer; x [T,B,I].
-        ragged: lengths int64 and resets bool or float64, on the CPU, with unchecked values.
+        ragged: lengths int64 and resets bool or float64, with unchecked values.
         recorder: the recorder of the call.
     """
     spec = call.spec
@@ -76,11 +78,21 @@ def recorded_layer(call: LayerCall, ragged: Ragged, recorder: Recorder) -> Resul
     return decode_layer(call, y, h_n, c_n)
 
 
+def run_masked(call: LayerCall, ragged: Ragged, recorder: Recorder, by_kernels: bool) -> Results:
+    """Runs one layer without reading the marks, and adds what its steps leave to a recorder."""
+    wanted = (recorder.returns_states, recorder.returns_gates)
+    results, c, gates = masked_layer(call, ragged, by_kernels, *wanted)
+    recorder.collect(call, results[0], c, gates)
+    return results
+
+
 def _compose(call: LayerCall, ragged: Ragged, wants_gates: bool) -> tuple[Results, Recorder]:
     """Runs a layer and records c and the gates of its steps."""
     recorder = Recorder(True, wants_gates)
     options = DEFAULTS._replace(recorder=recorder)
     with torch.autocast(call.x.device.type, enabled=False):  # the caller has cast
+        if keeps_marks(call.x):
+            return run_masked(call, ragged, recorder, by_kernels=True), recorder
         return run_composed(call._replace(options=options), ragged, run), recorder
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import checks
 from fastrnn.backends import prepared as prepared_backend
 from fastrnn.backends import torch_step
+from fastrnn.cuda_session import CudaSession
 from fastrnn.engine import choose
 from fastrnn.engine.ragged import NO_MARKS, Marks, as_ragged, run_marked
 from fastrnn.engine.run import run
@@ -449,17 +450,19 @@ class RecurrentBase(nn.RNNBase):
             session = layer.stream()
             y = session.step(x)             # x [1,I], y [1,R]
 
-        For inference on the CPU, of layers with one direction. `fastrnn.Session` and
-        docs/session.md describe its use, speed and errors.
+        For inference, of layers with one direction. `fastrnn.Session` and docs/session.md describe
+        its use, speed and errors. On CUDA a step is a CUDA graph.
 
         Args:
             batch_size: B, number of sequences that run at the same time. Default: 1
-            threads: largest number of threads per call. Default: 1
+            threads: largest number of threads per call; 1 on CUDA. Default: 1
 
         Raises:
             RuntimeError: the cell has parameters per unit or over two states.
         """
-        return Session(self, batch_size, threads)
+        weight = next(self.parameters(), None)
+        kind = CudaSession if weight is not None and weight.is_cuda else Session
+        return kind(self, batch_size, threads)
 
     def _check_packable(self, method: str) -> None:
         """Raises unless weights of the cell can be packed once for many calls."""

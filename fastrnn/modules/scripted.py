@@ -129,6 +129,7 @@ class Scriptable(RecurrentBase):
 
     def _script_marks(
         self,
+        input: Tensor,
         is_batched: bool,
         lengths: Tensor | None,
         resets: Tensor | None,
@@ -143,9 +144,10 @@ class Scriptable(RecurrentBase):
         if lengths is not None:
             if lengths.is_floating_point() or lengths.dtype == torch.bool:
                 raise TypeError(f"lengths must be a tensor of integers, got {lengths.dtype}")
-            lengths = lengths.cpu().long()
+            lengths = lengths.long() if input.is_cuda else lengths.cpu().long()
         if resets is not None:
-            resets = resets.cpu()
+            if not input.is_cuda:
+                resets = resets.cpu()
             if resets.dim() == 3:
                 resets = resets.squeeze(-1)
             if resets.dtype != torch.bool:
@@ -202,7 +204,7 @@ class OneState(Scriptable):
             )
         self.check_forward_args(x, h0, None)
         reset_h = script_reset_state(reset_state, h0)
-        marks = self._script_marks(is_batched, lengths, resets, reset_h, None)
+        marks = self._script_marks(x, is_batched, lengths, resets, reset_h, None)
         y, h_n, _ = self._script_run(x, None, h0, None, marks)
         if is_batched:
             return y, h_n
@@ -248,7 +250,7 @@ class TwoStates(Scriptable):
         self.check_forward_args(x, (h0, c0), None)  # type: ignore[arg-type]
         reset_h = script_reset_state(None if reset_state is None else reset_state[0], h0)
         reset_c = script_reset_state(None if reset_state is None else reset_state[1], c0)
-        marks = self._script_marks(is_batched, lengths, resets, reset_h, reset_c)
+        marks = self._script_marks(x, is_batched, lengths, resets, reset_h, reset_c)
         y, h_n, c_n = self._script_run(x, None, h0, c0, marks)
         if is_batched:
             return y, (h_n, c_n)

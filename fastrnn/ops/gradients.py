@@ -42,10 +42,10 @@ from fastrnn.spec import (
 #: the gradients of x, h0, c0 and each weight; None if not needed
 Gradients = tuple["Tensor | None", ...]
 
-#: the gradients of y, h_n and c_n, None for zero; then that of c_steps, if it is not zero
+#: the gradients of y, h_n and c_n, None for zero; then that of c_steps, if there is one
 Outputs = (
     tuple["Tensor | None", "Tensor | None", "Tensor | None"]
-    | tuple["Tensor | None", "Tensor | None", "Tensor | None", Tensor]
+    | tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 )
 
 _D_X, _D_H0, _D_C0, _D_H_ALL, _FIRST_WEIGHT = range(5)

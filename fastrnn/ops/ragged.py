@@ -3,7 +3,7 @@
 The operators do what `fastrnn.ops.segments` composes. On the CPU they are written in C++
 (csrc/torch/ops_ragged.cpp), except for the gradients of cells with parameters per unit
 (`gradients_by_parts`). On CUDA they are the functions of `fastrnn.ops.ragged_on_device`.
-Derivatives of derivatives are composed.
+Derivatives of derivatives are composed, on CUDA with masks (`fastrnn.ops.masked`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from fastrnn.ops.gradients import (
     is_transformed,
     select_results,
 )
+from fastrnn.ops.masked import masked_layer
 from fastrnn.ops.operators import (
     decode_layer,
     ragged_forward,
@@ -43,7 +44,12 @@ from fastrnn.ops.operators import (
     records_gradient,
 )
 from fastrnn.ops.ragged_arguments import gradient_arguments
-from fastrnn.ops.ragged_on_device import forward_on_device, gradients_on_device, layer_on_device
+from fastrnn.ops.ragged_on_device import (
+    forward_on_device,
+    gradients_on_device,
+    keeps_marks,
+    layer_on_device,
+)
 from fastrnn.ops.segments import (
     Ragged,
     Segments,
@@ -181,6 +187,8 @@ def _gradients(
         ) -> Results:
             own = call._replace(x=x, h0=h0, c0=c0, weights=Weights(flat, slots))
             marks = ragged._replace(reset_h=reset_h, reset_c=reset_c)
+            if keeps_marks(x):
+                return masked_layer(own, marks, by_kernels=False).results
             return run_composed(own, marks, composite_layer)
 
         inputs = (x, h0, c0, *ragged[2:], *weights)

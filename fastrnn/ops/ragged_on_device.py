@@ -31,7 +31,12 @@ from fastrnn.spec import FORWARD_OUTPUTS
 _SAVED = 1 << FORWARD_OUTPUTS.index("saved")
 
 
-class _Marks(NamedTuple):
+def keeps_marks(x: Tensor) -> bool:
+    """Whether the marks of a batch stay on its device: their values are not read."""
+    return x.is_cuda
+
+
+class Marks(NamedTuple):
     """The marks of a batch on its device.
 
     Attributes:
@@ -47,19 +52,20 @@ class _Marks(NamedTuple):
     resets: Tensor | None
 
 
-def _marks(call: LayerCall, ragged: Ragged) -> _Marks:
+def marks_of(call: LayerCall, ragged: Ragged) -> Marks:
+    """Returns the marks of a layer on the device of its input."""
     steps, device = call.x.shape[0], call.x.device
     lengths, resets = ragged.lengths, ragged.resets
     if resets is not None:
         resets = resets.to(device) != 0
     if lengths is None:
-        return _Marks(None, None, None, resets)
+        return Marks(None, None, None, resets)
     lengths = lengths.to(device).clamp(0, steps)
     t = torch.arange(steps, device=device).unsqueeze(1)
-    return _Marks(lengths, t < lengths, t == lengths - 1, resets)
+    return Marks(lengths, t < lengths, t == lengths - 1, resets)
 
 
-def _masks(marks: _Marks, call: LayerCall) -> Tensor:
+def _masks(marks: Marks, call: LayerCall) -> Tensor:
     """Returns for each direction before which steps the state is replaced: bool [D,T,B]."""
     steps, batch, _ = call.x.shape
     _, exists, is_last, resets = marks
@@ -76,7 +82,7 @@ def _masks(marks: _Marks, call: LayerCall) -> Tensor:
     return torch.stack(masks)
 
 
-def _from_initial(marks: _Marks) -> Tensor | None:
+def _from_initial(marks: Marks) -> Tensor | None:
     """Returns where direction 1 starts from its initial state at a row's end: bool [T,B,1]."""
     _, exists, is_last, resets = marks
     if exists is None or is_last is None:
@@ -85,7 +91,7 @@ def _from_initial(marks: _Marks) -> Tensor | None:
     return (starts | ~exists).unsqueeze(-1)
 
 
-def _states(marks: _Marks, initial: Tensor, reset: Tensor | None) -> Tensor | None:
+def _states(marks: Marks, initial: Tensor, reset: Tensor | None) -> Tensor | None:
     """Returns the states that replace others: [1 or T,D,B,*], or None for zeros.
 
     Args:
@@ -111,7 +117,7 @@ def _states(marks: _Marks, initial: Tensor, reset: Tensor | None) -> Tensor | No
     return torch.cat([first.expand(len(second), -1, -1, -1), second], 1)
 
 
-def _where(condition: Tensor | None, t: Tensor) -> Tensor:
+def where(condition: Tensor | None, t: Tensor) -> Tensor:
     """Returns t [T,B,*] with zeros where the condition [T,B] does not hold."""
     return t if condition is None else torch.where(condition.unsqueeze(-1), t, 0)
 
@@ -122,14 +128,14 @@ def forward_on_device(*args: Any) -> tuple[Tensor, ...]:
     *arguments, outputs = args
     call, ragged = ragged_arguments(*arguments)
     spec, x, _, h0, c0, (weights, slots), _ = call
-    marks = _marks(call, ragged)
+    marks = marks_of(call, ragged)
     steps, batch, _ = x.shape
     if steps == 0 or (marks.lengths is None and marks.resets is None):
         return tuple(forward_op(x, h0, c0, weights, slots, None, spec.name, outputs))
     if marks.lengths is not None and c0 is not None:
         outputs |= _SAVED  # which holds the cell states of every step
     y, h_n, c_n, saved = reset_forward(
-        _where(marks.exists, x),
+        where(marks.exists, x),
         h0,
         c0,
         weights,
@@ -151,7 +157,7 @@ def forward_on_device(*args: Any) -> tuple[Tensor, ...]:
         columns = c0.shape[2] // spec.cell_states * (spec.saved - spec.cell_states)
         c = saved[0].view(steps, batch, -1)[..., columns:][last].to(c0.dtype)
         c_n = torch.where(is_empty, c0, torch.cat([c.unsqueeze(0), c_n[1:]]))
-    return _where(marks.exists, y), h_n, c_n, saved
+    return where(marks.exists, y), h_n, c_n, saved
 
 
 def layer_on_device(*args: Any) -> tuple[Tensor, ...]:
@@ -167,7 +173,7 @@ def gradients_on_device(*args: Any) -> list[Tensor]:
     call, ragged, (d_y, d_h_n, d_c_n), y, saved, needs = gradient_call
     spec, x, _, h0, c0, (weights, slots), _ = call
     reset_h, reset_c = ragged.reset_h, ragged.reset_c
-    marks = _marks(call, ragged)
+    marks = marks_of(call, ragged)
     steps = len(x)
     masks = _masks(marks, call)
     states = [
@@ -178,28 +184,28 @@ def gradients_on_device(*args: Any) -> list[Tensor]:
     d_steps = None
     if marks.lengths is not None and marks.is_last is not None:
         # direction 0 ends at each row's last step, direction 1 at step 0
-        d_y = None if d_y is None else _where(marks.exists, d_y)
+        d_y = None if d_y is None else where(marks.exists, d_y)
         if d_h_n is not None:
-            own = _where(marks.is_last, d_h_n[0])
+            own = where(marks.is_last, d_h_n[0])
             rest = y.shape[-1] - own.shape[-1]
             own = torch.nn.functional.pad(own, (0, rest))
             d_y = own if d_y is None else d_y + own
         if d_c_n is not None:
             d_steps = d_c_n.new_zeros(d_c_n.shape[0], steps, *d_c_n.shape[1:])
-            d_steps[0] = _where(marks.is_last, d_c_n[0])
+            d_steps[0] = where(marks.is_last, d_c_n[0])
             d_steps = d_steps.flatten(1, 2)
         d_finals = (_of_direction_1(d_h_n, marks), _of_direction_1(d_c_n, marks))
     *found, d_reset_h, d_reset_c = reset_backward(
         d_y, *d_finals, d_steps, h0, c0, weights, slots, masks, *states, y, saved, spec.name
     )
-    call = call._replace(x=_where(marks.exists, x))
+    call = call._replace(x=where(marks.exists, x))
     d_x, d_h0, d_c0, *d_weights = gradients_of_loop(
         call,
         (needs[0], True, c0 is not None, *gradient_call.weight_needs),
         tuple(found),
         y,
         saved,
-        _states_before(call, y, masks, states[0]) if steps > 0 else None,
+        states_before(call, y, masks, states[0]) if steps > 0 else None,
     )
     results: list[Tensor | None] = [d_x]
     d_resets: list[Tensor | None] = []
@@ -212,7 +218,7 @@ def gradients_on_device(*args: Any) -> list[Tensor]:
             d_resets.append(None)
             continue
         if marks.lengths is not None and d_final is not None:
-            d_initial = d_initial + _where(marks.lengths == 0, d_final)
+            d_initial = d_initial + where(marks.lengths == 0, d_final)
         d_initial, d_reset = _split(marks, d_initial, reset, d_state)
         results.append(d_initial)
         d_resets.append(d_reset)
@@ -220,16 +226,16 @@ def gradients_on_device(*args: Any) -> list[Tensor]:
     return [t for t, need in zip(results, needs, strict=True) if need and t is not None]
 
 
-def _of_direction_1(d_final: Tensor | None, marks: _Marks) -> Tensor | None:
+def _of_direction_1(d_final: Tensor | None, marks: Marks) -> Tensor | None:
     """Returns the gradient at the final states that the kernels compute: those of direction 1."""
     if d_final is None or marks.lengths is None or len(d_final) == 1:
         return None
-    own = _where(marks.lengths > 0, d_final[1:])
+    own = where(marks.lengths > 0, d_final[1:])
     return torch.cat([torch.zeros_like(own), own])
 
 
 def _split(
-    marks: _Marks, d_initial: Tensor, reset: Tensor | None, d_state: Tensor
+    marks: Marks, d_initial: Tensor, reset: Tensor | None, d_state: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the gradients at an initial state and at the state after a reset, if there is one.
 
@@ -259,9 +265,7 @@ def _split(
     return d_initial, d_state.to(reset.dtype)
 
 
-def _states_before(
-    call: LayerCall, y: Tensor, masks: Tensor, states: Tensor | None
-) -> list[Tensor]:
+def states_before(call: LayerCall, y: Tensor, masks: Tensor, states: Tensor | None) -> list[Tensor]:
     """Returns for each direction the state before each row, [T*B,R]."""
     size = call.h0.shape[2]
     rows = y.flatten(0, 1)

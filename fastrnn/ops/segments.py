@@ -10,7 +10,8 @@ compute in as many steps as the longest segment has:
 
 Direction 1 runs backwards in time, so its segments end where those of direction 0 begin: with
 resets, the directions of a layer run one after the other. The indices are computed on the CPU from
-the values of lengths and resets; on CUDA this waits for the stream.
+the values of lengths and resets. On CUDA this would wait for the stream, so masks take the place of
+segments there (`fastrnn.ops.ragged_on_device`, `fastrnn.ops.masked`).
 
 `fastrnn.ops.ragged` has the operators that do the same in one call.
 """

@@ -7,6 +7,7 @@ every step, besides those of y and of the final states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +112,7 @@ def kernel_steps(call: LayerCall, wants_c: bool, wants_gates: bool) -> Steps:
     wants_c = wants_c and spec.has_cell_state
     if not wants_c and not (wants_gates and spec.name in GATES):  # y has all that is wanted
         results = kernel_layer(call)
-        return Steps(results, None, _gates_of_output(call, results[0]) if wants_gates else None)
+        return Steps(results, None, gates_of_output(call, results[0]) if wants_gates else None)
     x, h0, c0, (weights, slots) = call.x, call.h0, call.c0, call.weights
     if are_transforms_active():
         apply: Any = StatesFunction.apply
@@ -146,7 +147,7 @@ def composite_steps(call: LayerCall, wants_c: bool, wants_gates: bool) -> Steps:
     gates = None
     if wants_gates:
         is_named = call.spec.name in GATES
-        gates = _gates_by_torch(call, y) if is_named else _gates_of_output(call, y)
+        gates = gates_by_torch(call, y) if is_named else gates_of_output(call, y)
     return Steps((y, h_n, c_n), c, gates)
 
 
@@ -162,26 +163,37 @@ def output_rows(call: LayerCall, y: Tensor) -> Tensor:
     return split
 
 
-def _gates_of_output(call: LayerCall, y: Tensor) -> dict[str, Tensor]:
+def gates_of_output(call: LayerCall, y: Tensor) -> dict[str, Tensor]:
     """Returns the only activation of an Elman network: its output."""
     return {"h": output_rows(call, y).detach()}
 
 
-def _gates_by_torch(call: LayerCall, y: Tensor) -> dict[str, Tensor]:
-    """Computes the activations from the input and the states before each step."""
+def gates_by_torch(
+    call: LayerCall, y: Tensor, before: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Computes the activations from the input and the states before each step.
+
+    Args:
+        call: the layer.
+        y: its output.
+        before: for each direction the state before each row [N,R]; None for that of the sequence.
+    """
     if autocast.acts_on(y):
         with torch.autocast(y.device.type, enabled=False):
-            return _gates_by_torch(call, y)
+            return gates_by_torch(call, y, before)
     function = GATES[call.spec.name].function
     x = call.x if call.x.dim() == 2 else call.x.flatten(0, 1)
     rows = output_rows(call, y)
     found = []
     for direction, w in enumerate(call.weights.directions()):
-        before = previous_states(
-            rows[:, direction], call.h0[direction], call.sequence, direction == 1
-        )
+        if before is not None:
+            h = before[direction]
+        else:
+            h = previous_states(
+                rows[:, direction], call.h0[direction], call.sequence, direction == 1
+            )
         assert w.w_hh is not None
-        found.append(function(linear(x, w.w_ih, w.b_ih), linear(before, w.w_hh, w.b_hh)))
+        found.append(function(linear(x, w.w_ih, w.b_ih), linear(h, w.w_hh, w.b_hh)))
     return {
         name: torch.stack([own[index] for own in found], 1).detach()
         for index, name in enumerate(GATES[call.spec.name].names)

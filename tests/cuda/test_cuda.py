@@ -38,6 +38,7 @@ from support import (
 )
 from tolerance import Change, assert_agrees, assert_is_between, assert_same_in_double, error
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn import _library
@@ -372,6 +373,42 @@ def test_graph_with_marks_replays_with_other_marks(cell: str) -> None:
     graph.replay()
     for found, expected in zip(captured, results(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("returned", [{}, {"return_all_states": True, "return_gates": True}])
+@pytest.mark.parametrize("recompute", ["none", 4])
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_options_with_marks_match_the_cpu_without_synchronising(
+    cell: str, recompute: Any, returned: dict[str, bool]
+) -> None:
+    module = getattr(fastrnn, cell)(
+        5, 16, 2, bidirectional=True, recompute=recompute, dtype=torch.float64
+    )
+    x = make(9, 4, 5, dtype=torch.float64).detach().cpu()
+    marks = {"lengths": torch.tensor([9, 4, 0, 7]), "resets": torch.rand(9, 4) < 0.3}
+
+    def results(device: str) -> list[Tensor]:
+        own = x.to(device).requires_grad_()
+        found = tree_leaves(module(own, **marks, **returned))
+        outputs = [t for t in found if t is not None and t.requires_grad]
+        (first,) = torch.autograd.grad([t.sum() for t in outputs], own, create_graph=True)
+        parameters = list(module.parameters())
+        second = torch.autograd.grad(first.sum(), parameters, materialize_grads=True)
+        given = torch.autograd.grad(module(own, **marks)[0].sum(), parameters)
+        return [*(t for t in found if t is not None), first, *second, *given]
+
+    expected = results("cpu")
+    module.cuda()
+    marks = {name: mark.cuda() for name, mark in marks.items()}
+    x = x.cuda()
+    results("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = results("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_in_double([t.cpu() for t in found], expected)
 
 
 @both_schedules

@@ -36,20 +36,25 @@ from support import (
     reference_math,
     slots_by_count,
 )
-from tolerance import Change, assert_agrees, assert_is_between
+from tolerance import Change, assert_agrees, assert_is_between, assert_same_in_double
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastrnn.backends import torch_step
-from fastrnn.layer_call import LayerCall, SequenceMembers, SequenceTensors
+from fastrnn.engine import ragged as engine_ragged
+from fastrnn.engine import ragged_states
+from fastrnn.layer_call import LayerCall, Options, SequenceMembers, SequenceTensors
 from fastrnn.modules import base
 from fastrnn.ops import (
     autograd,
     gradients,
+    masked,
     operators,
     ragged_arguments,
     ragged_on_device,
     states,
 )
+from fastrnn.ops import ragged as ops_ragged
 from fastrnn.ops.segments import Ragged
 from fastrnn.spec import BUILT_IN, PROJECTION, Weights
 from fastrnn.spec import CELLS as SPECS
@@ -665,6 +670,137 @@ def test_lengths_beyond_the_batch_count_as_its_ends_without_reading_them(
             monkeypatch.setattr(module, "ragged_arguments", unchecked)
         for found, wanted in zip(run_marked(kernels, given), expected, strict=True):
             assert torch.equal(found, wanted)
+
+
+def run_module(module: nn.Module, marks: dict[str, Any], returned: dict[str, bool]) -> list[Tensor]:
+    """Returns all results of a call with marks, and the gradients of everything."""
+    x = make_input(5, 4, module.input_size, dtype=torch.float64)
+    hx = make_states(module, 4, torch.float64)
+    output, final, *extras = module(x, hx, **marks, **returned)
+    found = [t for t in tree_leaves([output, final, *extras]) if t is not None]
+    loss = sum((t * weights_for(t)).sum() for t in found if t.requires_grad)
+    learned = tree_leaves(marks.get("reset_state", []))
+    inputs = [x, *tree_leaves(hx), *learned, *module.parameters()]
+    return [*found, *torch.autograd.grad(loss, inputs, materialize_grads=True)]
+
+
+def module_marks(module: nn.Module, kind: str) -> dict[str, Any]:
+    """Returns the marks of a call of a module."""
+    marks: dict[str, Any] = {}
+    if "lengths" in kind:
+        marks["lengths"] = torch.tensor([5, 0, 2, 3])
+    if "resets" in kind:
+        marks["resets"] = torch.rand(5, 4, generator=torch.Generator().manual_seed(3)) < 0.4
+    if "state" in kind:
+        before = (5,) if "each" in kind else ()
+        state = make_states(module, 4, torch.float64)
+        marks["reset_state"] = tree_map(
+            lambda t: make_input(*before, *t.shape, dtype=torch.float64, seed=8), state
+        )
+    return marks
+
+
+@pytest.fixture
+def masks(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Computes calls with marks on the CPU as on a GPU, by the harness."""
+    kernels = Kernels(library)
+    monkeypatch.setattr(masked, "reset_forward", kernels.reset_forward)
+    monkeypatch.setattr(masked, "reset_backward", kernels.reset_backward)
+    for module in (ops_ragged, engine_ragged, ragged_states):
+        monkeypatch.setattr(module, "keeps_marks", lambda x: True)
+    return kernels
+
+
+MASKED_KINDS = [*MARKS[1:], "lengths, resets to a state each step"]
+WANTED: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {
+    "states": ({}, {"return_all_states": True}),
+    "gates": ({}, {"return_gates": True}),
+    "recompute": ({"recompute": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("kind", MASKED_KINDS)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm", "projected"])
+def test_marks_with_options_match_the_cpu(
+    cell: str,
+    options: dict[str, Any],
+    kind: str,
+    wanted: str,
+    library: ctypes.CDLL,
+    request: pytest.FixtureRequest,
+) -> None:
+    own, returned = WANTED[wanted]
+    size = {"proj_size": 2} if cell == "projected" else {}
+    name = "lstm" if cell == "projected" else cell
+    module = build(name, 3, 4, dtype=torch.float64, **options, **size, **own)
+    marks = module_marks(module, kind)
+    expected = run_module(module, marks, returned)
+    kernels = request.getfixturevalue("masks")
+    assert_same_in_double(run_module(module, marks, returned), expected)
+    if returned or "resets" in kind or name == "lstm":
+        assert kernels.persistent  # the harness ran
+
+
+@pytest.mark.parametrize("kind", ["lengths", "lengths, resets to a state"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_recomputed_gradients_of_half_types_are_added_in_float32(
+    cell: str, kind: str, masks: Kernels
+) -> None:
+    given = arguments(cell, kind, False, 2, torch.bfloat16, sizes=(40, 4, 3, 4, 2))
+    call, marks = call_of(given)
+    found = []
+    for recompute in (0, 1):
+        own = call._replace(options=Options(recompute=recompute))
+        y, *_ = masked.masked_layer(own, marks, True).results
+        found.append(torch.autograd.grad((y * weights_for(y)).sum(), given["weights"][1]))
+    whole, chunks = (t[0].float() for t in found)
+    error = (whole - chunks).abs().max() / whole.abs().max()
+    assert error < 4 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("returned", [{}, {"return_all_states": True}], ids=str)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_second_derivatives_with_masks(
+    cell: str, returned: dict[str, bool], masks: Kernels
+) -> None:
+    module = build(cell, 2, 2, bidirectional=True, dtype=torch.float64)
+    marks = module_marks(module, "lengths, resets to a state")
+    x = make_input(5, 4, 2, dtype=torch.float64)
+
+    def call(x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        own = {**marks, "reset_state": state if cell == "lstm" else state[0]}
+        return tuple(t for t in tree_leaves(module(x, **own, **returned)) if t is not None)
+
+    inputs = (x, *tree_leaves(marks["reset_state"]))
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", MASKED_KINDS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_transforms_with_masks(
+    cell: str, kind: str, library: ctypes.CDLL, request: pytest.FixtureRequest
+) -> None:
+    module = build(cell, 3, 4, bidirectional=True, dtype=torch.float64)
+    marks = module_marks(module, kind)
+    x = make_input(5, 4, 3, dtype=torch.float64).detach()
+
+    def call(x: Tensor) -> Tensor:
+        return module(x, **marks)[0]
+
+    def results() -> list[Tensor]:
+        weights = weights_for(call(x))
+        return [
+            torch.func.grad(lambda x: (call(x) * weights).sum())(x),
+            torch.func.jvp(call, (x,), (torch.ones_like(x),))[1],
+            torch.func.vmap(call)(torch.stack([x, x + 1])),
+        ]
+
+    expected = results()
+    request.getfixturevalue("masks")
+    assert_same_in_double(results(), expected)
 
 
 # cells that torch.nn lacks: per-unit parameters, several cell states, no recurrent product

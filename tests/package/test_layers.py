@@ -58,6 +58,7 @@ PYTHON_ORDER = [
     {"ops"},
     {"backends", "session"},
     {"engine"},
+    {"cuda_session"},
     {"functional", "modules"},
     {"convert", "define", "explanation", "flops", "interchange", "quantization", "tbptt"},
     {"diagnostics"},
