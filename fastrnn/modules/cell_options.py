@@ -239,32 +239,25 @@ def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -
             f"{name}: {kind} must have no layer_norm, no zoneout and no recurrent_dropout, got "
             f"{options.describe()}."
         )
-    exclusions: list[tuple[str, Any, Any, str]] = []
-    if not spec.dense:
-        without = "a cell that has no recurrent matrix"
-        exclusions += [
-            ("weight_dropout", options.weight_dropout, 0, without),
-            ("heads", options.heads, 1, without),
-        ]
-    if options.layer_norm:
-        exclusions.append(("coupled_gates", options.coupled_gates, False, "layer_norm=True"))
-    if options.heads > 1:
-        heads = f"heads={options.heads}"
-        exclusions += [
-            ("proj_size", module.proj_size, 0, heads),
-            ("layer_norm", options.layer_norm, False, heads),
-        ]
-    if changes:
-        exclusions.append(("recompute", recompute, "none", options.describe()))
-    if options.layer_norm or any(options.zoneout) or options.recurrent_dropout > 0:
-        exclusions.append(("proj_size", module.proj_size, 0, options.describe()))
+    # `describe` is slow, and a layer checks its options at each call
+    without_matrix, heads = "a cell that has no recurrent matrix", f"heads={options.heads}"
+    keeps_size = options.layer_norm or any(options.zoneout) or options.recurrent_dropout > 0
+    for applies, other, value, expected, option in (
+        (not spec.dense, "weight_dropout", options.weight_dropout, 0, without_matrix),
+        (not spec.dense, "heads", options.heads, 1, without_matrix),
+        (options.layer_norm, "coupled_gates", options.coupled_gates, False, "layer_norm=True"),
+        (options.heads > 1, "layer_norm", options.layer_norm, False, heads),
+        (options.heads > 1, "proj_size", module.proj_size, 0, heads),
+        (keeps_size, "proj_size", module.proj_size, 0, ""),
+        (changes, "recompute", recompute, "none", ""),
+    ):
+        if applies and value != expected:
+            option = option or options.describe()
+            raise ValueError(f"{name}: {other} must be {expected!r} with {option}, got {value!r}.")
     if options.proj_clip is not None and module.proj_size == 0:
         raise ValueError(
             f"{name}: proj_size must be positive with proj_clip={options.proj_clip}, got 0."
         )
-    for other, value, expected, option in exclusions:
-        if value != expected:
-            raise ValueError(f"{name}: {other} must be {expected!r} with {option}, got {value!r}.")
 
 
 def reject(owner: str, module: Any, training: bool = False) -> None:

@@ -515,8 +515,8 @@ LSTM, GRU, LIGRU = fastrnn.LSTM, fastrnn.GRU, fastrnn.LiGRU
     ("cls", "options", "message"),
     [
         (LSTM, {"peephole": True, "proj_size": 2}, "LSTM: proj_size must be 0 with peephole"),
-        (LSTM, {"peephole": True, "layer_norm": True}, "LSTM: peephole must be False with layer"),
-        (LSTM, {"peephole": True, "zoneout": 0.1}, "LSTM: peephole must be False with layer_norm"),
+        (LSTM, {"peephole": True, "layer_norm": True}, "LSTM: peephole must be False with another"),
+        (LSTM, {"peephole": True, "zoneout": 0.1}, "LSTM: peephole must be False with another"),
         (LSTM, {"peephole": True, "recurrent_dropout": 0.1}, "LSTM: peephole must be False with"),
         (LSTM, {"coupled_gates": True, "layer_norm": True}, "LSTM: coupled_gates must be False"),
         (LSTM, {"peephole": 1.5}, "LSTM: peephole must be a bool, got"),
