@@ -156,7 +156,9 @@ class RecurrentBase(nn.RNNBase):
             if options is not None:
                 cell_options.check_together(self, options, self._recompute)
                 self._cell_options = options
-                self.mode = RECURRENCE_CELLS[options.cell(BY_MODE[mode].name)].mode
+                plain = BY_MODE[mode].name
+                if options.cell(plain) != plain:
+                    self.mode = RECURRENCE_CELLS[options.cell(plain)].mode
                 if options.heads > 1:
                     cell_options.divide_recurrent_weights(self, options.heads)
                 if layer_norm:
