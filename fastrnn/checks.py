@@ -33,6 +33,12 @@ _DTYPES = (
 )
 
 
+#: of input and hidden size: the kernels count with 32 bits
+LARGEST_SIZE = 2**31 - 1
+# far more than memory holds: torch would fill it, layer by layer
+_MOST_LAYERS = 2**20
+
+
 class _Explained(Exception):
     """Carries the error that explains a call."""
 
@@ -58,6 +64,19 @@ def explain_cell(module: Any, input: Any, hx: Any) -> None:
 def explain_function(spec: CellSpec, values: dict[str, Any]) -> None:
     """Raises a clear error for a failed call of a function of `fastrnn.functional`, or returns."""
     _explain(_search_function, spec, values)
+
+
+def explain_linear_layer(module: Any, input: Any, hx: Any) -> None:
+    """Raises a clear error for a failed call of MinGRU, MinLSTM or SRU, or returns."""
+    _explain(_search_linear_layer, module, input, hx)
+
+
+def check_num_layers(name: str, num_layers: Any) -> None:
+    """Raises if a constructor would make so many layers that it never ended."""
+    if isinstance(num_layers, int) and num_layers > _MOST_LAYERS:
+        raise ValueError(
+            f"{name}: num_layers must be at most {_MOST_LAYERS}, got {describe(num_layers)}."
+        )
 
 
 def explain_constructor(name: str, names: Sequence[str], args: Any, kwargs: Any) -> None:
@@ -245,6 +264,7 @@ def _search_layer(module: Any, input: Any, hx: Any) -> None:
     parameters = _named_parameters(owner, module)
     _check_layer_attributes(owner, module)
     if packed:
+        _check_tensor(owner, "batch_sizes", input.batch_sizes)
         _check_by_torch(module, x, None, input.batch_sizes, raised_before=False)
         _check_batch_sizes(owner, input.batch_sizes, x.shape[0])
         batch = int(input.batch_sizes[0])
@@ -308,11 +328,11 @@ def _check_layer_attributes(owner: str, module: Any) -> None:
         if not isinstance(getattr(module, name), int):
             _wrong(TypeError, owner, name, "an int", describe(getattr(module, name)))
     projected = any(name.startswith("weight_hr") for name in module._flat_weights_names)
-    if projected != (module.proj_size > 0):
+    if projected != (module.proj_size > 0) or module.proj_size < 0:
         expected = "positive like the parameters" if projected else "0 like the parameters"
         _wrong(ValueError, owner, "proj_size", expected, describe(module.proj_size))
     dropout = module.dropout
-    if not isinstance(dropout, numbers.Real) or not 0 <= float(dropout) <= 1:
+    if not is_probability(dropout):
         _wrong(ValueError, owner, "dropout", "a number from 0 to 1", describe(dropout))
 
 
@@ -336,6 +356,28 @@ def _check_layer_shapes(owner: str, module: Any, parameters: dict[str, Tensor]) 
             "weight_hr": [size, module.hidden_size],
         }
         _check_shape(owner, name, parameter, shapes.get(kind, [rows]))
+
+
+def _search_linear_layer(module: Any, input: Any, hx: Any) -> None:
+    owner = type(module).__name__
+    x, name = input, "input"
+    if isinstance(input, PackedSequence):
+        x, name = input.data, "data"
+        _check_tensor(owner, name, x)
+        _check_dense(owner, name, x)
+        if x.dim() != 2 or x.shape[1] != module.input_size:
+            expected = f"2-D with {module.input_size} features"
+            _wrong(RuntimeError, owner, name, expected, describe(x))
+        _check_batch_sizes(owner, input.batch_sizes, x.shape[0])
+        for indices in ("sorted_indices", "unsorted_indices"):
+            own = getattr(input, indices)
+            _check_permutation(owner, indices, own, int(input.batch_sizes[0]), x)
+    _check_dense(owner, name, x)
+    _check_dtype(owner, name, x)
+    for parameter, weight in module.named_parameters():
+        _check_same_device(owner, parameter, weight, x)
+    if isinstance(hx, Tensor):
+        _check_dense(owner, "hx", hx)
 
 
 def _search_cell(module: Any, input: Any, hx: Any) -> None:
@@ -468,6 +510,12 @@ def check_recompute(recompute: Any) -> int:
     return steps
 
 
+def is_probability(value: Any) -> bool:
+    """Whether a value is a number from 0 to 1."""
+    is_number = isinstance(value, numbers.Real)
+    return is_number and bool(0 <= value <= 1)
+
+
 def is_bool(value: Any) -> bool:
     """Whether torch's operators accept this as a bool."""
     cls = type(value)
@@ -487,7 +535,7 @@ def _search_options(owner: str, values: dict[str, Any]) -> None:
         _wrong(ValueError, owner, "num_layers", "a positive int", describe(num_layers))
     if not isinstance(dropout, numbers.Real):
         _wrong(TypeError, owner, "dropout", "a number from 0 to 1", describe(dropout))
-    if values["train"] and layers > 1 and not 0 <= float(dropout) <= 1:
+    if values["train"] and layers > 1 and not is_probability(dropout):
         _wrong(ValueError, owner, "dropout", "a number from 0 to 1", describe(dropout))
 
 
@@ -511,10 +559,13 @@ def _search_constructor(
                 TypeError(f"{name} should be of type int, got: {type(value).__name__}")
             ) from None
     for name in ("input_size", "hidden_size"):
-        if owner.endswith("Cell") and values.get(name, 1) < 0:  # for layers torch raises
-            _wrong(ValueError, owner, name, "0 or more", describe(values[name]))
+        size = values.get(name, 1)
+        if owner.endswith("Cell") and size < 0:  # for layers torch raises
+            _wrong(ValueError, owner, name, "0 or more", describe(size))
+        if size > LARGEST_SIZE:
+            _wrong(ValueError, owner, name, f"at most {LARGEST_SIZE}", describe(size))
     dropout = values.get("dropout", 0.0)
-    if not isinstance(dropout, numbers.Real) or not 0 <= float(dropout) <= 1:
+    if not is_probability(dropout):
         raise _Explained(
             ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an "

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastrnn.checks import describe
 from fastrnn.spec import without_variant
 
 __all__ = ["chrono_", "forget_bias_", "identity_", "orthogonal_"]
@@ -61,8 +62,7 @@ def orthogonal_(module: M, gain: float = 1.0, *, generator: torch.Generator | No
     """
     function = "orthogonal_"
     _cell(function, module)
-    if not math.isfinite(gain):
-        raise ValueError(f"{function}: gain must be a finite number, got {gain}.")
+    _check_finite(function, "gain", gain)
     for weight in _parameters(function, module, "weight_hh"):
         for block in _gates(module, weight):
             # the QR decomposition does not support half types
@@ -106,8 +106,10 @@ def chrono_(module: M, t_max: float, *, generator: torch.Generator | None = None
     function = "chrono_"
     cells = ("lstm", "gru", "janet", "ligru")
     cell = _cell(function, module, cells, "an LSTM, GRU, JANET, LiGRU, LSTMCell or GRUCell")
-    if not (math.isfinite(t_max) and t_max >= 2):
-        raise ValueError(f"{function}: t_max must be a number of steps of at least 2, got {t_max}.")
+    if not (_is_finite(t_max) and t_max >= 2):
+        raise ValueError(
+            f"{function}: t_max must be a number of steps of at least 2, got {describe(t_max)}."
+        )
     for b_ih, b_hh in _biases(function, module):
         dtype = _at_least_float32(b_ih.dtype)
         keep = torch.empty(_hidden_size(module), dtype=dtype, device=b_ih.device)
@@ -149,8 +151,7 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
     """
     function = "forget_bias_"
     _cell(function, module, ("lstm",), "an LSTM or LSTMCell")
-    if not math.isfinite(value):
-        raise ValueError(f"{function}: value must be a finite number, got {value}.")
+    _check_finite(function, "value", value)
     for b_ih, b_hh in _biases(function, module):
         _gates(module, b_ih)[_forget_gate(module)].fill_(value)
         _gates(module, b_hh)[_forget_gate(module)].zero_()
@@ -184,8 +185,7 @@ def identity_(module: M, scale: float = 1.0) -> M:
     """
     function = "identity_"
     _cell(function, module, ("rnn_relu",), "an RNN or RNNCell with nonlinearity='relu'")
-    if not math.isfinite(scale):
-        raise ValueError(f"{function}: scale must be a finite number, got {scale}.")
+    _check_finite(function, "scale", scale)
     weights = _parameters(function, module, "weight_hh")
     biases = _biases(function, module) if module.bias else []
     for weight in weights:
@@ -194,6 +194,18 @@ def identity_(module: M, scale: float = 1.0) -> M:
         for bias in pair:
             bias.zero_()
     return module
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _check_finite(function: str, argument: str, value: Any) -> None:
+    if not _is_finite(value):
+        raise ValueError(f"{function}: {argument} must be a finite number, got {describe(value)}.")
 
 
 def _cell(

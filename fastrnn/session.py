@@ -578,4 +578,6 @@ def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"Session: {name} must be an int, got {describe(value)}.")
     if value < 1:
-        raise ValueError(f"Session: {name} must be at least 1, got {value}.")
+        raise ValueError(f"Session: {name} must be at least 1, got {describe(value)}.")
+    if value >= 2**31:
+        raise ValueError(f"Session: {name} must be at most {2**31 - 1}, got {describe(value)}.")

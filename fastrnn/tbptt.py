@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn._torch_internals import tree_leaves, tree_map
-from fastrnn.checks import describe
+from fastrnn.checks import describe, is_bool
 
 __all__ = ["TbpttProgress", "tbptt"]
 
@@ -197,7 +197,7 @@ def _time_dimension(module: Any, input: Any, batch_first: Any) -> int:
         # The module may pass its input on as it is, or transpose it first.
         expected = "True or False for a module that contains batch-first layers"
         _wrong(ValueError, "batch_first", expected, None)
-    if batch_first not in (True, False, None):
+    if batch_first is not None and not is_bool(batch_first):
         _wrong(TypeError, "batch_first", "True, False or None", batch_first)
     # a 2-D input of a layer is one sequence [T,I], for which torch ignores batch_first
     is_unbatched = isinstance(module, nn.RNNBase) and isinstance(input, Tensor) and input.dim() == 2

@@ -111,7 +111,8 @@ def _checked(
             f"define_cell: gates must be an integer from 1 to {_MOST_GATES}, got {gates!r}."
         )
     for argument, names in (("states", states), ("parameters", parameters)):
-        if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+        is_list = isinstance(names, Sequence) and not isinstance(names, str)
+        if not is_list or not all(isinstance(n, str) for n in names):
             raise TypeError(f"define_cell: {argument} must be a tuple of names, got {names!r}.")
         for own in names:
             if not own.isidentifier() or keyword.iskeyword(own) or own in _TAKEN:

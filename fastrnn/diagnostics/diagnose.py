@@ -79,6 +79,8 @@ def diagnose(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"diagnose: model must be a torch.nn.Module, got {type(model).__name__}.")
+    if not callable(loss):
+        raise TypeError(f"diagnose: loss must be a function, got {type(loss).__name__}.")
     modules = dict(watched_modules(model))
     _check(model, modules)
     recorder = Recorder()

@@ -123,6 +123,9 @@ class RecurrentBase(nn.RNNBase):
         self.weight_dtype = weight_dtype
         self.recompute = recompute
         try:
+            checks.check_num_layers(
+                type(self).__name__, kwargs.get("num_layers", args[2] if len(args) > 2 else 1)
+            )
             is_in_torch = BY_MODE[mode].torch.torch_function is not None
             super().__init__(mode if is_in_torch else "RNN_TANH", *args, **kwargs)
             if not is_in_torch:
@@ -801,7 +804,7 @@ class RecurrentBase(nn.RNNBase):
             if return_all_states is not False or return_gates is not False:
                 marks = Marks(lengths, resets, reset_state)
                 returned = untraced(return_all_states), untraced(return_gates)
-                if returned == (False, False):
+                if returned[0] is False and returned[1] is False:
                     return self._run(input, hx, *marks, *returned, is_layers_first)
                 return self._run_recorded(  # type: ignore[return-value]
                     input, hx, marks, *returned

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -116,8 +115,7 @@ class ModuleOptions(NamedTuple):
 
 
 def _probability(name: str, option: str, value: Any) -> float:
-    is_number = isinstance(value, Real) and not checks.is_bool(value)
-    if not is_number or not 0 <= value <= 1:
+    if checks.is_bool(value) or not checks.is_probability(value):
         raise ValueError(
             f"{name}: {option} must be a number from 0 to 1, got {checks.describe(value)}."
         )

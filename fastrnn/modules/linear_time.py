@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,7 +13,15 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastrnn import autocast
-from fastrnn.checks import describe, different_devices_message, is_bool
+from fastrnn.checks import (
+    LARGEST_SIZE,
+    check_num_layers,
+    describe,
+    different_devices_message,
+    explain_linear_layer,
+    is_bool,
+    is_probability,
+)
 from fastrnn.engine.ragged import (
     Marks,
     check_lengths,
@@ -63,12 +70,17 @@ class _LinearTime(nn.Module):
                 raise ValueError(
                     f"{name}: {argument} must be a positive int, got {describe(value)}."
                 )
+            if value > LARGEST_SIZE:
+                raise ValueError(
+                    f"{name}: {argument} must be at most {LARGEST_SIZE}, got {describe(value)}."
+                )
+        check_num_layers(name, num_layers)
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
         for argument, value in flags.items():
             if not is_bool(value):
                 raise TypeError(f"{name}: {argument} must be a bool, got {describe(value)}.")
         given: Any = dropout
-        if is_bool(given) or not isinstance(given, Real) or not 0 <= float(given) <= 1:
+        if is_bool(given) or not is_probability(given):
             raise ValueError(
                 f"{name}: dropout must be a number from 0 to 1, got {describe(dropout)}."
             )
@@ -131,7 +143,15 @@ class _LinearTime(nn.Module):
         reset_state: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs all layers. See the class for arguments and results."""
-        marks = Marks(lengths, resets, reset_state)
+        try:
+            return self._run_any(input, hx, Marks(lengths, resets, reset_state))
+        except Exception:
+            explain_linear_layer(self, input, hx)
+            raise
+
+    def _run_any(
+        self, input: Tensor | PackedSequence, hx: Tensor | None, marks: Marks
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         if isinstance(input, PackedSequence):
             marks.check_absent("a PackedSequence")
             return self._run_packed(input, hx)

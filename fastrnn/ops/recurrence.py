@@ -453,6 +453,20 @@ def _check(pre_x: Tensor, h0: Tensor, c0: Tensor | None, cell: str) -> CellSpec:
     return spec
 
 
+def _check_one_device(
+    first: Tensor, others: Sequence[Tensor | None], batch_sizes: Tensor | None
+) -> None:
+    """Raises if meta tensors are among others: the results would be uninitialised memory."""
+    torch._check(
+        all(t is None or t.device == first.device for t in others),
+        lambda: "fastrnn: all tensors must be on one device, got several.",
+    )
+    torch._check(
+        batch_sizes is None or batch_sizes.device.type == "cpu",
+        lambda: "fastrnn: batch_sizes must be on the CPU, got another device.",
+    )
+
+
 def _fake(
     pre_x: Tensor,
     h0: Tensor,
@@ -465,6 +479,7 @@ def _fake(
     epsilon: float,
     saves: bool,
 ) -> tuple[Tensor, ...]:
+    _check_one_device(pre_x, (h0, c0, *parts), batch_sizes)
     spec = _check(pre_x, h0, c0, cell)
     hidden = h0.shape[1]
     rows = math.prod(pre_x.shape[:-1])
@@ -488,6 +503,7 @@ def _gradients_fake(
     y: Tensor,
     saved: Tensor,
 ) -> tuple[Tensor, ...]:
+    _check_one_device(y, (d_y, d_h_n, d_c_n, h0, c0, *parts, saved), batch_sizes)
     spec, hidden = RECURRENCE_CELLS[cell], h0.shape[1]
     width = spec.gates * hidden
     is_same = spec.pre == spec.gates and _unpack(parts, slots).gain_h is None
@@ -498,12 +514,14 @@ def _gradients_fake(
 
 
 def _product_fake(x: Tensor, w: Tensor) -> Tensor:
+    _check_one_device(x, (w,), None)
     return x.new_empty(x.shape[0], w.shape[0])
 
 
 def _product_gradients_fake(
     d: Tensor, x: Tensor | None, w: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_one_device(d, (x, w), None)
     d_x = d.new_empty(0) if w is None else d.new_empty(d.shape[0], w.shape[1])
     d_w = d.new_empty(0) if x is None else d.new_empty(d.shape[1], x.shape[1])
     return d_x, d_w, d.new_empty(0) if x is None else d.new_empty(d.shape[1])

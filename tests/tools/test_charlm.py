@@ -113,6 +113,7 @@ def test_other_encodings_are_read(tmp_path: Path) -> None:
         (b"abc", "nonsense", "--encoding must be .*, got 'nonsense'"),
         (b"abc", "base64", "--encoding must be .*, got 'base64'"),
         (b"abc", "hex\0", "--encoding"),
+        (b"abc", "", "--encoding must be .*, got ''"),
     ],
 )
 def test_other_files_than_text_are_one_line_errors(
@@ -219,6 +220,9 @@ def test_end_of_the_text_is_held_out() -> None:
         ({"hidden": 0}, "--hidden must be a whole number from 1 up, got 0"),
         ({"hidden": True}, "--hidden"),
         ({"steps": 2**40}, "--steps"),
+        ({"layers": 2**31 - 1}, "--layers must be a whole number from 1 to 1024"),
+        ({"threads": 30000}, "--threads must be a whole number from 0 to 1024"),
+        ({"threads": 2**31 - 1}, "--threads must be a whole number from 0 to 1024"),
         (
             {"learning_rate": float("nan")},
             "--lr must be a number above 0 and at most 1000, got nan",

@@ -302,11 +302,12 @@ def _read_text(options: argparse.Namespace, saved: checkpoint.Checkpoint | None)
         CheckpointError: the text differs from the one that the run was trained on.
     """
     files = options.text
-    encoding = options.encoding or "utf-8"
+    encoding = "utf-8" if options.encoding is None else options.encoding
     if saved and not files:
         files = saved.text["files"]
-        encoding = options.encoding or saved.text["encoding"]
-    elif options.encoding and not files:
+        if options.encoding is None:
+            encoding = saved.text["encoding"]
+    elif options.encoding is not None and not files:
         raise CharlmError("--encoding needs --text FILE")
     text = read_files(files, encoding) if files else read_standard_library()
     if saved and text.digest != saved.text["sha256"]:
@@ -539,14 +540,15 @@ def _text_to_inspect(options: argparse.Namespace, saved: checkpoint.Checkpoint) 
         CheckpointError: the text of the run has changed.
     """
     if options.text is None:
-        if options.encoding:
+        if options.encoding is not None:
             raise CharlmError("--encoding needs --text FILE")
         whole = _read_text(options, saved)
         _, tested = split(whole, saved.config.batch_size, saved.config.seq_length)
         # rare characters of the run's text are unknown to the model
         symbols = saved.vocabulary.encode(tested[: options.characters]).tolist()
         return saved.vocabulary.decode(symbols), "validation text"
-    text = read_files([options.text], options.encoding or "utf-8").content[: options.characters]
+    encoding = "utf-8" if options.encoding is None else options.encoding
+    text = read_files([options.text], encoding).content[: options.characters]
     if len(text) < LEAST_CHARACTERS:
         raise DataError(f"{options.text}: must have at least {LEAST_CHARACTERS} characters")
     unknown = sorted(set(text) - set(saved.vocabulary.characters))

@@ -133,7 +133,7 @@ def _choice(option: str, choices: tuple[str, ...]) -> _Check:
 _CHECKS: Final[dict[str, _Check]] = {
     "cell": _choice("--cell", CELLS),
     "nonlinearity": _choice("--nonlinearity", NONLINEARITIES),
-    "layers": _integer("--layers", 1),
+    "layers": _integer("--layers", 1, 1024),
     "hidden": _integer("--hidden", 1),
     "embedding": _integer("--embedding", 0),
     "seq_length": _integer("--seq-length", 1),
