@@ -369,9 +369,14 @@ class TestBatchNorm:
         x, lengths = torch.randn(T, B, IN, dtype=F64), torch.tensor([2, T, 3])
         other = x.clone()
         other[3:, 0] = 100
+        other[4:, 2] = float("nan")
         twin = copy.deepcopy(layer)
         assert_same_in_double(layer(x, lengths=lengths), twin(other, lengths=lengths))
         assert_same_in_double(dict(layer.named_buffers()), dict(twin.named_buffers()))
+        layer(x, lengths=torch.zeros(B, dtype=torch.int64))
+        assert all(buffer.isfinite().all() for buffer in layer.buffers())
+        with pytest.raises(ValueError, match=r"lengths must have the shape \[3\], got \[2\]"):
+            layer(x, lengths=lengths[:2])
 
     def test_one_row_is_an_error(self) -> None:
         with pytest.raises(ValueError, match=r"needs more than 1 row .* got 1"):
@@ -502,7 +507,7 @@ def test_initial_values() -> None:
     assert 0 <= u.min() < 0.1
     assert 0.9 < u.max() <= 1
     grnn = fastrnn.FastGRNN(IN, H)
-    assert (float(grnn.zeta_l0), float(grnn.nu_l0)) == (1.0, -4.0)
+    assert [p.tolist() for p in (grnn.zeta_l0, grnn.nu_l0)] == [[1.0], [-4.0]]
     low = fastrnn.FastGRNN(300, 300, w_rank=100)
     product = (low.weight_ih_left_l0 @ low.weight_ih_right_l0).detach()
     assert 0.8 < float(product.std() / fastrnn.FastGRNN(300, 300).weight_ih_l0.std()) < 1.2
@@ -525,6 +530,7 @@ LSTM, GRU, LIGRU = fastrnn.LSTM, fastrnn.GRU, fastrnn.LiGRU
         (fastrnn.RNN, {"peephole": True}, "RNN: peephole must be False for a cell that is not"),
         (fastrnn.SLSTM, {"peephole": True}, "SLSTM: peephole must be False for a cell that is"),
         (fastrnn.IndRNN, {"nonlinearity": "gelu"}, "IndRNN: nonlinearity must be 'relu' or"),
+        (fastrnn.IndRNN, {"layer_norm": True}, "IndRNN: this cell must have no layer_norm, no"),
         (fastrnn.IndRNN, {"zoneout": 0.1}, "IndRNN: this cell must have no layer_norm, no zone"),
         (fastrnn.IndRNN, {"weight_dropout": 0.1}, "IndRNN: weight_dropout must be 0 with a cell"),
         (fastrnn.IndRNN, {"proj_size": 2}, "IndRNN: proj_size must be 0, got a projection"),
