@@ -1,9 +1,9 @@
 """Lengths and resets of padded batches: their checks, and the way to compute them.
 
 Stacked layers run by an operator per layer (`fastrnn.ops.ragged`) in graphs and on CUDA. In eager
-code on the CPU single layers do, and stacked layers with resets only. Otherwise, on CUDA each direction runs with masks
-(`fastrnn.ops.masked`). On the CPU the layers are composed (`fastrnn.ops.segments`) of the backends'
-packed batches.
+code on the CPU single layers do, and stacked layers with resets only. Otherwise, on CUDA each
+direction runs with masks (`fastrnn.ops.masked`). On the CPU the layers are composed
+(`fastrnn.ops.segments`) of the backends' packed batches.
 """
 
 from __future__ import annotations
