@@ -13,6 +13,7 @@ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b
 // A range of indices: [begin, end).
 struct IndexRange {
   std::int64_t begin, end;
+  IndexRange(std::int64_t begin_, std::int64_t end_) : begin(begin_), end(end_) {}
   // The part-th of `parts` nearly equal ranges of [0, count).
   IndexRange(std::int64_t count, int part, int parts)
       : begin(count * part / parts), end(count * (part + 1) / parts) {}

@@ -35,13 +35,12 @@ struct LayerWeights {
   const Storage* w_unit;                               // [E*H] or null
 };
 
-// The rows of a padded batch whose state before a step is replaced. (CUDA only: on the CPU such
-// rows become sequences of their own, problem/segments.h.)
+// The rows of a padded batch whose state before a step is replaced.
 template <class Storage>
 struct Resets {
   const std::uint8_t* mask;  // [T, B] not 0 before a step whose state is replaced, or null: none
-  const Storage* h;          // [B, R] the new states of a step, or null: zeros
-  const Storage* c;          // [B, C*H] or null: zeros
+  const Storage* h;          // [B, R] the new states of a step; null (CUDA only): zeros
+  const Storage* c;          // [B, C*H] the same
   std::int64_t h_stride, c_stride;  // between the states of two steps; 0: the same for all
 };
 
@@ -106,6 +105,7 @@ struct LayerGradients {
   RowRange rows;        // the rows of [N, *] to compute with: all, or a part (cpu/recompute.h)
   bool add_to_weights;  // d_w += instead of =, because other rows were there before
   const Value* d_pre;   // [rows.count, (Q+E)*H]
+  Resets<Value> resets;
   // Results; null: not needed.
   Value* d_x;     // [N, I]
   bool add_to_x;  // d_x += instead of =, because the other direction has written d_x

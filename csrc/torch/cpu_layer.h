@@ -17,7 +17,8 @@ Tensor for_saved(const std::vector<int64_t>& sizes, ScalarType dtype, const Tens
 
 // Runs the time loop of forward. x has the layer's compute type.
 void run_forward(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
-                 WeightFormat weight_format = WeightFormat::kNative);
+                 WeightFormat weight_format = WeightFormat::kNative,
+                 const LayerResets& resets = {});
 
 // The gradients of a layer in its compute type. d_x and those of the weights (for each direction
 // d_w_ih, d_w_hh, d_b_ih and d_b_hh) are placeholders where they were not asked for.
@@ -45,9 +46,11 @@ struct StoredLayer {
   Rows y;
 };
 
-// Runs the time loop of backward and the products after it. With `stored`, x is in bfloat16.
+// Runs the time loop of backward and the products after it. With `stored`, x is in bfloat16, and
+// there are no resets.
 Gradients run_gradients(const LayerArguments& layer, const BackwardInputs& inputs, const Tensor& x,
                         const std::vector<Tensor>& weights, int64_t slots, int64_t outputs,
-                        Allocate allocate_x, const StoredLayer* stored = nullptr);
+                        Allocate allocate_x, const StoredLayer* stored = nullptr,
+                        const LayerResets& resets = {});
 
 }  // namespace fastrnn

@@ -51,45 +51,53 @@ namespace {
 
 template <class T>
 void run(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
-         WeightFormat weight_format) {
+         WeightFormat weight_format, const LayerResets& resets) {
   const Rows rows(x);
   LayerForward<T, T> problems[cpu::kMaxDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
     problems[d] = forward_problem<T, T>(layer, d, rows, outputs);
     if (layer.dtype == ScalarType::Float) problems[d].recurrent_format = weight_format;
+    problems[d].resets = resets.of<T>(d);
   }
   cpu::forward(problems, int(layer.directions), threads(), parallel_for);
 }
 
 // The same in bfloat16 as it is stored.
-void run_bfloat16(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs) {
+void run_bfloat16(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
+                  const LayerResets& resets) {
   const Rows rows(x);
   cpu::Bfloat16Forward problems[cpu::kMaxDirections];
-  for (int64_t d = 0; d < layer.directions; ++d)
+  for (int64_t d = 0; d < layer.directions; ++d) {
     problems[d] = forward_problem<Bfloat16, float>(layer, d, rows, outputs);
+    problems[d].resets = resets.of<Bfloat16>(d);
+  }
   cpu::bfloat16_forward(problems, int(layer.directions), threads(), parallel_for);
 }
 
 template <class T>
-void run(const LayerArguments& layer, const BackwardInputs& inputs,
-         const BackwardOutputs& outputs) {
+void run(const LayerArguments& layer, const BackwardInputs& inputs, const BackwardOutputs& outputs,
+         const LayerResets& resets = {}) {
   LayerBackward<T, T> problems[cpu::kMaxDirections];
-  for (int64_t d = 0; d < layer.directions; ++d)
+  for (int64_t d = 0; d < layer.directions; ++d) {
     problems[d] = backward_problem<T, T>(layer, d, inputs, outputs);
+    problems[d].resets = resets.of<T>(d);
+    problems[d].d_reset_h = LayerResets::at<T>(resets.d_h, d);
+    problems[d].d_reset_c = LayerResets::at<T>(resets.d_c, d);
+  }
   cpu::backward(problems, int(layer.directions), threads(), parallel_for);
 }
 
 }  // namespace
 
 void run_forward(const LayerArguments& layer, const Tensor& x, const ForwardOutputs& outputs,
-                 WeightFormat weight_format) {
+                 WeightFormat weight_format, const LayerResets& resets) {
   switch (layer.compute) {
     case ScalarType::BFloat16:
-      return run_bfloat16(layer, x, outputs);
+      return run_bfloat16(layer, x, outputs, resets);
     case ScalarType::Double:
-      return run<double>(layer, x, outputs, weight_format);
+      return run<double>(layer, x, outputs, weight_format, resets);
     default:
-      return run<float>(layer, x, outputs, weight_format);
+      return run<float>(layer, x, outputs, weight_format, resets);
   }
 }
 
@@ -243,13 +251,14 @@ FourTensors recurrent_states_backward(std::optional<Tensor> d_y, std::optional<T
 
 template <class T>
 void run(const LayerArguments& layer, const Rows& x, const Rows& y, const Tensor& d_pre,
-         const GradientOutputs& outputs, bool need_x) {
+         const GradientOutputs& outputs, bool need_x, const LayerResets& resets) {
   if (need_x && layer.hidden_size == 0)  // a product over no units writes nothing
     std::memset(outputs.d_x.data_ptr(), 0, size_t(layer.rows * layer.input_size) * sizeof(T));
   LayerGradients<T> problems[cpu::kMaxDirections];
   for (int64_t d = 0; d < layer.directions; ++d) {
     problems[d] = gradient_problem<T>(layer, d, x, y, outputs, need_x);
     problems[d].d_pre = input_of<T>(d_pre, d);
+    problems[d].resets = resets.of<T>(d);
   }
   cpu::gradients(problems, int(layer.directions), threads(), parallel_for);
 }
@@ -299,7 +308,7 @@ void run_bfloat16(const LayerArguments& layer, const LayerArguments& stored,
 
 Gradients run_gradients(const LayerArguments& layer, const BackwardInputs& inputs, const Tensor& x,
                         const std::vector<Tensor>& weights, int64_t slots, int64_t outputs,
-                        Allocate allocate_x, const StoredLayer* stored) {
+                        Allocate allocate_x, const StoredLayer* stored, const LayerResets& resets) {
   const BackwardOutputs walked(layer, x, ordinary, recycled);
   GradientOutputs products(layer, x, weights, slots, outputs, ordinary, allocate_x);
   const bool need_x = has_slot(outputs, kDX);
@@ -311,11 +320,11 @@ Gradients run_gradients(const LayerArguments& layer, const BackwardInputs& input
       run<float>(layer, inputs, walked);
     run_bfloat16(stored->layer, x_rows, stored->y, walked.d_pre, products, need_x);
   } else if (layer.compute == ScalarType::Double) {
-    run<double>(layer, inputs, walked);
-    run<double>(layer, x_rows, inputs.y, walked.d_pre, products, need_x);
+    run<double>(layer, inputs, walked, resets);
+    run<double>(layer, x_rows, inputs.y, walked.d_pre, products, need_x, resets);
   } else {
-    run<float>(layer, inputs, walked);
-    run<float>(layer, x_rows, inputs.y, walked.d_pre, products, need_x);
+    run<float>(layer, inputs, walked, resets);
+    run<float>(layer, x_rows, inputs.y, walked.d_pre, products, need_x, resets);
   }
   return {products.d_x, walked.d_h0, walked.d_c0, walked.d_h_all, std::move(products.d_weights)};
 }

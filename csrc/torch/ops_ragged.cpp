@@ -1,6 +1,8 @@
-// The operators for padded batches whose rows have lengths and resets, on the CPU. A batch is cut
-// into segments (problem/segments.h), whose rows are copied into packed order; the kernels for
-// packed rows run, and the results are copied back.
+// The operators for padded batches whose rows have lengths and resets, on the CPU.
+//
+// Where all rows have all steps, the kernels replace the states of the padded batch before a reset.
+// Otherwise a batch is cut into segments (problem/segments.h), whose rows are copied into packed
+// order; the kernels for packed rows run, and the results are copied back.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -31,10 +33,10 @@ struct Marks {
     if (resets_) read_resets(*resets_, steps, batch);
   }
 
-  // Whether all rows have all steps and no reset.
+  // Whether all rows have all steps.
   bool is_padded(int64_t steps) const {
-    return resets.empty() && std::all_of(lengths.begin(), lengths.end(),
-                                         [&](int64_t length) { return length == steps; });
+    return std::all_of(lengths.begin(), lengths.end(),
+                       [&](int64_t length) { return length == steps; });
   }
 
  private:
@@ -341,12 +343,14 @@ Tensor zeros(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
 }
 
 // A layer over a marked batch, checked: its arguments for the padded batch, and those for the
-// packed rows of each group. There are no groups if all rows have all steps and no reset.
+// packed rows of each group. There are no groups if the kernels run the padded batch; its resets
+// are in `resets` then.
 struct MarkedLayer {
   LayerArguments padded;
   Marks marks;
   std::vector<Group> groups;
   std::vector<LayerArguments> packed;
+  LayerResets resets;
 
   MarkedLayer(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
               const std::vector<Tensor>& weights, int64_t slots, const OptionalTensor& lengths,
@@ -359,12 +363,26 @@ struct MarkedLayer {
     FASTRNN_CHECK(!reset_c || padded.c0, "reset_c must not be given for ", cell, ", got a tensor.");
     const ResetState after_h("reset_h", padded, reset_h, padded.h0);
     const ResetState after_c("reset_c", padded, reset_c, padded.c0 ? *padded.c0 : padded.h0);
-    if (marks.is_padded(padded.steps)) return;
+    // fastrnn/ops/ragged.py computes the gradients of cells with parameters, from packed rows.
+    const bool may_replace = marks.resets.empty() || padded.cell->parameters == 0;
+    if (may_replace && marks.is_padded(padded.steps)) {
+      if (!marks.resets.empty()) replace_states(reset_h, reset_c);
+      return;
+    }
     groups = groups_of(marks, padded);
     for (const Group& group : groups) packed.push_back(packed_layer(group, after_h, after_c));
   }
 
  private:
+  void replace_states(const OptionalTensor& reset_h, const OptionalTensor& reset_c) {
+    const auto states = [&](const OptionalTensor& t, const Tensor& like) {
+      return t ? padded.contiguous_compute(*t) : zeros(sizes_of(like), padded.compute, like);
+    };
+    resets.mask = marks.resets.data();
+    resets.h = states(reset_h, padded.h0);
+    if (padded.c0) resets.c = states(reset_c, *padded.c0);
+  }
+
   LayerArguments packed_layer(const Group& group, const ResetState& after_h,
                               const ResetState& after_c) const {
     LayerArguments own = padded;
@@ -408,7 +426,7 @@ FourTensors run_marked(const MarkedLayer& marked, const Tensor& x, bool save) {
   const LayerArguments& layer = marked.padded;
   const ForwardOutputs results(layer, save, x, for_saved);
   if (marked.groups.empty()) {
-    run_forward(layer, layer.to_compute(x), results);
+    run_forward(layer, layer.to_compute(x), results, WeightFormat::kNative, marked.resets);
     return results.tensors(layer);
   }
   const int64_t out = layer.out(), width = layer.directions * out;
@@ -545,8 +563,7 @@ std::vector<Tensor> gradients_of(const OptionalTensor& d_y, const OptionalTensor
                                  const OptionalTensor& reset_c, const Tensor& y,
                                  const Tensor& saved, const std::string& cell, int64_t outputs) {
   const ScalarType compute = accumulate_type(checked_dtype("x", x));
-  const MarkedLayer marked(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell,
-                           compute);
+  MarkedLayer marked(x, h0, c0, weights, slots, lengths, resets, reset_h, reset_c, cell, compute);
   const LayerArguments& layer = marked.padded;
   check_no_parameters(layer);
   check_backward(layer, y, saved, d_y, d_h_n, d_c_n);
@@ -556,11 +573,15 @@ std::vector<Tensor> gradients_of(const OptionalTensor& d_y, const OptionalTensor
   };
   const OptionalTensor d_reset_h = zeros_for(reset_h, kDResetH);
   const OptionalTensor d_reset_c = zeros_for(reset_c, kDResetC);
+  if (marked.resets.mask != nullptr) {
+    marked.resets.d_h = d_reset_h;
+    marked.resets.d_c = d_reset_c;
+  }
   const auto run = compute == ScalarType::Double ? run_groups<double> : run_groups<float>;
   const Gradients found =
       marked.groups.empty()
           ? run_gradients(layer, BackwardInputs(layer, y, saved, d_y, d_h_n, d_c_n), x, weights,
-                          slots, outputs, ordinary)
+                          slots, outputs, ordinary, nullptr, marked.resets)
           : run(marked, x, y, saved, d_y, layer.contiguous_compute(d_h_n),
                 layer.contiguous_compute(d_c_n), weights, slots, outputs, d_reset_h, d_reset_c);
   std::vector<Tensor> all = found.tensors(layer);

@@ -2,6 +2,7 @@
 // direction.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -45,6 +46,32 @@ template <class S>
 const S* input_of(const std::optional<Tensor>& t, int64_t d) {
   return t ? input_of<S>(*t, d) : nullptr;
 }
+
+// The resets of a padded batch on the CPU, checked; no mask: none.
+struct LayerResets {
+  const std::uint8_t* mask = nullptr;  // [T, B]
+  // The new states and, if they are needed, their gradients, which are added: [D, B, *] of all
+  // steps or [T, D, B, *] of each, contiguous, in the layer's compute type.
+  std::optional<Tensor> h, c, d_h, d_c;
+
+  template <class S>
+  Resets<S> of(int64_t d) const {
+    if (mask == nullptr) return {};
+    return {mask, at<const S>(h, d), at<const S>(c, d), stride(h), stride(c)};
+  }
+  // That of a direction at the first step, or null.
+  template <class S>
+  static S* at(const std::optional<Tensor>& t, int64_t d) {
+    if (!t) return nullptr;
+    const int64_t last = t->dim() - 1;
+    return static_cast<S*>(t->data_ptr()) + d * t->size(last - 1) * t->size(last);
+  }
+
+ private:
+  static int64_t stride(const std::optional<Tensor>& t) {
+    return t && t->dim() == 4 ? t->size(1) * t->size(2) * t->size(3) : 0;
+  }
+};
 
 // Where large tensors come from.
 using Allocate = Tensor (*)(const std::vector<int64_t>& sizes, ScalarType dtype,

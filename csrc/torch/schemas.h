@@ -108,7 +108,8 @@ constexpr const char* kSegmentsSchema =
 // packed batch. lengths int64 [B], resets bool or float64 (0 and 1) [T, B], both on the CPU;
 // without them all rows have T steps and no reset. reset_h and reset_c, the states after a reset,
 // have the shape of h0 and c0, or [T, D, B, *]; zeros if they are not given. y is zero beyond a
-// row's length. No size depends on the values: saved [D, T*B, S*H] holds in its first rows those of
+// row's length. No size depends on the values: saved [D, T*B, S*H] holds those of the padded batch
+// if all rows have all steps and the cell has no parameters; otherwise in its first rows those of
 // the packed batch. On CUDA Python implements these operators by recurrent_reset_forward
 // (fastrnn/ops/ragged_on_device.py): the marks may be on the device, and saved is that of the
 // padded batch.

@@ -1,9 +1,9 @@
 """Lengths and resets of padded batches: their checks, and the way to compute them.
 
-Stacked layers run by an operator per layer (`fastrnn.ops.ragged`) in graphs and on CUDA, and a
-single layer also in eager code on the CPU. Otherwise, on CUDA each direction runs with masks
-(`fastrnn.ops.masked`). On the CPU the layers are composed (`fastrnn.ops.segments`) of the backends'
-packed batches.
+Stacked layers run by an operator per layer (`fastrnn.ops.ragged`) in graphs and on CUDA. In eager
+code on the CPU single layers do, and stacked layers with resets only. Otherwise, on CUDA each
+direction runs with masks (`fastrnn.ops.masked`). On the CPU the layers are composed
+(`fastrnn.ops.segments`) of the backends' packed batches.
 """
 
 from __future__ import annotations
@@ -122,15 +122,27 @@ def run_marked(call: LayerCall, marks: Marks, batch_first: bool) -> Results:
         raise RuntimeError(f"lengths and resets cannot be in this graph: {reason}.")
     else:
         ragged = check_values(ragged, size(call.x, 0))
-        is_plain = call.options == DEFAULTS and choose.may_use_fast_path()
+        is_plain = _has_operators(call, ragged) and choose.may_use_fast_path()
         if on_device:
             y, h_n, c_n = _run_by_operators(call, ragged)
         elif not reason and call.x.is_cpu and is_plain:
             check_layers(call)
-            y, h_n, c_n = ragged_layer(call, ragged)
+            y, h_n, c_n = _run_layers(call, ragged)
         else:
             y, h_n, c_n = run_composed(call, ragged, run)
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
+
+
+def _has_operators(call: LayerCall, ragged: Ragged) -> bool:
+    """Whether an eager call on the CPU runs by an operator per layer.
+
+    With lengths, stacked layers are composed: all of them share one packed batch.
+    """
+    options = call.options
+    if options.num_layers == 1:
+        return options == DEFAULTS
+    plain = options._replace(num_layers=1, dropout=0.0, residual=False) == DEFAULTS
+    return plain and ragged.lengths is None
 
 
 def _stays_on_device(call: LayerCall, marks: Marks) -> bool:

@@ -6,11 +6,13 @@
 //
 // The carry of a row is d_h_n at the step where the row ends, and d_h0 after the step where it
 // starts (csrc/problem/sequence.h). The gradient of the cell states is d_c_n at the step where the
-// row ends, plus d_c_steps of every step. The gradients of the weights and of x are products over
-// all steps, computed after this loop (gradients.h).
+// row ends, plus d_c_steps of every step. After a step whose state was replaced, the carry and the
+// gradient of the cell states are those of the new state, and zero before. The gradients of the
+// weights and of x are products over all steps, computed after this loop (gradients.h).
 #pragma once
 
 #include "cpu/kernels/product/weight_matrix.h"
+#include "cpu/kernels/schedule/step_resets.h"
 #include "cpu/kernels/vector/storage.h"
 
 FASTRNN_KERNELS_BEGIN
@@ -56,6 +58,7 @@ class BackwardWalk {
       const StepRows at = shape_.sequence.at(shape_.sequence.step(k));
       const std::int64_t own = rows_.count(at.rows);
       if constexpr (kRounds) rounded_ = rounded(k % 2);
+      resets_ = StepResets<T>(problem_.resets, shape_.sequence, k);
       begin_rows(at, own);
       add_step_gradients(at, own);
       if (shape_.proj_size > 0) {
@@ -73,6 +76,7 @@ class BackwardWalk {
       }
       synchronise();
       if constexpr (Cell::kDenseRecurrence) propagate(k, at, own);
+      if (resets_.mask != nullptr) finish_resets(shape_.sequence.step(k), own);
       finish_rows(at, own);
     }
     if (shape_.sequence.steps == 0) finish_untouched();
@@ -147,6 +151,28 @@ class BackwardWalk {
         T* to = problem_.d_c0 + (b * kCellStates + s) * shape_.hidden_size;
         for (std::int64_t j = units.begin; j < units.end; ++j) to[j] += from[j];
       }
+    }
+  }
+  // Moves the gradients of the states before step t to those of the states that replaced them.
+  void finish_resets(std::int64_t t, std::int64_t own) {
+    const Resets<T>& all = problem_.resets;
+    T* d_h = problem_.d_reset_h == nullptr ? nullptr : problem_.d_reset_h + t * all.h_stride;
+    T* d_c = problem_.d_reset_c == nullptr ? nullptr : problem_.d_reset_c + t * all.c_stride;
+    const std::int64_t hidden = shape_.hidden_size;
+    for (std::int64_t i = 0; i < own; ++i) {
+      const std::int64_t b = rows_.row(i);
+      if (!resets_.at(b)) continue;
+      move_gradient(carry(b), own_out(), d_h == nullptr ? nullptr : d_h + b * output_size_);
+      for (std::int64_t s = b * kCellStates; s < (b + 1) * kCellStates; ++s)
+        move_gradient(problem_.d_c0 + s * hidden, own_hidden(),
+                      d_c == nullptr ? nullptr : d_c + s * hidden);
+    }
+  }
+  // to += from, unless it is null, and from = 0.
+  static void move_gradient(T* from, const IndexRange& units, T* to) {
+    for (std::int64_t j = units.begin; j < units.end; ++j) {
+      if (to != nullptr) to[j] += from[j];
+      from[j] = T(0);
     }
   }
   // For rows that start at this step, the carry is the gradient of the initial state. (d_c is kept
@@ -240,10 +266,14 @@ class BackwardWalk {
       const std::int64_t row = at.first + b;
       saved = p.saved + row * Cell::kSaved * hidden;
       y = p.y + row * p.y_stride;
-      h_before = at.state_before(b, p.y, p.y_stride, p.h0, walk.output_size_);
+      const StepResets<T>& resets = walk.resets_;
+      h_before = resets.at(b) ? resets.h + b * walk.output_size_
+                              : at.state_before(b, p.y, p.y_stride, p.h0, walk.output_size_);
       if constexpr (kCellStates > 0) {
-        c_before = at.state_before(b, p.saved + Cell::kSavedState * hidden, Cell::kSaved * hidden,
-                                   p.c0, kCellStates * hidden);
+        c_before = resets.at(b)
+                       ? resets.c + b * kCellStates * hidden
+                       : at.state_before(b, p.saved + Cell::kSavedState * hidden,
+                                         Cell::kSaved * hidden, p.c0, kCellStates * hidden);
         d_c = p.d_c0 + b * kCellStates * hidden;
       }
       d_pre = p.d_pre + row * kColumns * hidden;
@@ -347,6 +377,7 @@ class BackwardWalk {
   const WeightMatrix<T, Recurrent> w_hh_;
   const WeightMatrix<T> w_hr_;
   Operand* rounded_ = nullptr;  // of this step
+  StepResets<T> resets_;        // before this step
 };
 
 FASTRNN_KERNELS_END

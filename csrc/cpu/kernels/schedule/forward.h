@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/kernels/schedule/forward_panels.h"
+#include "cpu/kernels/schedule/step_resets.h"
 #include "cpu/kernels/vector/storage.h"
 
 FASTRNN_KERNELS_BEGIN
@@ -47,7 +48,10 @@ class ForwardWalk {
 
   void run() {
     StepRows at{};
-    if (shape_.sequence.steps > 0) start_rows(at = shape_.sequence.at(shape_.sequence.step(0)), 0);
+    if (shape_.sequence.steps > 0) {
+      start_rows(at = shape_.sequence.at(shape_.sequence.step(0)), 0);
+      reset_first_step();
+    }
     barrier_.arrive(rank_);
     barrier_.wait(rank_, 0, plan_.threads);  // all row groups have packed their part of the panels
     std::int64_t chunk_end = 0;              // steps before this one have their gates_x
@@ -57,7 +61,7 @@ class ForwardWalk {
         await_input(k + 1);
       else if (k == chunk_end)
         chunk_end = project_ahead(k);
-      step(at, k % 2, k > 0);
+      step(at, k % 2, k > 0, StepResets<Storage>(problem_.resets, shape_.sequence, k + 1));
       if (k + 1 < shape_.sequence.steps)
         start_rows(at = shape_.sequence.at(shape_.sequence.step(k + 1)), (k + 1) % 2);
       barrier_.arrive(rank_);
@@ -109,6 +113,36 @@ class ForwardWalk {
       const std::int64_t b = rows_.row(i);
       copy_state(problem_.h0, b, output_size_, out, h(parity));
       if (kKeepsC || problem_.unrounded_c == nullptr) copy_cell_states(b, hidden, c_state());
+    }
+  }
+  // Replaces states before the first step.
+  void reset_first_step() {
+    const StepResets<Storage> resets(problem_.resets, shape_.sequence, 0);
+    if (resets.mask == nullptr) return;
+    for (std::int64_t i = 0; i < rows_.count(shape_.sequence.batch); ++i) {
+      reset_h(resets, rows_.row(i), own_out(), 0);
+      reset_c(resets, rows_.row(i), own_hidden());
+    }
+  }
+  // Replaces units of the state of row b that a step reads, if it has a reset. The rank that has
+  // computed these units calls this directly afterwards.
+  void reset_h(const StepResets<Storage>& resets, std::int64_t b, const IndexRange& units,
+               int parity) {
+    if (resets.at(b)) copy_state(resets.h, b, output_size_, units, h(parity));
+  }
+  void reset_c(const StepResets<Storage>& resets, std::int64_t b, const IndexRange& units) {
+    for (int s = 0; s < kCellStates && resets.at(b); ++s)
+      copy_state(resets.c, b * kCellStates + s, shape_.hidden_size, units, c_state());
+  }
+  // The same for rows of a block after pointwise().
+  void reset_block(const StepResets<Storage>& resets, std::int64_t block, std::int64_t first,
+                   int count, int parity) {
+    const std::int64_t unit = block * panel_layout_.unit_block;
+    const IndexRange units(unit, std::min(unit + panel_layout_.unit_block, shape_.hidden_size));
+    for (int m = 0; m < count; ++m) {
+      const std::int64_t b = first + m * rows_.stride;
+      if (shape_.proj_size == 0) reset_h(resets, b, units, 1 - parity);
+      reset_c(resets, b, units);
     }
   }
   // Without steps the initial states are the final ones.
@@ -217,7 +251,8 @@ class ForwardWalk {
     }
   }
 
-  void step(const StepRows& at, int parity, bool others_wrote) {
+  // resets: those before the next step.
+  void step(const StepRows& at, int parity, bool others_wrote, const StepResets<Storage>& resets) {
     const std::int64_t own = rows_.count(at.rows);
     const Storage* h_before = h(parity);
     bool waited = !others_wrote;
@@ -247,11 +282,12 @@ class ForwardWalk {
                                 rows_.stride * output_size_, c, width_, columns_h_,
                                 part_of(panels_.w_hh, next, index, tiles));
         pointwise(at, block, row, count, parity, c);
+        if (resets.mask != nullptr) reset_block(resets, block, row, count, parity);
         ++index;
       });
     });
     wait();
-    if (shape_.proj_size > 0) project_state(at, own, parity);
+    if (shape_.proj_size > 0) project_state(at, own, parity, resets);
   }
 
   // The cell's forward step for a tile of `count` own rows, `first` the first one, one vector of
@@ -318,7 +354,8 @@ class ForwardWalk {
   }
 
   // h' = m w_hr^T, m the unprojected h, after all ranks of the group have computed m.
-  void project_state(const StepRows& at, std::int64_t own, int parity) {
+  void project_state(const StepRows& at, std::int64_t own, int parity,
+                     const StepResets<Storage>& resets) {
     barrier_.arrive(rank_);
     barrier_.wait(rank_, group_first_, plan_.unit_groups);
     alignas(64) T scratch[kTileRows * kTileVectors * kLanes];
@@ -338,6 +375,7 @@ class ForwardWalk {
             const std::int64_t b = row + m * rows_.stride;
             store_values(h_new, h(1 - parity) + b * output_size_ + unit, lanes);
             store_output(at, b, unit, lanes, h_new);
+            reset_h(resets, b, IndexRange(unit, unit + lanes), 1 - parity);
           }
         }
       });

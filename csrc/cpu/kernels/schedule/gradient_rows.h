@@ -34,8 +34,9 @@ class GateRuns {
 template <class Value>
 class StatesBefore {
  public:
-  StatesBefore(const LayerShape& shape, const Value* y, std::int64_t y_stride, const Value* h0)
-      : shape_(shape), y_(y), y_stride_(y_stride), h0_(h0) {}
+  StatesBefore(const LayerShape& shape, const Value* y, std::int64_t y_stride, const Value* h0,
+               const Resets<Value>& resets = {})
+      : shape_(shape), y_(y), y_stride_(y_stride), h0_(h0), resets_(resets) {}
 
   const Value* of(std::int64_t row) {
     const Sequence& sequence = shape_.sequence;
@@ -44,6 +45,8 @@ class StatesBefore {
     };
     if (!owns(step_) && (++step_ == sequence.steps || !owns(step_))) step_ = sequence.step_of(row);
     const StepRows at = sequence.at(step_);
+    if (resets_.mask != nullptr && resets_.mask[row] != 0)
+      return resets_.h + step_ * resets_.h_stride + (row - at.first) * shape_.output_size();
     return at.state_before(row - at.first, y_, y_stride_, h0_, shape_.output_size());
   }
 
@@ -52,6 +55,7 @@ class StatesBefore {
   const Value* const y_;
   const std::int64_t y_stride_;
   const Value* const h0_;
+  const Resets<Value> resets_;
   std::int64_t step_ = 0;
 };
 

@@ -40,7 +40,7 @@ class GradientWalk {
     const GateRuns<Cell> runs_x(Cell::kPreX), runs_h(Cell::kPreH);
     auto x_row = [this](std::int64_t row) { return problem_.x + row * problem_.x_stride; };
     weight_gradient(runs_x, x_row, shape_.input_size, problem_.d_w_ih, problem_.d_b_ih);
-    StatesBefore<T> states(shape_, problem_.y, problem_.y_stride, problem_.h0);
+    StatesBefore<T> states(shape_, problem_.y, problem_.y_stride, problem_.h0, problem_.resets);
     auto h_row = [&](std::int64_t row) { return states.of(row); };
     weight_gradient(runs_h, h_row, shape_.output_size(), problem_.d_w_hh, problem_.d_b_hh);
     if (problem_.d_x != nullptr) input_gradient(runs_x);
