@@ -107,6 +107,7 @@ class CellSpec:
         projects: whether a layer of this cell may have a projection.
         torch: the facts about torch.
         defined: whether `fastrnn.define_cell` has made the cell.
+        least_hidden: the smallest H for which there are kernels.
         ranges_x, ranges_h: ``pre_x`` and ``pre_h`` as ranges, so that products are few and large.
         inference_outputs, training_outputs: the results to request from ``recurrent_forward``.
         cell_states: C, states besides h.
@@ -125,6 +126,7 @@ class CellSpec:
     projects: bool
     torch: TorchFacts
     defined: bool = False
+    least_hidden: int = 0
     ranges_x: tuple[ColumnRange, ...] = field(init=False)
     ranges_h: tuple[ColumnRange, ...] = field(init=False)
     inference_outputs: int = field(init=False)

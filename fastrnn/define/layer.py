@@ -48,13 +48,16 @@ class DefinedLayer(RecurrentBase):
         ValueError, TypeError, RuntimeError: as in ``torch.nn.LSTM``, with its messages.
 
     Parameters have the names of ``torch.nn.LSTM``'s, with G gates; a parameter per unit is
-    ``<name>_l{k}`` [H]. All are drawn from the uniform distribution on ±1/sqrt(H).
+    ``<name>_l{k}`` [H]. All are drawn from the uniform distribution on ±1/sqrt(H), except
+    parameters per unit for which ``define_cell`` got an initial value.
     """
 
     #: the function, and the names of its states and of its parameters per unit
     step: ClassVar[Callable[..., Any]]
     state_names: ClassVar[tuple[str, ...]]
     unit_parameter_names: ClassVar[tuple[str, ...]]
+    #: of the parameters per unit that are not drawn
+    initial_values: ClassVar[dict[str, float]]
     _spec: ClassVar[CellSpec]
     _code: ClassVar[str]
     _comment: ClassVar[str]
@@ -81,7 +84,20 @@ class DefinedLayer(RecurrentBase):
         for name in self._unit_names():
             parameter = nn.Parameter(self.weight_ih_l0.new_empty(self.hidden_size))  # type: ignore[operator]
             self.register_parameter(name, nn.init.uniform_(parameter, -bound, bound))  # type: ignore[arg-type]
+        self._fill_units()
         self._load()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights again, and fills the parameters per unit that have an initial value."""
+        super().reset_parameters()
+        self._fill_units()
+
+    def _fill_units(self) -> None:
+        for suffix in self._suffixes():
+            for name, value in self.initial_values.items():
+                parameter = getattr(self, name + suffix, None)
+                if parameter is not None:  # None: before __init__ has made it
+                    nn.init.constant_(parameter, value)
 
     @classmethod
     def source(cls) -> str:
@@ -132,6 +148,11 @@ class DefinedLayer(RecurrentBase):
             )
         if self._spec.name not in COMPILED:
             raise RuntimeError(f"{owner}: the cell must be compiled, got one that is not.")
+        if self.hidden_size < self._spec.least_hidden:
+            raise RuntimeError(
+                f"{owner}: hidden_size must be at least {self._spec.least_hidden} for this cell, "
+                f"got {self.hidden_size}."
+            )
 
     def _suffixes(self) -> Iterator[str]:
         for layer in range(self.num_layers):
@@ -220,6 +241,7 @@ class DefinedLayer(RecurrentBase):
         if (
             self.unit_parameter_names
             or self._spec.name not in COMPILED
+            or self.hidden_size < self._spec.least_hidden
             or type(input) is not Tensor
             or not input.is_cpu
         ):
