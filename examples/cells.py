@@ -11,10 +11,35 @@ from __future__ import annotations
 import time
 
 import torch
+from torch.nn import functional
 
 import fastrnn
 from fastrnn.backends import composite
 from fastrnn.engine import choose
+
+
+def normalised(gates, gains):
+    """Layer normalisation over all gates of a product (Ba et al., 2016)."""
+    mean = sum(gate.mean(-1, keepdim=True) for gate in gates) / len(gates)
+    gates = [gate - mean for gate in gates]
+    variance = sum((gate * gate).mean(-1, keepdim=True) for gate in gates) / len(gates)
+    scale = torch.rsqrt(variance + 1e-5)
+    return [gate * scale * gain for gate, gain in zip(gates, gains, strict=True)]
+
+
+GAINS = {f"{side}_{gate}": 1.0 for side in ("x", "h") for gate in "ifgo"}
+SHIFTS = {f"b_{gate}": 0.0 for gate in "ifgoc"}
+
+
+@fastrnn.define_cell(gates=4, states=("h", "c"), parameters={**GAINS, **SHIFTS, "c_gain": 1.0})
+def LayerNormLSTM(gates_x, gates_h, h, c, *, b_c, c_gain, **own):
+    """`fastrnn.LSTM` with layer_norm=True. Use it with bias=False: the biases are b_i, b_f, ..."""
+    of_x = normalised(gates_x, [own["x_" + gate] for gate in "ifgo"])
+    of_h = normalised(gates_h, [own["h_" + gate] for gate in "ifgo"])
+    i, f, g, o = (x + h + own["b_" + k] for x, h, k in zip(of_x, of_h, "ifgo", strict=True))
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    normal = functional.layer_norm(c, c.shape[-1:], c_gain, b_c)
+    return torch.sigmoid(o) * torch.tanh(normal), c
 
 
 @fastrnn.define_cell(gates=4, states=("h", "c"), parameters=("w_ci", "w_cf", "w_co"))
@@ -34,6 +59,14 @@ def LiGRU(gates_x, gates_h, h):
     a, z = (x + h for x, h in zip(gates_x, gates_h, strict=True))
     z = torch.sigmoid(z)
     return z * h + (1 - z) * torch.relu(a)
+
+
+@fastrnn.define_cell(gates=1)
+def ATR(gates_x, gates_h, h):
+    """Addition-subtraction twin gates (Zhang et al., 2018). Use it with bias=False."""
+    i = torch.sigmoid(gates_x[0] + gates_h[0])
+    f = torch.sigmoid(gates_x[0] - gates_h[0])
+    return i * gates_x[0] + f * h
 
 
 @fastrnn.define_cell(gates=2, states=("h", "c"))
@@ -67,8 +100,8 @@ def seconds(layer, x):
 def main():
     """Checks and times each cell."""
     x = torch.randn(100, 16, 128)
-    for cls in (PeepholeLSTM, LiGRU, JANET, FastGRNN):
-        layer = cls(128, 128, bias=cls is not FastGRNN)
+    for cls in (LayerNormLSTM, PeepholeLSTM, LiGRU, ATR, JANET, FastGRNN):
+        layer = cls(128, 128, bias=cls not in (LayerNormLSTM, ATR, FastGRNN))
         output = layer(x)[0]
         own = seconds(layer, x)
         with choose.override(composite):

@@ -111,6 +111,7 @@ class CellSpec:
         defined: whether `fastrnn.define_cell` has made the cell.
         second_gates: the last gates, which a second product of the step computes; 0 for most cells.
         loops_only: whether only the time loops with options run the cell.
+        least_hidden: the smallest H for which there are kernels.
         ranges_x, ranges_h: ``pre_x`` and ``pre_h`` as ranges, so that products are few and large.
         inference_outputs, training_outputs: the results to request from ``recurrent_forward``.
         cell_states: C, states besides h.
@@ -132,6 +133,7 @@ class CellSpec:
     defined: bool = False
     second_gates: int = 0
     loops_only: bool = False
+    least_hidden: int = 0
     ranges_x: tuple[ColumnRange, ...] = field(init=False)
     ranges_h: tuple[ColumnRange, ...] = field(init=False)
     inference_outputs: int = field(init=False)

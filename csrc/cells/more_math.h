@@ -24,6 +24,15 @@ FASTRNN_HD A exp(A x) {
   return (half + half * expm1_series(r)) * A(Real(2));
 }
 
+// Vectors have their own sqrt, which the compiler finds in their namespace.
+FASTRNN_HD float sqrt(float x) { return __builtin_sqrtf(x); }
+FASTRNN_HD double sqrt(double x) { return __builtin_sqrt(x); }
+
+template <class A>
+FASTRNN_HD A rsqrt(A x) {
+  return A(ScalarOf<A>(1)) / sqrt(x);
+}
+
 template <class A>
 FASTRNN_HD A absolute(A x) {
   return select(A(ScalarOf<A>(0)) > x, -x, x);

@@ -8,6 +8,7 @@
 #include "cells/one_gate.h"
 #include "cells/peephole_lstm.h"
 #include "cells/rnn.h"
+#include "cells/row_contract.h"
 #include "cells/slstm.h"
 
 //       enumerator   name           type
@@ -60,6 +61,11 @@ struct CellInfo {
   bool reduced;      // kHasReducedFormats
   const int* pre_x;  // [G]
   const int* pre_h;  // [G]
+  // Of a cell whose step reduces over the units of a row (row_contract.h), else false and 0.
+  bool computes_rows;
+  int saved_rows;       // values per row that forward leaves for backward
+  int forward_buffers;  // per unit
+  int backward_buffers;
 
   int cell_states() const { return states - 1; }
   int gradient_columns() const { return pre + parameters; }  // of d_pre, per unit
@@ -81,7 +87,11 @@ inline constexpr __attribute__((always_inline)) CellInfo make_cell_info(CellKind
           Cell::kProjects,
           kHasReducedFormats<Cell>,
           Cell::kPreX,
-          Cell::kPreH};
+          Cell::kPreH,
+          cells::RowTraits<Cell>::kComputesRows,
+          cells::RowTraits<Cell>::kSavedRows,
+          cells::RowTraits<Cell>::kForwardBuffers,
+          cells::RowTraits<Cell>::kBackwardBuffers};
 }
 
 inline constexpr CellInfo kCells[] = {

@@ -48,6 +48,8 @@ const DefinedKernels* find_kernels(const Isa& isa, CellKind cell) {
 bool equal(const CellInfo& a, const CellInfo& b) {
   return a.gates == b.gates && a.pre == b.pre && a.saved == b.saved && a.states == b.states &&
          a.saved_state == b.saved_state && a.parameters == b.parameters && a.dense == b.dense &&
+         a.computes_rows == b.computes_rows && a.saved_rows == b.saved_rows &&
+         a.forward_buffers == b.forward_buffers && a.backward_buffers == b.backward_buffers &&
          std::equal(a.pre_x, a.pre_x + a.gates, b.pre_x);
 }
 

@@ -78,6 +78,9 @@ class WorkspaceBuilder {
   std::int64_t size_ = 0;
 };
 
+// Elements of a rank's own memory, whose cache lines no other rank writes.
+constexpr std::int64_t padded_row(std::int64_t elements) { return divide_up(elements, 32) * 32; }
+
 // The panels of one layer and direction: its weights and bias in the order in which forward reads
 // them. They depend on the shape of the layer, the weights and the plan, not on the sequence, so
 // they can outlive a call.
@@ -121,7 +124,11 @@ struct ForwardLayout {
   std::int64_t h;              // [2, B, R]  h of the last step and of this one
   std::int64_t unprojected_h;  // [B, H]     h before projection
   std::int64_t c;              // [B, S, H]  the S states beside h, if c_n has another type
-  std::int64_t gates_x;        // [unit_blocks, chunk_rows, Q*U]  pre-activations projected ahead
+  // [unit_blocks, chunk_rows, Q*U]  pre-activations projected ahead; if the cell computes rows also
+  // [unit_blocks, B, Q*U]           those of a step, if nothing is projected ahead
+  std::int64_t gates_x;
+  std::int64_t rows;  // of each rank [buffers + S, H]  if the cell computes rows
+  std::int64_t row_size;
   std::int64_t size;
 
   ForwardLayout(const LayerShape& shape, const Plan& plan, const PanelLayout& panels) {
@@ -133,7 +140,13 @@ struct ForwardLayout {
     const int own_states =
         is_bfloat16(plan.recurrent_format) ? cell_info(shape.cell).states - 1 : 0;
     c = builder.add(batch * own_states * shape.hidden_size);
-    gates_x = builder.add(plan.input_fused ? 0 : plan.chunk_rows * row);
+    const CellInfo& cell = cell_info(shape.cell);
+    const std::int64_t kept_rows = cell.computes_rows ? batch : 0;
+    gates_x = builder.add((plan.input_fused ? kept_rows : plan.chunk_rows) * row);
+    row_size = cell.computes_rows ? padded_row((cell.forward_buffers + cell.saved) *
+                                               panels.unit_blocks * panels.unit_block)
+                                  : 0;
+    rows = builder.add(plan.threads * row_size);
     size = builder.size();
   }
 };
@@ -145,6 +158,8 @@ struct BackwardLayout {
   std::int64_t panels_p;  // [unit_blocks, P, unit_block]
   std::int64_t carry;     // [B, out_blocks*out_block]  gradient at h, passed from step to step
   std::int64_t rounded;   // [2, B, G*H] bfloat16       d_pre of two steps, if w_hh is in bfloat16
+  std::int64_t rows;      // of each rank [buffers, out_blocks*out_block]  as in forward
+  std::int64_t row_size;
   std::int64_t size;
 
   BackwardLayout(const LayerShape& shape, const Plan& plan) {
@@ -159,6 +174,8 @@ struct BackwardLayout {
     panels_p = builder.add(unit_blocks * shape.proj_size * unit_block);
     carry = builder.add(shape.sequence.batch * out_blocks * out_block);
     rounded = builder.add(is_bfloat16(plan.recurrent_format) ? shape.sequence.batch * gates : 0);
+    row_size = padded_row(cell.backward_buffers * out_blocks * out_block);
+    rows = builder.add(plan.threads * row_size);
     size = builder.size();
   }
 };

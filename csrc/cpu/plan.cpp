@@ -2,6 +2,8 @@
 #include "cpu/plan.h"
 
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/runtime/cache.h"
 #include "problem/int8_layer.h"
@@ -164,7 +166,8 @@ bool pick_stacked(const LayerShape& upper, int element_bytes, const Plan& lower_
                   const Plan& upper_plan) {
   return step_weights(upper, Pass::kForward) * element_bytes <= kStackedBytes &&
          lower_plan.together == 2 && upper_plan.together == 2 && upper.proj_size == 0 &&
-         lower_plan.threads == upper_plan.threads && upper.sequence.steps >= 2 * kFollowParts;
+         !cell_info(upper.cell).computes_rows && lower_plan.threads == upper_plan.threads &&
+         upper.sequence.steps >= 2 * kFollowParts;
 }
 
 // Projects few rows ahead in both layers, so that the upper layer starts soon.
@@ -187,6 +190,10 @@ bool pick_shared(const LayerShape& shape, const Plan& plan) {
 Plan make_plan_for(const LayerShape& shape, Pass pass, const Isa& isa, int element_bytes,
                    int max_threads, int directions, WeightFormat allowed_format) {
   check_kernels(isa, shape.cell);
+  if (shape.hidden_size < cell_info(shape.cell).saved_rows)
+    throw std::invalid_argument("fastrnn: the cell " + std::string(cell_info(shape.cell).name) +
+                                " needs at least " +
+                                std::to_string(cell_info(shape.cell).saved_rows) + " units.");
   Plan plan{};
   plan.isa = isa.name;
   plan.element_bytes = element_bytes;

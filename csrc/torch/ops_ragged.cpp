@@ -363,8 +363,10 @@ struct MarkedLayer {
     FASTRNN_CHECK(!reset_c || padded.c0, "reset_c must not be given for ", cell, ", got a tensor.");
     const ResetState after_h("reset_h", padded, reset_h, padded.h0);
     const ResetState after_c("reset_c", padded, reset_c, padded.c0 ? *padded.c0 : padded.h0);
-    // fastrnn/ops/ragged.py computes the gradients of cells with parameters, from packed rows.
-    const bool may_replace = marks.resets.empty() || padded.cell->parameters == 0;
+    // fastrnn/ops/ragged.py computes the gradients of cells with parameters, from packed rows; the
+    // time loops of cells that reduce over units replace no states.
+    const bool may_replace =
+        marks.resets.empty() || (padded.cell->parameters == 0 && !padded.cell->computes_rows);
     if (may_replace && marks.is_padded(padded.steps)) {
       if (!marks.resets.empty()) replace_states(reset_h, reset_c);
       return;

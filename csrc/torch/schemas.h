@@ -109,10 +109,10 @@ constexpr const char* kSegmentsSchema =
 // without them all rows have T steps and no reset. reset_h and reset_c, the states after a reset,
 // have the shape of h0 and c0, or [T, D, B, *]; zeros if they are not given. y is zero beyond a
 // row's length. No size depends on the values: saved [D, T*B, S*H] holds those of the padded batch
-// if all rows have all steps and the cell has no parameters; otherwise in its first rows those of
-// the packed batch. On CUDA Python implements these operators by recurrent_reset_forward
-// (fastrnn/ops/ragged_on_device.py): the marks may be on the device, and saved is that of the
-// padded batch.
+// if all rows have all steps and either there are no resets or the time loop replaces states;
+// otherwise in its first rows those of the packed batch. On CUDA Python implements these operators
+// by recurrent_reset_forward (fastrnn/ops/ragged_on_device.py): the marks may be on the device, and
+// saved is that of the padded batch.
 constexpr const char* kRaggedForwardSchema =
     "ragged_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int slots, Tensor? lengths, "
     "Tensor? resets, Tensor? reset_h, Tensor? reset_c, str cell, int outputs) "

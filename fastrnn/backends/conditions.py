@@ -13,6 +13,7 @@ from fastrnn._torch_internals import (
 from fastrnn.layer_call import LayerCall
 from fastrnn.ops import DEVICES, DTYPES
 from fastrnn.spec import COMPILED
+from fastrnn.tracing import size
 
 
 def unsupported_transform() -> str:
@@ -47,6 +48,8 @@ def unsupported_placement(call: LayerCall) -> str:
             return "a cell of fastrnn.define_cell has no kernels for {device}"
         if call.spec.name not in COMPILED:
             return "{cell} has not been compiled"
+        if size(call.h0, -1) < call.spec.least_hidden:
+            return f"the cell has no kernels for fewer than {call.spec.least_hidden} units"
     return ""
 
 

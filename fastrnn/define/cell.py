@@ -7,7 +7,7 @@ import inspect
 import keyword
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def define_cell(
     *,
     gates: int,
     states: Sequence[str] = ("h",),
-    parameters: Sequence[str] = (),
+    parameters: Sequence[str] | Mapping[str, float] = (),
     name: str | None = None,
 ) -> Any:
     r"""Makes a class of recurrent layers from a function that computes one step of a cell.
@@ -44,6 +44,8 @@ def define_cell(
             return torch.sigmoid(o + w_o * c) * torch.tanh(c), c
 
         layer = PeepholeLSTM(input_size, hidden_size, num_layers=2, bidirectional=True)
+
+    A step may also reduce over the units of a row, as layer normalisation does.
 
     The function is called once with symbols. fastrnn derives the step of backward, writes both as a
     C++ header (``PeepholeLSTM.source()``), and compiles it when the first layer is made, for the
@@ -60,7 +62,9 @@ def define_cell(
         states: names of the states [B,H], at most 4; the first one is what :math:`W_{hh}`
             multiplies. Default: ``("h",)``
         parameters: names of the parameters per unit [H], which the step takes as keywords. A layer
-            has them as ``<name>_l{k}`` and ``<name>_l{k}_reverse``.
+            has them as ``<name>_l{k}`` and ``<name>_l{k}_reverse``. A dict of names and numbers
+            gives their initial values, such as ``{"gain": 1, "shift": 0}``; otherwise they are
+            drawn as the weights.
         name: of the class. Default: the name of the function. Instances can be pickled if the class
             has this name in the module of the function.
 
@@ -75,7 +79,8 @@ def define_cell(
         return lambda function: define_cell(
             function, gates=gates, states=states, parameters=parameters, name=name
         )
-    states, parameters = _checked(step, gates, states, parameters)
+    initial_values = _initial_values(parameters)
+    states, parameters = _checked(step, gates, states, tuple(parameters))
     name = str(name or getattr(step, "__name__", "cell"))
     if not name.isidentifier():
         raise ValueError(f"define_cell: name must be an identifier, got {name!r}.")
@@ -93,12 +98,27 @@ def define_cell(
         "step": staticmethod(step),
         "state_names": states,
         "unit_parameter_names": parameters,
+        "initial_values": initial_values,
         "_spec": spec,
         "_code": source,
-        "_comment": _comment(name, step),
+        "_comment": _comment(name, step, "row_contract" if derived.computes_rows else "contract"),
         "_wrong_input_message": f"{name}: Expected input to be 2D or 3D, got {{}}D instead",
     }
     return type(name, (DefinedLayer,), attributes)
+
+
+def _initial_values(parameters: Any) -> dict[str, float]:
+    if isinstance(parameters, str):
+        raise TypeError(f"define_cell: parameters must be a tuple of names, got {parameters!r}.")
+    if not isinstance(parameters, Mapping):
+        return {}
+    for name, value in parameters.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(
+                f"define_cell: the initial value of {name!r} in parameters must be a number, got "
+                f"{value!r}."
+            )
+    return {name: float(value) for name, value in parameters.items()}
 
 
 def _checked(
@@ -160,7 +180,7 @@ def _spec(name: str, source: str, derived: Derived) -> CellSpec:
     return CellSpec(
         name=cell,
         gates=derived.gates,
-        saved=len(derived.saved),
+        saved=derived.saved_columns,
         pre=derived.pre,
         pre_x=derived.pre_x,
         pre_h=tuple(range(derived.gates)),
@@ -171,6 +191,7 @@ def _spec(name: str, source: str, derived: Derived) -> CellSpec:
         reduced=False,
         torch=torch_facts(cell),
         defined=True,
+        least_hidden=len(derived.saved_rows),
     )
 
 
@@ -196,13 +217,13 @@ def _as_step(
     return run
 
 
-def _comment(name: str, step: Any) -> str:
+def _comment(name: str, step: Any, contract: str) -> str:
     """Returns the function's own source as a comment."""
     try:
         lines = textwrap.dedent(inspect.getsource(step)).rstrip().splitlines()
     except (OSError, TypeError):
         lines = []
-    head = f"// {name}: written by fastrnn.define_cell as csrc/cells/contract.h describes."
+    head = f"// {name}: written by fastrnn.define_cell as csrc/cells/{contract}.h describes."
     if not lines:
         return f"{head}\n\n"
     # a backslash at the end would continue the comment

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastrnn.define.graph import COST, Graph, Node, reachable
+from fastrnn.define.graph import COST, REDUCTIONS, Graph, Node, reachable
 
 # Cost of a value in multiplications. To save one, forward writes it and backward reads it, and it
 # takes memory until then; h and h' are in memory anyway. A tanh costs less than a saved value, as
-# in csrc/cells/lstm.h.
+# in csrc/cells/lstm.h. A value per row costs next to nothing; another reduction is another loop.
 _SAVED, _READ = 16.0, 4.0
+_SAVED_ROW, _REDUCTION = 0.25, 8.0
+_PER_ROW = 1 / 32  # cost of an operation on a value per row, relative to one on a value per unit
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Derived:
 
     Attributes:
         gates, pre, pre_x: the traits of these names.
-        saved: what forward saves; the cell states are the last ones.
+        saved: what forward saves per unit; the cell states are the last ones.
+        saved_rows: what forward saves per row.
         next_states: the states after the step.
         d_pre, d_states, d_parameters: the gradients; None for 0.
         reads_next_h: whether backward reads h'.
@@ -31,6 +34,7 @@ class Derived:
     pre: int
     pre_x: tuple[int, ...]
     saved: tuple[Node, ...]
+    saved_rows: tuple[Node, ...]
     next_states: tuple[Node, ...]
     d_pre: tuple[Node | None, ...]
     d_states: tuple[Node | None, ...]
@@ -41,6 +45,17 @@ class Derived:
     def gradients(self) -> list[Node]:
         every = (*self.d_pre, *self.d_states, *self.d_parameters)
         return [node for node in every if node is not None]
+
+    @property
+    def computes_rows(self) -> bool:
+        """Whether a step computes whole rows, because it reduces over the units of one."""
+        nodes = reachable([*self.next_states, *self.saved, *self.gradients])
+        return any(node.op in REDUCTIONS or node.op == "units" for node in nodes)
+
+    @property
+    def saved_columns(self) -> int:
+        """Columns [H] of the saved values. Values per row share the last one."""
+        return len(self.saved) + bool(self.saved_rows)
 
     @property
     def saved_state(self) -> int:
@@ -65,12 +80,15 @@ def derive(
     d_pre, d_states = of("pre", pre), of("state", len(results))
     d_parameters = of("parameter", parameters)
     gradients = [n for n in (*d_pre, *d_states, *d_parameters) if n is not None]
-    needed = {n for n in reachable(gradients, forward) if n in forward and not n.is_constant}
+    needed = {n for n in reachable(gradients, forward) if n in forward}
+    needed = {n for n in needed if not _is_fixed(n)}
     chosen = _choose_saved(needed, results)
-    kept = [n for n in chosen if n not in results and _must_save(n)]
+    ordered = sorted((n for n in chosen if _must_save(n)), key=lambda node: node.index)
+    saved_rows = tuple([n for n in ordered if n.is_row])
+    kept = [n for n in ordered if n not in results and not n.is_row]
     h = results[0]
-    reads_next_h = h in chosen and h not in results[1:] and _must_save(h)
-    saved = (*sorted(kept, key=lambda node: node.index), *results[1:])
+    reads_next_h = h in ordered and h not in results[1:] and not h.is_row
+    saved = (*kept, *results[1:])
     for node, name in list(names.items()):
         if node in adjoints:
             names.setdefault(adjoints[node], f"d_{name}")
@@ -80,6 +98,7 @@ def derive(
             pre,
             pre_x,
             saved,
+            saved_rows,
             tuple(results),
             d_pre,
             d_states,
@@ -92,7 +111,14 @@ def derive(
 
 def _must_save(node: Node) -> bool:
     """Whether a value is neither a state before the step, nor a parameter, nor a constant."""
-    return node.op not in ("state", "parameter", "constant")
+    return node.op not in ("state", "parameter") and not _is_fixed(node)
+
+
+def _is_fixed(node: Node) -> bool:
+    """Whether a value depends on constants and the number of units alone."""
+    if node.is_leaf:
+        return node.op in ("constant", "units")
+    return node.is_row and node.op not in REDUCTIONS and all(map(_is_fixed, node.args))
 
 
 def _place_gates(
@@ -168,22 +194,87 @@ def _place_gates(
 
 def _differentiate(graph: Graph, results: list[Node]) -> dict[Node, Node]:
     """Returns the gradient at every node that results depend on."""
+    forward = frozenset(reachable(results))
     adjoints: dict[Node, Node] = {}
+    # Of values per row: the gradient at each unit, whose sum is added when the others are complete.
+    of_units: dict[Node, Node] = {}
 
-    def add(node: Node, gradient: Node) -> None:
-        if not node.is_constant:
-            before = adjoints.get(node)
-            adjoints[node] = gradient if before is None else graph.apply("add", before, gradient)
+    def add(node: Node, gradient: Node, is_row: bool) -> None:
+        found = adjoints if is_row or not node.is_row else of_units
+        if node.op not in ("constant", "units"):
+            before = found.get(node)
+            found[node] = gradient if before is None else graph.apply("add", before, gradient)
 
     for number, node in enumerate(results):
-        add(node, graph.leaf("d_next_state", number))
+        add(node, graph.leaf("d_next_state", number), False)
     for node in reversed(reachable(results)):
+        if node in of_units:
+            add(node, _sum_over_units(graph, of_units[node], forward), True)
         gradient = adjoints.get(node)
         if gradient is not None:
             for arg, own in zip(node.args, _derivatives(graph, node, gradient), strict=True):
                 if own is not None:
-                    add(arg, own)
+                    add(arg, own, node.is_row)
     return adjoints
+
+
+def _sum_over_units(graph: Graph, node: Node, forward: frozenset[Node]) -> Node:
+    """Returns the sum of a gradient over the units, with the factors per row outside of the sum.
+
+    A factor per row often comes from another sum. Outside, both sums can be computed in one loop:
+    in layer normalisation, sum(a + r b) = sum(a) + r sum(b), where r contains the sum of d (x - m).
+    """
+    one = graph.constant(1)
+    rests: dict[Node, Node] = {}  # by factor
+    for is_negative, term in _terms(node, False, forward):
+        factor, rest = _factor(graph, term)
+        if factor.is_constant:
+            factor, rest = one, term
+        before = rests.get(factor)
+        if before is None:
+            rests[factor] = graph.apply("neg", rest) if is_negative else rest
+        else:
+            rests[factor] = graph.apply("sub" if is_negative else "add", before, rest)
+    result = graph.constant(0)
+    for factor, rest in rests.items():
+        is_sum = factor is not one and rest.op in ("add", "sub", "neg") and rest not in forward
+        own = _sum_over_units(graph, rest, forward) if is_sum else graph.apply("row_sum", rest)
+        result = graph.apply("add", result, graph.apply("mul", factor, own))
+    return result
+
+
+def _terms(node: Node, is_negative: bool, forward: frozenset[Node]) -> list[tuple[bool, Node]]:
+    """Returns the terms of a sum, and whether they are subtracted. Values of forward are whole."""
+    if node in forward:
+        return [(is_negative, node)]
+    if node.op == "neg":
+        return _terms(node.args[0], not is_negative, forward)
+    if node.op in ("add", "sub"):
+        a, b = node.args
+        return [
+            *_terms(a, is_negative, forward),
+            *_terms(b, is_negative ^ (node.op == "sub"), forward),
+        ]
+    return [(is_negative, node)]
+
+
+def _factor(graph: Graph, node: Node) -> tuple[Node, Node]:
+    """Returns a value as a product of a value per row and the rest."""
+    one = graph.constant(1)
+    if node.is_row:
+        return node, one
+    if node.op == "neg":
+        factor, rest = _factor(graph, node.args[0])
+        return factor, graph.apply("neg", rest)
+    if node.op == "mul":
+        (fa, a), (fb, b) = (_factor(graph, arg) for arg in node.args)
+        return graph.apply("mul", fa, fb), graph.apply("mul", a, b)
+    if node.op == "div":
+        factor, rest = _factor(graph, node.args[0])
+        if node.args[1].is_row:
+            return graph.apply("div", factor, node.args[1]), rest
+        return factor, graph.apply("div", rest, node.args[1])
+    return one, node
 
 
 def _derivatives(graph: Graph, node: Node, d: Node) -> list[Node | None]:
@@ -212,6 +303,14 @@ def _derivatives(graph: Graph, node: Node, d: Node) -> list[Node | None]:
         return [apply("mul", d, node)]
     if op == "log_sigmoid":
         return [apply("mul", d, apply("sigmoid", apply("neg", a)))]
+    if op == "sqrt":
+        return [apply("div", d, apply("add", node, node))]
+    if op == "rsqrt":
+        return [apply("mul", apply("mul", d, constant(-0.5)), _cube(graph, node))]
+    if op == "row_sum":
+        return [d]
+    if op == "row_max":
+        return [None]  # softmax does not depend on what it subtracts
     if op == "relu":
         return [apply("select_ge", zero, node, zero, d)]
     if op == "absolute":
@@ -226,13 +325,17 @@ def _derivatives(graph: Graph, node: Node, d: Node) -> list[Node | None]:
     return [None, None, apply(op, a, b, d, zero), apply(op, a, b, zero, d)]
 
 
+def _cube(graph: Graph, node: Node) -> Node:
+    return graph.apply("mul", node, graph.apply("mul", node, node))
+
+
 def _choose_saved(needed: set[Node], results: list[Node]) -> frozenset[Node]:
     """Chooses the values from which backward computes those that it needs.
 
     A search for the cheapest choice: it starts with all that is needed, and computes one more value
     again, or saves the operands of one instead, as long as that costs less.
     """
-    free = frozenset(results[1:])
+    free = frozenset([node for node in results[1:] if not node.is_row])
     chosen = frozenset(n for n in needed if n.op in ("state", "parameter") or n not in free)
     best = _cost(chosen, free, needed, results[0])
     while True:
@@ -240,7 +343,7 @@ def _choose_saved(needed: set[Node], results: list[Node]) -> frozenset[Node]:
         for node in chosen:
             candidates.append(chosen - {node})
             if node.args:
-                operands = {arg for arg in node.args if not arg.is_constant}
+                operands = {arg for arg in node.args if not _is_fixed(arg)}
                 candidates.append((chosen - {node}) | operands)
         costs = [(_cost(choice, free, needed, results[0]), choice) for choice in candidates]
         cost, choice = min(costs, key=lambda pair: pair[0], default=(math.inf, chosen))
@@ -253,17 +356,21 @@ def _cost(chosen: frozenset[Node], free: frozenset[Node], needed: Iterable[Node]
     """Returns the cost of a choice; infinite if it does not suffice."""
     cost = 0.0
     for node in chosen - free:
-        if node is h or (node.op == "state" and node.value == 0):
+        if node.is_row:
+            cost += _SAVED_ROW
+        elif node is h or (node.op == "state" and node.value == 0):
             cost += _READ
         elif _must_save(node):
             cost += _SAVED
     for node in reachable(needed, chosen | free):
-        if node in chosen or node in free or node.op in ("parameter", "constant"):
+        if node in chosen or node in free or node.op == "parameter" or _is_fixed(node):
             continue
         if node.op == "state":
             cost += _READ if node.value == 0 else 0.0
         elif node.is_leaf:
             return math.inf  # a pre-activation
+        elif node.op in REDUCTIONS:
+            cost += _REDUCTION
         else:
-            cost += COST[node.op]
+            cost += COST[node.op] * (_PER_ROW if node.is_row else 1)
     return cost

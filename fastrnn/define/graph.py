@@ -6,12 +6,13 @@ A graph keeps one node per formula, so that common subexpressions are shared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 #: leaves: a pre-activation's input side and hidden side, their sum, a state, a parameter per unit,
-#: and the gradient at a state after the step; ``value`` is their number
-LEAVES = ("gate_x", "gate_h", "pre", "state", "parameter", "d_next_state")
+#: the gradient at a state after the step, and H; ``value`` is their number
+LEAVES = ("gate_x", "gate_h", "pre", "state", "parameter", "d_next_state", "units")
 #: functions of csrc/cells/math.h and csrc/cells/more_math.h, and their cost in multiplications
 FUNCTIONS = {
     "sigmoid": 12,
@@ -19,6 +20,8 @@ FUNCTIONS = {
     "exp": 10,
     "log_sigmoid": 24,
     "relu": 1,
+    "sqrt": 8,
+    "rsqrt": 14,
     "absolute": 1,
     "sign": 2,
     "maximum": 3,
@@ -31,7 +34,9 @@ FUNCTIONS = {
     "select_ge": 2,
 }
 _ARITHMETIC = {"add": 1, "sub": 1, "neg": 1, "mul": 1, "div": 6}
-COST = {**FUNCTIONS, **_ARITHMETIC}
+#: the sum and the maximum of a row's units, and their cost per unit
+REDUCTIONS = {"row_sum": 1, "row_max": 2}
+COST = {**FUNCTIONS, **_ARITHMETIC, **REDUCTIONS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +48,14 @@ class Node:
         args: the operands.
         value: of a constant, or the number of a leaf.
         index: nodes have a larger index than their operands.
+        is_row: whether the value is the same for all units of a row.
     """
 
     op: str
     args: tuple[Node, ...]
     value: float
     index: int
+    is_row: bool
 
     @property
     def is_constant(self) -> bool:
@@ -78,18 +85,26 @@ class Graph:
         """Returns the node of an operation."""
         if op in _ARITHMETIC:
             return self._arithmetic(op, args)
+        if op in REDUCTIONS and args[0].is_row:
+            units = self.leaf("units", 0)
+            return args[0] if op == "row_max" else self.apply("mul", units, args[0])
         return self._make(op, args, 0.0)
 
     def _make(self, op: str, args: tuple[Node, ...], value: float) -> Node:
         key = (op, tuple(arg.index for arg in args), value)
         if key not in self._nodes:
-            self._nodes[key] = Node(op, args, value, len(self._nodes))
+            is_row = op in ("constant", "units", *REDUCTIONS) or (
+                bool(args) and all(arg.is_row for arg in args)
+            )
+            self._nodes[key] = Node(op, args, value, len(self._nodes), is_row)
         return self._nodes[key]
 
     def _arithmetic(self, op: str, args: tuple[Node, ...]) -> Node:
         a, b = args[0], args[-1]
         if all(arg.is_constant for arg in args) and not (op == "div" and b.value == 0):
-            return self.constant(_fold(op, [arg.value for arg in args]))
+            folded = _fold(op, [arg.value for arg in args])
+            if math.isfinite(folded):
+                return self.constant(folded)
         if op == "neg":
             return a.args[0] if a.op == "neg" else self._make("neg", (a,), 0.0)
         if op == "add" and b.op == "neg":
@@ -104,6 +119,11 @@ class Graph:
             return b if op == "add" else self.apply("neg", b)
         if a.is_number(1) and op == "mul":
             return b
+        if op in ("add", "sub") and a.is_row and a.op == b.op:
+            if a.op == "row_sum":
+                return self.apply("row_sum", self.apply(op, a.args[0], b.args[0]))
+            if a.op == "div" and a.args[1] is b.args[1]:  # means
+                return self.apply("div", self.apply(op, a.args[0], b.args[0]), a.args[1])
         if op in ("add", "mul") and a.index > b.index:  # in one order, so that they are shared
             a, b = b, a
         return self._make(op, (a, b), 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrnn.define import library
 from fastrnn.engine.ragged import NO_MARKS, Marks
@@ -42,12 +42,15 @@ class DefinedLayer(CellLayer):
         ValueError, TypeError, RuntimeError: as in ``torch.nn.LSTM``, with its messages.
 
     Parameters have the names of ``torch.nn.LSTM``'s, with G gates; a parameter per unit is
-    ``<name>_l{k}`` [H]. All are drawn from the uniform distribution on ±1/sqrt(H).
+    ``<name>_l{k}`` [H]. All are drawn from the uniform distribution on ±1/sqrt(H), except
+    parameters per unit for which ``define_cell`` got an initial value.
     """
 
     #: the function
     step: ClassVar[Callable[..., Any]]
     _kind = "a cell of define_cell"
+    #: of the parameters per unit that are not drawn
+    initial_values: ClassVar[dict[str, float]]
     _spec: ClassVar[CellSpec]
     _code: ClassVar[str]
     _comment: ClassVar[str]
@@ -56,7 +59,20 @@ class DefinedLayer(CellLayer):
         if not hasattr(type(self), "_spec"):
             raise TypeError("DefinedLayer: fastrnn.define_cell makes the classes to use, got none.")
         super().__init__(self._spec.mode, *args, **kwargs)
+        self._fill_units()
         self._load()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights again, and fills the parameters per unit that have an initial value."""
+        super().reset_parameters()
+        self._fill_units()
+
+    def _fill_units(self) -> None:
+        for suffix in self._suffixes():
+            for name, value in self.initial_values.items():
+                parameter = getattr(self, name + suffix, None)
+                if parameter is not None:  # None: before __init__ has made it
+                    nn.init.constant_(parameter, value)
 
     @classmethod
     def source(cls) -> str:
@@ -80,10 +96,20 @@ class DefinedLayer(CellLayer):
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: the cell must be compiled, got one that is not."
             )
+        if self.hidden_size < self._spec.least_hidden:
+            raise RuntimeError(
+                f"{type(self).__name__}.{method}: hidden_size must be at least "
+                f"{self._spec.least_hidden} for this cell, got {self.hidden_size}."
+            )
 
     def _run_fast_path(
         self, input: Tensor, hx: Hidden, marks: Marks = NO_MARKS
     ) -> tuple[Tensor, Hidden] | None:
-        if self._spec.name not in COMPILED or type(input) is not Tensor or not input.is_cpu:
+        if (
+            self._spec.name not in COMPILED
+            or self.hidden_size < self._spec.least_hidden
+            or type(input) is not Tensor
+            or not input.is_cpu
+        ):
             return None
         return super()._run_fast_path(input, hx, marks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ _TEMPLATE = """\
 #include "cpu/isa/{isa}_target.h"
 #include "cpu/kernels/defined_cell.h"
 
+// Variables of the cell, which must not be macros of a header.
+{variables}
 FASTRNN_TARGET_BEGIN
 {source}FASTRNN_TARGET_END
 
@@ -95,7 +98,9 @@ def hash_of_headers(folder: Path) -> str:
 
 def _load(name: str, source: str, isa: str) -> str:
     build = _C.build_info()
-    code = _TEMPLATE.format(isa=isa, source=source, name=name)
+    variables = sorted(set(re.findall(r"(?:const A|A) (\w+) =", source)))
+    undefined = "".join(f"#undef {variable}\n" for variable in variables)
+    code = _TEMPLATE.format(isa=isa, source=source, name=name, variables=undefined)
     parts = "\n".join((code, build["headers"], build["kernel_flags"]))
     key = hashlib.sha256(parts.encode()).hexdigest()[:16]
     try:
@@ -106,6 +111,11 @@ def _load(name: str, source: str, isa: str) -> str:
     try:
         if _add(library):
             return ""
+        if _is_noexec(folder):
+            return (
+                f"the cache folder {folder} is on a file system mounted noexec, from which no "
+                "library can be loaded; set FASTRNN_CACHE to a folder on another one"
+            )
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(folder / f"{library.stem}.lock"):
             if _add(library):  # another process has compiled it
@@ -135,6 +145,13 @@ def _add(library: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_noexec(folder: Path) -> bool:
+    """Whether no library can be loaded from a folder, or from the one that it will be made in."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
 
 
 def _compile(code: str, library: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,12 +50,38 @@ STEPS: dict[str, Callable[..., Any]] = {
     "alpha": lambda a, b: torch.add(a, b, alpha=2) * torch.sub(a, b, alpha=3),
     "filled": lambda a, b: torch.ones_like(a) - a + torch.zeros_like(b),
     "positive": lambda a, b: +a - b.subtract(a) + a.negative(),
+    "sqrt": lambda a, b: torch.sqrt(1 + a * a) * (1 + b**2) ** 0.5,
+    "rsqrt": lambda a, b: torch.rsqrt(1 + a * a) * (1 + b**2) ** -0.5,
+    "threshold": lambda a, b: functional.softplus(a, threshold=0.5) * b,
+    "sum": lambda a, b: a.sum(-1, keepdim=True) * b + torch.sum(a * b, -1, keepdim=True),
+    "mean": lambda a, b: a.mean(-1, keepdim=True) * torch.mean(a * b, dim=-1, keepdim=True),
+    "mean alone": lambda a, b: torch.tanh(a).mean(-1, keepdim=True),
+    "units": lambda a, b: a * (2 * a.shape[-1] - 1) ** -0.5 + b.sum(-1, True) / b.size(-1),
+    "ones": lambda a, b: torch.ones_like(a).sum(-1, keepdim=True) * b + a,
+    "var": lambda a, b: a.var(-1, keepdim=True) + b * torch.var(a - b, -1, False, True),
+    "correction": lambda a, b: b / (1 + a.var((-1,), correction=0, keepdim=True)),
+    "std": lambda a, b: a / torch.std(b + 1e-3 * a * b, -1, keepdim=True),
+    "softmax": lambda a, b: torch.softmax(a, -1) * functional.softmax(a * b, dim=-1),
+    "layer_norm": lambda a, b: functional.layer_norm(a, a.shape[-1:]) * b,
+    "rms_norm": lambda a, b: functional.rms_norm(a, (a.shape[-1],), eps=1e-3) * b,
+    "nested": lambda a, b: functional.layer_norm(
+        b * torch.sigmoid(functional.layer_norm(a + b, a.shape[-1:])), a.shape[-1:], eps=0.1
+    ),
+    "gates": lambda a, b: gates_norm([a, b, a * b])[1],
+    "maximum of rows": lambda a, b: torch.maximum(a.mean(-1, True), b) * b.mean(-1, True).relu(),
 }
+
+
+def gates_norm(gates: list[Any]) -> list[Any]:
+    mean = sum(gate.mean(-1, keepdim=True) for gate in gates) / len(gates)
+    centred = [gate - mean for gate in gates]
+    squares = sum((gate * gate).mean(-1, keepdim=True) for gate in centred)
+    return [gate * torch.rsqrt(squares / len(gates) + 1e-5) for gate in centred]
 
 
 def make_step(function: Callable[..., Any]) -> Callable[..., Any]:
     def step(gates_x: Any, gates_h: Any, h: Any, c: Any, *, p: Any) -> Any:
-        first = function(gates_x[0] + gates_h[0], c)
+        first = function(gates_x[0] + gates_h[0], c) * torch.ones_like(c)
         second = function(gates_h[1] * p, first) + gates_x[1]
         return function(first, h) - second, first * second
 
@@ -88,12 +115,18 @@ def evaluate(roots: Iterable[Node], values: dict[Node, Tensor]) -> dict[Node, Te
         "within": lambda x, low, high: ((x >= low) & (x <= high)).to(x.dtype),
         "select_gt": lambda a, b, x, y: torch.where(a > b, x, y),
         "select_ge": lambda a, b, x, y: torch.where(a >= b, x, y),
+        "sqrt": torch.sqrt,
+        "rsqrt": torch.rsqrt,
+        "row_sum": lambda x: x.sum(-1, keepdim=True),
+        "row_max": lambda x: x.amax(-1, keepdim=True),
     }
     assert functions.keys() == COST.keys()
     for node in reachable(roots, frozenset(known)):
         if node not in known:
             if node.is_constant:
                 known[node] = torch.tensor(node.value, dtype=torch.float64)
+            elif node.op == "units":
+                known[node] = torch.tensor(H, dtype=torch.float64)
             else:
                 assert node.args, f"{node.op} is not known here"
                 known[node] = functions[node.op](*[known[arg] for arg in node.args])
@@ -111,8 +144,11 @@ def run_derived(
         leaves[graph.leaf("pre", column)] = sides
     always = {graph.leaf("state", k): inputs["states"][k] for k in range(len(STATES))}
     always[graph.leaf("parameter", 0)] = inputs["p"]
-    after = evaluate([*derived.next_states, *derived.saved], {**leaves, **always})
-    kept = {node: after[node] for node in derived.saved}
+    saved = [*derived.saved, *derived.saved_rows]
+    assert not any(node.is_row for node in derived.saved if node not in derived.next_states)
+    assert all(node.is_row for node in derived.saved_rows)
+    after = evaluate([*derived.next_states, *saved], {**leaves, **always})
+    kept = {node: after[node] for node in saved}
     if derived.reads_next_h:
         kept[derived.next_states[0]] = after[derived.next_states[0]]
     for number, gradient in enumerate(d_next):
@@ -207,6 +243,59 @@ def test_source_is_readable_and_has_the_names_of_the_function() -> None:
     assert "const A c = state[1] * " in source
     assert "static constexpr int kSaved = 5;" in source
     assert max(map(len, source.splitlines())) <= 120
+
+
+def test_constants_that_overflow_are_no_constants() -> None:
+    def step(gates_x: Any, gates_h: Any, h: Any) -> Any:
+        return torch.minimum(gates_x[0] + gates_h[0], torch.ones_like(h) * 1e308 * 10)
+
+    graph, results, names = trace(step, 1, ("h",), ())
+    source = write(*derive(graph, results, names, 1, 0))
+    assert "number<A>(1e+308) * number<A>(10.0)" in source
+    assert "inf" not in source
+
+
+def test_source_of_rows_is_readable() -> None:
+    def step(gates_x: Any, gates_h: Any, h: Any, *, gain: Any) -> Any:
+        gate = gates_x[0] + gates_h[0]
+        mean = gate.mean(-1, keepdim=True)
+        return torch.tanh(gain * (gate - mean)) + h
+
+    graph, results, names = trace(step, 1, ("h",), ("gain",))
+    source = write(*derive(graph, results, names, 1, 1))
+    for line in (
+        "    A sum1 = number<A>(0.0);",
+        "    row.for_units([&](const auto& at) FASTRNN_INLINED {",
+        "      at.add(sum1, gate);",
+        "    const A mean = row.total(sum1) / row.units();",
+    ):
+        assert line + "\n" in source
+    assert "static constexpr int kSavedRows = 0;" in source
+    assert max(map(len, source.splitlines())) <= 120
+
+
+def test_states_are_loaded_before_they_are_replaced() -> None:
+    def step(gates_x: Any, gates_h: Any, *states: Any) -> Any:
+        gate = (gates_x[0] + gates_h[0]).softmax(-1)
+        return gate * states[0] + states[1], states[2], states[1]
+
+    graph, results, names = trace(step, 1, ("h", "a", "b"), ())
+    source = write(*derive(graph, results, names, 1, 0))
+    stores = re.findall(r"at\.set_(?:next_state|d_state)\(.*", source)
+    assert len(stores) == 6
+    assert not [line for line in stores if "at.state(" in line or "at.d_next_state(" in line]
+
+
+def test_sums_of_a_normalisation_share_loops() -> None:
+    def step(gates_x: Any, gates_h: Any, h: Any) -> Any:
+        gates = [x + h for x, h in zip(gates_x, gates_h, strict=True)]
+        return torch.tanh(sum(gates_norm(gates)) + h)
+
+    graph, results, names = trace(step, 4, ("h",), ())
+    source = write(*derive(graph, results, names, 4, 0))
+    forward, backward = source.split("void backward")
+    assert (forward.count("for_units"), forward.count("row.total")) == (3, 2)
+    assert (backward.count("for_units"), backward.count("row.total")) == (2, 3)
 
 
 def test_names_of_variables_are_those_of_cpp() -> None:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from define_support import (
+    assert_same,
+    assert_same_as_composite,
+    build,
+    by_composite,
+    gradients,
+    needs_compiler,
+    states,
+)
 from defined_cells import Everything, MyGRU, MyLSTM, MySLSTM
 from support import run_python
 from tolerance import Change, assert_agrees, assert_same_in_double
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
@@ -24,19 +34,6 @@ import fastrnn
 from fastrnn import _C
 from fastrnn.backends import composite, kernels
 from fastrnn.define import library
-from fastrnn.engine import choose
-from fastrnn.spec import COMPILED
-
-needs_compiler = pytest.mark.skipif(library.find_compiler() is None, reason="needs a C++ compiler")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder for this module, whose cells are compiled at most once."""
-    folder = tmp_path_factory.mktemp("cells")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTRNN_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture
@@ -44,34 +41,6 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the library forget what it has tried, and the warnings."""
     monkeypatch.setattr(library, "_tried", {})
     monkeypatch.setattr(library, "_warned", set())
-
-
-def build(cls: Any, *sizes: int, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    torch.manual_seed(17)
-    module: nn.Module = cls(*sizes, dtype=dtype, **options)
-    assert cls._spec.name in COMPILED
-    return module
-
-
-def by_composite(call: Callable[[], Any]) -> Any:
-    with choose.override(composite):
-        return call()
-
-
-def gradients(module: nn.Module, x: Tensor, *args: Any, **options: Any) -> Any:
-    x = x.detach().clone().requires_grad_()
-    module.zero_grad()
-    output, hidden = module(x, *args, **options)
-    loss = sum((t.sin() * (1 + t)).sum() for t in tree_leaves((output, hidden)))
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    assert len(found) == len(list(module.parameters()))
-    return {"output": output.detach(), "hidden": hidden, "x": x.grad, **found}
-
-
-def states(cls: Any, *shape: int, dtype: torch.dtype = torch.float32) -> Any:
-    found = tuple([torch.rand(*shape, dtype=dtype) for _ in cls.state_names])
-    return found if len(found) > 1 else found[0]
 
 
 @needs_compiler
@@ -152,6 +121,13 @@ class TestEverything:
             assert_same(value, expected[key])
         exported = torch.export.export(module.eval(), (x,)).module()
         assert_same(exported(x), module(x))
+        # in a process that has no layer of the class
+        absent = "everything_0123456789ab"
+        for node in exported.graph.nodes:
+            node.args = tuple([absent if a == Everything._spec.name else a for a in node.args])
+        exported.recompile()
+        with pytest.raises(RuntimeError, match=f"'{absent}' .* Make a layer of its class first"):
+            exported(x)
 
     def test_low_precision_and_autocast(self) -> None:
         module = build(Everything, 4, 6)
@@ -206,16 +182,6 @@ print(fastrnn.explain(layer, torch.randn(3, 1, 4)).backend)
             FASTRNN_CACHE=str(cache),
         )
         assert output.split() == ["True", kernels.NAME]
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    for one, other in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
-        if isinstance(one, Tensor):
-            torch.testing.assert_close(one, other)
-
-
-def assert_same_as_composite(call: Callable[[], Any]) -> None:
-    assert_same(call(), by_composite(call))
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +242,22 @@ def test_unusable_cache_folder_is_a_warning(
     with pytest.warns(RuntimeWarning, match="the cache folder .* is not usable"):
         layer = make_cell(0.5 if place == "file" else 0.75)(4, 5)
     assert_runs_by_composite(layer)
+
+
+def test_noexec_cache_folder_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgotten: None
+) -> None:
+    class Mounted:
+        f_flag = os.ST_NOEXEC
+
+    monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path / "made" / "later"))
+    monkeypatch.setattr(os, "statvfs", lambda path: Mounted())
+    with pytest.warns(RuntimeWarning, match="mounted noexec, .*; set FASTRNN_CACHE") as caught:
+        layers = [make_cell(0.375)(4, 5), make_cell(0.4375)(4, 5)]
+    assert len(caught) == 1
+    assert list(tmp_path.iterdir()) == []  # nothing was compiled
+    for layer in layers:
+        assert_runs_by_composite(layer)
 
 
 def test_without_a_home_there_is_a_warning(
@@ -424,7 +406,7 @@ def test_examples(tmp_path: Path) -> None:
         pytest.skip("needs the source tree")
     code = f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"
     lines = run_python(code, FASTRNN_CACHE=str(tmp_path)).splitlines()
-    names = ["PeepholeLSTM", "LiGRU", "JANET", "FastGRNN"]
+    names = ["LayerNormLSTM", "PeepholeLSTM", "LiGRU", "ATR", "JANET", "FastGRNN"]
     assert [line.partition(":")[0] for line in lines] == names
 
 

@@ -53,8 +53,65 @@ def in_place(g: Any, h: Any) -> Any:
 
 WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "cumsum": (lambda g, h: torch.cumsum(g, 0), "torch's cumsum cannot be fused"),
-    "softmax": (lambda g, h: g.softmax(-1), "the method softmax cannot be fused"),
-    "sum": (lambda g, h: h + g.sum(-1, keepdim=True), "the method sum cannot be fused"),
+    "softmax": (lambda g, h: g.softmax(0), "softmax must have dim=-1 and keepdim=True, got dim=0"),
+    "softmax of a type": (
+        lambda g, h: torch.softmax(g, -1, dtype=torch.float64),
+        "dtype of softmax must be None, got torch.float64",
+    ),
+    "sum": (lambda g, h: h + g.sum(-1), "sum must have dim=-1 and keepdim=True, got dim=-1 and"),
+    "sum of all": (lambda g, h: h + g.sum(), "got dim=None and keepdim=False"),
+    "sum of a sum": (
+        lambda g, h: h + g.mean(-1, True).sum(-1, True),
+        "a reduction over the units must have a tensor [B,H]",
+    ),
+    "correction": (
+        lambda g, h: h * g.var(-1, correction=2, keepdim=True),
+        "correction of var must be 0 or 1, got 2",
+    ),
+    "amax": (lambda g, h: h + g.amax(-1, True), "the method amax cannot be fused"),
+    "norm of a number": (
+        lambda g, h: functional.layer_norm(g, (5,)),
+        "normalized_shape of layer_norm must be x.shape[-1:]",
+    ),
+    "norm with a state": (
+        lambda g, h: functional.layer_norm(g, g.shape[-1:], h),
+        "weight of layer_norm must be a parameter [H]",
+    ),
+    "norm without eps": (
+        lambda g, h: functional.rms_norm(g, g.shape[-1:]),
+        "eps of rms_norm must be a number, got None",
+    ),
+    "shape of a row": (
+        lambda g, h: g * g.sum(-1, True).shape[-1],
+        "step may read shape[-1] and shape[-1:] of [B,H] only",
+    ),
+    "root of a number": (
+        lambda g, h: g * torch.sqrt(h.shape[-1]),
+        "sqrt must have a tensor, got a number",
+    ),
+    "max": (lambda g, h: g.max(0), "maximum must have two tensors, got 0; use clamp"),
+    "max of one": (lambda g, h: torch.min(g), "minimum must have two tensors, got None"),
+    "maximum": (lambda g, h: g.maximum(0.0), "maximum must have two tensors, got 0.0"),
+    "maximum of torch": (
+        lambda g, h: torch.maximum(g, 0.0),
+        "(maximum(): argument 'other' (position 2) must be Tensor, not float)",
+    ),
+    "inplace": (
+        lambda g, h: functional.relu(g, inplace=True),
+        "step must not change a tensor, got inplace=True for relu",
+    ),
+    "threshold": (
+        lambda g, h: functional.softplus(g, threshold=h),
+        "threshold of softplus must be a number, got a tensor",
+    ),
+    "slope": (
+        lambda g, h: functional.leaky_relu(g, h),
+        "negative_slope of leaky_relu must be a number, got a tensor",
+    ),
+    "too large": (lambda g, h: g * 10**400, "got an integer that no float can hold"),
+    "power of a tensor": (lambda g, h: g**h, "integer from 1 to 8, got a tensor"),
+    "sum along a tensor": (lambda g, h: g.sum(h), "got dim=a tensor and keepdim=False"),
+    "power of a number": (lambda g, h: 2**g, "an exponent must be a number, got a tensor"),
     "sigmoid_": (lambda g, h: g.sigmoid_(), "the method sigmoid_ cannot be fused"),
     "linear": (lambda g, h: functional.linear(g, OUTSIDE), "torch's linear cannot be fused"),
     "matmul": (lambda g, h: g @ h, "@ cannot be fused"),
@@ -66,12 +123,15 @@ WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "in place": (in_place, "must not change a tensor in place; write a = a + b"),
     "changed": (changed, "an assignment to a part of one"),
     "attribute": (attribute, "an assignment to .data"),
-    "shape": (lambda g, h: torch.zeros(h.shape), "must not read the shape of a tensor"),
+    "shape": (lambda g, h: g * h.shape[0], "step may read shape[-1] and shape[-1:]"),
+    "size": (lambda g, h: g * h.size(), "step may read shape[-1] and shape[-1:]"),
+    "shape for torch": (lambda g, h: torch.zeros(h.shape), "torch rejects it (zeros(): argument"),
+    "type": (lambda g, h: g * h.dtype, "must not read the dtype of a tensor"),
     "tensor": (lambda g, h: g * OUTSIDE, "computed from one, or a number, got a Tensor"),
     "comparison": (lambda g, h: (g > h) * h, "a comparison can be used in torch.where only"),
     "condition": (lambda g, h: torch.where(g, g, h), "the condition of torch.where must be"),
     "infinity": (lambda g, h: g * math.inf, "a constant must be finite, got inf"),
-    "exponent": (lambda g, h: g**0.5, "an exponent must be an integer from 1 to 8, got 0.5"),
+    "exponent": (lambda g, h: g**1.5, "must be 0.5, -0.5 or an integer from 1 to 8, got 1.5"),
     "out": (lambda g, h: torch.tanh(g, out=h), "tanh cannot be fused with these arguments"),
     "zero": (lambda g, h: g / 0, "a divisor must not be 0"),
     "beta": (lambda g, h: functional.softplus(g, beta=2), "beta of softplus must be 1, got 2"),
@@ -120,6 +180,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"gates": 1, "parameters": ("h",)}, ValueError, "must have different names"),
     ({"gates": 1, "parameters": ("a b",)}, ValueError, "names that are free, got 'a b'"),
+    ({"gates": 1, "parameters": {"w": "1"}}, TypeError, "initial value of 'w' .*, got '1'"),
     ({"gates": 1, "name": "a b"}, ValueError, "name must be an identifier, got 'a b'"),
 ]
 
