@@ -315,7 +315,7 @@ def _check_layer_attributes(owner: str, module: Any) -> None:
 
 
 def _check_layer_shapes(owner: str, module: Any, parameters: dict[str, Tensor]) -> None:
-    rows = module._weight_rows
+    rows = module._weight_rows()
     size = module.proj_size or module.hidden_size
     directions = 2 if module.bidirectional else 1
     for name, parameter in parameters.items():

@@ -187,7 +187,6 @@ class RecurrentBase(nn.RNNBase):
         self._init_flat_weights()
         self.reset_parameters()
 
-    @property
     def _weight_rows(self) -> int:
         """The rows of the parameters of a layer and direction."""
         is_coupled = self._cell_options is not None and self._cell_options.coupled_gates

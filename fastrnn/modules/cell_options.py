@@ -182,7 +182,7 @@ def _norm_names(module: nn.RNNBase, has_cell_state: bool, suffix: str) -> list[s
 def add_norm_parameters(module: nn.RNNBase, has_cell_state: bool) -> None:
     """Registers the parameters of layer normalisation."""
     for suffix in _suffixes(module):
-        like: Any = getattr(module, f"weight_hh_{suffix}")
+        like: Any = getattr(module, f"weight_ih_{suffix}")
         for name in _norm_names(module, has_cell_state, suffix):
             size = module.hidden_size if "_c_" in name else like.shape[0]
             module.register_parameter(name, nn.Parameter(like.detach().new_empty(size)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import checks
-from fastrnn.engine.ragged import NO_MARKS, Marks, run_marked
+from fastrnn.engine.ragged import NO_MARKS, Marks, check_lengths, run_marked
 from fastrnn.engine.run import run
 from fastrnn.engine.states import Recorder
 from fastrnn.init import chrono_
@@ -19,6 +19,7 @@ from fastrnn.modules.cell_layer import CellLayer
 from fastrnn.ops.recurrence import EPSILON
 from fastrnn.ops.stacking import layer_input, layer_output
 from fastrnn.spec import BIASES, BY_MODE, GAIN_IH, MATRICES, Weights
+from fastrnn.tracing import size
 
 __all__ = ["JANET", "SLSTM", "FastGRNN", "IndRNN", "LiGRU"]
 
@@ -532,20 +533,23 @@ class LiGRU(CellLayer):
             rows = x.to(dtype).reshape(-1, x.shape[-1])
             total: Any = rows.shape[0]
             if lengths is None:
+                if total <= 1:
+                    raise ValueError(
+                        "LiGRU: batch normalisation in training needs more than 1 row (steps times "
+                        f"batch), got {total}."
+                    )
+                others = total - 1
                 mean_x = rows.mean(0)
                 centred = rows - mean_x
                 covariance = centred.t() @ centred / total
             else:
-                share = self._share_of_rows(x, lengths).to(dtype)
-                total = share.sum()
-                mean_x = (share.unsqueeze(1) * rows).sum(0) / total
-                centred = (rows - mean_x) * share.unsqueeze(1)
+                is_inside = self._rows_inside(x, lengths)
+                # all lengths may be 0 or 1; reading them here would wait for a GPU
+                total = is_inside.sum().clamp(min=1)
+                others = (total - 1).clamp(min=1)
+                mean_x = torch.where(is_inside, rows, 0).sum(0) / total
+                centred = torch.where(is_inside, rows - mean_x, 0)
                 covariance = centred.t() @ centred / total
-            if lengths is None and total <= 1:
-                raise ValueError(
-                    "LiGRU: batch normalisation in training needs more than 1 row (steps times "
-                    f"batch), got {total}."
-                )
             for direction in range(directions):
                 first = (index * directions + direction) * count
                 own = list(weights.flat[first : first + count])
@@ -554,15 +558,16 @@ class LiGRU(CellLayer):
                 mean = w_ih @ mean_x
                 variance = ((w_ih @ covariance) * w_ih).sum(1)
                 flat += self._normalized(own, suffix, mean, variance)
-                self._update_statistics(suffix, mean, variance * (total / (total - 1)))
+                self._update_statistics(suffix, mean, variance * (total / others))
         return Weights([w.to(own[0].dtype) for w in flat], weights.slots | BIASES)
 
-    def _share_of_rows(self, x: Tensor, lengths: Any) -> Tensor:
-        """Returns 1 for each row of x within the length of its sequence, else 0."""
+    def _rows_inside(self, x: Tensor, lengths: Any) -> Tensor:
+        """Returns whether each row of x is within the length of its sequence, [T*B,1]."""
         steps, batch = (1, 0) if self.batch_first else (0, 1)
-        given = torch.as_tensor(lengths, device=x.device)
-        is_inside = torch.arange(x.shape[steps], device=x.device).unsqueeze(1) < given
-        return (is_inside.t() if batch == 0 else is_inside).reshape(-1)
+        check_lengths(lengths, size(x, batch))
+        numbers = torch.arange(x.shape[steps], device=x.device)
+        is_inside: Tensor = numbers.unsqueeze(1) < lengths.to(x.device)
+        return (is_inside.t() if self.batch_first else is_inside).reshape(-1, 1)
 
     @torch.no_grad()
     def _update_statistics(self, suffix: str, mean: Tensor, variance: Tensor) -> None:
@@ -667,9 +672,10 @@ class FastGRNN(CellLayer):
                 if rank is not None:
                     self._factorize(f"weight_{kind}", suffix, rank)
             sizes = {"bias_z": hidden_size, "bias_h": hidden_size} if bias else {}
-            for name, size in {**sizes, "zeta": 1, "nu": 1}.items():
+            for name, length in {**sizes, "zeta": 1, "nu": 1}.items():
                 like: Any = next(self.parameters())
-                self.register_parameter(name + suffix, nn.Parameter(like.detach().new_empty(size)))
+                own = nn.Parameter(like.detach().new_empty(length))
+                self.register_parameter(name + suffix, own)
         self._reset_vectors()
 
     def _factorize(self, name: str, suffix: str, rank: int) -> None:

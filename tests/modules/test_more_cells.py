@@ -42,6 +42,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 #: the backend of each case that does not run by the plain kernels
 BACKENDS = {"LiGRU layernorm": recurrence.NAME}
 every_case = pytest.mark.parametrize("case", CASES)
+#: cases with code of their own in Python; the others are slow
+FAST = ["SLSTM", "LiGRU batchnorm", "FastGRNN ranks", "both"]
+mostly_slow = pytest.mark.parametrize(
+    "case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 
 
 def build(case: str, *sizes: int, dtype: torch.dtype = F64, **options: Any) -> Any:
@@ -250,7 +255,7 @@ class TestLoop:
         assert_same_in_double(layer(x), expected)
 
 
-@every_case
+@mostly_slow
 def test_derivatives(case: str) -> None:
     layer = build(case, 2, 3)
     names, parameters = zip(*layer.named_parameters(), strict=True)
@@ -289,13 +294,7 @@ def test_copies(case: str) -> None:
         assert repr(same) == repr(layer)
 
 
-#: the others compile the same code with other numbers
-GRAPHS = ["IndRNN", "SLSTM", "LiGRU layernorm", "LiGRU batchnorm", "FastGRNN ranks", "both"]
-
-
-@pytest.mark.parametrize(
-    "case", [c if c in GRAPHS else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
-)
+@mostly_slow
 def test_graphs(case: str) -> None:
     torch.compiler.reset()  # all cases share the code of forward
     layer = build(case, num_layers=2, bidirectional=True)
@@ -369,9 +368,14 @@ class TestBatchNorm:
         x, lengths = torch.randn(T, B, IN, dtype=F64), torch.tensor([2, T, 3])
         other = x.clone()
         other[3:, 0] = 100
+        other[4:, 2] = float("nan")
         twin = copy.deepcopy(layer)
         assert_same_in_double(layer(x, lengths=lengths), twin(other, lengths=lengths))
         assert_same_in_double(dict(layer.named_buffers()), dict(twin.named_buffers()))
+        layer(x, lengths=torch.zeros(B, dtype=torch.int64))
+        assert all(buffer.isfinite().all() for buffer in layer.buffers())
+        with pytest.raises(ValueError, match=r"lengths must have the shape \[3\], got \[2\]"):
+            layer(x, lengths=lengths[:2])
 
     def test_one_row_is_an_error(self) -> None:
         with pytest.raises(ValueError, match=r"needs more than 1 row .* got 1"):
@@ -502,7 +506,7 @@ def test_initial_values() -> None:
     assert 0 <= u.min() < 0.1
     assert 0.9 < u.max() <= 1
     grnn = fastrnn.FastGRNN(IN, H)
-    assert (float(grnn.zeta_l0), float(grnn.nu_l0)) == (1.0, -4.0)
+    assert [p.tolist() for p in (grnn.zeta_l0, grnn.nu_l0)] == [[1.0], [-4.0]]
     low = fastrnn.FastGRNN(300, 300, w_rank=100)
     product = (low.weight_ih_left_l0 @ low.weight_ih_right_l0).detach()
     assert 0.8 < float(product.std() / fastrnn.FastGRNN(300, 300).weight_ih_l0.std()) < 1.2
@@ -525,6 +529,7 @@ LSTM, GRU, LIGRU = fastrnn.LSTM, fastrnn.GRU, fastrnn.LiGRU
         (fastrnn.RNN, {"peephole": True}, "RNN: peephole must be False for a cell that is not"),
         (fastrnn.SLSTM, {"peephole": True}, "SLSTM: peephole must be False for a cell that is"),
         (fastrnn.IndRNN, {"nonlinearity": "gelu"}, "IndRNN: nonlinearity must be 'relu' or"),
+        (fastrnn.IndRNN, {"layer_norm": True}, "IndRNN: this cell must have no layer_norm, no"),
         (fastrnn.IndRNN, {"zoneout": 0.1}, "IndRNN: this cell must have no layer_norm, no zone"),
         (fastrnn.IndRNN, {"weight_dropout": 0.1}, "IndRNN: weight_dropout must be 0 for a cell"),
         (fastrnn.IndRNN, {"proj_size": 2}, "IndRNN: proj_size must be 0, got a projection"),
