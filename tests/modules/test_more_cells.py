@@ -42,6 +42,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 #: the backend of each case that does not run by the plain kernels
 BACKENDS = {"LiGRU layernorm": recurrence.NAME}
 every_case = pytest.mark.parametrize("case", CASES)
+#: cases with code of their own in Python; the others are slow
+FAST = ["SLSTM", "LiGRU batchnorm", "FastGRNN ranks", "both"]
+mostly_slow = pytest.mark.parametrize(
+    "case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 
 
 def build(case: str, *sizes: int, dtype: torch.dtype = F64, **options: Any) -> Any:
@@ -250,7 +255,7 @@ class TestLoop:
         assert_same_in_double(layer(x), expected)
 
 
-@every_case
+@mostly_slow
 def test_derivatives(case: str) -> None:
     layer = build(case, 2, 3)
     names, parameters = zip(*layer.named_parameters(), strict=True)
@@ -289,13 +294,7 @@ def test_copies(case: str) -> None:
         assert repr(same) == repr(layer)
 
 
-#: the others compile the same code with other numbers
-GRAPHS = ["IndRNN", "SLSTM", "LiGRU layernorm", "LiGRU batchnorm", "FastGRNN ranks", "both"]
-
-
-@pytest.mark.parametrize(
-    "case", [c if c in GRAPHS else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
-)
+@mostly_slow
 def test_graphs(case: str) -> None:
     torch.compiler.reset()  # all cases share the code of forward
     layer = build(case, num_layers=2, bidirectional=True)
