@@ -3,7 +3,7 @@
     csrc/cpu/**/*.cpp, csrc/c/*.cpp fastrnn/lib/libfastrnn_kernels.so     no torch, no Python
     csrc/bindings/*.cpp             fastrnn/_C.<python abi>.so            pybind11, links kernels
     csrc/torch/*.cpp                fastrnn/lib/libfastrnn_torch.so       stable ABI, links kernels
-    csrc/cuda/**/*.cu, ops_cuda.cpp fastrnn/lib/libfastrnn_torch_cuda.so  only with CUDA
+    csrc/cuda/**/*.cu, ops*_cuda.cpp fastrnn/lib/libfastrnn_torch_cuda.so only with CUDA
 
 torch/arguments.cpp is compiled into both libraries that use torch.
 
@@ -299,7 +299,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
     )
     ops = Extension(
         "fastrnn.lib.libfastrnn_torch",
-        sources=[path for path in files("csrc/torch/*.cpp") if path != "csrc/torch/ops_cuda.cpp"],
+        sources=[path for path in files("csrc/torch/*.cpp") if not path.endswith("_cuda.cpp")],
         define_macros=torch_macros,
         library_dirs=[torch.lib],
         libraries=["fastrnn_kernels", "torch_cpu"],
@@ -318,7 +318,7 @@ def libraries(version: str, torch: Torch, cuda: Cuda | None) -> list[Extension]:
         sources=[
             *files("csrc/cuda/**/*.cu"),
             "csrc/torch/arguments.cpp",
-            "csrc/torch/ops_cuda.cpp",
+            *files("csrc/torch/*_cuda.cpp"),
         ],
         define_macros=[*torch_macros, ("USE_CUDA", "1")],
         library_dirs=[torch.lib],

@@ -43,7 +43,7 @@ def torch_sources(folder: Path) -> dict[str, list[str]]:
     result = {}
     for source in SETUP["files"]("csrc/torch/*.cpp"):
         result[source] = flags
-        if source.endswith("ops_cuda.cpp"):
+        if source.endswith("_cuda.cpp"):
             assert cuda is not None, "the environment's torch must be one with CUDA"
             result[source] = [*flags, "-DUSE_CUDA=1", *SETUP["system_include"](*cuda.include)]
     return result

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import _C, autocast
-from fastrnn.backends import Backend, captured, kernels, stacked_kernels, torch_step
+from fastrnn.backends import Backend, captured, composite, kernels, stacked_kernels, torch_step
 from fastrnn.engine import choose
 from fastrnn.layer_call import LayerCall
 from fastrnn.modules.base import RecurrentBase
 from fastrnn.modules.cells import CellBase
+from fastrnn.modules.linear_time import LinearTime
 from fastrnn.modules.quantized import QuantizedRecurrent
-from fastrnn.ops import records_gradient
+from fastrnn.ops import ScanCall, ScanInputs, reason_against_kernels, records_gradient
 from fastrnn.spec import BY_MODE, PROJECTION
 
 
@@ -69,7 +70,8 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
     threads. A weight that a parametrization computes is computed once.
 
     Args:
-        module: an RNN, LSTM, GRU or cell of fastrnn, or a layer of a quantized copy.
+        module: an RNN, LSTM, GRU or cell of fastrnn, a MinGRU, MinLSTM or SRU, or a layer of a
+            quantized copy.
         input, hx: the arguments of its ``forward``.
 
     Raises:
@@ -78,6 +80,8 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
     """
     if isinstance(module, QuantizedRecurrent):
         return _explain_quantized(module, input, hx)
+    if isinstance(module, LinearTime):
+        return _explain_linear_time(module, input, hx)
     if not isinstance(module, RecurrentBase | CellBase):
         raise TypeError(
             "explain: module must be an RNN, LSTM, GRU or a cell of fastrnn, got "
@@ -111,6 +115,34 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
     except _Chosen as chosen:
         return chosen.explanation
     raise AssertionError("the call made no choice")
+
+
+#: the name of the kernels of layers that are linear in time
+SCAN_KERNELS = "scan kernels"
+
+
+def _explain_linear_time(module: LinearTime, input: Any, hx: Any) -> Explanation:
+    """Runs the checks of a call and the product of the first layer, which all layers resemble."""
+
+    def explained(call: ScanCall, inputs: ScanInputs) -> NoReturn:
+        pre = inputs.pre
+        dtype = str(pre.dtype).removeprefix("torch.")
+        text = (
+            f"{call.cell}, {module.num_layers} layer(s) of {list(pre.shape)} {dtype} "
+            f"{pre.device} after the product"
+        )
+        reason = reason_against_kernels(call, inputs)
+        if reason:
+            raise _Chosen(Explanation(text, composite.NAME, {SCAN_KERNELS: reason}))
+        raise _Chosen(Explanation(text, SCAN_KERNELS, {}))
+
+    watched: Any = copy.copy(module)
+    watched._scan = explained
+    try:
+        watched.forward(input, hx)
+    except _Chosen as chosen:
+        return chosen.explanation
+    raise AssertionError("the call ran no layer")
 
 
 def _explain_quantized(module: QuantizedRecurrent, input: Any, hx: Any) -> Explanation:

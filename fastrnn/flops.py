@@ -7,7 +7,9 @@ all steps), each layer and direction has
     backward    gradient of h: the same as h w_hh^T and the projection; gradients of x, w_ih and
                 w_hh, if needed: the same as the forward products of x and h
 
-With ``recompute``, backward includes the forward products of cells that save values.
+With ``recompute``, backward includes the forward products of cells that save values. A linear scan
+(`fastrnn.functional.linear_scan`) has no product, so it counts as 0, as elementwise operations of
+torch do.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ Shape = Sequence[int]
 
 _W_IH, _W_HH, _W_HR = (WEIGHT_SLOTS.index(name) for name in ("w_ih", "w_hh", "w_hr"))
 _FIRST_WEIGHT = GRADIENT_OUTPUTS.index("d_w_ih")
+_PART_W_HH = 0  # the place of w_hh among the parts of the operator recurrence
 _PER_DIRECTION = len(GRADIENT_OUTPUTS) - _FIRST_WEIGHT
 
 
@@ -162,6 +165,46 @@ def _ragged_gradients_flops(
     return _gradients_of_rows(rows, shapes, slots, rest[-1])
 
 
+def _recurrence_flops(
+    pre_x: Shape, h0: Shape, c0: Shape | None, parts: Sequence[Shape], *_: Any, **__: Any
+) -> int:
+    """Counts recurrence, the time loop of layers with options of the cell: h w_hh^T."""
+    return 2 * math.prod(pre_x[:-1]) * math.prod(parts[_PART_W_HH])
+
+
+def _recurrence_gradients_flops(
+    d_y: Shape | None,
+    d_h_n: Shape | None,
+    d_c_n: Shape | None,
+    h0: Shape,
+    c0: Shape | None,
+    parts: Sequence[Shape],
+    slots: int,
+    batch_sizes: Shape | None,
+    reverse: bool,
+    cell: str,
+    epsilon: float,
+    y: Shape,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Counts recurrence_gradients: the gradients of h."""
+    return 2 * math.prod(y[:-1]) * math.prod(parts[_PART_W_HH])
+
+
+def _recurrence_product_flops(x: Shape, w: Shape, *_: Any, **__: Any) -> int:
+    """Counts recurrence_product."""
+    return 2 * x[0] * math.prod(w)
+
+
+def _recurrence_product_gradients_flops(
+    d: Shape, x: Shape | None, w: Shape | None, *_: Any, **__: Any
+) -> int:
+    """Counts recurrence_product_gradients: the requested results."""
+    columns = sum(t[1] for t in (x, w) if t is not None)
+    return 2 * math.prod(d) * columns
+
+
 _operators = torch.ops.fastrnn
 register_flop_formula(
     [
@@ -182,3 +225,7 @@ register_flop_formula([_operators.ragged_layer, _operators.ragged_forward], get_
     _ragged_flops
 )
 register_flop_formula(_operators.ragged_gradients, get_raw=True)(_ragged_gradients_flops)
+register_flop_formula(_operators.recurrence)(_recurrence_flops)
+register_flop_formula(_operators.recurrence_gradients)(_recurrence_gradients_flops)
+register_flop_formula(_operators.recurrence_product)(_recurrence_product_flops)
+register_flop_formula(_operators.recurrence_product_gradients)(_recurrence_product_gradients_flops)

@@ -12,7 +12,8 @@ namespace fastrnn::cpu {
 struct ScanPlan {
   int groups, chunks;
 };
-FASTRNN_EXPORT ScanPlan make_scan_plan(const ScanShape& shape, int element_bytes, int threads);
+FASTRNN_EXPORT ScanPlan make_scan_plan(const ScanShape& shape, ScanCell cell, int element_bytes,
+                                       int threads);
 
 // Half types are computed in float. With more than one chunk the rounding of the results depends on
 // the number of threads. (Overloads: a template of a type that the library does not export would

@@ -457,6 +457,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(fastrnn::kRecurrenceProductGradientsSchema);
   m.def(fastrnn::kScanSchema);
   m.def(fastrnn::kScanGradientsSchema);
+  m.def(fastrnn::kScanLayerSchema);
+  m.def(fastrnn::kScanLayerGradientsSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

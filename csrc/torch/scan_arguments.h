@@ -2,7 +2,9 @@
 // CPU and CUDA alike.
 #pragma once
 
+#include <algorithm>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "problem/scan.h"
@@ -47,6 +49,99 @@ struct ScanArguments {
   DeviceId place_;
 };
 
+// The arguments of the operators scan_layer and scan_layer_gradients, checked.
+struct ScanLayerArguments {
+  using OptionalTensor = std::optional<Tensor>;
+
+  ScalarType dtype;
+  const ScanCellInfo* cell;
+  bool positive;
+  ScanShape shape;
+  int64_t units, gates;            // gates: blocks of H columns of pre
+  std::vector<int64_t> pre_sizes;  // [T, B, G*H]
+  std::vector<int64_t> sizes;      // [T, B, H]
+  std::vector<int64_t> state_sizes;
+  Tensor pre;
+  OptionalTensor bias, x, h0, lengths, resets, reset_h;
+
+  ScanLayerArguments(const Tensor& pre_, const OptionalTensor& bias_, const OptionalTensor& x_,
+                     const OptionalTensor& h0_, const OptionalTensor& lengths_,
+                     const OptionalTensor& resets_, const OptionalTensor& reset_h_,
+                     const std::string& cell_name, bool positive_, bool reverse)
+      : dtype(checked_dtype("pre", pre_)),
+        cell(find(cell_name)),
+        positive(positive_),
+        pre_sizes(sizes_of(pre_)),
+        pre(pre_),
+        code_(dtype_code(pre_)),
+        place_(pre_) {
+    FASTRNN_CHECK(pre_sizes.size() == 3, "pre must have 3 dimensions, got ",
+                  int64_t(pre_sizes.size()), ".");
+    gates = cell->has_output && x_ ? cell->inputs - 1 : cell->inputs;
+    FASTRNN_CHECK(!x_ || cell->has_output, "x must not be given for ", cell->name,
+                  ", got a tensor.");
+    units = pre_sizes[2] / gates;
+    FASTRNN_CHECK(pre_sizes[2] == gates * units, "pre must have a multiple of ", gates,
+                  " columns, got ", pre_sizes[2], ".");
+    sizes = {pre_sizes[0], pre_sizes[1], units};
+    state_sizes = {pre_sizes[1], units};
+    shape = {sizes[0], sizes[1] * units, reverse, std::max<int64_t>(sizes[1], 1)};
+    pre = checked("pre", pre_, pre_sizes);
+    if (bias_) bias = checked("bias", *bias_, {pre_sizes[2]});
+    if (x_) x = checked("x", *x_, sizes);
+    if (h0_) h0 = checked("h0", *h0_, state_sizes);
+    if (lengths_)
+      lengths =
+          checked("lengths", *lengths_, {sizes[1]}, aoti_torch_dtype_int64(), "dtype int64", 8);
+    if (resets_)
+      resets = checked("resets", *resets_, {sizes[0], sizes[1]}, aoti_torch_dtype_bool(),
+                       "dtype bool", 1);
+    FASTRNN_CHECK(!reset_h_ || resets_, "reset_h must be given with resets, got it alone.");
+    if (reset_h_) {
+      const std::vector<int64_t> own = sizes_of(*reset_h_);
+      const bool per_step = own.size() == 3 && own[0] != 1;
+      reset_h = checked("reset_h", *reset_h_, {per_step ? sizes[0] : 1, sizes[1], units});
+      reset_stride_ = per_step ? shape.columns : 0;
+    }
+  }
+
+  // A tensor in the layer's dtype.
+  Tensor checked(const char* name, const Tensor& t, const std::vector<int64_t>& expected) const {
+    return checked(name, t, expected, code_, "the dtype of pre", value_bytes(dtype));
+  }
+
+  template <class S>
+  ScanMarks<S> marks() const;
+  // The inputs of a cell: blocks of columns of pre, then x.
+  template <class S>
+  void fill(ScanInput<S> (&in)[kMostScanInputs]) const;
+
+ private:
+  static const ScanCellInfo* find(const std::string& name) {
+    std::string known;
+    for (const ScanCellInfo& info : kScanCells) {
+      if (info.kind == ScanCell::kLinear) continue;  // an operator of its own
+      if (name == info.name) return &info;
+      known += (known.empty() ? "" : ", ") + std::string(info.name);
+    }
+    throw_error("cell must be one of ", known, ", got '", name, "'.");
+  }
+  Tensor checked(const char* name, const Tensor& t, const std::vector<int64_t>& expected,
+                 int32_t code, const char* type, int64_t bytes) const {
+    FASTRNN_CHECK(DeviceId(t) == place_, name,
+                  " must be on the device of pre, got another device.");
+    FASTRNN_CHECK(dtype_code(t) == code, name, " must have ", type, ", got ", dtype_name(t), ".");
+    FASTRNN_CHECK(sizes_of(t) == expected, name, " must have the shape ", text(expected), ", got ",
+                  text(sizes_of(t)), ".");
+    check_memory(name, t, bytes);
+    return as_contiguous(t);
+  }
+
+  int32_t code_;
+  DeviceId place_;
+  int64_t reset_stride_ = 0;
+};
+
 template <class S>
 const S* values_of(const std::optional<Tensor>& t) {
   return t ? static_cast<const S*>(t->const_data_ptr()) : nullptr;
@@ -54,6 +149,24 @@ const S* values_of(const std::optional<Tensor>& t) {
 template <class S>
 const S* values_of(const Tensor& t) {
   return static_cast<const S*>(t.const_data_ptr());
+}
+
+template <class S>
+S* results_of(const Tensor& t) {
+  return static_cast<S*>(t.data_ptr());
+}
+
+template <class S>
+ScanMarks<S> ScanLayerArguments::marks() const {
+  return {values_of<std::int64_t>(lengths), values_of<std::uint8_t>(resets), values_of<S>(reset_h),
+          reset_stride_};
+}
+template <class S>
+void ScanLayerArguments::fill(ScanInput<S> (&in)[kMostScanInputs]) const {
+  const S *data = values_of<S>(pre), *b = values_of<S>(bias);
+  for (int64_t i = 0; i < gates; ++i)
+    in[i] = {data + i * units, gates * units, b == nullptr ? nullptr : b + i * units};
+  if (x) in[gates] = {values_of<S>(x), units, nullptr};
 }
 
 // Runs function(tag) with the type that a dtype has in memory.

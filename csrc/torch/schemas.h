@@ -166,4 +166,20 @@ constexpr const char* kScanGradientsSchema =
     "linear_scan_gradients(Tensor d_h, Tensor a, Tensor h, Tensor? h0, bool reverse, bool needs_a) "
     "-> (Tensor d_a, Tensor d_b, Tensor d_h0)";
 
+// One direction of a layer whose cell is linear in the state (cells/scan_registry.h), after its
+// product. pre [T, B, G*H], bias [G*H], x [T, B, H] of a cell whose output mixes it in, h0 [B, H].
+// lengths int64 [B], resets bool [T, B] and reset_h [1 or T, B, H]: see problem/scan.h. states
+// [T, B, H] is a placeholder unless the cell has an output and `saves`; else y holds the states.
+constexpr const char* kScanLayerSchema =
+    "scan_layer(Tensor pre, Tensor? bias, Tensor? x, Tensor? h0, Tensor? lengths, Tensor? resets, "
+    "Tensor? reset_h, str cell, bool positive, bool reverse, bool saves) "
+    "-> (Tensor y, Tensor h_n, Tensor states)";
+// Its gradients, without that of bias, the sum of d_pre. d_x and d_reset_h are placeholders where
+// there is no x or reset_h; d_reset_h has the type in which the kernels add.
+constexpr const char* kScanLayerGradientsSchema =
+    "scan_layer_gradients(Tensor d_y, Tensor? d_h_n, Tensor pre, Tensor? bias, Tensor? x, "
+    "Tensor states, Tensor? h0, Tensor? lengths, Tensor? resets, Tensor? reset_h, str cell, "
+    "bool positive, bool reverse) "
+    "-> (Tensor d_pre, Tensor d_x, Tensor d_h0, Tensor d_reset_h)";
+
 }  // namespace fastrnn

@@ -29,22 +29,24 @@ from fastrnn.engine.ragged import (
     check_resets,
     check_values,
 )
-from fastrnn.ops import scan
+from fastrnn.ops import ScanCall, ScanInputs, scan_layer
 from fastrnn.ops.segments import Ragged
 from fastrnn.tracing import size, without_tracing
 
 __all__ = ["SRU", "MinGRU", "MinLSTM"]
 
-_Layer = TypeVar("_Layer", bound="_LinearTime")
+_Layer = TypeVar("_Layer", bound="LinearTime")
 
 
-class _LinearTime(nn.Module):
+class LinearTime(nn.Module):
     """Stacked layers with the state h_t = a_t * h_{t-1} + b_t; a and b depend on the input only.
 
-    A subclass computes a, b and the output from one product W_ih x + b_ih per step.
+    One product W_ih x serves all steps of a direction; `fastrnn.ops.scan_layer` does the rest.
     """
 
+    _cell: ClassVar[str]  # its name for `scan_layer`
     _gates: ClassVar[int]  # G, rows of w_ih divided by H
+    positive = False
 
     def __init__(
         self,
@@ -125,14 +127,6 @@ class _LinearTime(nn.Module):
                 text += f", {name}={getattr(self, name)}"
         return text
 
-    def _coefficients(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns a and b [T,B,H] from the products [T,B,G*H]."""
-        raise NotImplementedError
-
-    def _output(self, state: Tensor, pre: Tensor, x: Tensor) -> Tensor:
-        """Returns the output of all steps."""
-        return state
-
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -188,23 +182,19 @@ class _LinearTime(nn.Module):
         """Runs a padded batch [T,B,I], or [B,T,I] with ``batch_first``."""
         x = input.transpose(0, 1) if self.batch_first else input
         steps, batch, _ = x.shape
-        like = x.new_zeros(self.num_layers * self._directions, batch, self.hidden_size)
-        h0 = like
-        if hx is not None:
-            without_tracing(self._check_state, hx, like)
-            h0 = hx
-        without_tracing(self._check_marks, x, like, marks)
+        if hx is not None or any(mark is not None for mark in marks):
+            like = x.new_empty(self.num_layers * self._directions, batch, self.hidden_size)
+            if hx is not None:
+                without_tracing(self._check_state, hx, like)
+            without_tracing(self._check_marks, x, like, marks)
         lengths, resets, reset_state = marks
-        ends, starts = None, None
         if lengths is not None:
-            ends = torch.arange(steps, device=x.device).unsqueeze(1) >= lengths.to(x.device)
-            ends = ends.unsqueeze(-1)
-            x = x.masked_fill(ends, 0)  # a NaN would reach the gradients as 0 * NaN
+            lengths = lengths.to(x.device, torch.int64)
+            ends = torch.arange(steps, device=x.device).unsqueeze(1) >= lengths
+            x = x.masked_fill(ends.unsqueeze(-1), 0)  # a NaN would reach the gradients as 0 * NaN
         if resets is not None:
-            starts = resets if resets.dim() == 3 else resets.unsqueeze(-1)
-            starts = (starts.transpose(0, 1) if self.batch_first else starts).to(x.device) != 0
-            if ends is not None:
-                starts = starts & ~ends
+            resets = resets.squeeze(-1) if resets.dim() == 3 else resets
+            resets = (resets.transpose(0, 1) if self.batch_first else resets).to(x.device) != 0
         h_n = []
         for layer in range(self.num_layers):
             if layer > 0 and self.training and self.dropout != 0:  # torch raises for a wrong number
@@ -213,13 +203,14 @@ class _LinearTime(nn.Module):
             for direction, suffix in enumerate(self._suffixes(layer)):
                 index = layer * self._directions + direction
                 new = None if reset_state is None else reset_state[..., index, :, :]
-                output, h = self._run_direction(
-                    x, suffix, h0[index], direction == 1, ends, starts, new
-                )
+                call = ScanCall(self._cell, self.positive, direction == 1, lengths, resets)
+                h0 = None if hx is None else hx[index]
+                output, h = self._run_direction(x, suffix, call, h0, new)
                 outputs.append(output)
                 h_n.append(h)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        return x.transpose(0, 1) if self.batch_first else x, torch.stack(h_n)
+        final = h_n[0].unsqueeze(0) if len(h_n) == 1 else torch.stack(h_n)
+        return x.transpose(0, 1) if self.batch_first else x, final
 
     def _check_state(self, hx: Any, like: Tensor) -> None:
         name = type(self).__name__
@@ -262,38 +253,28 @@ class _LinearTime(nn.Module):
         self,
         x: Tensor,
         suffix: str,
-        h0: Tensor,
-        reverse: bool,
-        ends: Tensor | None,
-        starts: Tensor | None,
+        call: ScanCall,
+        h0: Tensor | None,
         reset_state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Runs one direction of one layer.
 
         Args:
-            ends: bool [T,B,1], the steps beyond a row's length.
-            starts: bool [T,B,1], the steps before which the state is reset, in the order of the
-                direction; none of ``ends``.
-            reset_state: [B,H] or [T,B,H], the state before such a step; None: zeros.
+            reset_state: [1 or B,H] or [T,1 or B,H], the states after resets; None: zeros.
         """
-        bias = getattr(self, f"bias_ih_{suffix}") if self.bias else None
-        pre = F.linear(x, getattr(self, f"weight_ih_{suffix}"), bias)
-        a, b = self._coefficients(pre)
-        if starts is not None:
-            if reset_state is not None:
-                # zeros elsewhere: a NaN of another step would reach the gradients as 0 * NaN
-                b = b + a * torch.where(starts, reset_state.to(a.dtype), 0)
-            a = a.masked_fill(starts, 0)
-        if ends is not None:
-            a, b = a.masked_fill(ends, 1), b.masked_fill(ends, 0)
-        h0 = h0.to(a.dtype)
-        state = scan(a, b, h0, reverse)
-        output = self._output(state, pre, x)
-        if ends is not None:
-            output = output.masked_fill(ends, 0)
-        if size(x, 0) == 0:
-            return output, h0
-        return output, state[0] if reverse else state[-1]
+        pre = F.linear(x, getattr(self, f"weight_ih_{suffix}"))
+        bias = getattr(self, f"bias_ih_{suffix}").to(pre.dtype) if self.bias else None
+        is_mixed_in = self._cell == "sru" and size(x, -1) == self.hidden_size
+        if h0 is not None:
+            h0 = h0.to(pre.dtype)
+        if reset_state is not None:
+            new = reset_state if reset_state.dim() == 3 else reset_state.unsqueeze(0)
+            reset_state = new.expand(-1, x.shape[1], -1).to(pre.dtype)
+        own = ScanInputs(pre, bias, x if is_mixed_in else None, h0, reset_state)
+        return self._scan(call, own)
+
+    def _scan(self, call: ScanCall, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+        return scan_layer(call, inputs)
 
 
 _ARGUMENTS = """
@@ -310,8 +291,9 @@ _ARGUMENTS = """
     Inputs:
         input: [T,B,I], unbatched [T,I], or a `PackedSequence`.
         hx: [L*D,B,H] or unbatched [L*D,H]; zeros if omitted.
-        lengths, resets, reset_state: keyword only, as in `fastrnn.GRU`, except that a reset
-            multiplies the state by 0, which does not remove NaN or infinity from it.
+        lengths, resets, reset_state: keyword only, as in `fastrnn.GRU`. Where torch's operations
+            compute the layer (`fastrnn.explain` reports it), a reset multiplies the state by 0,
+            which does not remove NaN or infinity from it.
 
     Outputs:
         output: [T,B,D*H], [T,D*H] or a `PackedSequence`.
@@ -322,7 +304,7 @@ _ARGUMENTS = """
 
     Parameters: ``weight_ih_l[k]`` [G*H,I] and ``bias_ih_l[k]`` [G*H], with ``_reverse`` for the
     second direction, uniform from -1/sqrt(H) to 1/sqrt(H). There is no ``weight_hh``: one product
-    serves all steps, and `fastrnn.functional.linear_scan` runs the recurrence.
+    serves all steps, and one operator computes the gates, the recurrence and the output.
 """
 
 
@@ -337,12 +319,7 @@ def _documented(source: str) -> Callable[[type[_Layer]], type[_Layer]]:
     return decorate
 
 
-def _positive(x: Tensor) -> Tensor:
-    """Returns g of Feng et al.: x + 0.5 for x >= 0, else sigmoid(x)."""
-    return torch.where(x >= 0, x + 0.5, x.sigmoid())
-
-
-class _Minimal(_LinearTime):
+class _Minimal(LinearTime):
     """The two layers of Feng et al."""
 
     def __init__(self, *args: Any, positive: bool = False, **kwargs: Any) -> None:
@@ -355,9 +332,6 @@ class _Minimal(_LinearTime):
     def extra_repr(self) -> str:
         """Returns the constructor's arguments."""
         return super().extra_repr() + (", positive=True" if self.positive else "")
-
-    def _candidate(self, pre: Tensor) -> Tensor:
-        return _positive(pre) if self.positive else pre
 
 
 @_documented("L. Feng et al., Were RNNs All We Needed? (2024), without and with g.")
@@ -372,12 +346,8 @@ class MinGRU(_Minimal):
     compute in log space; the scan here needs no logarithms. Default: ``False``
     """
 
+    _cell = "min_gru"
     _gates = 2
-
-    def _coefficients(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        z, candidate = pre.chunk(2, -1)
-        z = z.sigmoid()
-        return 1 - z, z * self._candidate(candidate)
 
 
 @_documented("L. Feng et al., Were RNNs All We Needed? (2024), the normalised form.")
@@ -391,17 +361,12 @@ class MinLSTM(_Minimal):
     ``positive`` is keyword only, as in `MinGRU`. Default: ``False``
     """
 
+    _cell = "min_lstm"
     _gates = 3
-
-    def _coefficients(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        f, i, candidate = pre.chunk(3, -1)
-        # f/(f+i) = sigmoid(log f - log i), which is no 0/0 where both gates are 0
-        share = (F.softplus(-i) - F.softplus(-f)).sigmoid()
-        return share, (1 - share) * self._candidate(candidate)
 
 
 @_documented("T. Lei et al., Training RNNs as Fast as CNNs (2017).")
-class SRU(_LinearTime):
+class SRU(LinearTime):
     """The simple recurrent unit without recurrent vectors (G = 3: candidate, f, r).
 
         c = W_c x + b_c    f = sigmoid(W_f x + b_f)    r = sigmoid(W_r x + b_r)
@@ -413,18 +378,8 @@ class SRU(_LinearTime):
     recurrence is not linear in s, so no scan computes it, and this layer does not have v.
     """
 
+    _cell = "sru"
     _gates = 3
 
     def _rows(self, columns: int) -> int:
         return (3 if columns == self.hidden_size else 4) * self.hidden_size
-
-    def _coefficients(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        candidate, f = pre[..., : 2 * self.hidden_size].chunk(2, -1)
-        f = f.sigmoid()
-        return f, (1 - f) * candidate
-
-    def _output(self, state: Tensor, pre: Tensor, x: Tensor) -> Tensor:
-        units = self.hidden_size
-        r = pre[..., 2 * units : 3 * units].sigmoid()
-        skipped = x if size(pre, -1) == 3 * units else pre[..., 3 * units :]
-        return r * state + (1 - r) * skipped

@@ -16,20 +16,32 @@ from fastrnn.ops.operators import (
 from fastrnn.ops.ragged import ragged_layer
 from fastrnn.ops.recompute import recomputed_layer, recomputes
 from fastrnn.ops.scan import scan
+from fastrnn.ops.scan_layer import (
+    ScanCall,
+    ScanInputs,
+    composite_scan_layer,
+    reason_against_kernels,
+    scan_layer,
+)
 
 __all__ = [
     "DEVICES",
     "DTYPES",
     "HALF",
+    "ScanCall",
+    "ScanInputs",
     "captured_layer",
     "composite_layer",
+    "composite_scan_layer",
     "forward_op",
     "infer_stack",
     "kernel_layer",
     "ragged_layer",
     "raise_unless_rejected",
+    "reason_against_kernels",
     "recomputed_layer",
     "recomputes",
     "records_gradient",
     "scan",
+    "scan_layer",
 ]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn import _library
 from fastrnn._torch_internals import AutoDispatchBelowAutograd, are_transforms_active, forward_ad
 from fastrnn.ops.autograd import implementations
 from fastrnn.ops.gradients import is_transformed
@@ -196,5 +197,6 @@ def _gradients_fake(
 torch.library.register_fake("fastrnn::linear_scan", _fake)
 torch.library.register_fake("fastrnn::linear_scan_gradients", _gradients_fake)
 implementations.impl("linear_scan", _autograd, "Autograd")
-implementations.impl("linear_scan", scan_by_steps, "CUDA")
-implementations.impl("linear_scan_gradients", _gradients_by_steps, "CUDA")
+if not _library.cuda_kernels:
+    implementations.impl("linear_scan", scan_by_steps, "CUDA")
+    implementations.impl("linear_scan_gradients", _gradients_by_steps, "CUDA")

@@ -233,3 +233,17 @@ def test_autocast_on_the_cpu_gives_its_type_and_the_reason(
         found = explained(module.float(), x)
         assert found.autocast == "float32: no instruction of this CPU multiplies pairs of bfloat16"
     assert explained(module, x).autocast == ""
+
+
+def test_layers_that_are_linear_in_time() -> None:
+    module, x = fastrnn.SRU(3, 3), torch.randn(X)
+    found = explained(module, x)
+    assert str(found) == "sru, 1 layer(s) of [5, 2, 9] float32 cpu after the product: scan kernels"
+    with torch.autocast("cpu", torch.bfloat16):
+        found = explained(module, x)
+    assert found.backend == composite.NAME
+    assert "autocast changes the type" in found.skipped["scan kernels"]
+    reasons = []
+    torch.func.vmap(lambda own: reasons.append(explained(module, own)) or own)(x.unsqueeze(0))
+    assert reasons[0].skipped == {"scan kernels": "a transform of torch.func is active"}
+    assert "_scan" not in vars(module)

@@ -173,17 +173,24 @@ def test_a_state_of_a_step_without_a_reset_has_no_effect(name: str) -> None:
     assert_same_in_double(got, run(0.0))
 
 
-def test_a_reset_keeps_nan() -> None:
-    """The documented limit: a GRU replaces its state, a scan multiplies it by 0."""
+def test_a_reset_removes_nan() -> None:
+    """The kernels replace a state, as those of a GRU; torch's operations multiply it by 0."""
     x = torch.randn(T, B, IN)
     x[1, 0] = float("nan")
     resets = torch.zeros(T, B)
     resets[3] = 1
-    output, _ = fastrnn.MinGRU(IN, H)(x, resets=resets)
+    for layer in (fastrnn.MinGRU(IN, H), fastrnn.GRU(IN, H)):
+        output, _ = layer(x, resets=resets)
+        assert output[1:3, 0].isnan().all()
+        assert output[3:].isfinite().all()
+    layer = fastrnn.MinGRU(IN, H)
+    parameters = dict(layer.named_parameters())
+    run = torch.func.vmap(
+        lambda own: torch.func.functional_call(layer, parameters, (own,), {"resets": resets})[0]
+    )
+    output = run(x.unsqueeze(0))[0]
     assert output[3:, 0].isnan().all()
     assert output[:, 1:].isfinite().all()
-    output, _ = fastrnn.GRU(IN, H)(x, resets=resets)
-    assert output[3:].isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -111,3 +111,27 @@ def test_captured_graphs_count_once() -> None:
     assert count(lambda: exported(x)) == expected
     with torch.no_grad():
         assert count(lambda: exported(x)) == expected
+
+
+@pytest.mark.parametrize("options", [{"layer_norm": True}, {"zoneout": 0.1}], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_options_of_the_cell(name: str, options: dict[str, Any]) -> None:
+    """The products are those of a plain layer."""
+    plain, module = (getattr(fastrnn, name)(5, 7, 2, **own) for own in ({}, options))
+    x = torch.randn(6, 3, 5, requires_grad=True)
+    assert count(lambda: module(x)) == count(lambda: plain(x)) > 0
+    backward, expected = (
+        count(lambda own=own: own(x)[0].sum().backward()) for own in (module, plain)
+    )
+    assert backward == expected
+
+
+def test_layers_that_are_linear_in_time() -> None:
+    """The scan counts as elementwise operations do; the product of the input as torch's."""
+    x = torch.randn(6, 3, 5)
+    product = 2 * 6 * 3 * 5 * 2 * 7
+    module = fastrnn.MinGRU(5, 7)
+    assert count(lambda: module(x)) == product
+    assert count(lambda: module(x)[0].sum().backward()) == 2 * product  # and that of w_ih
+    a = torch.ones(6, 3)
+    assert count(lambda: fastrnn.functional.linear_scan(a, a)) == 0

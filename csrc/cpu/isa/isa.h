@@ -45,12 +45,15 @@ struct PeakLoop {
   double flops_per_round;
 };
 
-// The kernels of a linear recurrence (cpu/kernels/scan/scan.h). A part is a range of columns for a
-// range of steps in the order of the pass. A state, and what the others write, is an array of the
-// part's columns.
+// The kernels of a linear recurrence (cpu/kernels/scan/scan.h). The units of each sequence are
+// divided into blocks, of which the last one may be smaller. A part is a range of blocks of all
+// sequences for a range of steps in the order of the pass. A state, and what `summarize` writes, is
+// an array of kScanBlock values for each block of the part.
+constexpr std::int64_t kScanBlock = 32;
 struct ScanPart {
-  std::int64_t first_column, columns;
+  std::int64_t first_block, blocks;
   std::int64_t first_step, steps;
+  bool streams;  // whether results are stored past the caches
 };
 template <class Problem, class Value>
 struct ScanKernels {
@@ -59,16 +62,20 @@ struct ScanKernels {
   // Writes the state after a part that starts with zeros, and the product of a over its steps.
   void (*summarize)(const Problem&, const ScanPart&, Value* state, Value* product);
 };
-template <class S, class Value>
+template <class S>
 struct ScanPasses {
-  ScanKernels<Scan<S>, Value> forward;
-  ScanKernels<ScanGradients<S>, Value> gradients;
+  ScanKernels<Scan<S>, ScanSum<S>> forward;
+  ScanKernels<ScanGradients<S>, ScanSum<S>> gradients;
+};
+template <class S>
+struct ScanTable {
+  ScanPasses<S> of[kScanCellCount];  // by ScanCell
 };
 struct ScanTypes {
-  ScanPasses<float, float> of_float;
-  ScanPasses<double, double> of_double;
-  ScanPasses<Bfloat16, float> of_bfloat16;
-  ScanPasses<Float16Value, float> of_float16;
+  ScanTable<float> of_float;
+  ScanTable<double> of_double;
+  ScanTable<Bfloat16> of_bfloat16;
+  ScanTable<Float16Value> of_float16;
 };
 
 // Time loops with options (cpu/kernels/recurrence/table.h); null for cells without kernels.

@@ -62,9 +62,9 @@
 
 // Cells are templates over the vector type, so their instances belong to the instruction set.
 FASTRNN_TARGET_BEGIN
-#include "cells/linear_scan.h"
 #include "cells/loop_cells.h"
 #include "cells/registry.h"
+#include "cells/scan_registry.h"
 FASTRNN_TARGET_END
 
 #include "cpu/isa/isa.h"

@@ -910,16 +910,80 @@ void check_scan(std::int64_t steps, std::int64_t columns, bool reverse, bool fro
     Matrix<T> h_out(steps, columns, columns), d_a_out = h_out, d_b_out = h_out,
                                               d_h0_out(1, columns, columns);
     const T* first = from_zeros ? nullptr : h0_in.data();
-    cpu::scan(fastrnn::Scan<T>{shape, a_in.data(), b_in.data(), first, h_out.data()}, threads,
-              on_threads);
+    cpu::scan(fastrnn::linear_scan<T>(shape, a_in.data(), b_in.data(), first, h_out.data()),
+              threads, on_threads);
     h_out.check(h, error, "h " + name);
     T* d_a_data = needs_d_a ? d_a_out.data() : nullptr;
-    cpu::scan_gradients(fastrnn::ScanGradients<T>{shape, d_h_in.data(), a_in.data(), h_in.data(),
-                                                  first, d_a_data, d_b_out.data(), d_h0_out.data()},
-                        threads, on_threads);
+    cpu::scan_gradients(
+        fastrnn::linear_scan_gradients<T>(shape, d_h_in.data(), a_in.data(), h_in.data(), first,
+                                          d_a_data, d_b_out.data(), d_h0_out.data()),
+        threads, on_threads);
     if (needs_d_a) d_a_out.check(d_a, error, "d_a " + name);
     d_b_out.check(d_b, error, "d_b " + name);
     d_h0_out.check(d_h0, error, "d_h0 " + name);
+  }
+}
+
+// Cells of layers that are linear in time, with lengths, resets and bias: all numbers of threads
+// agree, bit for bit where no chunks of steps are.
+template <class T>
+void check_scan_cell(fastrnn::ScanCell cell, std::int64_t steps, std::int64_t batch,
+                     std::int64_t units, bool reverse) {
+  std::mt19937 engine{std::uint32_t(steps * 31 + units)};
+  std::uniform_real_distribution<double> uniform(-1.0, 1.0);
+  const auto draw = [&](std::int64_t rows, std::int64_t columns) {
+    Values values(std::size_t(rows * columns));
+    for (double& value : values) value = uniform(engine);
+    return Matrix<T>(values, rows, columns);
+  };
+  const std::int64_t inputs = fastrnn::kScanCells[int(cell)].inputs, width = inputs * units;
+  const std::int64_t rows = steps * batch, columns = batch * units;
+  const Matrix<T> pre = draw(rows, width), bias = draw(1, width), d_y = draw(rows, units);
+  const Matrix<T> h0 = draw(batch, units), d_h_n = draw(batch, units), reset_h = draw(rows, units);
+  std::vector<std::int64_t> lengths(batch, steps);
+  lengths.back() = steps / 2;
+  std::vector<std::uint8_t> resets(rows);
+  for (std::uint8_t& reset : resets) reset = uniform(engine) > 0.5;
+
+  std::vector<Matrix<T>> expected;
+  for (const int threads : thread_counts()) {
+    const Matrix<T> empty(rows, units, units), state(batch, units, units);
+    Matrix<T> h = empty, y = empty, h_n = state, d_pre(rows, width, width), d_h0 = state;
+    Matrix<fastrnn::ScanSum<T>> d_reset_h(Values(std::size_t(rows * units), 0.0), rows, units);
+    const auto fill = [&](auto& problem) {
+      problem.shape = {steps, columns, reverse, batch};
+      problem.cell = cell;
+      problem.positive = reverse;
+      for (std::int64_t i = 0; i < inputs; ++i)
+        problem.in[i] = {pre.data() + i * units, width, bias.data() + i * units};
+      problem.h0 = h0.data();
+      problem.h = h.data();
+      problem.marks = {lengths.data(), resets.data(), reset_h.data(), columns};
+    };
+    fastrnn::Scan<T> forward{};
+    fill(forward);
+    forward.y = y.data();
+    forward.h_n = h_n.data();
+    cpu::scan(forward, threads, on_threads);
+    fastrnn::ScanGradients<T> backward{};
+    fill(backward);
+    backward.d_y = d_y.data();
+    backward.d_h_n = d_h_n.data();
+    for (std::int64_t i = 0; i < inputs; ++i) backward.d_in[i] = {d_pre.data() + i * units, width};
+    backward.d_h0 = d_h0.data();
+    backward.d_reset_h = d_reset_h.data();
+    cpu::scan_gradients(backward, threads, on_threads);
+    if (!fastrnn::kScanCells[int(cell)].has_output) y = h;
+    std::vector<Matrix<T>> results{h, y, h_n, d_pre, d_h0};
+    if (expected.empty()) expected = results;
+    for (std::size_t k = 0; k < results.size(); ++k) {
+      const Matrix<T>& want = expected[k];
+      Values values;
+      const std::int64_t count = k == 2 || k == 4 ? columns : k == 3 ? rows * width : rows * units;
+      for (std::int64_t i = 0; i < count; ++i) values.push_back(to_double(want.data()[i]));
+      results[k].check(values, sizeof(T) == 8 ? 1e-9 : 1e-2,
+                       "result " + std::to_string(k) + " of a cell of scans");
+    }
   }
 }
 
@@ -931,12 +995,21 @@ void check_scans() {
   check_scan<T>(5, 4099, true, true, false);  // states in a buffer
   constexpr std::int64_t kFewColumns = 288 / sizeof(T);
   const int most = thread_counts().back();
-  if (cpu::make_scan_plan({63, 9000, false}, sizeof(T), most).groups < 2)
+  if (cpu::make_scan_plan({63, 9000, false}, fastrnn::ScanCell::kLinear, sizeof(T), most).groups <
+      2)
     fail("no scan is divided into groups of columns");
-  if (most > 2 && cpu::make_scan_plan({9000, kFewColumns, true}, sizeof(T), most).chunks < 2)
+  if (most > 2 &&
+      cpu::make_scan_plan({9000, kFewColumns, true}, fastrnn::ScanCell::kLinear, sizeof(T), most)
+              .chunks < 2)
     fail("no scan is divided into chunks of steps");
   check_scan<T>(63, 9000, false, false, true);
   check_scan<T>(9000, kFewColumns, true, false, true);
+  using fastrnn::ScanCell;
+  for (const ScanCell cell : {ScanCell::kMinGru, ScanCell::kMinLstm, ScanCell::kSru}) {
+    check_scan_cell<T>(cell, 7, 3, 37, false);
+    check_scan_cell<T>(cell, 200, 5, 131, true);   // groups of columns
+    check_scan_cell<T>(cell, 6000, 2, 11, false);  // chunks of steps, forward
+  }
 }
 
 // Calls from two threads at once, as from two threads of Python.

@@ -17,6 +17,36 @@ FASTRNN_INLINE void store_values(Pack<T> values, T* to, std::int64_t lanes) {
   values.store(to, lanes);
 }
 
+// Stores a whole vector past the caches, for results that do not fit them. `to` is aligned to a
+// vector. (aarch64: an ordinary store.)
+template <class T>
+FASTRNN_INLINE void stream_values(Pack<T> values, T* to) {
+#if FASTRNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    _mm512_stream_ps(to, values.v);
+  else
+    _mm512_stream_pd(to, values.v);
+#elif FASTRNN_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    _mm256_stream_ps(to, values.v);
+  else
+    _mm256_stream_pd(to, values.v);
+#elif defined(__x86_64__)
+  if constexpr (sizeof(T) == 4)
+    _mm_stream_ps(to, values.v);
+  else
+    _mm_stream_pd(to, values.v);
+#else
+  values.store(to);
+#endif
+}
+// Orders the streamed stores of a thread before what it does next.
+FASTRNN_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 #if FASTRNN_VECTOR_BYTES >= 32
 #if FASTRNN_VECTOR_BYTES == 64
 FASTRNN_INLINE __mmask16 first_halves(std::int64_t lanes) { return __mmask16((1u << lanes) - 1); }
