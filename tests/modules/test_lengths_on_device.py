@@ -202,7 +202,7 @@ def fake_marks(cell: str, names: set[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("marks", MARKS, ids=lambda names: ", ".join(sorted(names)))
 @pytest.mark.parametrize("returned", [{}, {"return_all_states": True, "return_gates": True}])
-@pytest.mark.parametrize("cell", ["rnn_relu", "gru", "projected"])
+@pytest.mark.parametrize("cell", ["gru", "projected"])
 def test_no_call_reads_a_value(
     cell: str, returned: dict[str, bool], marks: set[str], without_values: FakeTensorMode
 ) -> None:
@@ -218,7 +218,7 @@ def test_no_call_reads_a_value(
 
 
 @pytest.mark.parametrize("marks", MARKS, ids=lambda names: ", ".join(sorted(names)))
-@pytest.mark.parametrize("cell", ["rnn_relu", "gru", "projected"])
+@pytest.mark.parametrize("cell", ["gru", "projected"])
 def test_recomputation_reads_no_value(
     cell: str, marks: set[str], without_values: FakeTensorMode
 ) -> None:
