@@ -20,8 +20,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastrnn.checks import describe
-
 __all__ = ["chrono_", "forget_bias_", "identity_", "orthogonal_"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,7 +101,7 @@ def chrono_(module: M, t_max: float, *, generator: torch.Generator | None = None
     cell = _cell(function, module, ("lstm", "gru"), "an LSTM, GRU, LSTMCell or GRUCell")
     if not (_is_finite(t_max) and t_max >= 2):
         raise ValueError(
-            f"{function}: t_max must be a number of steps of at least 2, got {describe(t_max)}."
+            f"{function}: t_max must be a number of steps of at least 2, got {t_max!r}."
         )
     for b_ih, b_hh in _biases(function, module):
         dtype = _at_least_float32(b_ih.dtype)
@@ -196,7 +194,7 @@ def _is_finite(value: Any) -> bool:
 
 def _check_finite(function: str, argument: str, value: Any) -> None:
     if not _is_finite(value):
-        raise ValueError(f"{function}: {argument} must be a finite number, got {describe(value)}.")
+        raise ValueError(f"{function}: {argument} must be a finite number, got {value!r}.")
 
 
 def _cell(
