@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastrnn.checks import describe
 from fastrnn.spec import without_variant
 
 __all__ = ["chrono_", "forget_bias_", "identity_", "orthogonal_"]
@@ -108,7 +107,7 @@ def chrono_(module: M, t_max: float, *, generator: torch.Generator | None = None
     cell = _cell(function, module, cells, "an LSTM, GRU, JANET, LiGRU, LSTMCell or GRUCell")
     if not (_is_finite(t_max) and t_max >= 2):
         raise ValueError(
-            f"{function}: t_max must be a number of steps of at least 2, got {describe(t_max)}."
+            f"{function}: t_max must be a number of steps of at least 2, got {t_max!r}."
         )
     for b_ih, b_hh in _biases(function, module):
         dtype = _at_least_float32(b_ih.dtype)
@@ -205,7 +204,7 @@ def _is_finite(value: Any) -> bool:
 
 def _check_finite(function: str, argument: str, value: Any) -> None:
     if not _is_finite(value):
-        raise ValueError(f"{function}: {argument} must be a finite number, got {describe(value)}.")
+        raise ValueError(f"{function}: {argument} must be a finite number, got {value!r}.")
 
 
 def _cell(

@@ -177,6 +177,11 @@ def test_wrong_argument_is_a_one_line_error(
     assert not (tmp_path / "charlm-run").exists()
 
 
+def test_an_empty_encoding_is_a_one_line_error(run: Run) -> None:
+    for arguments in (("--text", "text", "--encoding", ""), ("--encoding", "")):
+        assert_one_line_error(run("charlm", *arguments), "--encoding")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_missing_gpu_is_a_one_line_error(run: Run) -> None:
     assert_one_line_error(
