@@ -190,24 +190,22 @@ def parse(
 def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -> None:
     """Raises if the module has another option that excludes these."""
     name = type(module).__name__
-    exclusions: list[tuple[str, Any, Any, str]] = []
-    if options.heads > 1:
-        heads = f"heads={options.heads}"
-        exclusions += [
-            ("proj_size", module.proj_size, 0, heads),
-            ("layer_norm", options.layer_norm, False, heads),
-        ]
-    if options.changes_the_cell(training=True):
-        exclusions.append(("recompute", recompute, "none", options.describe()))
-    if options.layer_norm or any(options.zoneout) or options.recurrent_dropout > 0:
-        exclusions.append(("proj_size", module.proj_size, 0, options.describe()))
+    # no text is made unless there is an error: compiled code cannot make that of a float
     if options.proj_clip is not None and module.proj_size == 0:
         raise ValueError(
             f"{name}: proj_size must be positive with proj_clip={options.proj_clip}, got 0."
         )
-    for other, value, expected, option in exclusions:
-        if value != expected:
-            raise ValueError(f"{name}: {other} must be {expected!r} with {option}, got {value!r}.")
+    if options.heads > 1 and options.layer_norm:
+        raise ValueError(f"{name}: heads must be 1 with layer_norm=True, got {options.heads}.")
+    is_regularised = options.layer_norm or any(options.zoneout) or options.recurrent_dropout > 0
+    for applies, other, value, expected in (
+        (options.heads > 1 or is_regularised, "proj_size", module.proj_size, 0),
+        (options.changes_the_cell(training=True), "recompute", recompute, "none"),
+    ):
+        if applies and value != expected:
+            raise ValueError(
+                f"{name}: {other} must be {expected!r} with {options.describe()}, got {value!r}."
+            )
 
 
 def reject(owner: str, module: Any, training: bool = False) -> None:
