@@ -237,14 +237,14 @@ def check_together(module: nn.RNNBase, options: ModuleOptions, recompute: Any) -
             f"{name}: {kind} must have no layer_norm, no zoneout and no recurrent_dropout, got "
             f"{options.describe()}."
         )
-    # `describe` is slow, and a layer checks its options at each call
+    # no text is made unless there is an error: compiled code cannot make that of a float
     without_matrix, heads = "a cell that has no recurrent matrix", f"heads={options.heads}"
     keeps_size = options.layer_norm or any(options.zoneout) or options.recurrent_dropout > 0
     for applies, other, value, expected, option in (
         (not spec.dense, "weight_dropout", options.weight_dropout, 0, without_matrix),
         (not spec.dense, "heads", options.heads, 1, without_matrix),
         (options.layer_norm, "coupled_gates", options.coupled_gates, False, "layer_norm=True"),
-        (options.heads > 1, "layer_norm", options.layer_norm, False, heads),
+        (options.layer_norm, "heads", options.heads, 1, "layer_norm=True"),
         (options.heads > 1, "proj_size", module.proj_size, 0, heads),
         (keeps_size, "proj_size", module.proj_size, 0, ""),
         (changes, "recompute", recompute, "none", ""),
