@@ -12,8 +12,8 @@ inline constexpr int kMostScanInputs = 4;
 
 // The order of the steps: step 0 is the first one in time, or the last one if `reverse`.
 struct ScanShape {
-  std::int64_t steps, columns;  // columns: B*H
-  bool reverse;
+  std::int64_t steps = 0, columns = 0;  // columns: B*H
+  bool reverse = false;
   std::int64_t batch = 1;
   std::int64_t units = columns / batch;  // H; kept, because GPUs divide slowly
 
