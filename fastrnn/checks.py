@@ -249,7 +249,8 @@ def _search_layer(module: Any, input: Any, hx: Any) -> None:
     _check_dense(owner, "data" if packed else "input", x)
     spec = BY_MODE.get(module.mode)
     if spec is None:
-        _wrong(ValueError, owner, "mode", f"one of {', '.join(BY_MODE)}", describe(module.mode))
+        modes = ", ".join(mode for mode, spec in BY_MODE.items() if not spec.defined)
+        _wrong(ValueError, owner, "mode", f"one of {modes}", describe(module.mode))
     if spec.cell_states > 1:
         raise _AlreadyClear  # a tuple of more than two states, which the module has checked
     states: list[tuple[str, Tensor]] = []

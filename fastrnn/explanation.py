@@ -107,10 +107,11 @@ def explain(module: nn.Module, input: torch.Tensor | PackedSequence, hx: Any = N
         plans = _plans(call) if chosen in (kernels, stacked_kernels, captured) else []
         raise _Chosen(Explanation(choose.describe(call), chosen.NAME, dict(skipped), casts, plans))
 
-    data = input.data if isinstance(input, PackedSequence) else input
+    data: Any = input.data if isinstance(input, PackedSequence) else input
+    devices = [data.device] if isinstance(data, torch.Tensor) and data.is_cuda else []
     try:
         # the call may draw a mask of weight dropout before the choice
-        with choose.watched(watch), torch.random.fork_rng([data.device] if data.is_cuda else []):
+        with choose.watched(watch), torch.random.fork_rng(devices):
             module.forward(input, hx)
     except _Chosen as chosen:
         return chosen.explanation

@@ -7,7 +7,7 @@ import inspect
 import keyword
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ def define_cell(
 
 
 def _initial_values(parameters: Any) -> dict[str, float]:
-    if isinstance(parameters, str):
+    if isinstance(parameters, str) or not isinstance(parameters, Iterable):
         raise TypeError(f"define_cell: parameters must be a tuple of names, got {parameters!r}.")
     if not isinstance(parameters, Mapping):
         return {}

@@ -916,6 +916,8 @@ class RecurrentBase(nn.RNNBase):
 
         Reads the weights last, because weight dropout then draws a mask.
         """
+        if not torch.compiler.is_compiling():
+            self._update_flat_weights()  # torch's checks read them
         if isinstance(input, PackedSequence):
             marks.check_absent("a PackedSequence")
             return self._run_packed(input, hx, recorder)

@@ -180,6 +180,10 @@ class LinearTime(nn.Module):
 
     def _run(self, input: Tensor, hx: Tensor | None, marks: Marks) -> tuple[Tensor, Tensor]:
         """Runs a padded batch [T,B,I], or [B,T,I] with ``batch_first``."""
+        weight: Any = self.weight_ih_l0
+        if input.device != weight.device:  # torch computes with meta tensors among others
+            name, devices = type(self).__name__, (weight.device, input.device)
+            raise RuntimeError("{}: input must be on {}, got one on {}.".format(name, *devices))
         x = input.transpose(0, 1) if self.batch_first else input
         steps, batch, _ = x.shape
         if hx is not None or any(mark is not None for mark in marks):

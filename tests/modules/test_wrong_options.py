@@ -413,11 +413,12 @@ def tool_rows() -> Iterator[Row]:
     ]:
         yield f"Session({type(value).__name__})", "layer", lambda v=value: fastrnn.Session(v)
         yield f"quantize({type(value).__name__})", "module", lambda v=value: fastrnn.quantize(v)
-        yield (
-            f"explain({type(value).__name__})",
-            "module",
-            lambda v=value: fastrnn.explain(3 if isinstance(v, nn.RNNCellBase) else v, X),
-        )
+        if not isinstance(value, fastrnn.MinGRU):
+            yield (
+                f"explain({type(value).__name__})",
+                "module",
+                lambda v=value: fastrnn.explain(3 if isinstance(v, nn.RNNCellBase) else v, X),
+            )
     for option in [
         {"bidirectional": True},
         {"layer_norm": True},
