@@ -6,6 +6,9 @@
 First the driver makes one mistake of each kind on purpose, and the sanitizer must report it. Then
 the driver compares every layer with plain loops, and the sanitizer must report nothing. Needs no
 torch.
+
+On a CPU with AVX-512, AVX2 is left out, because its kernels are the same templates between the
+widest and the narrowest vectors, and a third of the time is spent on each.
 """
 
 from __future__ import annotations
@@ -42,20 +45,25 @@ SANITIZERS = {
 }
 
 
+def leaves_out_avx2() -> bool:
+    return " avx512f " in Path("/proc/cpuinfo").read_text().replace("\n", " ")
+
+
 def build(sanitizer: Sanitizer, folder: Path) -> Path:
     """Compiles the kernels and the driver into a folder; returns the program."""
-    flags = [*SETUP["CXX_FLAGS"], *SETUP["KERNEL_FLAGS"], "-O1", "-g", *sanitizer.flags]
+    start = [sanitizer.compiler, *SETUP["CXX_FLAGS"], *SETUP["KERNEL_FLAGS"], "-O1", "-g", "-Icsrc"]
     sources = [*SETUP["files"]("csrc/cpu/**/*.cpp"), str(SOURCES / "driver.cpp")]
+    # the largest files first, so that the last ones to end are small
+    sources.sort(key=lambda source: "csrc/cpu/isa/" not in source)
     objects = [str(folder / f"{number}.o") for number in range(len(sources))]
-    start = [sanitizer.compiler, *flags, "-Icsrc"]
-    run_all(
-        [
-            [*start, "-c", source, "-o", target]
-            for source, target in zip(sources, objects, strict=True)
-        ]
-    )
+    commands = []
+    for source, target in zip(sources, objects, strict=True):
+        is_left_out = leaves_out_avx2() and source.endswith("isa/avx2.cpp")
+        flags = [] if is_left_out else sanitizer.flags
+        commands.append([*start, *flags, "-c", source, "-o", target])
+    run_all(commands)
     program = folder / "driver"
-    run_all([[*start, *objects, "-o", str(program)]])
+    run_all([[*start, *sanitizer.flags, *objects, "-o", str(program)]])
     return program
 
 
@@ -82,7 +90,7 @@ def check(name: str, sanitizer: Sanitizer, program: Path) -> bool:
             print(f"{result.stderr}\nThe sanitizer '{name}' did not report '{mistake}'.")
             return False
         print(f"{name}: reports '{mistake}'")
-    result = run(program)
+    result = run(program, *(["--skip", "avx2"] if leaves_out_avx2() else []))
     print(result.stdout + result.stderr, end="")
     if result.returncode != 0:
         print(f"The sanitizer '{name}' ended the driver with status {result.returncode}.")

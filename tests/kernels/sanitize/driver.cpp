@@ -2,7 +2,8 @@
 // (reference.h). `.ci/run sanitize` compiles this program and the kernels with a sanitizer; no
 // torch and no Python are involved.
 //
-//   driver                  all checks; prints what ran, exits with 1 at the first difference
+//   driver [--skip ISA]     all checks, also on ISA without the option; prints what ran, exits with
+//                           1 at the first difference
 //   driver --plant NAME     makes one mistake on purpose, which the sanitizer must report:
 //     overflow              y is one value too short
 //     misaligned            the numbers of rows start in the middle of a value
@@ -1172,8 +1173,9 @@ void plant(const std::string& mistake) {
 // Most layers of the cases have more weights, so they run with the plans for a slow L3.
 constexpr std::int64_t kSlowCacheBoundary = 4 * 1024;
 
-void check_all() {
+void check_all(const std::string& skipped_isa) {
   for (const std::string& isa : cpu::available_isas()) {
+    if (isa == skipped_isa) continue;
     cpu::set_isa(isa);
     cpu::set_slow_cache_boundary(0);
     for (const bool in_double : {false, true}) {
@@ -1207,10 +1209,12 @@ void check_all() {
 int main(int count, char** arguments) {
   if (count == 3 && std::string(arguments[1]) == "--plant") {
     sanitize::plant(arguments[2]);
+  } else if (count == 3 && std::string(arguments[1]) == "--skip") {
+    sanitize::check_all(arguments[2]);
   } else if (count == 1) {
-    sanitize::check_all();
+    sanitize::check_all("");
   } else {
-    std::fprintf(stderr, "usage: driver [--plant overflow|misaligned|race]\n");
+    std::fprintf(stderr, "usage: driver [--plant overflow|misaligned|race] [--skip ISA]\n");
     return 2;
   }
   std::puts("driver: no difference found");
