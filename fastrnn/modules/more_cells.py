@@ -497,7 +497,9 @@ class LiGRU(CellLayer):
         stack = Options(self.num_layers, self.dropout, residual=self._residual)
         own_options = DEFAULTS._replace(recompute=checks.check_recompute(self._recompute))
         if self._cell_options is not None:
-            own_options = own_options._replace(cell=self._cell_options.of_call(True))
+            own_options = own_options._replace(
+                cell=self._cell_options.of_call(True), heads=self._cell_options.heads
+            )
         if own_options == DEFAULTS:
             own_options = DEFAULTS  # `run` compares by identity
         directions = 2 if self.bidirectional else 1

@@ -611,3 +611,40 @@ def test_scripts_and_int8_are_rejected(case: str) -> None:
             pytest.raises(ValueError, match="must hold a fastrnn"),
         ):
             fastrnn.quantize(layer)
+
+
+def units_of_head(weight: Tensor, units: int, head: int) -> Tensor:
+    """Returns the rows of one of two heads from rows of all units of each gate or parameter."""
+    if weight.shape[0] % units:
+        return weight  # not per unit, such as zeta of FastGRNN
+    return weight.unflatten(0, (-1, 2, units // 2))[:, head].flatten(0, 1)
+
+
+#: layers whose heads are layers of their own: all parameters have rows of units
+SEPARATE = ["SLSTM", "JANET", "LiGRU", "LiGRU batchnorm", "FastGRNN", "peephole", "coupled", "both"]
+
+
+@pytest.mark.parametrize("case", SEPARATE)
+@pytest.mark.parametrize("training", [True, False])
+def test_heads_are_independent_layers(case: str, training: bool) -> None:
+    whole = build(case, IN, 6, heads=2).train(training)
+    x = torch.randn(T, B, IN, dtype=F64)
+    outputs = []
+    for head in range(2):
+        part = build(case, IN, 3).train(training)
+        state = {k: units_of_head(v, 6, head) for k, v in whole.state_dict().items()}
+        part.load_state_dict(state)
+        outputs.append(part(x)[0])
+    torch.testing.assert_close(whole(x)[0], torch.cat(outputs, -1))
+
+
+def test_heads_with_factors_of_matrices() -> None:
+    layer = build("FastGRNN ranks", IN, 6, heads=2)
+    x = torch.randn(T, B, IN, dtype=F64)
+    layer(x)[0].sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_heads_need_a_recurrent_matrix() -> None:
+    with pytest.raises(ValueError, match="IndRNN: heads must be 1 with a cell that has no rec"):
+        fastrnn.IndRNN(IN, 6, heads=2)
