@@ -102,10 +102,14 @@ def main():
     x = torch.randn(100, 16, 128)
     for cls in (LayerNormLSTM, PeepholeLSTM, LiGRU, ATR, JANET, FastGRNN):
         layer = cls(128, 128, bias=cls not in (LayerNormLSTM, ATR, FastGRNN))
-        output = layer(x)[0]
+        # layer normalisation amplifies rounding from step to step, so the check is in float64
+        layer.double()
+        output = layer(x.double())[0]
+        with choose.override(composite):
+            torch.testing.assert_close(layer(x.double())[0], output)
+        layer.float()
         own = seconds(layer, x)
         with choose.override(composite):
-            torch.testing.assert_close(layer(x)[0], output)
             step_by_step = seconds(layer, x)
         print(f"{cls.__name__}: {step_by_step / own:.1f} times as fast as its function in a loop")
 

@@ -257,7 +257,7 @@ def gradients_by_parts(*args: Any) -> list[Tensor]:
     if ragged.resets is not None and not bool(ragged.resets.any()):
         ragged = ragged._replace(resets=None)  # as forward, which has cut directions alike
     need_weights = gradient_call.weight_needs
-    d_x = torch.zeros_like(x)
+    d_x = x.new_zeros(x.shape)  # dense: the rows of a transposed one would be a copy
     d_states = [None if t is None else torch.zeros_like(t) for t in (h0, c0)]
     d_resets = [None if t is None else t.new_zeros(t.shape) for t in (reset_h, reset_c)]
     d_weights: list[Tensor | None] = []

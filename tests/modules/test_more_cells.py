@@ -648,3 +648,20 @@ def test_heads_with_factors_of_matrices() -> None:
 def test_heads_need_a_recurrent_matrix() -> None:
     with pytest.raises(ValueError, match="IndRNN: heads must be 1 with a cell that has no rec"):
         fastrnn.IndRNN(IN, 6, heads=2)
+
+
+@pytest.mark.parametrize("mark", ["lengths", "resets"])
+@pytest.mark.parametrize("case", ["peephole", "FastGRNN", "IndRNN"])
+def test_input_gradients_of_marked_batches_with_batch_first(case: str, mark: str) -> None:
+    """The rows of an input whose batch comes first are not dense."""
+    layer = build(case, batch_first=True)
+    mirror = build(case)
+    mirror.load_state_dict(layer.state_dict())
+    x = torch.randn(B, T, IN, dtype=F64, requires_grad=True)
+    marks = torch.tensor([T, 2, 4]) if mark == "lengths" else torch.rand(B, T) > 0.6
+    own = marks if mark == "lengths" else marks.t()
+    (d_x,) = torch.autograd.grad(layer(x, **{mark: marks})[0].square().sum(), x)
+    other = x.detach().transpose(0, 1).contiguous().requires_grad_()
+    (expected,) = torch.autograd.grad(mirror(other, **{mark: own})[0].square().sum(), other)
+    assert expected.any()
+    torch.testing.assert_close(d_x, expected.transpose(0, 1))

@@ -11,10 +11,11 @@ template <class Cell, class T>
 void forward_rows_rank(const LayerForward<T, T>& problem, const Plan& plan,
                        const PanelLayout& panel_layout, T* panels, const ForwardLayout& layout,
                        T* scratch, Team& team, int rank) {
-  with_panels(problem.shape, problem.weights, plan, panel_layout, panels, [&](const auto& packed) {
-    using Panels = std::decay_t<decltype(packed)>;
-    RowForward<Cell, T, Panels>(problem, plan, packed, layout, scratch, team, rank).run();
-  });
+  with_panels<typename RecurrentFormats<T>::List>(
+      problem.shape, problem.weights, plan, panel_layout, panels, [&](const auto& packed) {
+        using Panels = std::decay_t<decltype(packed)>;
+        RowForward<Cell, T, Panels>(problem, plan, packed, layout, scratch, team, rank).run();
+      });
 }
 
 template <class Cell, class T>
