@@ -523,9 +523,14 @@ class RecurrentBase(nn.RNNBase):
             self._flat_weights = weights
             self._store_weak_references()
 
-    def _weights(self) -> Weights:
-        """Returns the weights to compute with."""
-        weights, options = self._torch_weights(), self._cell_options
+    def _weights(self, read: Weights | None = None) -> Weights:
+        """Returns the weights to compute with; weight dropout draws its masks here.
+
+        Args:
+            read: those of `_torch_weights`, if they were read before.
+        """
+        weights = self._torch_weights() if read is None else read
+        options = self._cell_options
         if options is None:
             return weights
         has_cell_state = BY_MODE[self.mode].has_cell_state
@@ -914,16 +919,15 @@ class RecurrentBase(nn.RNNBase):
     ) -> tuple[Tensor | PackedSequence, Hidden]:
         """Runs any call. `_run` replaces unclear errors.
 
-        Reads the weights last, because weight dropout then draws a mask.
+        The checks need the weights of ``torch.nn``; weight dropout draws a mask after the checks.
         """
-        if not torch.compiler.is_compiling():
-            self._update_flat_weights()  # torch's checks read them
         if isinstance(input, PackedSequence):
             marks.check_absent("a PackedSequence")
-            return self._run_packed(input, hx, recorder)
+            return self._run_packed(input, hx, self._torch_weights(), recorder)
         if input.is_nested and input.layout is torch.jagged:
             marks.check_absent("a nested tensor")
             return self._run_nested(input, hx, recorder)
+        weights = self._torch_weights()
         dim = input.dim()
         if dim not in (2, 3):
             raise ValueError(self._wrong_input_message.format(dim))
@@ -940,7 +944,8 @@ class RecurrentBase(nn.RNNBase):
         without_tracing(self.check_forward_args, input, hx, None)
         if self._learns_initial_state and marks.resets is not None and marks.reset_state is None:
             marks = marks._replace(reset_state=self._learned_states(1))
-        output, hidden = self._compute(input, hx, PADDED, self._weights(), marks, recorder)
+        weights = self._weights(weights)
+        output, hidden = self._compute(input, hx, PADDED, weights, marks, recorder)
         if is_batched:
             return output, hidden
         output = output.squeeze(batch_dim)
@@ -985,6 +990,7 @@ class RecurrentBase(nn.RNNBase):
         self,
         packed: PackedSequence,
         hx: Hidden,
+        weights: Weights,
         recorder: Recorder | None = None,
     ) -> tuple[PackedSequence, Hidden]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
@@ -1009,7 +1015,8 @@ class RecurrentBase(nn.RNNBase):
         else:
             without_tracing(self.check_forward_args, data, hx, batch_sizes)
         sequence = SequenceMembers(batch_sizes).pack()
-        output, hidden = self._compute(data, hx, sequence, self._weights(), NO_MARKS, recorder)
+        weights = self._weights(weights)
+        output, hidden = self._compute(data, hx, sequence, weights, NO_MARKS, recorder)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden(hidden, unsorted_indices)
 

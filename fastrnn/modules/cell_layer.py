@@ -68,8 +68,8 @@ class CellLayer(RecurrentBase):
         own = [getattr(self, name + suffix) for name in self.unit_parameter_names]
         return own[0] if len(own) == 1 else torch.cat(own)
 
-    def _weights(self) -> Weights:
-        weights = super()._weights()
+    def _weights(self, read: Weights | None = None) -> Weights:
+        weights = super()._weights(read)
         if not BY_MODE[self.mode].parameters:
             return weights
         count = len(weights.flat) // (self.num_layers * (2 if self.bidirectional else 1))
