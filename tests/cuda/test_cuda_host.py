@@ -66,7 +66,7 @@ TF32 = 2
 AUTOMATIC, PERSISTENT, STEPWISE = range(3)  # then in the order of the table in csrc/cuda/plan.h
 # synchronisations that the threads of the harness can skip
 FORGET = ["sync of weights", "sync of products", "sync of arrival", "wait", "sync of a warp"]
-KINDS = list(SPECS)  # in the order of the registry of cells
+KINDS = list(BUILT_IN)  # in the order of the registry of cells
 H100 = {"multiprocessors": 132, "shared_bytes": 232448}
 
 
@@ -525,7 +525,9 @@ def test_persistent_packed_input_matches_torch(
     check_lengths(cell, lengths, 12, dtype)
 
 
-MARKED_CASES = [(cell, projected) for cell in SPECS for projected in {False, SPECS[cell].projects}]
+MARKED_CASES = [
+    (cell, projected) for cell in BUILT_IN for projected in {False, SPECS[cell].projects}
+]
 every_marked_case = pytest.mark.parametrize(("cell", "projected"), MARKED_CASES)
 
 
@@ -623,7 +625,7 @@ def test_persistent_marks_match_the_reference(
     assert kernels.persistent == [True, backward]
 
 
-@pytest.mark.parametrize("cell", [cell for cell in SPECS if (cell, False) not in RESET_CASES])
+@pytest.mark.parametrize("cell", [cell for cell in BUILT_IN if (cell, False) not in RESET_CASES])
 def test_resets_of_other_cells_run_stepwise(library: ctypes.CDLL, cell: str) -> None:
     kernels = Kernels(library, PERSISTENT)
     run_marked(kernels, arguments(cell, "resets", dtype=torch.float32))
