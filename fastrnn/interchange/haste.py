@@ -5,6 +5,7 @@ LSTM          i, g, f, o kernel [I,4H], recurrent_kernel [H,4H], bias [4H]
 GRU           z, r, n    kernel [I,3H], recurrent_kernel [H,3H], bias [3H], recurrent_bias [3H]
 LayerNormLSTM i, g, f, o those of LSTM, gamma [2,4H] of x and of h, gamma_h and beta_h [H] of c
 LayerNormGRU  z, r, n    those of GRU, gamma [2,3H] of x and of h
+IndRNN                   kernel [I,H], recurrent_scale [H], bias [H]
 ============= ========== =======================================================================
 
 The GRU applies r after the recurrent product, as fastrnn's does. Layer normalisation has fastrnn's
@@ -29,6 +30,7 @@ from fastrnn.interchange.weights import (
     kernel_shapes,
 )
 from fastrnn.modules.base import RecurrentBase
+from fastrnn.modules.more_cells import IndRNN
 from fastrnn.spec import DirectionWeights
 
 _OWNER = "from_haste"
@@ -51,9 +53,9 @@ def from_haste(
         module = fastrnn.from_haste(haste_layer)
         module = fastrnn.from_haste(torch.load("lstm.pt"), zoneout=0.1)   # its state_dict
 
-    The layer is an LSTM, GRU, LayerNormLSTM or LayerNormGRU. The weights are copied; ``b_hh`` of an
-    LSTM is zero. Zoneout of Haste becomes ``zoneout`` of h, DropConnect (``dropout``) becomes
-    ``weight_dropout``, and the module is in training mode if the layer is.
+    The layer is an LSTM, GRU, LayerNormLSTM, LayerNormGRU or IndRNN (tanh). The weights are copied;
+    ``b_hh`` of an LSTM is zero. Zoneout of Haste becomes ``zoneout`` of h, DropConnect
+    (``dropout``) becomes ``weight_dropout``, and the module is in training mode if the layer is.
 
     Args:
         source: a layer of Haste, or its ``state_dict``.
@@ -65,7 +67,7 @@ def from_haste(
     Raises:
         TypeError: an argument has another type.
         ValueError: a parameter is missing or has another shape, or a probability is wrong.
-        NotImplementedError: the layer has parameters of another kind (IndRNN).
+        NotImplementedError: the layer has parameters of another kind (LayerNormIndRNN).
     """
     is_mapping = isinstance(source, Mapping)
     if not is_mapping and not callable(getattr(source, "state_dict", None)):
@@ -80,9 +82,18 @@ def from_haste(
     if batch_first is None:
         batch_first = bool(getattr(layer, "batch_first", False))
     state = dict(source if is_mapping else source.state_dict())
+    is_training = bool(getattr(layer, "training", True))
+    if "recurrent_scale" in state:
+        options = {"batch_first": batch_first, "zoneout": zoneout, "weight_dropout": weight_dropout}
+        return _indrnn(state, options, device, dtype).train(is_training)
     cell = "gru" if "recurrent_bias" in state else "lstm"
     has_norm = not {"gamma", "gamma_h", "beta_h"}.isdisjoint(state)
-    _check_names(state, cell, has_norm)
+    expected = {"kernel", "recurrent_kernel", "bias"}
+    if cell == "gru":
+        expected |= {"recurrent_bias"}
+    if has_norm:
+        expected |= {"gamma"} if cell == "gru" else {"gamma", "gamma_h", "beta_h"}
+    _check_names(state, expected)
     weights = {name: as_tensor(_OWNER, name, value) for name, value in state.items()}
     order = _GATES[cell]
     gates = len(order)
@@ -121,16 +132,36 @@ def from_haste(
         zoneout=(0.0, zoneout) if cell == "lstm" else zoneout,
         weight_dropout=weight_dropout,
     )
-    return module.train(bool(getattr(layer, "training", True)))
+    return module.train(is_training)
 
 
-def _check_names(state: Mapping[Any, Any], cell: str, has_norm: bool) -> None:
+def _indrnn(
+    state: Mapping[Any, Any], options: dict[str, Any], device: Any, dtype: torch.dtype | None
+) -> IndRNN:
+    """Returns the module for an IndRNN of Haste, whose activation is tanh."""
+    _check_names(state, {"kernel", "recurrent_scale", "bias"})
+    kernel, scale, bias = (
+        as_tensor(_OWNER, name, state[name]) for name in ("kernel", "recurrent_scale", "bias")
+    )
+    inputs, hidden = (kernel.shape[0] if kernel.dim() else 0), scale.numel()
+    check_shape(_OWNER, "kernel", kernel, (inputs, hidden), "[I, H]")
+    check_shape(_OWNER, "recurrent_scale", scale, (hidden,), "[H]")
+    check_shape(_OWNER, "bias", bias, (hidden,), "[H]")
+    module = IndRNN(
+        inputs,
+        hidden,
+        nonlinearity="tanh",
+        device="meta",  # draws no random numbers
+        dtype=kernel.dtype if dtype is None else dtype,
+        **options,
+    )
+    module.to_empty(device=kernel.device if device is None else device)
+    module.load_state_dict({"weight_ih_l0": kernel.t(), "bias_ih_l0": bias, "u_l0": scale})
+    return module
+
+
+def _check_names(state: Mapping[Any, Any], expected: set[str]) -> None:
     """Raises unless a state_dict has exactly the parameters of a layer."""
-    expected = {"kernel", "recurrent_kernel", "bias"}
-    if cell == "gru":
-        expected |= {"recurrent_bias"}
-    if has_norm:
-        expected |= {"gamma"} if cell == "gru" else {"gamma", "gamma_h", "beta_h"}
     unknown = sorted(map(str, set(state) - expected))
     if unknown:
         raise NotImplementedError(

@@ -125,9 +125,8 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
             keras_layer.set_weights(weights)
 
     The layer of Keras needs the ``reset_after`` of the module, and its ``gate_activation`` as
-    ``recurrent_activation``. The list of a bidirectional
-    layer has the arrays of both directions, as Keras' Bidirectional expects. bfloat16, which numpy
-    does not have, becomes float32.
+    ``recurrent_activation``. The list of a bidirectional layer has the arrays of both directions,
+    as Keras' Bidirectional expects. bfloat16, which numpy does not have, becomes float32.
 
     Raises:
         TypeError: ``module`` is not a fastrnn layer.
@@ -140,7 +139,8 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
             "to_keras_weights: module must be a fastrnn.RNN, LSTM or GRU, "
             f"got {type(module).__name__}."
         )
-    cell = without_variant(BY_MODE[module.mode].name)
+    spec = BY_MODE[module.mode]
+    cell = spec.name if spec.parameters else without_variant(spec.name)
     if cell not in LAYERS:
         raise NotImplementedError(
             f"to_keras_weights: module must be an RNN, LSTM or GRU, got a {cell}."
@@ -149,7 +149,6 @@ def to_keras_weights(module: RecurrentBase) -> list[list[Any]]:
         raise NotImplementedError(
             f"to_keras_weights: module must have proj_size 0, got {module.proj_size}."
         )
-    options = module._cell_options
     options = module._cell_options
     if options is not None and (options.heads > 1 or options.cell_clip is not None):
         raise NotImplementedError(

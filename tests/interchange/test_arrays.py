@@ -174,8 +174,30 @@ def test_the_options_of_haste_are_checked() -> None:
         fastrnn.from_haste(state, weight_dropout=-1)
     with pytest.raises(NotImplementedError, match="got also gamma_h"):
         fastrnn.from_haste({**state, "gamma": random(2, 9), "gamma_h": random(3)})
-    with pytest.raises(NotImplementedError, match="got also recurrent_scale"):
-        fastrnn.from_haste({"kernel": 0, "recurrent_scale": 0, "bias": 0})
+    indrnn = {"kernel": random(2, 3), "recurrent_scale": random(3), "bias": random(3)}
+    with pytest.raises(NotImplementedError, match="got also gamma"):  # LayerNormIndRNN
+        fastrnn.from_haste({**indrnn, "gamma": random(3)})
+    with pytest.raises(ValueError, match="source must have bias, got none"):
+        fastrnn.from_haste({name: w for name, w in indrnn.items() if name != "bias"})
+    with pytest.raises(ValueError, match="kernel"):
+        fastrnn.from_haste({**indrnn, "recurrent_scale": random(4)})
+    with pytest.raises(ValueError, match=r"IndRNN: .* no zoneout"):
+        fastrnn.from_haste(indrnn, zoneout=0.1)
+
+
+def test_indrnn_of_haste() -> None:
+    kernel, scale, bias = random(3, 5), random(5), random(5)
+    x = random(6, 2, 3)
+    h, expected = np.zeros((2, 5)), []
+    for step in x:
+        h = np.tanh(step @ kernel + bias + scale * h)
+        expected.append(h)
+    state = {"kernel": kernel, "recurrent_scale": scale, "bias": bias}
+    module = fastrnn.from_haste(state)
+    assert type(module) is fastrnn.IndRNN
+    output, h_n = module(torch.from_numpy(x))
+    assert_same_in_double(output, torch.from_numpy(np.stack(expected)))
+    assert_same_in_double(h_n[0], torch.from_numpy(expected[-1]))
 
 
 @pytest.mark.parametrize(
@@ -408,6 +430,8 @@ def test_wrong_arrays_of_keras(
 def test_modules_that_keras_does_not_have() -> None:
     with pytest.raises(NotImplementedError, match="must have proj_size 0, got 2"):
         fastrnn.to_keras_weights(fastrnn.LSTM(3, 4, proj_size=2))
+    with pytest.raises(NotImplementedError, match="must be an RNN, LSTM or GRU, got a peephole_"):
+        fastrnn.to_keras_weights(fastrnn.LSTM(3, 4, peephole=True))
     for option in ("residual", "learn_initial_state"):
         with pytest.raises(NotImplementedError, match=f"{option} of module must be False"):
             fastrnn.to_keras_weights(fastrnn.GRU(3, 4, **{option: True}))
