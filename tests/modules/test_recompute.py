@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import time
 from typing import Any
 
 import pytest
@@ -50,9 +51,15 @@ def with_recompute(module: nn.Module, recompute: Any) -> nn.Module:
     return twin
 
 
+_ATTEMPTS = 8
+
+
 def assert_same_bits(module: nn.Module, x: Any, hx: Any, recompute: Any) -> None:
-    # On a busy machine one of the two calls may run on fewer threads, which changes bits.
-    for is_last in (False, False, False, True):
+    # On a busy machine one of the two calls may run on fewer threads, which changes bits. After a
+    # call that has lost its CPUs, calls run on one thread for up to 0.512 s.
+    for attempt in range(_ATTEMPTS):
+        if attempt > 0:
+            time.sleep(0.6)
         expected = run(module, x, hx)
         found = run(with_recompute(module, recompute), x, hx)
         assert found.keys() == expected.keys()
@@ -60,7 +67,7 @@ def assert_same_bits(module: nn.Module, x: Any, hx: Any, recompute: Any) -> None
         different = [name for name in names if not torch.equal(found[name], expected[name])]
         if not different:
             return
-        assert not is_last, different
+    assert not different, different
 
 
 def is_product_in_bfloat16(name: str, result: Tensor) -> bool:
